@@ -1,0 +1,99 @@
+# The PipeOps VM agent. `make` lists the targets; a fresh clone needs Go and make.
+
+# Every module, in the order of their imports. `make verify` fails if one is missing here.
+MODULES := frpc bootstrap proxy tests
+TOOL_MODULES := tests/tools/frp tests/tools/kubernetes tests/tools/lint
+
+BIN := $(CURDIR)/.build/bin
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+# Of the commit, so that a build can be repeated.
+DATE := $(shell git log -1 --format=%cI 2>/dev/null)
+STAMP := github.com/pipeops/vm-agent/bootstrap/version
+STAMPS := -X $(STAMP).Version=$(VERSION) -X $(STAMP).BuildDate=$(DATE)
+
+export CGO_ENABLED := 0
+# The tools' directives name no toolchain: what is installed builds all of it.
+export GOTOOLCHAIN ?= local
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: build tools ## Run everything on this machine and print a kubeconfig; Ctrl-C ends it
+	@cd tests && go build -o $(BIN)/run ./cmd/run
+	@exec $(BIN)/run
+
+.PHONY: test
+test: build tools ## Run the unit and integration tests: no root, no internet but Go modules
+	@for m in $(filter-out tests,$(MODULES)); do echo "== unit: $$m"; (cd $$m && go test ./...) || exit 1; done
+	@echo "== the stock frp reads what the agent writes"
+	@cd tests/tools/frp && go test -count=1 ./...
+	@echo "== integration: real API server, real frps and frpc"
+	@cd tests && go test -count=1 -v -timeout 15m ./...
+
+.PHONY: verify
+verify: $(BIN)/golangci-lint $(BIN)/govulncheck ## Check format, vet, lint, races, modules and known vulnerabilities
+	@echo "== every module is listed"
+	@want=$$(git ls-files --cached --others --exclude-standard '*go.mod' | xargs -n1 dirname | sort | xargs); \
+	have=$$(printf '%s\n' $(MODULES) $(TOOL_MODULES) | sort | xargs); \
+	[ "$$want" = "$$have" ] || { echo "the Makefile lists: $$have"; echo "the tree holds:     $$want"; exit 1; }
+	@echo "== format"
+	@files=$$(gofmt -l $(MODULES)); [ -z "$$files" ] || { echo "not formatted, run gofmt -w: $$files"; exit 1; }
+	@for m in $(MODULES) $(TOOL_MODULES); do \
+		echo "== $$m: tidy, builds by itself, vet"; \
+		(cd $$m && GOWORK=off go mod tidy -diff && GOWORK=off go build ./... && go vet ./...) || exit 1; done
+	@for m in $(MODULES) tests/tools/frp; do \
+		echo "== $$m: lint"; (cd $$m && $(BIN)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || exit 1; done
+	@for m in $(filter-out tests,$(MODULES)); do \
+		echo "== $$m: unit tests with the race detector"; (cd $$m && CGO_ENABLED=1 go test -race ./...) || exit 1; done
+	@echo "== known vulnerabilities"
+	@for m in bootstrap proxy; do \
+		out=$$(cd $$m && GOWORK=off $(BIN)/govulncheck ./... 2>&1) && code=0 || code=$$?; \
+		if echo "$$out" | grep -q 'vuln.go.dev.*\(no such host\|dial\|connect\|timeout\)'; then \
+			echo "NOT CHECKED, the vulnerability database cannot be reached from here: $$m"; \
+		elif [ $$code -ne 0 ]; then echo "$$out"; exit 1; \
+		else echo "$$m: none"; fi; done
+
+.PHONY: build
+build: ## Build bootstrap and proxy into .build/bin
+	@mkdir -p $(BIN)
+	@for m in bootstrap proxy; do \
+		(cd $$m && GOWORK=off go build -trimpath -ldflags '-s -w $(STAMPS)' -o $(BIN)/$$m .) || exit 1; done
+
+.PHONY: tools
+tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build the real parts that the tests run, once
+
+.PHONY: clean
+clean: ## Remove all that was built
+	rm -rf .build
+
+# build-tool: 1 the module, 2 the package, 3 further flags. The rule's target is replaced only by a whole
+# build. Compiling takes minutes where nothing is cached, so it counts the packages.
+define build-tool
+	@mkdir -p $(BIN)
+	@echo "building $(@F) (once)"
+	@rm -f $@.new
+	@cd $(1) && { GOWORK=off go build -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | \
+		awk '/^[A-Za-z0-9._\/~-]+$$/ { if (++n % 100 == 0) print "  " n " packages compiled"; fflush(); next } { print }'
+	@mv $@.new $@
+endef
+
+FRP := tests/tools/frp
+$(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
+	$(call build-tool,$(FRP),github.com/fatedier/frp/cmd/$(@F),-tags noweb -ldflags '-s -w')
+
+# Without these, clients see version v0.0.0.
+KUBERNETES := tests/tools/kubernetes
+KUBE = $(shell cd $(KUBERNETES) && GOWORK=off go list -m -f '{{.Version}}' k8s.io/kubernetes)
+KUBE_STAMPS = $(foreach v,gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) gitMinor=$(word 2,$(subst ., ,$(KUBE))),-X k8s.io/component-base/version.$(v))
+$(BIN)/kube-apiserver $(BIN)/kubectl: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),-ldflags '-s -w $(KUBE_STAMPS)')
+$(BIN)/etcd: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+	$(call build-tool,$(KUBERNETES),go.etcd.io/etcd/server/v3,-ldflags '-s -w')
+
+LINT := tests/tools/lint
+$(BIN)/golangci-lint: $(LINT)/go.mod $(LINT)/go.sum
+	$(call build-tool,$(LINT),github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
+$(BIN)/govulncheck: $(LINT)/go.mod $(LINT)/go.sum
+	$(call build-tool,$(LINT),golang.org/x/vuln/cmd/govulncheck)

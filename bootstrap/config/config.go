@@ -1,0 +1,306 @@
+// Package config reads the agent's configuration: one YAML file and the environment, the same for every
+// binary of the agent. All settings stand in the table of settings.go.
+package config
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"sigs.k8s.io/yaml"
+)
+
+// DefaultPath is where the file is looked for when nothing else is said. It need not exist.
+const DefaultPath = "/etc/pipeops/config.yaml"
+
+// Config is the agent's configuration, complete and valid.
+type Config struct {
+	Agent struct {
+		ID          string
+		Name        string
+		ClusterName string
+		Instance    string
+		Token       frpc.Secret // from agent.token or the file that agent.token_file names
+		TokenFile   string
+		APIURL      string // without a slash at its end
+		CAFile      string
+	}
+	FRP struct {
+		ServerAddr string
+		ServerPort int
+		Token      frpc.Secret // empty: ask the control plane
+		TokenFile  string
+		AdminPort  int
+		Protocol   string
+		ProxyURL   frpc.Secret
+		TLS        frpc.TLS
+		Tunnel     frpc.Tunnel // Type, Subdomain, CustomDomains and RemotePort
+	}
+	Kubernetes struct {
+		Kubeconfig string
+		InCluster  bool
+	}
+	Proxy struct {
+		ListenAddr   string
+		MetricsAddr  string
+		DrainTimeout time.Duration
+	}
+	RunDir  string
+	Logging struct {
+		Level  string
+		Format string
+		Debug  bool // agent.debug: SEED's name for logging.level debug
+	}
+}
+
+// Error lists every mistake of a configuration, each with its key, its variable and what to do.
+type Error struct{ Mistakes []string }
+
+func (e *Error) Error() string {
+	return fmt.Sprintf("the configuration has %d mistake(s):\n  %s", len(e.Mistakes), strings.Join(e.Mistakes, "\n  "))
+}
+
+// Load reads the file at path and the environment; environment over file over default. An empty path is
+// DefaultPath, which may be absent. The error, if any, is an *Error.
+func Load(path string, getenv func(string) string) (*Config, error) {
+	c := &Config{}
+	l := loader{config: c}
+	values := l.readFile(path)
+	for _, s := range settings {
+		value, origin := s.def, "default"
+		if v, ok := values[s.key]; ok {
+			value, origin = v, "file"
+			delete(values, s.key)
+		}
+		if v := getenv(s.env); s.env != "" && v != "" {
+			value, origin = v, "environment"
+		}
+		if value == "" {
+			continue
+		}
+		if err := s.set(c, value); err != nil {
+			l.mistake(s.key, "%v (from the %s)", err, origin)
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(values)) {
+		l.mistakes = append(l.mistakes, fmt.Sprintf("%s: unknown key: remove it or correct its name", key))
+	}
+	l.complete()
+	if len(l.mistakes) > 0 {
+		return nil, &Error{Mistakes: l.mistakes}
+	}
+	return c, nil
+}
+
+// Logger makes the logger that the configuration asks for.
+func (c *Config) Logger(w io.Writer) *slog.Logger {
+	var level slog.Level
+	_ = level.UnmarshalText([]byte(c.Logging.Level)) // one of the four names: checked by Load
+	options := &slog.HandlerOptions{Level: level}
+	if c.Logging.Format == "text" {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// loader collects the mistakes, so that all of them are told at once.
+type loader struct {
+	config   *Config
+	mistakes []string
+}
+
+func (l *loader) mistake(key, format string, args ...any) {
+	name := key
+	for _, s := range settings {
+		if s.key == key && s.env != "" {
+			name += " (" + s.env + ")"
+		}
+	}
+	l.mistakes = append(l.mistakes, name+": "+fmt.Sprintf(format, args...))
+}
+
+// readFile gives the file's values as text, by dotted key; lists are joined with commas.
+func (l *loader) readFile(path string) map[string]string {
+	values := map[string]string{}
+	name := path
+	if path == "" {
+		name = DefaultPath
+	}
+	data, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) && path == "" {
+		return values
+	}
+	if err != nil {
+		l.mistakes = append(l.mistakes, fmt.Sprintf("%v: correct --config or create the file", err))
+		return values
+	}
+	asJSON, err := yaml.YAMLToJSONStrict(data)
+	if err != nil {
+		l.mistakes = append(l.mistakes, fmt.Sprintf("%s: %v", name, err))
+		return values
+	}
+	decoder := json.NewDecoder(bytes.NewReader(asJSON))
+	decoder.UseNumber()
+	var tree any
+	if err := decoder.Decode(&tree); err != nil {
+		l.mistakes = append(l.mistakes, fmt.Sprintf("%s: %v", name, err))
+		return values
+	}
+	switch tree := tree.(type) {
+	case nil: // an empty file
+	case map[string]any:
+		l.flatten(tree, "", values)
+	default:
+		l.mistakes = append(l.mistakes, name+": is not a mapping of keys to values")
+	}
+	return values
+}
+
+// flatten turns the tree into dotted keys. A mapping is descended into unless its key is a setting itself.
+func (l *loader) flatten(tree map[string]any, prefix string, values map[string]string) {
+	for _, k := range slices.Sorted(maps.Keys(tree)) {
+		key := prefix + k
+		switch v := tree[k].(type) {
+		case map[string]any:
+			if isSetting(key) {
+				l.mistake(key, "is a mapping: give one value")
+			} else {
+				l.flatten(v, key+".", values)
+			}
+		case []any:
+			items := make([]string, len(v))
+			for i, item := range v {
+				if s, ok := item.(string); ok {
+					items[i] = s
+				} else {
+					l.mistake(key, "item %d of the list is not a text", i+1)
+				}
+			}
+			if !isList(key) {
+				l.mistake(key, "is a list: give one value")
+				continue
+			}
+			values[key] = strings.Join(items, ",")
+		case nil:
+			if !isSetting(key) && !isSection(key) {
+				values[key] = ""
+			}
+		case string:
+			values[key] = v
+		case bool:
+			values[key] = strconv.FormatBool(v)
+		case json.Number:
+			values[key] = v.String()
+		}
+	}
+}
+
+func isSetting(key string) bool {
+	return slices.ContainsFunc(settings, func(s setting) bool { return s.key == key })
+}
+
+func isList(key string) bool {
+	return slices.ContainsFunc(settings, func(s setting) bool { return s.key == key && s.list })
+}
+
+func isSection(key string) bool {
+	return slices.ContainsFunc(settings, func(s setting) bool { return strings.HasPrefix(s.key, key+".") })
+}
+
+// complete fills in what follows from other settings, and checks what no setting can check alone.
+func (l *loader) complete() {
+	c := l.config
+	if c.Agent.ID == "" {
+		l.mistake("agent.id", "required: the id that the control plane gave this agent")
+	}
+	l.secret(&c.Agent.Token, c.Agent.TokenFile, "agent.token", "agent.token_file")
+	if c.Agent.Token == "" && c.Agent.TokenFile == "" {
+		l.mistake("agent.token", "required: the token that the control plane gave this agent, here or in the file that agent.token_file (PIPEOPS_AGENT_TOKEN_FILE) names")
+	}
+	l.secret(&c.FRP.Token, c.FRP.TokenFile, "frp.token", "frp.token_file")
+	if c.Agent.Name == "" {
+		c.Agent.Name = c.Agent.ID
+	}
+	if c.Agent.ClusterName == "" {
+		c.Agent.ClusterName = c.Agent.ID
+	}
+	if c.Agent.Instance == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			l.mistake("agent.instance", "the host has no name (%v): set it", err)
+		}
+		c.Agent.Instance = host
+	}
+	if c.Logging.Debug {
+		c.Logging.Level = "debug"
+	}
+
+	if (c.FRP.TLS.CertFile == "") != (c.FRP.TLS.KeyFile == "") {
+		l.mistake("frp.tls.cert_file", "goes with frp.tls.key_file: set both or neither")
+	}
+	tunnel := &c.FRP.Tunnel
+	switch tunnel.Type {
+	case "http":
+		if tunnel.RemotePort != 0 {
+			l.mistake("frp.tunnel.remote_port", "is for frp.tunnel.type tcp only: remove it or change the type")
+		}
+		if tunnel.Subdomain == "" && len(tunnel.CustomDomains) == 0 {
+			tunnel.Subdomain = c.Agent.ID
+		}
+	case "tcp":
+		if tunnel.Subdomain != "" || len(tunnel.CustomDomains) > 0 {
+			l.mistake("frp.tunnel.type", "tcp has no domains: remove frp.tunnel.subdomain and frp.tunnel.custom_domains or change the type")
+		}
+	}
+	if c.Kubernetes.InCluster && c.Kubernetes.Kubeconfig != "" {
+		l.mistake("kubernetes.in_cluster", "true contradicts kubernetes.kubeconfig (KUBECONFIG): remove one of them")
+	}
+	if c.Proxy.ListenAddr == c.Proxy.MetricsAddr {
+		l.mistake("proxy.metrics_addr", "is the same as proxy.listen_addr: choose another port")
+	}
+	if host, port, err := net.SplitHostPort(c.Proxy.ListenAddr); err == nil {
+		if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+			host = "127.0.0.1"
+		}
+		tunnel.LocalIP = host
+		tunnel.LocalPort, _ = strconv.Atoi(port) // checked by its setting
+	}
+}
+
+// secret takes a secret from its file if one is named.
+func (l *loader) secret(to *frpc.Secret, file, key, fileKey string) {
+	if file == "" {
+		return
+	}
+	if *to != "" {
+		l.mistake(key, "contradicts %s: remove one of them", fileKey)
+		return
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		l.mistake(fileKey, "%v", err)
+		return
+	}
+	value := strings.TrimSpace(string(data))
+	if value == "" {
+		l.mistake(fileKey, "%s is empty", file)
+		return
+	}
+	if err := checkToken(value); err != nil {
+		l.mistake(fileKey, "%s: %v", file, err)
+		return
+	}
+	*to = frpc.Secret(value)
+}

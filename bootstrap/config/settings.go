@@ -1,0 +1,233 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// setting is one row of the configuration: its key in the file, its variable, its default and how a text
+// becomes its value. An empty value in the file or the environment is the same as none.
+type setting struct {
+	key  string
+	env  string
+	def  string
+	doc  string
+	list bool // takes a YAML list, or texts separated by commas
+	set  func(c *Config, value string) error
+}
+
+// settings is the whole configuration.
+var settings = []setting{
+	{key: "agent.id", env: "PIPEOPS_AGENT_ID", doc: "Id of the agent at the control plane. Required. Lower-case letters, digits and hyphens.",
+		set: checked(dnsLabel, func(c *Config) *string { return &c.Agent.ID })},
+	{key: "agent.name", env: "PIPEOPS_AGENT_NAME", doc: "Name for people. Default: the id.",
+		set: text(func(c *Config) *string { return &c.Agent.Name })},
+	{key: "agent.cluster_name", env: "PIPEOPS_CLUSTER_NAME", doc: "Name of the cluster for people. Default: the id.",
+		set: text(func(c *Config) *string { return &c.Agent.ClusterName })},
+	{key: "agent.instance", env: "PIPEOPS_INSTANCE", doc: "Tells the replicas of one agent apart. Default: the host name, which is the pod's name.",
+		set: checked(dnsName, func(c *Config) *string { return &c.Agent.Instance })},
+	{key: "agent.token", env: "PIPEOPS_AGENT_TOKEN", doc: "Token of the agent. Callers through the tunnel show the same token. Required, here or as a file.",
+		set: secret(func(c *Config) *frpc.Secret { return &c.Agent.Token })},
+	{key: "agent.token_file", env: "PIPEOPS_AGENT_TOKEN_FILE", doc: "File that holds agent.token.",
+		set: text(func(c *Config) *string { return &c.Agent.TokenFile })},
+	{key: "agent.api_url", env: "PIPEOPS_API_URL", def: "https://api.pipeops.io", doc: "URL of the control plane. https, or http to this host only.",
+		set: checked(apiURL, func(c *Config) *string { return &c.Agent.APIURL })},
+	{key: "agent.ca_file", env: "PIPEOPS_API_CA_FILE", doc: "PEM file of the authorities that may sign the control plane's certificate. Default: the system's.",
+		set: text(func(c *Config) *string { return &c.Agent.CAFile })},
+	{key: "agent.debug", env: "PIPEOPS_DEBUG", def: "false", doc: "The same as logging.level debug.",
+		set: boolean(func(c *Config) *bool { return &c.Logging.Debug })},
+
+	{key: "frp.server_addr", env: "PIPEOPS_FRP_SERVER_ADDR", def: "frp.pipeops.io", doc: "Host of frps. The lease may name another.",
+		set: text(func(c *Config) *string { return &c.FRP.ServerAddr })},
+	{key: "frp.server_port", env: "PIPEOPS_FRP_SERVER_PORT", def: "7000", doc: "Port of frps. The lease may name another.",
+		set: port(func(c *Config) *int { return &c.FRP.ServerPort })},
+	{key: "frp.token", env: "PIPEOPS_FRP_TOKEN", doc: "frp's shared token. Default: ask the control plane. If set, nobody is asked.",
+		set: secret(func(c *Config) *frpc.Secret { return &c.FRP.Token })},
+	{key: "frp.token_file", env: "PIPEOPS_FRP_TOKEN_FILE", doc: "File that holds frp.token.",
+		set: text(func(c *Config) *string { return &c.FRP.TokenFile })},
+	{key: "frp.admin_port", env: "PIPEOPS_FRP_ADMIN_PORT", def: "7400", doc: "Port of frpc's admin API, on 127.0.0.1.",
+		set: port(func(c *Config) *int { return &c.FRP.AdminPort })},
+	{key: "frp.protocol", env: "PIPEOPS_FRP_PROTOCOL", def: "tcp", doc: "How frpc speaks to frps: tcp, kcp, quic, websocket or wss.",
+		set: oneOf(func(c *Config) *string { return &c.FRP.Protocol }, "tcp", "kcp", "quic", "websocket", "wss")},
+	{key: "frp.proxy_url", env: "PIPEOPS_FRP_PROXY_URL", doc: "HTTP or SOCKS5 proxy between frpc and frps.",
+		set: proxyURL(func(c *Config) *frpc.Secret { return &c.FRP.ProxyURL })},
+	{key: "frp.tls.ca_file", env: "PIPEOPS_FRP_TLS_CA_FILE", doc: "PEM file of the authorities that may sign frps's certificate. Without it frpc encrypts but verifies nothing.",
+		set: text(func(c *Config) *string { return &c.FRP.TLS.CAFile })},
+	{key: "frp.tls.server_name", env: "PIPEOPS_FRP_TLS_SERVER_NAME", doc: "Name in frps's certificate. Default: the server's address.",
+		set: text(func(c *Config) *string { return &c.FRP.TLS.ServerName })},
+	{key: "frp.tls.cert_file", env: "PIPEOPS_FRP_TLS_CERT_FILE", doc: "Client certificate for frps, PEM.",
+		set: text(func(c *Config) *string { return &c.FRP.TLS.CertFile })},
+	{key: "frp.tls.key_file", env: "PIPEOPS_FRP_TLS_KEY_FILE", doc: "Key of the client certificate, PEM.",
+		set: text(func(c *Config) *string { return &c.FRP.TLS.KeyFile })},
+	{key: "frp.tunnel.type", env: "PIPEOPS_FRP_TUNNEL_TYPE", def: "http", doc: "Type of the frp proxy: http or tcp. The lease may name another.",
+		set: oneOf(func(c *Config) *string { return &c.FRP.Tunnel.Type }, "http", "tcp")},
+	{key: "frp.tunnel.subdomain", env: "PIPEOPS_FRP_TUNNEL_SUBDOMAIN", doc: "Subdomain at frps. Default: the agent's id.",
+		set: checked(dnsLabel, func(c *Config) *string { return &c.FRP.Tunnel.Subdomain })},
+	{key: "frp.tunnel.custom_domains", env: "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS", list: true, doc: "Domains at frps, instead of the subdomain.",
+		set: domains(func(c *Config) *[]string { return &c.FRP.Tunnel.CustomDomains })},
+	{key: "frp.tunnel.remote_port", env: "PIPEOPS_FRP_TUNNEL_REMOTE_PORT", doc: "Port at frps, for type tcp. Default: frps chooses.",
+		set: port(func(c *Config) *int { return &c.FRP.Tunnel.RemotePort })},
+
+	{key: "kubernetes.kubeconfig", env: "KUBECONFIG", doc: "Kubeconfig of the cluster. Default: in-cluster, else ~/.kube/config.",
+		set: text(func(c *Config) *string { return &c.Kubernetes.Kubeconfig })},
+	{key: "kubernetes.in_cluster", def: "false", doc: "Use the pod's ServiceAccount and nothing else.",
+		set: boolean(func(c *Config) *bool { return &c.Kubernetes.InCluster })},
+
+	{key: "proxy.listen_addr", env: "PIPEOPS_LISTEN_ADDR", def: "127.0.0.1:8080", doc: "Where frpc finds the proxy: everything is served here.",
+		set: checked(listenAddr, func(c *Config) *string { return &c.Proxy.ListenAddr })},
+	{key: "proxy.metrics_addr", env: "PIPEOPS_METRICS_ADDR", def: ":9090", doc: "Where the kubelet and Prometheus find the proxy: probes and metrics only.",
+		set: checked(listenAddr, func(c *Config) *string { return &c.Proxy.MetricsAddr })},
+	{key: "proxy.drain_timeout", env: "PIPEOPS_DRAIN_TIMEOUT", def: "25s", doc: "How long running streams may go on after SIGTERM.",
+		set: duration(func(c *Config) *time.Duration { return &c.Proxy.DrainTimeout })},
+
+	{key: "run_dir", env: "PIPEOPS_RUN_DIR", def: "/var/run/pipeops", doc: "Volume shared by the containers: frpc.toml and lease.json.",
+		set: text(func(c *Config) *string { return &c.RunDir })},
+	{key: "logging.level", env: "PIPEOPS_LOG_LEVEL", def: "info", doc: "debug, info, warn or error.",
+		set: oneOf(func(c *Config) *string { return &c.Logging.Level }, "debug", "info", "warn", "error")},
+	{key: "logging.format", env: "PIPEOPS_LOG_FORMAT", def: "json", doc: "json or text.",
+		set: oneOf(func(c *Config) *string { return &c.Logging.Format }, "json", "text")},
+}
+
+func text(field func(*Config) *string) func(*Config, string) error {
+	return func(c *Config, v string) error { *field(c) = v; return nil }
+}
+
+// checked sets a text that check has accepted, as check returns it.
+func checked(check func(string) (string, error), field func(*Config) *string) func(*Config, string) error {
+	return func(c *Config, v string) (err error) {
+		*field(c), err = check(v)
+		return err
+	}
+}
+
+func secret(field func(*Config) *frpc.Secret) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		*field(c) = frpc.Secret(v)
+		return checkToken(v)
+	}
+}
+
+func boolean(field func(*Config) *bool) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		if v != "true" && v != "false" {
+			return fmt.Errorf("%q is neither true nor false", v)
+		}
+		*field(c) = v == "true"
+		return nil
+	}
+}
+
+func port(field func(*Config) *int) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < 1 || n > 65535 {
+			return fmt.Errorf("%q is not a port: give a number from 1 to 65535", v)
+		}
+		*field(c) = n
+		return nil
+	}
+}
+
+func duration(field func(*Config) *time.Duration) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		d, err := time.ParseDuration(v)
+		if err != nil || d < 0 {
+			return fmt.Errorf("%q is not a duration: give one such as 25s or 2m", v)
+		}
+		*field(c) = d
+		return nil
+	}
+}
+
+func oneOf(field func(*Config) *string, names ...string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		*field(c) = v
+		if !slices.Contains(names, v) {
+			return fmt.Errorf("%q is unknown: choose one of %s", v, strings.Join(names, ", "))
+		}
+		return nil
+	}
+}
+
+func proxyURL(field func(*Config) *frpc.Secret) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		*field(c) = frpc.Secret(v)
+		u, err := url.Parse(v)
+		// The value is not repeated: it may hold a password.
+		if err != nil || u.Host == "" || !slices.Contains([]string{"http", "socks5", "ntlm"}, u.Scheme) {
+			return errors.New("is not a proxy's URL: give http://, socks5:// or ntlm:// with a host and port")
+		}
+		return nil
+	}
+}
+
+func domains(field func(*Config) *[]string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		for domain := range strings.SplitSeq(v, ",") {
+			domain, err := dnsName(strings.TrimSpace(domain))
+			if err != nil {
+				return err
+			}
+			*field(c) = append(*field(c), domain)
+		}
+		return nil
+	}
+}
+
+var (
+	labelPattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+	namePattern  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
+)
+
+func dnsLabel(v string) (string, error) {
+	if !labelPattern.MatchString(v) {
+		return "", fmt.Errorf("%.100q is not a DNS label: give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends", v)
+	}
+	return v, nil
+}
+
+func dnsName(v string) (string, error) {
+	if !namePattern.MatchString(v) {
+		return "", fmt.Errorf("%.100q is not a DNS name: give letters, digits, hyphens and dots", v)
+	}
+	return v, nil
+}
+
+// apiURL keeps the agent's token off the network in the clear.
+func apiURL(v string) (string, error) {
+	u, err := url.Parse(v)
+	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Scheme != "https" && u.Scheme != "http" {
+		return "", errors.New("is not the URL of a control plane: give https:// with a host, a port if need be, and a path if need be")
+	}
+	if u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
+		return "", errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
+	}
+	return strings.TrimRight(v, "/"), nil
+}
+
+func listenAddr(v string) (string, error) {
+	_, port, err := net.SplitHostPort(v)
+	if n, convErr := strconv.Atoi(port); err != nil || convErr != nil || n < 1 || n > 65535 {
+		return "", fmt.Errorf("%q is not an address to listen on: give host:port or :port", v)
+	}
+	return v, nil
+}
+
+// checkToken refuses what no HTTP header can carry, above all the line break at the end of a copied token.
+func checkToken(v string) error {
+	for _, r := range v {
+		if r <= ' ' || r > '~' {
+			return errors.New("holds a space, a line break or a character outside ASCII: copy the token again")
+		}
+	}
+	return nil
+}

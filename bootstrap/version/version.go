@@ -1,0 +1,38 @@
+// Package version says what was built.
+package version
+
+import (
+	"runtime"
+	"runtime/debug"
+)
+
+// Set by the linker: -X github.com/pipeops/vm-agent/bootstrap/version.Version=v1.2.3, and BuildDate likewise.
+var (
+	Version   = "dev"
+	BuildDate = "" // RFC 3339, of the commit, so that a build can be repeated
+)
+
+// Contract is the version of the HTTP API and of the exchange with the control plane.
+const Contract = "1"
+
+// Info is what GET /version and --version tell.
+type Info struct {
+	Version   string `json:"version"`
+	Commit    string `json:"commit"` // empty where Go stamped none
+	BuildDate string `json:"build_date"`
+	GoVersion string `json:"go_version"`
+	Contract  string `json:"contract"`
+}
+
+// Get returns the version of the running binary.
+func Get() Info {
+	info := Info{Version: Version, BuildDate: BuildDate, GoVersion: runtime.Version(), Contract: Contract}
+	if build, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range build.Settings {
+			if s.Key == "vcs.revision" {
+				info.Commit = s.Value
+			}
+		}
+	}
+	return info
+}

@@ -1,0 +1,82 @@
+package frpc
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+)
+
+// ProxyStatus is what frpc says of one of its proxies.
+// Source: GET /api/status of frpc's admin API (frp client/http/model).
+type ProxyStatus struct {
+	Name       string `json:"name"`
+	Type       string `json:"type"`
+	Status     string `json:"status"` // new, wait start, start error, running, check failed or closed
+	Err        string `json:"err"`    // why frps refused it
+	RemoteAddr string `json:"remote_addr"`
+}
+
+// AdminClient speaks to the admin API of the frpc in the same pod.
+type AdminClient struct {
+	admin Admin
+	http  *http.Client
+}
+
+// NewAdminClient makes a client of the frpc that listens as admin says. Its calls take five seconds at most.
+func NewAdminClient(admin Admin) *AdminClient {
+	// Of its own, so that the environment's proxy settings do not apply to loopback calls.
+	return &AdminClient{admin: admin, http: &http.Client{
+		Transport: &http.Transport{DisableKeepAlives: true},
+		Timeout:   5 * time.Second,
+	}}
+}
+
+// Status returns frpc's proxies. There are none while frpc is not logged in to frps.
+func (c *AdminClient) Status(ctx context.Context) ([]ProxyStatus, error) {
+	body, err := c.call(ctx, http.MethodGet, "/api/status")
+	if err != nil {
+		return nil, err
+	}
+	var byType map[string][]ProxyStatus
+	if err := json.Unmarshal(body, &byType); err != nil {
+		return nil, fmt.Errorf("frpc's admin API: status is not JSON: %w", err)
+	}
+	var all []ProxyStatus
+	for _, list := range byType {
+		all = append(all, list...)
+	}
+	return all, nil
+}
+
+// Stop ends frpc. Who started it (the kubelet) starts it again, with the frpc.toml that then stands.
+func (c *AdminClient) Stop(ctx context.Context) error {
+	_, err := c.call(ctx, http.MethodPost, "/api/stop")
+	return err
+}
+
+func (c *AdminClient) call(ctx context.Context, method, path string) ([]byte, error) {
+	addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(c.admin.Port))
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+addr+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.SetBasicAuth(c.admin.User, c.admin.Password.Reveal())
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("frpc's admin API at %s does not answer: %w", addr, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	if err != nil {
+		return nil, fmt.Errorf("frpc's admin API at %s: %w", addr, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("frpc's admin API at %s answers %s to %s %s", addr, resp.Status, method, path)
+	}
+	return body, nil
+}

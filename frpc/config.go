@@ -1,0 +1,157 @@
+// Package frpc holds all that the agent knows of the stock frp client: its configuration file, its admin
+// API and its login. The agent never links frp's code; everything here is checked against the stock binary
+// in tests/tools/frp.
+package frpc
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+// Config is what the agent decides in frpc.toml; what it leaves out keeps frp's default.
+// Its field names in JSON are those of lease.json.
+type Config struct {
+	ServerAddr string `json:"server_addr"` // host name or IP of frps
+	ServerPort int    `json:"server_port"`
+	User       string `json:"user,omitempty"` // frps puts it before the proxy's name, with a dot
+	ClientID   string `json:"client_id"`      // unique for each instance of the agent
+	Protocol   string `json:"protocol"`       // tcp, kcp, quic, websocket or wss
+	ProxyURL   Secret `json:"proxy_url,omitempty"`
+	TLS        TLS    `json:"tls"`
+	Token      Secret `json:"token,omitempty"` // frp's auth.token, shared by all clients of a frps
+	// Metadatas go with every login; a plugin of frps checks the agent's own credential there.
+	Metadatas map[string]Secret `json:"metadatas,omitempty"`
+	LogLevel  string            `json:"log_level,omitempty"` // trace, debug, info, warn or error
+	Admin     Admin             `json:"admin"`
+	Tunnel    Tunnel            `json:"tunnel"`
+}
+
+// TLS is how the connection to frps is secured. It is always encrypted; without CAFile frpc verifies nothing.
+type TLS struct {
+	CAFile     string `json:"ca_file,omitempty"`
+	ServerName string `json:"server_name,omitempty"` // empty: the server's address
+	CertFile   string `json:"cert_file,omitempty"`
+	KeyFile    string `json:"key_file,omitempty"`
+}
+
+// Admin is frpc's own API, on 127.0.0.1.
+type Admin struct {
+	Port     int    `json:"port"`
+	User     string `json:"user"`
+	Password Secret `json:"password"`
+}
+
+// Tunnel is the one frp proxy that leads to the agent.
+type Tunnel struct {
+	Name          string   `json:"name"` // unique on the whole frps
+	Type          string   `json:"type"` // http or tcp
+	Subdomain     string   `json:"subdomain,omitempty"`
+	CustomDomains []string `json:"custom_domains,omitempty"`
+	RemotePort    int      `json:"remote_port,omitempty"` // tcp only
+	Group         string   `json:"group,omitempty"`       // instances of one agent share it
+	GroupKey      Secret   `json:"group_key,omitempty"`
+	LocalIP       string   `json:"local_ip"`
+	LocalPort     int      `json:"local_port"`
+}
+
+// TOML renders frpc.toml. It fails only on text that is not UTF-8, which TOML cannot hold; the error names the key.
+func (c Config) TOML() ([]byte, error) {
+	w := tomlWriter{}
+	w.buf.WriteString("# Written by the PipeOps agent's bootstrap at every start: changes are lost. Holds secrets.\n")
+	w.text("serverAddr", c.ServerAddr)
+	w.number("serverPort", c.ServerPort)
+	w.text("user", c.User)
+	w.text("clientID", c.ClientID)
+	// frpc's default is to exit when the first login fails; a tunnel must keep trying.
+	w.buf.WriteString("loginFailExit = false\n")
+	w.text("log.level", c.LogLevel)
+	w.buf.WriteString("log.disablePrintColor = true\n")
+	w.text("auth.method", "token")
+	w.text("auth.token", c.Token.Reveal())
+	for _, k := range slices.Sorted(maps.Keys(c.Metadatas)) {
+		w.text("metadatas."+quote(k), c.Metadatas[k].Reveal())
+	}
+	w.text("transport.protocol", c.Protocol)
+	w.text("transport.proxyURL", c.ProxyURL.Reveal())
+	w.text("transport.tls.trustedCaFile", c.TLS.CAFile)
+	w.text("transport.tls.serverName", c.TLS.ServerName)
+	w.text("transport.tls.certFile", c.TLS.CertFile)
+	w.text("transport.tls.keyFile", c.TLS.KeyFile)
+	w.text("webServer.addr", "127.0.0.1")
+	w.number("webServer.port", c.Admin.Port)
+	w.text("webServer.user", c.Admin.User)
+	w.text("webServer.password", c.Admin.Password.Reveal())
+
+	w.buf.WriteString("\n[[proxies]]\n")
+	w.text("name", c.Tunnel.Name)
+	w.text("type", c.Tunnel.Type)
+	w.text("localIP", c.Tunnel.LocalIP)
+	w.number("localPort", c.Tunnel.LocalPort)
+	w.text("subdomain", c.Tunnel.Subdomain)
+	w.texts("customDomains", c.Tunnel.CustomDomains)
+	w.number("remotePort", c.Tunnel.RemotePort)
+	w.text("loadBalancer.group", c.Tunnel.Group)
+	w.text("loadBalancer.groupKey", c.Tunnel.GroupKey.Reveal())
+	return w.buf.Bytes(), w.err
+}
+
+// tomlWriter writes key = value lines, leaves zero values to frp's defaults, and keeps the first error.
+type tomlWriter struct {
+	buf bytes.Buffer
+	err error
+}
+
+func (w *tomlWriter) text(key, value string) {
+	if value != "" {
+		w.line(key, quote(value), utf8.ValidString(key+value))
+	}
+}
+
+func (w *tomlWriter) texts(key string, values []string) {
+	if len(values) == 0 {
+		return
+	}
+	quoted := make([]string, len(values))
+	for i, v := range values {
+		quoted[i] = quote(v)
+	}
+	w.line(key, "["+strings.Join(quoted, ", ")+"]", utf8.ValidString(strings.Join(values, "")))
+}
+
+func (w *tomlWriter) number(key string, value int) {
+	if value != 0 {
+		w.line(key, strconv.Itoa(value), true)
+	}
+}
+
+func (w *tomlWriter) line(key, value string, valid bool) {
+	if !valid && w.err == nil {
+		w.err = fmt.Errorf("frpc.toml: the value of %q is not valid UTF-8", strings.ToValidUTF8(key, "?"))
+	}
+	fmt.Fprintf(&w.buf, "%s = %s\n", key, value)
+}
+
+// quote makes a TOML basic string. Beyond what TOML asks for it escapes '{', because frp runs the file as a
+// text/template first. No value can start a line, so none can be taken for the "[common]" of frp's old format.
+func quote(s string) string {
+	var b strings.Builder
+	b.WriteByte('"')
+	for _, r := range s {
+		switch {
+		case r == '"' || r == '\\':
+			b.WriteByte('\\')
+			b.WriteRune(r)
+		case r < 0x20 || r == 0x7f || r == '{':
+			fmt.Fprintf(&b, `\u%04X`, r)
+		default:
+			b.WriteRune(r)
+		}
+	}
+	b.WriteByte('"')
+	return b.String()
+}

@@ -1,0 +1,3 @@
+module github.com/pipeops/vm-agent/frpc
+
+go 1.26.0

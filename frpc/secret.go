@@ -1,0 +1,27 @@
+package frpc
+
+import (
+	"fmt"
+	"log/slog"
+)
+
+// Secret is a text that prints as [redacted] with fmt and log/slog. JSON and TOML hold it in the clear:
+// the files that carry it are mode 0600 on a memory volume.
+type Secret string
+
+// Reveal gives the text itself, for the one place that sends it.
+func (s Secret) Reveal() string { return string(s) }
+
+// String is "[redacted]", or empty where there is no secret.
+func (s Secret) String() string {
+	if s == "" {
+		return ""
+	}
+	return "[redacted]"
+}
+
+// Format prints String for every verb, so that %x and %#v give nothing away either.
+func (s Secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(s.String())) }
+
+// LogValue implements [slog.LogValuer].
+func (s Secret) LogValue() slog.Value { return slog.StringValue(s.String()) }

@@ -1,0 +1,49 @@
+package kube
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+)
+
+// upstreamPath returns the part of the request's path that follows Prefix, still encoded, byte for byte as
+// the caller sent it; or an error that says why it is refused. A path that this proxy and the API server
+// could read differently must not get through: what is decided here would then not hold there.
+func upstreamPath(r *http.Request) (string, error) {
+	raw, _, _ := strings.Cut(r.RequestURI, "?")
+	encoded := r.URL.EscapedPath()
+	if r.Method == http.MethodConnect || !strings.HasPrefix(raw, "/") || raw != encoded {
+		return "", errors.New("the request's target must be a path, and encoded as RFC 3986 asks")
+	}
+	decoded := r.URL.Path
+	if strings.ContainsAny(decoded, "\\\x00") {
+		return "", errors.New("the path holds a backslash or NUL")
+	}
+	for segment := range strings.SplitSeq(decoded, "/") {
+		if segment == "." || segment == ".." {
+			return "", fmt.Errorf("the path holds the segment %q", segment)
+		}
+	}
+	path := strings.TrimPrefix(encoded, Prefix)
+	if path == "" {
+		path = "/"
+	}
+	return path, nil
+}
+
+// forbidden says why path (decoded, below Prefix) is closed, or "" if it is open. With nodes/proxy a caller
+// gets past RBAC and audit to every pod of the node, even with GET (kubernetes/kubernetes#136550); /metrics,
+// /debug and /logs are of the API server's process and host, not of the cluster.
+func forbidden(path string) string {
+	// Empty segments are left out, as API servers do when they look for the resource.
+	segments := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })
+	switch {
+	case len(segments) >= 5 && segments[0] == "api" && segments[2] == "nodes" && segments[4] == "proxy":
+		return "nodes/proxy reaches every pod on the node past RBAC and audit: use pods/exec, pods/log or pods/portforward"
+	case len(segments) >= 1 && (segments[0] == "metrics" || segments[0] == "debug" || segments[0] == "logs"):
+		return "/" + segments[0] + " is the API server's own: read it in the cluster"
+	}
+	return ""
+}

@@ -1,0 +1,182 @@
+// Package kube is the reverse proxy to the Kubernetes API server. Callers are authenticated before they get
+// here; from here on only the agent's own credential counts.
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+)
+
+// Prefix is where the Kubernetes API begins. What follows it is the API server's path.
+const Prefix = "/api/k8s"
+
+// Proxy forwards requests below Prefix to the API server, with the agent's credential in place of the caller's.
+type Proxy struct {
+	target *url.URL
+	lanes  lanes
+	rp     *httputil.ReverseProxy
+	log    *slog.Logger
+}
+
+// New makes a proxy to the API server of config.
+func New(config *rest.Config, log *slog.Logger) (*Proxy, error) {
+	config = rest.CopyConfig(config)
+	config.DisableCompression = true // else Go would change bodies and their headers
+	config.Timeout = 0               // watches, logs and exec have no end
+	target, _, err := rest.DefaultServerUrlFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
+	}
+	p := &Proxy{target: target, log: log}
+	if p.lanes.calls, err = rest.TransportFor(config); err != nil {
+		return nil, fmt.Errorf("the connection to the API server: %w", err)
+	}
+	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
+	config.NextProtos = []string{"http/1.1"}
+	if p.lanes.upgrades, err = rest.TransportFor(config); err != nil {
+		return nil, fmt.Errorf("the connection to the API server: %w", err)
+	}
+	p.rp = &httputil.ReverseProxy{
+		Rewrite:        p.rewrite,
+		Transport:      p.lanes,
+		ModifyResponse: checkCredential,
+		ErrorHandler:   p.fail,
+		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	return p, nil
+}
+
+// lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2.
+type lanes struct{ calls, upgrades http.RoundTripper }
+
+func (l lanes) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Header.Get("Upgrade") != "" {
+		return l.upgrades.RoundTrip(r)
+	}
+	return l.calls.RoundTrip(r)
+}
+
+type contextKey struct{}
+
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	path, err := upstreamPath(r)
+	if err != nil {
+		WriteStatus(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent refuses the request: "+err.Error(), 0)
+		return
+	}
+	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
+		WriteStatus(w, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward this path: "+why, 0)
+		return
+	}
+	for name := range r.Header {
+		if hasPrefixFold(name, "Impersonate-") {
+			WriteStatus(w, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward impersonation: remove --as and its kin", 0)
+			return
+		}
+	}
+	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
+		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
+		WriteStatus(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
+		return
+	}
+	p.rp.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), contextKey{}, path)))
+}
+
+// rewrite runs after the hop-by-hop headers are gone, so that a "Connection: Authorization" of the caller
+// removes nothing of what is set from here on. The transports add the credential, but only where there is
+// none: the caller's must go.
+func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
+	out := pr.Out
+	path, _ := pr.In.Context().Value(contextKey{}).(string)
+	out.URL.Scheme, out.URL.Host, out.Host = p.target.Scheme, p.target.Host, ""
+	out.URL.RawPath = strings.TrimRight(p.target.EscapedPath(), "/") + path
+	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
+	out.URL.RawQuery = pr.In.URL.RawQuery               // byte for byte: ReverseProxy had tidied it
+
+	for name := range out.Header {
+		if hasPrefixFold(name, "X-Remote-") {
+			out.Header.Del(name)
+		}
+	}
+	out.Header.Del("Authorization")
+	out.Header.Del("Cookie")
+	out.Header.Del("X-Real-Ip")
+	// The API server takes a token from this list too.
+	if protocols := withoutTokens(out.Header.Values("Sec-Websocket-Protocol")); protocols != "" {
+		out.Header.Set("Sec-Websocket-Protocol", protocols)
+	} else {
+		out.Header.Del("Sec-Websocket-Protocol")
+	}
+	out.Header.Set("Audit-Id", out.Header.Get("X-Request-Id"))
+	out.Header.Del("X-Request-Id")
+}
+
+// withoutTokens drops the sub-protocols that carry a bearer token.
+// Source: k8s.io/apiserver/pkg/authentication/request/websocket.
+func withoutTokens(values []string) string {
+	var kept []string
+	for protocol := range strings.SplitSeq(strings.Join(values, ","), ",") {
+		protocol = strings.TrimSpace(protocol)
+		if protocol != "" && !hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.") {
+			kept = append(kept, protocol)
+		}
+	}
+	return strings.Join(kept, ", ")
+}
+
+// checkCredential keeps the API server's 401 from the caller, whose own credential it says nothing about.
+func checkCredential(resp *http.Response) error {
+	if resp.StatusCode == http.StatusUnauthorized {
+		return errCredential
+	}
+	return nil
+}
+
+// fail answers for an API server that did not.
+func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
+	if errors.Is(err, context.Canceled) && r.Context().Err() != nil {
+		return // the caller has gone
+	}
+	code, reason, message := explain(p.target.Host, err)
+	p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("X-Request-Id"))
+	WriteStatus(w, code, reason, message, 0)
+}
+
+// Check asks the API server for its list of versions, which every accepted credential may read.
+func (p *Proxy) Check(ctx context.Context) error {
+	target := *p.target
+	target.Path, target.RawPath = strings.TrimRight(target.Path, "/")+"/api", ""
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
+	if err != nil {
+		return err
+	}
+	resp, err := p.lanes.calls.RoundTrip(req)
+	if err != nil {
+		_, _, message := explain(p.target.Host, err)
+		return errors.New(message)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20))
+	switch resp.StatusCode {
+	case http.StatusOK:
+		return nil
+	case http.StatusUnauthorized:
+		return errCredential
+	default:
+		return fmt.Errorf("the Kubernetes API server at %s answers %s to GET /api: look at its logs", p.target.Host, resp.Status)
+	}
+}
+
+func hasPrefixFold(s, prefix string) bool {
+	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
+}

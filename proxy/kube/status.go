@@ -1,0 +1,53 @@
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// WriteStatus answers with a metav1.Status, which kubectl prints and client-go understands. retryAfter is in
+// seconds, none if 0.
+func WriteStatus(w http.ResponseWriter, code int, reason metav1.StatusReason, message string, retryAfter int32) {
+	status := metav1.Status{
+		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
+		Status:   metav1.StatusFailure, Message: message, Reason: reason, Code: int32(code), //nolint:gosec // an HTTP status
+	}
+	if retryAfter > 0 {
+		status.Details = &metav1.StatusDetails{RetryAfterSeconds: retryAfter}
+		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
+	}
+	body, err := json.Marshal(status)
+	if err != nil {
+		http.Error(w, message, code)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json") // kubectl decodes a Status from no other type
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(code)
+	_, _ = w.Write(body)
+}
+
+// errCredential is an API server that does not accept the agent's own credential.
+var errCredential = errors.New("the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted")
+
+// explain says which hop failed on the way to the API server, what happened and what to do.
+func explain(host string, err error) (code int, reason metav1.StatusReason, message string) {
+	var timeout net.Error
+	switch {
+	case errors.Is(err, errCredential):
+		return http.StatusBadGateway, "BadGateway", err.Error()
+	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
+		return http.StatusGatewayTimeout, metav1.StatusReasonTimeout,
+			fmt.Sprintf("the Kubernetes API server at %s does not answer the agent: %v: check its health and the network between", host, err)
+	default:
+		return http.StatusBadGateway, "BadGateway",
+			fmt.Sprintf("the agent cannot reach the Kubernetes API server at %s: %v: check that it runs, and the agent's kubeconfig", host, err)
+	}
+}

@@ -1,0 +1,142 @@
+// Command proxy serves the agent's HTTP API: to frpc on the tunnel listener, and probes and metrics to the
+// kubelet and Prometheus on the operations listener.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// Exit codes.
+const (
+	exitOK     = 0
+	exitFailed = 1
+	exitUsage  = 2 // the configuration or the command line is wrong
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	// A second signal ends the process at once.
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
+}
+
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.Usage = func() {
+		_, _ = fmt.Fprint(stderr, "proxy serves the agent's HTTP API and the Kubernetes API under /api/k8s/.\n\nUsage: proxy [flags]\n\n")
+		flags.PrintDefaults()
+	}
+	configPath := flags.String("config", "", "YAML configuration `file` (default "+config.DefaultPath+", which may be absent)")
+	showVersion := flags.Bool("version", false, "print the version as JSON and exit")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return exitOK
+	} else if err != nil {
+		return exitUsage
+	}
+	if flags.NArg() > 0 {
+		_, _ = fmt.Fprintf(stderr, "proxy: unknown argument %q: see proxy --help\n", flags.Arg(0))
+		return exitUsage
+	}
+	if *showVersion {
+		_ = json.NewEncoder(stdout).Encode(version.Get())
+		return exitOK
+	}
+	cfg, err := config.Load(*configPath, getenv)
+	if err != nil {
+		_, _ = fmt.Fprintln(stderr, "proxy:", err)
+		return exitUsage
+	}
+	restConfig, err := kube.RESTConfig(cfg.Kubernetes.Kubeconfig, cfg.Kubernetes.InCluster)
+	if err != nil {
+		_, _ = fmt.Fprintln(stderr, "proxy: no way to the Kubernetes API server:", err)
+		return exitUsage
+	}
+	log := cfg.Logger(stderr)
+	api, err := kube.New(restConfig, log)
+	if err != nil {
+		_, _ = fmt.Fprintln(stderr, "proxy:", err)
+		return exitUsage
+	}
+	if err := serve(ctx, cfg, newServer(cfg, api, log), log); err != nil {
+		log.Error("stopped", "error", err)
+		return exitFailed
+	}
+	return exitOK
+}
+
+// serve runs both listeners until ctx ends, then drains.
+func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger) error {
+	var servers []*http.Server
+	failed := make(chan error, 2)
+	for _, l := range []struct {
+		key, addr string
+		handler   http.Handler
+	}{
+		{"proxy.metrics_addr (PIPEOPS_METRICS_ADDR)", cfg.Proxy.MetricsAddr, s.handler(operations)},
+		{"proxy.listen_addr (PIPEOPS_LISTEN_ADDR)", cfg.Proxy.ListenAddr, s.handler(tunnel)},
+	} {
+		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
+		if err != nil {
+			closeAll(servers)
+			return fmt.Errorf("%s: %w: free the port or choose another", l.key, err)
+		}
+		server := &http.Server{
+			Handler: l.handler,
+			// No ReadTimeout and no WriteTimeout: they would cut watches, logs and exec.
+			ReadHeaderTimeout: 32 * time.Second,
+			// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
+			IdleTimeout: 120 * time.Second,
+			ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		}
+		servers = append(servers, server)
+		go func() {
+			if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+				failed <- fmt.Errorf("%s: %w", l.key, err)
+			}
+		}()
+	}
+	log.Info("serving", "listen_addr", cfg.Proxy.ListenAddr, "metrics_addr", cfg.Proxy.MetricsAddr,
+		"agent_id", cfg.Agent.ID, "version", version.Version)
+
+	select {
+	case err := <-failed:
+		closeAll(servers)
+		return err
+	case <-ctx.Done():
+	}
+	log.Info("draining", "drain_timeout", cfg.Proxy.DrainTimeout.String())
+	s.draining.Store(true)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.Proxy.DrainTimeout)
+	defer cancel()
+	// The tunnel first; probes are answered until it is empty.
+	for i := len(servers) - 1; i >= 0; i-- {
+		if err := servers[i].Shutdown(ctx); err != nil {
+			log.Warn("requests cut at the end of the drain timeout", "error", err)
+			_ = servers[i].Close()
+		}
+	}
+	return nil
+}
+
+func closeAll(servers []*http.Server) {
+	for _, s := range servers {
+		_ = s.Close()
+	}
+}

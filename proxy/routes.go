@@ -1,0 +1,103 @@
+package main
+
+import (
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync/atomic"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// listener says where a request came in.
+type listener int
+
+const (
+	tunnel     listener = iota // from frpc
+	operations                 // from the kubelet or Prometheus
+)
+
+// route is one row of the API.
+type route struct {
+	method  string // GET answers HEAD too
+	path    string
+	bearer  bool // on the tunnel listener, the caller must show the agent's token
+	ops     bool // served on the operations listener too, to everyone who reaches it
+	handler http.HandlerFunc
+}
+
+// routes is the whole API but for the Kubernetes API, which handler dispatches before any of these: a
+// ServeMux would redirect some of its paths.
+func (s *server) routes(l listener) []route {
+	return []route{
+		{method: "GET", path: "/health", ops: true, handler: s.health},
+		{method: "GET", path: "/ready", ops: true, handler: s.getReady(l)},
+		{method: "GET", path: "/version", ops: true, handler: s.version},
+		{method: "GET", path: "/metrics", ops: true, bearer: true, handler: s.metrics.handler.ServeHTTP},
+	}
+}
+
+// server holds what the handlers share.
+type server struct {
+	agentID  string
+	auth     *authenticator
+	kube     http.Handler
+	metrics  *metrics
+	ready    *readiness
+	log      *slog.Logger
+	draining atomic.Bool
+}
+
+func newServer(cfg *config.Config, api *kube.Proxy, log *slog.Logger) *server {
+	s := &server{agentID: cfg.Agent.ID, auth: newAuthenticator(cfg.Agent.Token), kube: api, metrics: newMetrics(), log: log}
+	s.ready = newReadiness(api, cfg.RunDir, &s.draining, s.metrics)
+	return s
+}
+
+// handler serves one listener.
+func (s *server) handler(l listener) http.Handler {
+	mux := http.NewServeMux()
+	for _, r := range s.routes(l) {
+		if l == operations && !r.ops {
+			continue
+		}
+		handler := r.handler
+		if r.bearer && l == tunnel {
+			handler = s.requireBearer(handler, problemUnauthorized)
+		}
+		mux.HandleFunc(r.method+" "+r.path, handler)
+		mux.HandleFunc(r.path, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Allow", r.method)
+			writeProblem(w, http.StatusMethodNotAllowed, "use "+r.method)
+		})
+	}
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		writeProblem(w, http.StatusNotFound, "there is no such path: the Kubernetes API is under "+kube.Prefix+"/")
+	})
+	kubernetes := s.requireBearer(s.kube.ServeHTTP, statusUnauthorized)
+	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if l == tunnel && belowKubernetes(r) {
+			r.Pattern = kube.Prefix + "/"
+			kubernetes(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	}))
+}
+
+// belowKubernetes looks at the path as it came, before anything is decoded.
+func belowKubernetes(r *http.Request) bool {
+	path, _, _ := strings.Cut(r.RequestURI, "?")
+	return path == kube.Prefix || strings.HasPrefix(path, kube.Prefix+"/")
+}
+
+// health answers while the process works. It depends on nothing else: a restart would mend nothing else.
+func (s *server) health(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+}
+
+func (s *server) version(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, version.Get())
+}

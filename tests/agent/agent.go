@@ -1,0 +1,167 @@
+// Package agent runs the agent's own binaries and the stock frpc as a pod would: bootstrap first, then frpc
+// and the proxy.
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// Agent is one agent's three processes.
+type Agent struct {
+	Env        []string // of bootstrap and the proxy, as KEY=value
+	RunDir     string
+	Operations string // URL of the operations listener
+	Tunnel     string // URL of the tunnel listener
+	Frpc       *process.Process
+	Proxy      *process.Process
+
+	group    *process.Group
+	id       string
+	starts   int
+	frpcArgs []string
+}
+
+// New prepares an agent: its files, ports and environment. The kubeconfig is its way to the API server.
+func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubeconfig string) (*Agent, error) {
+	dir, err := group.Mkdir("agent-" + id)
+	if err != nil {
+		return nil, err
+	}
+	var ports [3]int
+	for i := range ports {
+		if ports[i], err = process.FreePort(); err != nil {
+			return nil, err
+		}
+	}
+	listen, metrics := loopback(ports[0]), loopback(ports[1])
+	return &Agent{
+		group: group, id: id, RunDir: dir,
+		Tunnel: "http://" + listen, Operations: "http://" + metrics,
+		frpcArgs: []string{"-c", filepath.Join(dir, frpc.ConfigFile)},
+		Env: []string{
+			"PIPEOPS_AGENT_ID=" + id, "PIPEOPS_AGENT_TOKEN=" + token,
+			"PIPEOPS_API_URL=" + cp.APIURL, "PIPEOPS_API_CA_FILE=" + cp.CAFile, "PIPEOPS_FRP_TLS_CA_FILE=" + cp.CAFile,
+			"PIPEOPS_FRP_ADMIN_PORT=" + strconv.Itoa(ports[2]),
+			"PIPEOPS_LISTEN_ADDR=" + listen, "PIPEOPS_METRICS_ADDR=" + metrics,
+			"PIPEOPS_RUN_DIR=" + dir, "KUBECONFIG=" + kubeconfig,
+		},
+	}, nil
+}
+
+// Start runs bootstrap to its end and starts frpc and the proxy.
+func (a *Agent) Start() error {
+	bootstrap, err := a.Bootstrap()
+	if err != nil {
+		return err
+	}
+	if bootstrap.ExitCode() != 0 {
+		return bootstrap.Failed()
+	}
+	if err := a.StartFrpc(); err != nil {
+		return err
+	}
+	return a.StartProxy()
+}
+
+// Bootstrap starts bootstrap --once with further arguments.
+func (a *Agent) Bootstrap(args ...string) (*process.Process, error) {
+	return a.start("bootstrap", a.Env, append([]string{"--once"}, args...)...)
+}
+
+// StartFrpc starts the stock frpc, as it is.
+func (a *Agent) StartFrpc() (err error) {
+	a.Frpc, err = a.start("frpc", nil, a.frpcArgs...)
+	return err
+}
+
+// StartProxy starts the proxy.
+func (a *Agent) StartProxy() (err error) {
+	a.Proxy, err = a.start("proxy", a.Env)
+	return err
+}
+
+func (a *Agent) start(name string, env []string, args ...string) (*process.Process, error) {
+	binary, err := process.Binary(name)
+	if err != nil {
+		return nil, err
+	}
+	a.starts++ // each run has a log of its own
+	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.id, a.starts), env, binary, args...)
+}
+
+// Readiness is the answer of GET /ready.
+type Readiness struct {
+	Status string `json:"status"`
+	Checks map[string]struct {
+		OK     bool   `json:"ok"`
+		Detail string `json:"detail"`
+	} `json:"checks"`
+}
+
+// Ready asks the operations listener.
+func (a *Agent) Ready(ctx context.Context) (int, Readiness, error) {
+	var answer Readiness
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.Operations+"/ready", nil)
+	if err != nil {
+		return 0, answer, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, answer, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	data, err := io.ReadAll(resp.Body)
+	if err == nil {
+		err = json.Unmarshal(data, &answer)
+	}
+	return resp.StatusCode, answer, err
+}
+
+// WaitReady waits until /ready says so. It gives up when frpc or the proxy ends.
+func (a *Agent) WaitReady(ctx context.Context) error {
+	err := process.Poll(30*time.Second, a.Proxy.Done(), func() error {
+		code, answer, err := a.Ready(ctx)
+		if err == nil && code != http.StatusOK {
+			err = fmt.Errorf("/ready answers %d: %+v", code, answer.Checks)
+		}
+		return err
+	})
+	select {
+	case <-a.Proxy.Done():
+		return a.Proxy.Failed()
+	case <-a.Frpc.Done():
+		return a.Frpc.Failed()
+	default:
+		return err
+	}
+}
+
+// Caller is a client configuration that reaches the agent's Kubernetes API by the control plane's gateway.
+func Caller(cp *controlplane.ControlPlane, id, token string) *rest.Config {
+	return &rest.Config{
+		Host: cp.GatewayURL + "/agents/" + id + "/api/k8s", BearerToken: token,
+		TLSClientConfig: rest.TLSClientConfig{CAData: cp.CA},
+	}
+}
+
+// WriteCaller writes Caller as a kubeconfig.
+func WriteCaller(path string, cp *controlplane.ControlPlane, id, token string) error {
+	return cluster.WriteKubeconfig(path, Caller(cp, id, token))
+}
+
+func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }

@@ -1,0 +1,111 @@
+// Command run is `make run`: the whole path from kubectl to a Kubernetes API server, on this machine, until
+// Ctrl-C. With KUBECONFIG set it leads to that cluster; else it starts an API server of its own.
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+const agentID = "agent-001"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Getenv("KUBECONFIG"), os.Stdout); err != nil && !errors.Is(err, context.Canceled) {
+		fmt.Fprintln(os.Stderr, "run:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, kubeconfig string, out io.Writer) error {
+	start := time.Now()
+	say := func(format string, args ...any) { _, _ = fmt.Fprintf(out, format+"\n", args...) }
+	group, err := process.NewGroup()
+	if err != nil {
+		return err
+	}
+	defer group.Close()
+
+	if kubeconfig != "" {
+		say("cluster        %s", kubeconfig)
+	} else {
+		say("cluster        starting etcd and kube-apiserver")
+		c, err := cluster.Start(ctx, group)
+		if err != nil {
+			return err
+		}
+		config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
+		if err != nil {
+			return err
+		}
+		kubeconfig = filepath.Join(group.Dir(), "agent.kubeconfig")
+		if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+			return err
+		}
+	}
+	token := rand.Text()
+	logs, err := os.OpenFile(filepath.Join(group.Dir(), "controlplane.log"), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = logs.Close() }()
+	say("control plane  starting with a stock frps")
+	cp, err := controlplane.Start(ctx, controlplane.Options{
+		Group: group, Agents: map[string]string{agentID: token}, Log: slog.New(slog.NewTextHandler(logs, nil)),
+	})
+	if err != nil {
+		return err
+	}
+	defer cp.Close()
+	say("agent          starting bootstrap, a stock frpc and the proxy")
+	a, err := agent.New(group, cp, agentID, token, kubeconfig)
+	if err != nil {
+		return err
+	}
+	if err := a.Start(); err != nil {
+		return err
+	}
+	if err := a.WaitReady(ctx); err != nil {
+		return err
+	}
+	caller := filepath.Join(group.Dir(), "kubeconfig")
+	if err := agent.WriteCaller(caller, cp, agentID, token); err != nil {
+		return err
+	}
+	kubectl, err := process.Binary("kubectl")
+	if err != nil {
+		return err
+	}
+	say("ready          after %s; logs in %s\n", time.Since(start).Round(10*time.Millisecond), group.Dir())
+	say("In another terminal:\n")
+	say("  export KUBECONFIG=%s", caller)
+	say("  %s get pods -A", kubectl)
+	say("  %s create configmap hello --from-literal=a=b", kubectl)
+	say("  %s auth can-i --list", kubectl)
+	say("\nProbes and metrics: %s/ready and /metrics. Ctrl-C stops everything and removes its files.", a.Operations)
+
+	select {
+	case <-ctx.Done():
+		say("stopping")
+		return nil
+	case <-a.Frpc.Done():
+		return a.Frpc.Failed()
+	case <-a.Proxy.Done():
+		return a.Proxy.Failed()
+	}
+}

@@ -1,0 +1,224 @@
+// Package process runs the real programs that the tests need, and leaves nothing behind: not when a test
+// fails, and not when the process that started them is killed.
+package process
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// stopTimeout is how long a process may take to end after SIGTERM.
+const stopTimeout = 10 * time.Second
+
+// reaper waits for the end of its standard input, which comes when Close is called or when the process that
+// holds the other end dies, in whatever way. Then it kills what is left and removes the directory.
+const reaper = `trap '' INT TERM HUP
+cat >/dev/null
+for f in "$1"/pids/*; do [ -f "$f" ] && kill -9 "${f##*/}" 2>/dev/null; done
+rm -rf "$1" 2>/dev/null || { sleep 1; rm -rf "$1"; } # a killed process may still write until it is gone`
+
+// Group is a set of processes and the directory they work in. Both end with it.
+type Group struct {
+	dir    string
+	reaper *exec.Cmd
+	alive  io.Closer
+
+	mu        sync.Mutex
+	processes []*Process
+}
+
+// NewGroup makes a group with a fresh directory.
+func NewGroup() (*Group, error) {
+	dir, err := os.MkdirTemp("", "pipeops-")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(filepath.Join(dir, "pids"), 0o700); err != nil {
+		return nil, err
+	}
+	g := &Group{dir: dir, reaper: exec.Command("sh", "-c", reaper, "reaper", dir)}
+	g.reaper.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of the reach of Ctrl-C
+	if g.alive, err = g.reaper.StdinPipe(); err != nil {
+		return nil, err
+	}
+	if err := g.reaper.Start(); err != nil {
+		_ = os.RemoveAll(dir)
+		return nil, fmt.Errorf("start the reaper: %w", err)
+	}
+	return g, nil
+}
+
+// Dir is the group's directory, mode 0700.
+func (g *Group) Dir() string { return g.dir }
+
+// Mkdir makes a directory of the given name in the group's and returns its path.
+func (g *Group) Mkdir(name string) (string, error) {
+	path := filepath.Join(g.dir, name)
+	return path, os.MkdirAll(path, 0o700)
+}
+
+// Close stops all processes, the last started first, and removes the directory.
+func (g *Group) Close() {
+	g.mu.Lock()
+	processes := g.processes
+	g.processes = nil
+	g.mu.Unlock()
+	for i := len(processes) - 1; i >= 0; i-- {
+		processes[i].Stop()
+	}
+	_ = g.alive.Close()
+	_ = g.reaper.Wait()
+}
+
+// Process is a running program.
+type Process struct {
+	name string
+	cmd  *exec.Cmd
+	log  string
+	done chan struct{}
+	err  error // valid when done is closed
+}
+
+// Start runs binary with env added to PATH and HOME alone, so that nothing of the caller's environment
+// decides how a test goes. Its output goes to a file.
+func (g *Group) Start(name string, env []string, binary string, args ...string) (*Process, error) {
+	p := &Process{name: name, log: filepath.Join(g.dir, name+".log"), done: make(chan struct{})}
+	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = log.Close() }()
+	p.cmd = exec.Command(binary, args...)
+	p.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + g.dir}, env...)
+	p.cmd.Stdout, p.cmd.Stderr = log, log
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for us: we stop it in order
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	pidFile := filepath.Join(g.dir, "pids", strconv.Itoa(p.Pid()))
+	err = os.WriteFile(pidFile, nil, 0o600)
+	go func() {
+		p.err = p.cmd.Wait()
+		_ = os.Remove(pidFile) // the number may be another's from now on
+		close(p.done)
+	}()
+	if err != nil {
+		p.Kill()
+		return nil, err
+	}
+	g.mu.Lock()
+	g.processes = append(g.processes, p)
+	g.mu.Unlock()
+	return p, nil
+}
+
+// Pid is the process's id.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
+// Done is closed when the process has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// ExitCode waits for the end and returns the exit code, -1 after a signal.
+func (p *Process) ExitCode() int {
+	<-p.done
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// Stop asks the process to end, insists after a while, and waits.
+func (p *Process) Stop() {
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(stopTimeout):
+		p.Kill()
+	}
+}
+
+// Kill ends the process at once and waits.
+func (p *Process) Kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.done
+}
+
+// Log is all that the process has printed.
+func (p *Process) Log() string {
+	data, err := os.ReadFile(p.log)
+	if err != nil {
+		return err.Error()
+	}
+	return string(data)
+}
+
+// Failed describes a process that ended too early, with the end of its log.
+func (p *Process) Failed() error {
+	log := []byte(p.Log())
+	if lines := bytes.Split(bytes.TrimSpace(log), []byte("\n")); len(lines) > 20 {
+		log = bytes.Join(lines[len(lines)-20:], []byte("\n"))
+	}
+	return fmt.Errorf("%s ended early (%v); the end of its log:\n%s", p.name, p.err, log)
+}
+
+// FreePort returns a port of 127.0.0.1 that nobody listens on. It lies below the ports that the kernel
+// gives to outgoing connections, so that none of those takes it before its user listens.
+func FreePort() (int, error) {
+	for range 1000 {
+		port := 10000 + rand.IntN(20000) //nolint:gosec // any port will do
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			return port, l.Close()
+		}
+	}
+	return 0, errors.New("no free port on 127.0.0.1")
+}
+
+// Binary finds a program that make has built in .build/bin, from the working directory upwards.
+func Binary(name string) (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.work")); err == nil {
+			break
+		}
+		if dir == filepath.Dir(dir) {
+			return "", errors.New("not inside the repository: no go.work above the working directory")
+		}
+	}
+	path := filepath.Join(dir, ".build", "bin", name)
+	if _, err := os.Stat(path); err != nil {
+		return "", fmt.Errorf("%w: run `make build tools`", err)
+	}
+	return path, nil
+}
+
+// Poll calls ready until it returns nil, ctx-like stop is closed, or the time is up; it then returns the last error.
+func Poll(timeout time.Duration, stop <-chan struct{}, ready func() error) error {
+	deadline := time.After(timeout)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := ready()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-stop:
+			return err
+		case <-deadline:
+			return fmt.Errorf("not within %s: %w", timeout, err)
+		case <-tick.C:
+		}
+	}
+}
