@@ -12,8 +12,9 @@ STAMP := github.com/pipeops/vm-agent/bootstrap/version
 STAMPS := -X $(STAMP).Version=$(VERSION) -X $(STAMP).BuildDate=$(DATE)
 
 export CGO_ENABLED := 0
-# The tools' directives name no toolchain: what is installed builds all of it.
-export GOTOOLCHAIN ?= local
+# go.work is for editors. Here each module is built with the dependencies that its own go.mod names, so that
+# what is tested is what ships.
+export GOWORK := off
 
 .PHONY: help
 help: ## List the targets
@@ -38,18 +39,19 @@ verify: $(BIN)/golangci-lint $(BIN)/govulncheck ## Check format, vet, lint, race
 	@want=$$(git ls-files --cached --others --exclude-standard '*go.mod' | xargs -n1 dirname | sort | xargs); \
 	have=$$(printf '%s\n' $(MODULES) $(TOOL_MODULES) | sort | xargs); \
 	[ "$$want" = "$$have" ] || { echo "the Makefile lists: $$have"; echo "the tree holds:     $$want"; exit 1; }
+	@for m in $(MODULES); do grep -qx "	./$$m" go.work || { echo "go.work lacks $$m"; exit 1; }; done
 	@echo "== format"
 	@files=$$(gofmt -l $(MODULES)); [ -z "$$files" ] || { echo "not formatted, run gofmt -w: $$files"; exit 1; }
 	@for m in $(MODULES) $(TOOL_MODULES); do \
 		echo "== $$m: tidy, builds by itself, vet"; \
-		(cd $$m && GOWORK=off go mod tidy -diff && GOWORK=off go build ./... && go vet ./...) || exit 1; done
+		(cd $$m && go mod tidy -diff && go build ./... && go vet ./...) || exit 1; done
 	@for m in $(MODULES) tests/tools/frp; do \
 		echo "== $$m: lint"; (cd $$m && $(BIN)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || exit 1; done
 	@for m in $(filter-out tests,$(MODULES)); do \
 		echo "== $$m: unit tests with the race detector"; (cd $$m && CGO_ENABLED=1 go test -race ./...) || exit 1; done
 	@echo "== known vulnerabilities"
 	@for m in bootstrap proxy; do \
-		out=$$(cd $$m && GOWORK=off $(BIN)/govulncheck ./... 2>&1) && code=0 || code=$$?; \
+		out=$$(cd $$m && $(BIN)/govulncheck ./... 2>&1) && code=0 || code=$$?; \
 		if echo "$$out" | grep -q 'vuln.go.dev.*\(no such host\|dial\|connect\|timeout\)'; then \
 			echo "NOT CHECKED, the vulnerability database cannot be reached from here: $$m"; \
 		elif [ $$code -ne 0 ]; then echo "$$out"; exit 1; \
@@ -59,7 +61,7 @@ verify: $(BIN)/golangci-lint $(BIN)/govulncheck ## Check format, vet, lint, race
 build: ## Build bootstrap and proxy into .build/bin
 	@mkdir -p $(BIN)
 	@for m in bootstrap proxy; do \
-		(cd $$m && GOWORK=off go build -trimpath -ldflags '-s -w $(STAMPS)' -o $(BIN)/$$m .) || exit 1; done
+		(cd $$m && go build -trimpath -ldflags '-s -w $(STAMPS)' -o $(BIN)/$$m .) || exit 1; done
 
 .PHONY: tools
 tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build the real parts that the tests run, once
@@ -74,7 +76,7 @@ define build-tool
 	@mkdir -p $(BIN)
 	@echo "building $(@F) (once)"
 	@rm -f $@.new
-	@cd $(1) && { GOWORK=off go build -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | \
+	@cd $(1) && { go build -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | \
 		awk '/^[A-Za-z0-9._\/~-]+$$/ { if (++n % 100 == 0) print "  " n " packages compiled"; fflush(); next } { print }'
 	@mv $@.new $@
 endef
@@ -85,7 +87,7 @@ $(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
 
 # Without these, clients see version v0.0.0.
 KUBERNETES := tests/tools/kubernetes
-KUBE = $(shell cd $(KUBERNETES) && GOWORK=off go list -m -f '{{.Version}}' k8s.io/kubernetes)
+KUBE = $(shell cd $(KUBERNETES) && go list -m -f '{{.Version}}' k8s.io/kubernetes)
 KUBE_STAMPS = $(foreach v,gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) gitMinor=$(word 2,$(subst ., ,$(KUBE))),-X k8s.io/component-base/version.$(v))
 $(BIN)/kube-apiserver $(BIN)/kubectl: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),-ldflags '-s -w $(KUBE_STAMPS)')

@@ -95,14 +95,18 @@ type failure struct {
 
 // authenticate asks for a lease until it gets one, the failure is final, or ctx ends.
 func (c *controlPlane) authenticate(ctx context.Context, log *slog.Logger) (authAnswer, error) {
+	var last error
 	for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
 		answer, fail := c.attempt(ctx)
-		if fail == nil {
+		switch {
+		case fail == nil:
 			return answer, nil
-		}
-		if fail.final {
+		case fail.final:
 			return authAnswer{}, fail.err
+		case ctx.Err() != nil && last != nil:
+			fail.err = last // an attempt cut short says less than the one before
 		}
+		last = fail.err
 		wait := max(delay/2+mathrand.N(delay), fail.retryAfter) //nolint:gosec // jitter is no secret
 		if deadline, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(deadline) < wait {
 			return authAnswer{}, fmt.Errorf("%w (gave up after --timeout)", fail.err)

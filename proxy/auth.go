@@ -46,21 +46,21 @@ func (a *authenticator) check(r *http.Request) string {
 }
 
 // requireBearer lets next answer only those who show the agent's token.
-func (s *server) requireBearer(next http.HandlerFunc, refuse func(http.ResponseWriter, string)) http.HandlerFunc {
+func (s *server) requireBearer(next http.HandlerFunc, refuse func(http.ResponseWriter, *http.Request, string)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if why := s.auth.check(r); why != "" {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="pipeops-agent"`)
-			refuse(w, why)
+			refuse(w, r, why)
 			return
 		}
 		next(w, r)
 	}
 }
 
-func problemUnauthorized(w http.ResponseWriter, why string) {
+func problemUnauthorized(w http.ResponseWriter, _ *http.Request, why string) {
 	writeProblem(w, http.StatusUnauthorized, why)
 }
 
-func statusUnauthorized(w http.ResponseWriter, why string) {
-	kube.WriteStatus(w, http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "the agent refuses the request: "+why, 0)
+func statusUnauthorized(w http.ResponseWriter, r *http.Request, why string) {
+	kube.WriteStatus(w, r, http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "the agent refuses the request: "+why, 0)
 }

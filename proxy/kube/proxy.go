@@ -71,22 +71,22 @@ type contextKey struct{}
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	path, err := upstreamPath(r)
 	if err != nil {
-		WriteStatus(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent refuses the request: "+err.Error(), 0)
+		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent refuses the request: "+err.Error(), 0)
 		return
 	}
 	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
-		WriteStatus(w, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward this path: "+why, 0)
+		WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward this path: "+why, 0)
 		return
 	}
 	for name := range r.Header {
 		if hasPrefixFold(name, "Impersonate-") {
-			WriteStatus(w, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward impersonation: remove --as and its kin", 0)
+			WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward impersonation: remove --as and its kin", 0)
 			return
 		}
 	}
 	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
 		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
-		WriteStatus(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
+		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
 		return
 	}
 	p.rp.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), contextKey{}, path)))
@@ -142,14 +142,14 @@ func checkCredential(resp *http.Response) error {
 	return nil
 }
 
-// fail answers for an API server that did not.
+// fail answers for an API server that did not. r is the request as rewritten.
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, context.Canceled) && r.Context().Err() != nil {
 		return // the caller has gone
 	}
 	code, reason, message := explain(p.target.Host, err)
-	p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("X-Request-Id"))
-	WriteStatus(w, code, reason, message, 0)
+	p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("Audit-Id"))
+	WriteStatus(w, r, code, reason, message, 0)
 }
 
 // Check asks the API server for its list of versions, which every accepted credential may read.

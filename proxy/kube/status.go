@@ -8,18 +8,28 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 )
 
-// WriteStatus answers with a metav1.Status, which kubectl prints and client-go understands. retryAfter is in
+// WriteStatus answers r with a metav1.Status, which kubectl prints and client-go understands. retryAfter is in
 // seconds, none if 0.
-func WriteStatus(w http.ResponseWriter, code int, reason metav1.StatusReason, message string, retryAfter int32) {
+//
+// kubectl asks for discovery before anything else and shows no Status that answers it, but it shows warnings;
+// and as it asks five times, with ten retries each, a Retry-After there would keep its user waiting for the
+// first word. So discovery is answered with a warning and without Retry-After.
+func WriteStatus(w http.ResponseWriter, r *http.Request, code int, reason metav1.StatusReason, message string, retryAfter int32) {
 	status := metav1.Status{
 		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
-		Status:   metav1.StatusFailure, Message: message, Reason: reason, Code: int32(code), //nolint:gosec // an HTTP status
+		Status:   metav1.StatusFailure, Message: message, Reason: reason, Code: int32(code),
 	}
-	if retryAfter > 0 {
+	if strings.Contains(r.Header.Get("Accept"), "g=apidiscovery.k8s.io") {
+		if warning, err := utilnet.NewWarningHeader(299, "-", message); err == nil {
+			w.Header().Add("Warning", warning)
+		}
+	} else if retryAfter > 0 {
 		status.Details = &metav1.StatusDetails{RetryAfterSeconds: retryAfter}
 		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
 	}

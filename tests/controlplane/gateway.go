@@ -7,11 +7,12 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
-	"strconv"
 	"strings"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
 // agentHeader marks what an agent has answered.
@@ -47,7 +48,7 @@ func (c *ControlPlane) gateway(vhost string) http.Handler {
 		_, known := c.agents[id]
 		c.mu.Unlock()
 		if !ok || !known {
-			writeStatus(w, http.StatusNotFound, metav1.StatusReasonNotFound,
+			kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound,
 				fmt.Sprintf("the control plane knows no agent %.100q: the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
 			return
 		}
@@ -60,12 +61,12 @@ func (c *ControlPlane) gateway(vhost string) http.Handler {
 var errNoAgent = errors.New("no agent is connected")
 
 // unavailable asks for another try in a second. client-go makes ten before it gives the error to its user, so
-// that kubectl works on when a hop is started again.
+// that kubectl works on when a hop is started again. r is the request as rewritten.
 func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, context.Canceled) {
 		return // the caller has gone
 	}
-	id, _, _ := cutAgent(r.URL.Path)
+	id, _, _ := strings.Cut(r.Host, ".")
 	message := fmt.Sprintf("agent %q is not connected to the control plane: look at its pod's bootstrap and frpc logs, and at GET /ready on its port 9090", id)
 	c.mu.Lock()
 	refused, ok := c.refusals[id]
@@ -76,7 +77,7 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 	if !errors.Is(err, errNoAgent) {
 		message = fmt.Sprintf("the gateway cannot reach frps: %v: check that the control plane's frps runs", err)
 	}
-	writeStatus(w, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, message, 1)
+	kube.WriteStatus(w, r, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, message, 1)
 }
 
 // cutAgent splits /agents/{id}/rest into id and /rest. It works on encoded paths as on decoded ones.
@@ -84,16 +85,4 @@ func cutAgent(path string) (id, rest string, ok bool) {
 	path, ok = strings.CutPrefix(path, "/agents/")
 	id, rest, _ = strings.Cut(path, "/")
 	return id, "/" + rest, ok
-}
-
-func writeStatus(w http.ResponseWriter, code int, reason metav1.StatusReason, message string, retryAfter int32) {
-	status := metav1.Status{
-		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
-		Status:   metav1.StatusFailure, Message: message, Reason: reason, Code: int32(code), //nolint:gosec // an HTTP status
-	}
-	if retryAfter > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
-		status.Details = &metav1.StatusDetails{RetryAfterSeconds: retryAfter}
-	}
-	writeJSON(w, code, status)
 }

@@ -87,7 +87,6 @@ type Process struct {
 	cmd  *exec.Cmd
 	log  string
 	done chan struct{}
-	err  error // valid when done is closed
 }
 
 // Start runs binary with env added to PATH and HOME alone, so that nothing of the caller's environment
@@ -109,7 +108,7 @@ func (g *Group) Start(name string, env []string, binary string, args ...string) 
 	pidFile := filepath.Join(g.dir, "pids", strconv.Itoa(p.Pid()))
 	err = os.WriteFile(pidFile, nil, 0o600)
 	go func() {
-		p.err = p.cmd.Wait()
+		_ = p.cmd.Wait()       // ProcessState tells
 		_ = os.Remove(pidFile) // the number may be another's from now on
 		close(p.done)
 	}()
@@ -166,14 +165,14 @@ func (p *Process) Failed() error {
 	if lines := bytes.Split(bytes.TrimSpace(log), []byte("\n")); len(lines) > 20 {
 		log = bytes.Join(lines[len(lines)-20:], []byte("\n"))
 	}
-	return fmt.Errorf("%s ended early (%v); the end of its log:\n%s", p.name, p.err, log)
+	return fmt.Errorf("%s ended early (%s); the end of its log:\n%s", p.name, p.cmd.ProcessState, log)
 }
 
 // FreePort returns a port of 127.0.0.1 that nobody listens on. It lies below the ports that the kernel
 // gives to outgoing connections, so that none of those takes it before its user listens.
 func FreePort() (int, error) {
 	for range 1000 {
-		port := 10000 + rand.IntN(20000) //nolint:gosec // any port will do
+		port := 10000 + rand.IntN(20000)
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			return port, l.Close()

@@ -1,0 +1,256 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// closedPort is an address that nobody listens on.
+func closedPort(t *testing.T) string {
+	t.Helper()
+	port, err := process.FreePort()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("127.0.0.1:%d", port)
+}
+
+// TestBootstrapFailures: each failure gives its exit code and a last line that says hop, cause and next step.
+func TestBootstrapFailures(t *testing.T) {
+	w := newWorld(t)
+	closed := closedPort(t)
+	for _, test := range []struct {
+		name string
+		env  []string
+		args []string
+		code int
+		want string // in the error of the last line
+	}{
+		{"wrong token", []string{"PIPEOPS_AGENT_TOKEN=wrong-one"}, nil, 1,
+			"the control plane at " + w.cp.APIURL + " refuses the agent's token (401 Unauthorized: unknown agent or wrong token): check agent.token (PIPEOPS_AGENT_TOKEN), or get a new one from the control plane"},
+		{"unreachable", []string{"PIPEOPS_API_URL=https://" + closed}, []string{"--timeout", "3s"}, 1,
+			"the control plane at https://" + closed + " cannot be reached: dial tcp " + closed + ": connect: connection refused: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it"},
+		{"unknown authority", []string{"PIPEOPS_API_CA_FILE="}, []string{"--timeout", "3s"}, 1,
+			"shows a certificate that nobody known has signed"},
+		{"wrong path", []string{"PIPEOPS_API_URL=" + w.cp.APIURL + "/v9"}, nil, 1,
+			"does not know the request (404 Not Found, text/plain; charset=utf-8): check agent.api_url (PIPEOPS_API_URL)"},
+		{"no volume", []string{"PIPEOPS_RUN_DIR=/nonexistent"}, nil, 1,
+			"the run directory cannot be written"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			a := *w.agent
+			a.Env = append(append([]string{}, a.Env...), test.env...)
+			p, err := a.Bootstrap(test.args...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			code := p.ExitCode()
+			lines := strings.Split(strings.TrimSpace(p.Log()), "\n")
+			var last struct{ Level, Error string }
+			if err := json.Unmarshal([]byte(lines[len(lines)-1]), &last); err != nil {
+				t.Fatalf("%v:\n%s", err, p.Log())
+			}
+			if code != test.code || last.Level != "ERROR" || !strings.Contains(last.Error, test.want) {
+				t.Errorf("exit code %d, last line %+v\nwant %d and %q", code, last, test.code, test.want)
+			}
+			if strings.Contains(p.Log(), agentToken) || strings.Contains(p.Log(), "wrong-one") {
+				t.Error("the log holds the token")
+			}
+		})
+	}
+}
+
+// TestTunnelFailures: what GET /ready says of a tunnel that does not come up. 503, and the tunnel check names
+// hop, cause and next step.
+func TestTunnelFailures(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		prepare func(w *world) // after bootstrap, before frpc
+		env     []string
+		want    string
+	}{
+		{"frps unreachable", func(w *world) { w.cp.StopFrps() }, nil,
+			"frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr and frp.server_port, and that the network lets TCP out to it"},
+		{"frps refuses the lease", func(w *world) { w.cp.RevokeLeases() }, nil,
+			"frps at 127.0.0.1:%d refuses the login: the control plane has given no such lease, or has revoked it: check frp.token, or restart the pod to get a new lease from the control plane"},
+		{"frps unverified", func(*world) {}, []string{"PIPEOPS_FRP_TLS_SERVER_NAME=other.example"},
+			"frps at 127.0.0.1:%d: TLS failed: tls: failed to verify certificate: x509: certificate is valid for localhost, not other.example: check frp.tls.ca_file and frp.tls.server_name"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.agent.Env = append(w.agent.Env, test.env...)
+			bootstrap, err := w.agent.Bootstrap()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if bootstrap.ExitCode() != 0 {
+				t.Fatal(bootstrap.Failed())
+			}
+			test.prepare(w)
+			if err := w.agent.StartFrpc(); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.agent.StartProxy(); err != nil {
+				t.Fatal(err)
+			}
+			wantReady(t, w.agent, "tunnel", fmt.Sprintf(test.want, w.cp.FrpsPort))
+		})
+	}
+}
+
+// TestWrongFrpToken: frps's own check of the shared token, which needs no control plane.
+func TestWrongFrpToken(t *testing.T) {
+	w := newWorld(t)
+	port := plainFrps(t, w, "the-right-token")
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=wrong", "PIPEOPS_API_URL=https://"+closedPort(t),
+		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=")
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	wantReady(t, w.agent, "tunnel",
+		fmt.Sprintf("frps at 127.0.0.1:%d refuses the login: token in login doesn't match token from configuration: check frp.token, or restart the pod to get a new lease from the control plane", port))
+}
+
+// TestOwnFrpToken: with frp.token set nobody is asked, and the tunnel comes up at the operator's own frps.
+func TestOwnFrpToken(t *testing.T) {
+	w := newWorld(t)
+	port := plainFrps(t, w, "the-right-token")
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
+		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=")
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// plainFrps runs an frps without a plugin and returns its port.
+func plainFrps(t *testing.T, w *world, token string) int {
+	t.Helper()
+	var ports [2]int
+	for i := range ports {
+		var err error
+		if ports[i], err = process.FreePort(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := w.group.Start("plain-frps", nil, w.binary("frps"), "--bind-addr", "127.0.0.1",
+		"--bind-port", fmt.Sprint(ports[0]), "--vhost-http-port", fmt.Sprint(ports[1]), "--subdomain-host", "example.internal", "--token", token); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", ports[0]))
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err
+	})
+	return ports[0]
+}
+
+// TestAPIServerRefusesTheAgent: the caller's token was right, so the caller must not be told that it was not.
+func TestAPIServerRefusesTheAgent(t *testing.T) {
+	w := newWorld(t)
+	config := rest.CopyConfig(api.agent)
+	config.BearerToken = "not-a-token"
+	wrong := filepath.Join(w.group.Dir(), "wrong.kubeconfig")
+	if err := cluster.WriteKubeconfig(wrong, config); err != nil {
+		t.Fatal(err)
+	}
+	w.agent.Env = append(w.agent.Env, "KUBECONFIG="+wrong)
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	const want = "the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted"
+	wantReady(t, w.agent, "kubernetes", want)
+	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
+}
+
+// TestAPIServerUnreachable: 502, and kubectl says which hop it was.
+func TestAPIServerUnreachable(t *testing.T) {
+	w := newWorld(t)
+	closed := closedPort(t)
+	config := rest.CopyConfig(api.agent)
+	config.Host = "https://" + closed
+	gone := filepath.Join(w.group.Dir(), "gone.kubeconfig")
+	if err := cluster.WriteKubeconfig(gone, config); err != nil {
+		t.Fatal(err)
+	}
+	w.agent.Env = append(w.agent.Env, "KUBECONFIG="+gone)
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	want := "the agent cannot reach the Kubernetes API server at " + closed + ": dial tcp " + closed + ": connect: connection refused: check that it runs, and the agent's kubeconfig"
+	wantReady(t, w.agent, "kubernetes", want)
+	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
+}
+
+// TestCallersWithoutTheToken: the agent decides, and nothing of the request reaches the API server.
+func TestCallersWithoutTheToken(t *testing.T) {
+	w := connected(t)
+	wrong := filepath.Join(w.group.Dir(), "wrong-caller.kubeconfig")
+	if err := agent.WriteCaller(wrong, w.cp, agentID, "wrong"); err != nil {
+		t.Fatal(err)
+	}
+	wantKubectl(t, w, wrong, "error: You must be logged in to the server (",
+		"the agent refuses the request: the bearer token is not this agent's token: check the token in the kubeconfig or client")
+	for path, want := range map[string]int{
+		"/health": http.StatusOK, "/ready": http.StatusOK, "/version": http.StatusOK,
+		"/metrics": http.StatusUnauthorized, "/api/k8s/": http.StatusUnauthorized, "/api/k8s/version": http.StatusUnauthorized,
+		"/nothing": http.StatusNotFound,
+	} {
+		if resp, body := get(t, http.DefaultClient, w.agent.Tunnel+path, nil); resp.StatusCode != want {
+			t.Errorf("%s: got %s, want %d: %s", path, resp.Status, want, body)
+		}
+	}
+	for path, want := range map[string]int{
+		"/health": http.StatusOK, "/ready": http.StatusOK, "/version": http.StatusOK, "/metrics": http.StatusOK,
+		"/api/k8s/version": http.StatusNotFound,
+	} {
+		token := http.Header{"Authorization": {"Bearer " + agentToken}}
+		if resp, body := get(t, http.DefaultClient, w.agent.Operations+path, token); resp.StatusCode != want {
+			t.Errorf("operations listener, %s: got %s, want %d: %s", path, resp.Status, want, body)
+		}
+	}
+}
+
+// wantReady waits until the named check of /ready fails with just this detail, and /ready with 503.
+func wantReady(t *testing.T, a *agent.Agent, check, detail string) {
+	t.Helper()
+	eventually(t, func() error {
+		code, answer, err := a.Ready(t.Context())
+		if err == nil && (code != http.StatusServiceUnavailable || answer.Checks[check].Detail != detail) {
+			err = fmt.Errorf("/ready answers %d %+v\nwant the check %s to say %q", code, answer, check, detail)
+		}
+		return err
+	})
+}
+
+// wantKubectl expects kubectl to fail and to show the message, once the tunnel is up: as a warning where it
+// starts with discovery, of which it shows no error, and as the error where it does not.
+func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
+	t.Helper()
+	eventually(t, func() error {
+		r := w.kubectl(kubeconfig, "", "get", "--raw", "/api/v1/namespaces")
+		if want := kind + message; r.Code != 1 || !strings.HasPrefix(r.Stderr, want) {
+			return fmt.Errorf("kubectl get --raw: %+v\nwant %q", r, want)
+		}
+		return nil
+	})
+	r := w.kubectl(kubeconfig, "", "get", "namespaces")
+	if want := "Warning: " + message + "\n"; r.Code != 1 || !strings.HasPrefix(r.Stderr, want) {
+		t.Errorf("kubectl get: %+v\nwant %q", r, want)
+	}
+}

@@ -1,0 +1,205 @@
+// Package integration tests the agent's binaries with real parts on loopback: etcd and kube-apiserver, stock
+// frps and frpc, kubectl, and the development control plane.
+package integration
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// api is the API server that all tests share. They keep apart by the names of their namespaces.
+var api struct {
+	*cluster.Cluster
+
+	agent      *rest.Config // the credential of the agents: a ServiceAccount with cluster-admin
+	kubeconfig string       // the same as a file
+}
+
+func TestMain(m *testing.M) {
+	if os.Getenv(crashVariable) != "" {
+		os.Exit(crash())
+	}
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	ctx := context.Background()
+	group, err := process.NewGroup()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer group.Close()
+	if api.Cluster, err = cluster.Start(ctx, group); err == nil {
+		api.agent, err = api.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
+	}
+	if err == nil {
+		api.kubeconfig = filepath.Join(group.Dir(), "agent.kubeconfig")
+		err = cluster.WriteKubeconfig(api.kubeconfig, api.agent)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+const (
+	agentID    = "agent-001"
+	agentToken = "the-agents-token"
+)
+
+// world is a control plane and one agent.
+type world struct {
+	t     *testing.T
+	group *process.Group
+	cp    *controlplane.ControlPlane
+	agent *agent.Agent
+
+	direct string // kubeconfig: the agent's credential, straight to the API server
+	caller string // kubeconfig: the agent's token, through the gateway, frps, frpc and the proxy
+}
+
+// newWorld starts a control plane and prepares an agent, which is not started.
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	group, err := process.NewGroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(group.Close)
+	var log bytes.Buffer
+	w := &world{t: t, group: group, direct: api.kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
+	w.cp, err = controlplane.Start(t.Context(), controlplane.Options{
+		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.cp.Close)
+	if w.agent, err = agent.New(group, w.cp, agentID, agentToken, api.kubeconfig); err != nil {
+		t.Fatal(err)
+	}
+	if err := agent.WriteCaller(w.caller, w.cp, agentID, agentToken); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		logs, _ := filepath.Glob(filepath.Join(group.Dir(), "*.log"))
+		for _, name := range logs {
+			data, _ := os.ReadFile(name)
+			lines := strings.Split(string(data), "\n")
+			t.Logf("%s:\n%s", filepath.Base(name), strings.Join(lines[max(0, len(lines)-15):], "\n"))
+		}
+	})
+	return w
+}
+
+// connected is a world whose agent is ready.
+func connected(t *testing.T) *world {
+	t.Helper()
+	w := newWorld(t)
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// result is what a person sees of a command.
+type result struct {
+	Stdout, Stderr string
+	Code           int
+}
+
+// kubectl runs the real one.
+func (w *world) kubectl(kubeconfig, stdin string, args ...string) result {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, w.binary("kubectl"), args...)
+	cmd.Env = []string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + kubeconfig, "PATH=" + os.Getenv("PATH")}
+	var stdout, stderr bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
+	_ = cmd.Run() // the exit code tells
+	return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
+}
+
+// must runs kubectl through the tunnel and expects success.
+func (w *world) must(args ...string) string {
+	w.t.Helper()
+	r := w.kubectl(w.caller, "", args...)
+	if r.Code != 0 {
+		w.t.Fatalf("kubectl %s: exit code %d: %s", strings.Join(args, " "), r.Code, r.Stderr)
+	}
+	return r.Stdout
+}
+
+func (w *world) binary(name string) string {
+	w.t.Helper()
+	path, err := process.Binary(name)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return path
+}
+
+// namespace makes a namespace of the test's own. No controller runs that could remove it; the API server
+// ends with the tests.
+func (w *world) namespace() string {
+	w.t.Helper()
+	name := "test-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(w.t.Name())) + fmt.Sprintf("-%d", time.Now().UnixNano()%1e6)
+	if r := w.kubectl(w.direct, "", "create", "namespace", name); r.Code != 0 {
+		w.t.Fatal(r.Stderr)
+	}
+	return name
+}
+
+// eventually polls until ready returns nil.
+func eventually(t *testing.T, ready func() error) {
+	t.Helper()
+	if err := process.Poll(30*time.Second, nil, ready); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// get sends a request and returns the answer with its body.
+func get(t *testing.T, client *http.Client, url string, header http.Header) (*http.Response, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header = header
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, string(body)
+}
