@@ -123,10 +123,8 @@ type loader struct {
 
 func (l *loader) mistake(key, format string, args ...any) {
 	name := key
-	for _, s := range settings {
-		if s.key == key && s.env != "" {
-			name += " (" + s.env + ")"
-		}
+	if s := find(key); s != nil && s.env != "" {
+		name += " (" + s.env + ")"
 	}
 	l.mistakes = append(l.mistakes, name+": "+fmt.Sprintf(format, args...))
 }
@@ -168,51 +166,56 @@ func (l *loader) readFile(path string) map[string]string {
 	return values
 }
 
-// flatten turns the tree into dotted keys. A mapping is descended into unless its key is a setting itself.
+// flatten turns the tree into dotted keys.
 func (l *loader) flatten(tree map[string]any, prefix string, values map[string]string) {
 	for _, k := range slices.Sorted(maps.Keys(tree)) {
 		key := prefix + k
+		s := find(key)
 		switch v := tree[k].(type) {
 		case map[string]any:
-			if isSetting(key) {
+			if s != nil {
 				l.mistake(key, "is a mapping: give one value")
-			} else {
-				l.flatten(v, key+".", values)
+				continue
 			}
+			l.flatten(v, key+".", values)
 		case []any:
-			items := make([]string, len(v))
-			for i, item := range v {
-				if s, ok := item.(string); ok {
-					items[i] = s
-				} else {
-					l.mistake(key, "item %d of the list is not a text", i+1)
-				}
-			}
-			if !isList(key) {
+			if s != nil && s.kind != listKind {
 				l.mistake(key, "is a list: give one value")
 				continue
 			}
+			items := make([]string, len(v))
+			for i, item := range v {
+				text, ok := item.(string)
+				if !ok {
+					l.mistake(key, "item %d of the list is not a text: put it in quotes", i+1)
+				}
+				items[i] = text
+			}
 			values[key] = strings.Join(items, ",")
 		case nil:
-			if !isSetting(key) && !isSection(key) {
-				values[key] = ""
+			if s == nil && !isSection(key) {
+				values[key] = "" // unknown
 			}
 		case string:
 			values[key] = v
-		case bool:
-			values[key] = strconv.FormatBool(v)
-		case json.Number:
-			values[key] = v.String()
+		default: // a boolean or a number
+			if _, isBool := v.(bool); s != nil && (isBool && s.kind != boolKind || !isBool && s.kind != numberKind) {
+				l.mistake(key, "YAML takes the value for %v: put it in quotes", v)
+				continue
+			}
+			values[key] = fmt.Sprint(v)
 		}
 	}
 }
 
-func isSetting(key string) bool {
-	return slices.ContainsFunc(settings, func(s setting) bool { return s.key == key })
-}
-
-func isList(key string) bool {
-	return slices.ContainsFunc(settings, func(s setting) bool { return s.key == key && s.list })
+// find returns the setting of a key, nil if there is none.
+func find(key string) *setting {
+	for i := range settings {
+		if settings[i].key == key {
+			return &settings[i]
+		}
+	}
+	return nil
 }
 
 func isSection(key string) bool {

@@ -21,9 +21,19 @@ type setting struct {
 	env  string
 	def  string
 	doc  string
-	list bool // takes a YAML list, or texts separated by commas
+	kind kind
 	set  func(c *Config, value string) error
 }
+
+// kind is what YAML may give beside a text.
+type kind int
+
+const (
+	textKind kind = iota // a text alone: YAML makes a boolean of "no" and a number of "007"
+	boolKind
+	numberKind
+	listKind // or texts separated by commas
+)
 
 // settings is the whole configuration.
 var settings = []setting{
@@ -43,18 +53,18 @@ var settings = []setting{
 		set: checked(apiURL, func(c *Config) *string { return &c.Agent.APIURL })},
 	{key: "agent.ca_file", env: "PIPEOPS_API_CA_FILE", doc: "PEM file of the authorities that may sign the control plane's certificate. Default: the system's.",
 		set: text(func(c *Config) *string { return &c.Agent.CAFile })},
-	{key: "agent.debug", env: "PIPEOPS_DEBUG", def: "false", doc: "The same as logging.level debug.",
+	{key: "agent.debug", env: "PIPEOPS_DEBUG", def: "false", kind: boolKind, doc: "The same as logging.level debug.",
 		set: boolean(func(c *Config) *bool { return &c.Logging.Debug })},
 
 	{key: "frp.server_addr", env: "PIPEOPS_FRP_SERVER_ADDR", def: "frp.pipeops.io", doc: "Host of frps. The lease may name another.",
 		set: text(func(c *Config) *string { return &c.FRP.ServerAddr })},
-	{key: "frp.server_port", env: "PIPEOPS_FRP_SERVER_PORT", def: "7000", doc: "Port of frps. The lease may name another.",
+	{key: "frp.server_port", env: "PIPEOPS_FRP_SERVER_PORT", def: "7000", kind: numberKind, doc: "Port of frps. The lease may name another.",
 		set: port(func(c *Config) *int { return &c.FRP.ServerPort })},
 	{key: "frp.token", env: "PIPEOPS_FRP_TOKEN", doc: "frp's shared token. Default: ask the control plane. If set, nobody is asked.",
 		set: secret(func(c *Config) *frpc.Secret { return &c.FRP.Token })},
 	{key: "frp.token_file", env: "PIPEOPS_FRP_TOKEN_FILE", doc: "File that holds frp.token.",
 		set: text(func(c *Config) *string { return &c.FRP.TokenFile })},
-	{key: "frp.admin_port", env: "PIPEOPS_FRP_ADMIN_PORT", def: "7400", doc: "Port of frpc's admin API, on 127.0.0.1.",
+	{key: "frp.admin_port", env: "PIPEOPS_FRP_ADMIN_PORT", def: "7400", kind: numberKind, doc: "Port of frpc's admin API, on 127.0.0.1.",
 		set: port(func(c *Config) *int { return &c.FRP.AdminPort })},
 	{key: "frp.protocol", env: "PIPEOPS_FRP_PROTOCOL", def: "tcp", doc: "How frpc speaks to frps: tcp, kcp, quic, websocket or wss.",
 		set: oneOf(func(c *Config) *string { return &c.FRP.Protocol }, "tcp", "kcp", "quic", "websocket", "wss")},
@@ -72,14 +82,14 @@ var settings = []setting{
 		set: oneOf(func(c *Config) *string { return &c.FRP.Tunnel.Type }, "http", "tcp")},
 	{key: "frp.tunnel.subdomain", env: "PIPEOPS_FRP_TUNNEL_SUBDOMAIN", doc: "Subdomain at frps. Default: the agent's id.",
 		set: checked(dnsLabel, func(c *Config) *string { return &c.FRP.Tunnel.Subdomain })},
-	{key: "frp.tunnel.custom_domains", env: "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS", list: true, doc: "Domains at frps, instead of the subdomain.",
+	{key: "frp.tunnel.custom_domains", env: "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS", kind: listKind, doc: "Domains at frps, instead of the subdomain.",
 		set: domains(func(c *Config) *[]string { return &c.FRP.Tunnel.CustomDomains })},
-	{key: "frp.tunnel.remote_port", env: "PIPEOPS_FRP_TUNNEL_REMOTE_PORT", doc: "Port at frps, for type tcp. Default: frps chooses.",
+	{key: "frp.tunnel.remote_port", env: "PIPEOPS_FRP_TUNNEL_REMOTE_PORT", kind: numberKind, doc: "Port at frps, for type tcp. Default: frps chooses.",
 		set: port(func(c *Config) *int { return &c.FRP.Tunnel.RemotePort })},
 
 	{key: "kubernetes.kubeconfig", env: "KUBECONFIG", doc: "Kubeconfig of the cluster. Default: in-cluster, else ~/.kube/config.",
 		set: text(func(c *Config) *string { return &c.Kubernetes.Kubeconfig })},
-	{key: "kubernetes.in_cluster", def: "false", doc: "Use the pod's ServiceAccount and nothing else.",
+	{key: "kubernetes.in_cluster", def: "false", kind: boolKind, doc: "Use the pod's ServiceAccount and nothing else.",
 		set: boolean(func(c *Config) *bool { return &c.Kubernetes.InCluster })},
 
 	{key: "proxy.listen_addr", env: "PIPEOPS_LISTEN_ADDR", def: "127.0.0.1:8080", doc: "Where frpc finds the proxy: everything is served here.",
@@ -103,8 +113,12 @@ func text(field func(*Config) *string) func(*Config, string) error {
 
 // checked sets a text that check has accepted, as check returns it.
 func checked(check func(string) (string, error), field func(*Config) *string) func(*Config, string) error {
-	return func(c *Config, v string) (err error) {
-		*field(c), err = check(v)
+	return func(c *Config, v string) error {
+		accepted, err := check(v)
+		if err != nil {
+			accepted = v // so that it does not count as missing too
+		}
+		*field(c) = accepted
 		return err
 	}
 }

@@ -1,0 +1,187 @@
+package frpc
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestSecretIsNeverPrinted(t *testing.T) {
+	const secret = Secret("hunter2")
+	holder := struct{ S Secret }{secret}
+	var log bytes.Buffer
+	slog.New(slog.NewJSONHandler(&log, nil)).Info("m", "secret", secret)
+	slog.New(slog.NewTextHandler(&log, nil)).Info("m", "secret", secret, "holder", holder)
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
+		fmt.Fprintf(&log, verb+verb+"\n", secret, holder)
+	}
+	if out := log.String(); strings.Contains(out, "hunter2") || strings.Contains(out, "68756e74657232") {
+		t.Errorf("printed:\n%s", out)
+	}
+	if got := fmt.Sprint(secret, Secret("")); got != "[redacted]" {
+		t.Errorf("got %q", got)
+	}
+}
+
+func lease() Lease {
+	return Lease{
+		IssuedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), ExpiresAt: time.Date(2026, 1, 3, 0, 0, 0, 0, time.UTC),
+		Permissions: []string{"read"},
+		Frpc: Config{
+			ServerAddr: "frp.example", ServerPort: 7000, ClientID: "a.1", Protocol: "tcp", Token: "t", Metadatas: map[string]Secret{"lease": "l"},
+			Admin: Admin{Port: 7400, User: "u", Password: "p"}, Tunnel: Tunnel{Name: "a.1", Type: "http", Subdomain: "a", LocalIP: "127.0.0.1", LocalPort: 8080},
+		},
+	}
+}
+
+func TestLeaseIsWrittenForItsReadersOnly(t *testing.T) {
+	dir := t.TempDir()
+	want := lease()
+	for range 2 { // the second write replaces files that are there
+		if err := want.Write(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := ReadLease(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(*got, want) {
+		t.Errorf("got %+v, want %+v", *got, want)
+	}
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, f := range files {
+		names = append(names, f.Name())
+		info, err := f.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Mode().Perm() != 0o600 {
+			t.Errorf("%s has mode %v", f.Name(), info.Mode())
+		}
+	}
+	if !reflect.DeepEqual(names, []string{ConfigFile, LeaseFile}) {
+		t.Errorf("the directory holds %v", names)
+	}
+}
+
+func TestFailedWriteLeavesTheOldFiles(t *testing.T) {
+	dir := t.TempDir()
+	old := lease()
+	if err := old.Write(dir); err != nil {
+		t.Fatal(err)
+	}
+	bad := lease()
+	bad.Frpc.Token = "\xff"
+	if err := bad.Write(dir); err == nil {
+		t.Fatal("a token that is not UTF-8 was written")
+	}
+	if got, err := ReadLease(dir); err != nil || got.Frpc.Token != old.Frpc.Token {
+		t.Errorf("the old lease is gone: %+v, %v", got, err)
+	}
+	if err := old.Write(filepath.Join(dir, "missing")); err == nil {
+		t.Error("no error for a directory that does not exist")
+	}
+}
+
+func TestReadLeaseErrors(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := ReadLease(dir); err == nil || !strings.Contains(err.Error(), "bootstrap has not run") {
+		t.Errorf("missing file: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, LeaseFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadLease(dir); err == nil || !strings.Contains(err.Error(), "is not a lease") {
+		t.Errorf("broken file: %v", err)
+	}
+}
+
+// TestAdminClientFaults covers what a real frpc does not do; the integration tests speak to a real one.
+func TestAdminClientFaults(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		handler http.HandlerFunc
+		want    string
+	}{
+		{"refused", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusUnauthorized) }, "401 Unauthorized to GET /api/status"},
+		{"not JSON", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("<html>")) }, "status is not JSON"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			server := httptest.NewServer(test.handler)
+			defer server.Close()
+			_, port, err := net.SplitHostPort(server.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			admin := Admin{User: "u", Password: "hunter2"}
+			if admin.Port, err = strconv.Atoi(port); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := NewAdminClient(admin).Status(t.Context()); err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("got error %v, want %q", err, test.want)
+			}
+		})
+	}
+}
+
+// TestLoginFaults covers servers that are no frps; the integration tests log in to a real one.
+func TestLoginFaults(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = listener.Close() }()
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = conn.Write([]byte("SSH-2.0-OpenSSH_9.2\r\n"))
+			_ = conn.Close()
+		}
+	}()
+	c := lease().Frpc
+	c.ServerAddr, c.ServerPort = "127.0.0.1", listener.Addr().(*net.TCPAddr).Port
+	if err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "TLS failed") {
+		t.Errorf("a server that speaks no TLS: %v", err)
+	}
+	web := httptest.NewUnstartedServer(http.NotFoundHandler())
+	web.Config.ReadTimeout = 100 * time.Millisecond // a frame of frp looks like the start of a request
+	web.StartTLS()
+	defer web.Close()
+	c.ServerPort = web.Listener.Addr().(*net.TCPAddr).Port
+	if err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "does not answer a login") {
+		t.Errorf("a web server: %v", err)
+	}
+	c.Protocol = "kcp"
+	if err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "see frpc's log") {
+		t.Errorf("another protocol: %v", err)
+	}
+}
+
+func TestLeaseHoldsSecretsInTheClear(t *testing.T) {
+	data, err := json.Marshal(lease())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(data), `"token":"t"`) {
+		t.Errorf("got %s", data)
+	}
+}
