@@ -22,7 +22,6 @@ help: ## List the targets
 
 .PHONY: run
 run: build tools ## Run everything on this machine and print a kubeconfig; Ctrl-C ends it
-	@cd tests && go build -o $(BIN)/run ./cmd/run
 	@exec $(BIN)/run
 
 .PHONY: test
@@ -58,10 +57,11 @@ verify: $(BIN)/golangci-lint $(BIN)/govulncheck ## Check format, vet, lint, race
 		else echo "$$m: none"; fi; done
 
 .PHONY: build
-build: ## Build bootstrap and proxy into .build/bin
+build: ## Build bootstrap and proxy, and the development commands, into .build/bin
 	@mkdir -p $(BIN)
 	@for m in bootstrap proxy; do \
 		(cd $$m && go build -trimpath -ldflags '-s -w $(STAMPS)' -o $(BIN)/$$m .) || exit 1; done
+	@cd tests && go build -o $(BIN)/ ./cmd/...
 
 .PHONY: tools
 tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build the real parts that the tests run, once

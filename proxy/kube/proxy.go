@@ -117,7 +117,8 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 	} else {
 		out.Header.Del("Sec-Websocket-Protocol")
 	}
-	out.Header.Set("Audit-Id", out.Header.Get("X-Request-Id"))
+	// From the request as it came in: the caller's "Connection: X-Request-Id" has removed it from out.
+	out.Header.Set("Audit-Id", pr.In.Header.Get("X-Request-Id"))
 	out.Header.Del("X-Request-Id")
 }
 

@@ -36,11 +36,11 @@ type Options struct {
 
 // ControlPlane is a running control plane. All its addresses are on 127.0.0.1.
 type ControlPlane struct {
-	APIURL     string // where agents authenticate
-	GatewayURL string // where callers reach agents, below /agents/{id}
-	CAFile     string // PEM: signs the certificates of all three servers
-	CA         []byte // the same
-	FrpsPort   int
+	APIURL     string `json:"api_url"`     // where agents authenticate
+	GatewayURL string `json:"gateway_url"` // where callers reach agents, below /agents/{id}
+	CAFile     string `json:"ca_file"`     // PEM: signs the certificates of all three servers
+	CA         []byte `json:"-"`           // the same
+	FrpsPort   int    `json:"frps_port"`
 
 	options   Options
 	frpToken  string // frp's shared token

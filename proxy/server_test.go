@@ -1,0 +1,227 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+const token = "hunter2"
+
+// newTest is a server before an API server that accepts all, its log, and its two listeners' handlers.
+func newTest(t *testing.T, agentToken frpc.Secret) (s *server, log *bytes.Buffer, handlers map[listener]http.Handler) {
+	t.Helper()
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "from the API server") }))
+	t.Cleanup(api.Close)
+	log = &bytes.Buffer{}
+	logger := slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	proxy, err := kube.New(&rest.Config{Host: api.URL}, logger)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := &config.Config{RunDir: t.TempDir()}
+	cfg.Agent.ID, cfg.Agent.Token = "agent-001", agentToken
+	s = newServer(cfg, proxy, logger)
+	return s, log, map[listener]http.Handler{tunnel: s.handler(tunnel), operations: s.handler(operations)}
+}
+
+func do(handler http.Handler, method, target string, authorization ...string) *httptest.ResponseRecorder {
+	r := httptest.NewRequest(method, target, nil)
+	if authorization != nil {
+		r.Header["Authorization"] = authorization
+	}
+	w := httptest.NewRecorder()
+	handler.ServeHTTP(w, r)
+	return w
+}
+
+func TestBearer(t *testing.T) {
+	_, log, handlers := newTest(t, token)
+	for _, test := range []struct {
+		name          string
+		authorization []string
+		want          int
+	}{
+		{"right", []string{"Bearer hunter2"}, 200},
+		{"right, lower case scheme", []string{"bearer hunter2"}, 200},
+		{"none", nil, 401},
+		{"empty", []string{""}, 401},
+		{"no token", []string{"Bearer"}, 401},
+		{"empty token", []string{"Bearer "}, 401},
+		{"wrong", []string{"Bearer hunter3"}, 401},
+		{"prefix", []string{"Bearer hunter"}, 401},
+		{"longer", []string{"Bearer hunter22"}, 401},
+		{"other scheme", []string{"Basic hunter2"}, 401},
+		{"no scheme", []string{"hunter2"}, 401},
+		{"right twice", []string{"Bearer hunter2", "Bearer hunter2"}, 401},
+		{"wrong and right", []string{"Bearer x", "Bearer hunter2"}, 401},
+	} {
+		for _, path := range []string{"/metrics", "/api/k8s/version", "/api/k8s"} {
+			w := do(handlers[tunnel], "GET", path, test.authorization...)
+			if w.Code != test.want {
+				t.Errorf("%s, %s: got %d, want %d", test.name, path, w.Code, test.want)
+			}
+			if (w.Header().Get("WWW-Authenticate") != "") != (test.want == 401) || w.Header().Get("Pipeops-Agent") != "agent-001" {
+				t.Errorf("%s, %s: headers %v", test.name, path, w.Header())
+			}
+		}
+	}
+	if strings.Contains(log.String(), "hunter") {
+		t.Error("the log holds a token")
+	}
+}
+
+func TestWithoutATokenNobodyGetsIn(t *testing.T) {
+	_, _, handlers := newTest(t, "")
+	for _, authorization := range []string{"", "Bearer", "Bearer ", "Bearer x"} {
+		if w := do(handlers[tunnel], "GET", "/api/k8s/version", authorization); w.Code != 401 {
+			t.Errorf("%q: got %d", authorization, w.Code)
+		}
+	}
+}
+
+func TestErrorsOutsideKubernetesAreProblems(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	for _, test := range []struct {
+		l              listener
+		method, target string
+		code           int
+		allow          string
+	}{
+		{tunnel, "GET", "/nothing", 404, ""},
+		{tunnel, "GET", "/api/k8sx/version", 404, ""},
+		{tunnel, "GET", "/api%2Fk8s/version", 404, ""},
+		{tunnel, "POST", "/health", 405, "GET"},
+		{tunnel, "DELETE", "/metrics", 405, "GET"},
+		{tunnel, "GET", "/metrics", 401, ""},
+		{tunnel, "GET", "/ready?exclude=nonsense", 400, ""},
+		{operations, "GET", "/api/k8s/version", 404, ""},
+	} {
+		w := do(handlers[test.l], test.method, test.target)
+		var p problem
+		if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
+			t.Errorf("%s %s: %v: %s", test.method, test.target, err, w.Body)
+		}
+		if w.Code != test.code || p.Status != test.code || p.Detail == "" || w.Header().Get("Allow") != test.allow ||
+			w.Header().Get("Content-Type") != "application/problem+json" {
+			t.Errorf("%s %s: got %d %v %s", test.method, test.target, w.Code, w.Header(), w.Body)
+		}
+	}
+}
+
+func TestReadyNamesItsChecks(t *testing.T) {
+	s, _, handlers := newTest(t, token)
+	type answer struct {
+		Checks map[string]struct {
+			OK     bool
+			Detail string
+		}
+	}
+	ready := func(l listener, target string, authorization ...string) (int, answer) {
+		t.Helper()
+		var a answer
+		w := do(handlers[l], "GET", target, authorization...)
+		if err := json.Unmarshal(w.Body.Bytes(), &a); err != nil {
+			t.Fatal(err)
+		}
+		return w.Code, a
+	}
+	// There is no lease, so no tunnel; why not is told to those who may know.
+	for _, test := range []struct {
+		l             listener
+		authorization []string
+		detailed      bool
+	}{{operations, nil, true}, {tunnel, nil, false}, {tunnel, []string{"Bearer wrong"}, false}, {tunnel, []string{"Bearer " + token}, true}} {
+		code, a := ready(test.l, "/ready", test.authorization...)
+		if code != 503 || !a.Checks["kubernetes"].OK || a.Checks["tunnel"].OK || !a.Checks["shutdown"].OK {
+			t.Errorf("%v: %d %+v", test, code, a)
+		}
+		if detailed := strings.Contains(a.Checks["tunnel"].Detail, "bootstrap has not run"); detailed != test.detailed {
+			t.Errorf("%v: %+v", test, a)
+		}
+	}
+	if code, a := ready(operations, "/ready?exclude=tunnel"); code != 200 || len(a.Checks) != 2 {
+		t.Errorf("without the tunnel: %d %+v", code, a)
+	}
+	s.draining.Store(true)
+	if code, a := ready(operations, "/ready?exclude=tunnel&exclude=kubernetes"); code != 503 || a.Checks["shutdown"].OK || len(a.Checks) != 1 {
+		t.Errorf("draining: %d %+v", code, a)
+	}
+	if w := do(handlers[operations], "GET", "/health"); w.Code != 200 {
+		t.Errorf("health depends on readiness: %d", w.Code)
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	do(handlers[tunnel], "GET", "/api/k8s/secret-name", "Bearer "+token)
+	do(handlers[tunnel], "BREW", "/secret-name")
+	do(handlers[operations], "GET", "/ready")
+	text := do(handlers[operations], "GET", "/metrics").Body.String()
+	for _, want := range []string{
+		`pipeops_agent_http_requests_total{code="200",method="GET",route="/api/k8s/"} 1`,
+		`pipeops_agent_http_requests_total{code="404",method="other",route="none"} 1`,
+		`pipeops_agent_ready_check{check="tunnel"} 0`,
+		`pipeops_agent_ready_check{check="kubernetes"} 1`,
+		`pipeops_agent_http_requests_in_flight{listener="tunnel"} 0`,
+		`pipeops_agent_build_info{`,
+		`process_resident_memory_bytes`,
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("missing %s in\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, "secret-name") || strings.Contains(text, "BREW") {
+		t.Error("a label holds what a caller made up")
+	}
+	problems, err := promlint.New(strings.NewReader(text)).Lint()
+	if err != nil || len(problems) > 0 {
+		t.Errorf("lint: %v %v", problems, err)
+	}
+}
+
+func TestRequestsAreLoggedWithoutTheirContent(t *testing.T) {
+	_, log, handlers := newTest(t, token)
+	w := do(handlers[tunnel], "GET", "/api/k8s/api/v1/namespaces/a/secrets/top?command=rm", "Bearer "+token)
+	line := log.String()
+	if strings.Contains(line, "top") || strings.Contains(line, "rm") || strings.Contains(line, token) {
+		t.Errorf("logged %s", line)
+	}
+	id := w.Header().Get("X-Request-Id")
+	if id == "" || !strings.Contains(line, id) || !strings.Contains(line, `"status":200`) || !strings.Contains(line, `"bytes":19`) {
+		t.Errorf("request %q logged as %s", id, line)
+	}
+}
+
+func TestCommandLine(t *testing.T) {
+	for _, test := range []struct {
+		args []string
+		env  map[string]string
+		code int
+		want string
+	}{
+		{[]string{"--help"}, nil, exitOK, "Usage: proxy"},
+		{[]string{"--version"}, nil, exitOK, `"contract":"1"`},
+		{[]string{"extra"}, nil, exitUsage, `unknown argument "extra"`},
+		{nil, nil, exitUsage, "agent.token (PIPEOPS_AGENT_TOKEN): required"},
+		{nil, map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": token, "KUBECONFIG": "/nonexistent"}, exitUsage, "no way to the Kubernetes API server"},
+	} {
+		var out bytes.Buffer
+		code := run(t.Context(), test.args, func(name string) string { return test.env[name] }, &out, &out)
+		if code != test.code || !strings.Contains(out.String(), test.want) || strings.Contains(out.String(), token) {
+			t.Errorf("%v: exit code %d, want %d; output, want %q:\n%s", test.args, code, test.code, test.want, out.String())
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package integration
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// TestRunCommand does what a new user does: make run, kubectl, Ctrl-C. KUBECONFIG leads it to the tests'
+// cluster.
+func TestRunCommand(t *testing.T) {
+	w := &world{t: t}
+	var err error
+	if w.group, err = process.NewGroup(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.group.Close)
+	run, err := w.group.Start("run", []string{"KUBECONFIG=" + api.kubeconfig}, w.binary("run"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	eventually(t, func() error {
+		found = regexp.MustCompile(`export KUBECONFIG=(\S+)`).FindStringSubmatch(run.Log())
+		if found == nil || !strings.Contains(run.Log(), "Ctrl-C") {
+			return fmt.Errorf("it has not printed a kubeconfig:\n%s", run.Log())
+		}
+		return nil
+	})
+	w.caller = found[1]
+	if got := w.must("get", "namespace", "kube-system", "-o", "name"); got != "namespace/kube-system\n" {
+		t.Errorf("kubectl: got %q", got)
+	}
+	if err := syscall.Kill(run.Pid(), syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	if code := run.ExitCode(); code != 0 {
+		t.Errorf("exit code %d after Ctrl-C:\n%s", code, run.Log())
+	}
+	if _, err := os.Stat(filepath.Dir(w.caller)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("its directory is still there: %v", err)
+	}
+}
+
+// TestControlPlaneCommand connects an agent to the development control plane as a process of its own.
+func TestControlPlaneCommand(t *testing.T) {
+	w := newWorld(t)
+	p, err := w.group.Start("controlplane", nil, w.binary("controlplane"), "--agent", "agent-002=another-token")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cp := &controlplane.ControlPlane{}
+	eventually(t, func() error {
+		for line := range strings.Lines(p.Log()) {
+			if strings.HasPrefix(line, "{") {
+				return json.Unmarshal([]byte(line), cp)
+			}
+		}
+		return fmt.Errorf("it has not said where it is:\n%s", p.Log())
+	})
+	if cp.CA, err = os.ReadFile(cp.CAFile); err != nil {
+		t.Fatal(err)
+	}
+	a, err := agent.New(w.group, cp, "agent-002", "another-token", api.kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := agent.WriteCaller(w.caller, cp, "agent-002", "another-token"); err != nil {
+		t.Fatal(err)
+	}
+	w.must("get", "namespaces")
+}
+
+// TestFrpcAdmin speaks to the admin API of a stock frpc.
+func TestFrpcAdmin(t *testing.T) {
+	w := connected(t)
+	lease, err := frpc.ReadLease(w.agent.RunDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := frpc.NewAdminClient(lease.Frpc.Admin)
+	proxies, err := client.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := frpc.ProxyStatus{Name: lease.Frpc.Tunnel.Name, Type: "http", Status: "running", RemoteAddr: proxies[0].RemoteAddr}
+	if len(proxies) != 1 || proxies[0] != want || !strings.HasPrefix(want.RemoteAddr, agentID+".") {
+		t.Errorf("got %+v, want %+v", proxies, want)
+	}
+	wrong := lease.Frpc.Admin
+	wrong.Password = "wrong"
+	if err := frpc.NewAdminClient(wrong).Stop(t.Context()); err == nil || !strings.Contains(err.Error(), "401 Unauthorized to POST /api/stop") {
+		t.Errorf("a wrong password: %v", err)
+	}
+	if err := client.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if code := w.agent.Frpc.ExitCode(); code != 0 {
+		t.Errorf("frpc's exit code is %d", code)
+	}
+	if _, err := client.Status(t.Context()); err == nil || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("after its end: %v", err)
+	}
+}
+
+// TestRunDirectoryIsPrivate: the files hold credentials.
+func TestRunDirectoryIsPrivate(t *testing.T) {
+	w := newWorld(t)
+	bootstrap, err := w.agent.Bootstrap()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bootstrap.ExitCode() != 0 {
+		t.Fatal(bootstrap.Failed())
+	}
+	files, err := os.ReadDir(w.agent.RunDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(files) != 2 {
+		t.Errorf("the run directory holds %v", files)
+	}
+	for _, f := range files {
+		info, err := f.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Mode() != 0o600 {
+			t.Errorf("%s has mode %v", f.Name(), info.Mode())
+		}
+		data, err := os.ReadFile(filepath.Join(w.agent.RunDir, f.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(data), agentToken) {
+			t.Errorf("%s holds the agent's token, which frpc has no need of", f.Name())
+		}
+	}
+}
