@@ -32,6 +32,10 @@ test: build tools ## Run the unit and integration tests: no root, no internet bu
 	@echo "== integration: real API server, real frps and frpc"
 	@cd tests && go test -count=1 -v -timeout 15m ./...
 
+.PHONY: bench
+bench: build tools ## Measure; the figures and what they mean are in tests/bench/README.md
+	@cd tests && go test -run '^$$' -bench . -benchtime 5x ./bench
+
 .PHONY: verify
 verify: $(BIN)/golangci-lint $(BIN)/govulncheck ## Check format, vet, lint, races, modules and known vulnerabilities
 	@echo "== every module is listed"

@@ -198,12 +198,18 @@ func (l *loader) flatten(tree map[string]any, prefix string, values map[string]s
 			}
 		case string:
 			values[key] = v
-		default: // a boolean or a number
-			if _, isBool := v.(bool); s != nil && (isBool && s.kind != boolKind || !isBool && s.kind != numberKind) {
-				l.mistake(key, "YAML takes the value for %v: put it in quotes", v)
+		case bool:
+			if s != nil && s.kind != boolKind {
+				l.mistake(key, "YAML takes it for a boolean: put it in quotes")
 				continue
 			}
-			values[key] = fmt.Sprint(v)
+			values[key] = strconv.FormatBool(v)
+		case json.Number:
+			if s != nil && s.kind != numberKind {
+				l.mistake(key, "YAML takes it for a number: put it in quotes")
+				continue
+			}
+			values[key] = v.String()
 		}
 	}
 }

@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -112,8 +113,8 @@ func TestMistakes(t *testing.T) {
 			`proxy.drain_timeout (PIPEOPS_DRAIN_TIMEOUT): "25" is not a duration: give one such as 25s or 2m (from the file)`,
 		}},
 		{"texts that YAML takes for something else", "agent: {id: 007, name: no}\n", nil, []string{
-			"agent.id (PIPEOPS_AGENT_ID): YAML takes the value for 7: put it in quotes",
-			"agent.name (PIPEOPS_AGENT_NAME): YAML takes the value for false: put it in quotes",
+			"agent.id (PIPEOPS_AGENT_ID): YAML takes it for a number: put it in quotes",
+			"agent.name (PIPEOPS_AGENT_NAME): YAML takes it for a boolean: put it in quotes",
 		}},
 		{"unknown names", "", map[string]string{"PIPEOPS_LOG_LEVEL": "loud", "PIPEOPS_FRP_PROTOCOL": "udp", "PIPEOPS_AGENT_ID": "Not A Label", "PIPEOPS_LISTEN_ADDR": "8080"}, []string{
 			`agent.id (PIPEOPS_AGENT_ID): "Not A Label" is not a DNS label: give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends (from the environment)`,
@@ -198,5 +199,39 @@ func TestSettingsAreDistinct(t *testing.T) {
 			t.Errorf("%s (%s): a second time, or without a description", s.key, s.env)
 		}
 		seen[s.key], seen[s.env] = true, true
+	}
+}
+
+var update = flag.Bool("update", false, "write the table of settings to the README")
+
+// TestDocumentation: the README shows the table of settings, and no other.
+func TestDocumentation(t *testing.T) {
+	const path, begin, end = "../README.md", "-update` -->\n", "<!-- end of settings -->"
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, rest, found := strings.Cut(string(data), begin)
+	_, tail, foundEnd := strings.Cut(rest, end)
+	if !found || !foundEnd {
+		t.Fatalf("%s lacks the marks around the table", path)
+	}
+	table := "| key | variable | default | meaning |\n| --- | --- | --- | --- |\n"
+	code := func(s string) string {
+		if s == "" {
+			return ""
+		}
+		return "`" + s + "`"
+	}
+	for _, s := range settings {
+		table += fmt.Sprintf("| %s | %s | %s | %s |\n", code(s.key), code(s.env), code(s.def), s.doc)
+	}
+	want := head + begin + table + end + tail
+	if *update {
+		if err := os.WriteFile(path, []byte(want), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	} else if want != string(data) {
+		t.Errorf("the table in %s is not that of settings.go: run with -update", path)
 	}
 }
