@@ -25,7 +25,7 @@ type readiness struct{ checks []*check }
 func newReadiness(api *kube.Proxy, runDir string, draining *atomic.Bool, m *metrics) *readiness {
 	r := &readiness{checks: []*check{
 		{name: "kubernetes", age: checkAge, run: api.Check},
-		{name: "tunnel", age: checkAge, run: func(ctx context.Context) error { return checkTunnel(ctx, runDir) }},
+		{name: "tunnel", age: checkAge, run: (&tunnelCheck{runDir: runDir}).run},
 		{name: "shutdown", run: func(context.Context) error {
 			if draining.Load() {
 				return errors.New("the agent is shutting down and takes nothing new")
@@ -71,9 +71,21 @@ func (c *check) result(ctx context.Context) error {
 	return c.last
 }
 
-// checkTunnel asks frpc whether its proxy is running. If not, it finds out why.
-func checkTunnel(ctx context.Context, runDir string) error {
-	lease, err := frpc.ReadLease(runDir)
+// tunnelCheck looks at the way to frps.
+type tunnelCheck struct {
+	runDir string
+
+	loginAt time.Time
+	login   error
+}
+
+// loginAge is how long the outcome of a trial login is good for. When a frps goes down, all of its agents
+// come back at once: their checks must not double that.
+const loginAge = 15 * time.Second
+
+// run asks frpc whether its proxy is running. If not, it finds out why. Calls must not overlap.
+func (t *tunnelCheck) run(ctx context.Context) error {
+	lease, err := frpc.ReadLease(t.runDir)
 	if err != nil {
 		return err
 	}
@@ -83,14 +95,19 @@ func checkTunnel(ctx context.Context, runDir string) error {
 	}
 	for _, p := range proxies {
 		if p.Status == "running" {
+			t.loginAt = time.Time{}
 			return nil
 		}
 		if p.Err != "" {
 			return fmt.Errorf("frps refuses the tunnel (%s: %s): check the agent's id, and that no other agent has the same", p.Status, p.Err)
 		}
 	}
-	if err := frpc.Login(ctx, lease.Frpc); err != nil {
-		return err
+	if time.Since(t.loginAt) > loginAge {
+		t.login = frpc.Login(ctx, lease.Frpc)
+		t.loginAt = time.Now()
+	}
+	if t.login != nil {
+		return t.login
 	}
 	return errors.New("frps accepts the login, but frpc has no tunnel yet: it connects within 20 s; if not, see frpc's log")
 }

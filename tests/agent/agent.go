@@ -134,7 +134,7 @@ func (a *Agent) Ready(ctx context.Context) (int, Readiness, error) {
 
 // WaitReady waits until /ready says so. It gives up when frpc or the proxy ends.
 func (a *Agent) WaitReady(ctx context.Context) error {
-	err := process.Poll(30*time.Second, a.Proxy.Done(), func() error {
+	err := process.Poll(ctx, 30*time.Second, a.Proxy.Done(), func() error {
 		code, answer, err := a.Ready(ctx)
 		if err == nil && code != http.StatusOK {
 			err = fmt.Errorf("/ready answers %d: %+v", code, answer.Checks)

@@ -31,7 +31,7 @@ func BenchmarkStart(b *testing.B) {
 			b.Fatal(err)
 		}
 		var found []string
-		err = process.Poll(time.Minute, run.Done(), func() error {
+		err = process.Poll(b.Context(), time.Minute, run.Done(), func() error {
 			found = regexp.MustCompile(`export KUBECONFIG=(\S+)`).FindStringSubmatch(run.Log())
 			if found == nil {
 				return errors.New("make run prints no kubeconfig")

@@ -103,7 +103,7 @@ func startAPIServer(ctx context.Context, group *process.Group, dir, etcdURL stri
 		TLSClientConfig: rest.TLSClientConfig{CAFile: filepath.Join(dir, "certs", "apiserver.crt")},
 	}
 	c := &Cluster{Config: config}
-	err = process.Poll(time.Minute, server.Done(), func() error {
+	err = process.Poll(ctx, time.Minute, server.Done(), func() error {
 		if c.Client == nil {
 			client, err := kubernetes.NewForConfig(config) // reads the certificate, once it is there
 			if err != nil {

@@ -68,7 +68,7 @@ type refusal struct {
 	reason string
 }
 
-// Start runs a control plane until Close.
+// Start runs a control plane until Close, or until ctx ends.
 func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 	dir, err := options.Group.Mkdir("controlplane")
 	if err != nil {
@@ -99,7 +99,7 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 	if err := c.configureFrps(dir, pluginURL); err != nil {
 		return nil, err
 	}
-	if err := c.StartFrps(); err != nil {
+	if err := c.StartFrps(ctx); err != nil {
 		return nil, err
 	}
 	gateway := c.gateway(net.JoinHostPort("127.0.0.1", strconv.Itoa(c.vhostPort)))

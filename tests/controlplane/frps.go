@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"context"
 	"encoding/json"
 	"net"
 	"os"
@@ -46,7 +47,7 @@ func (c *ControlPlane) configureFrps(dir, pluginURL string) error {
 }
 
 // StartFrps starts frps, waits until it listens, and starts it again whenever it ends by itself.
-func (c *ControlPlane) StartFrps() error {
+func (c *ControlPlane) StartFrps(ctx context.Context) error {
 	binary, err := process.Binary("frps")
 	if err != nil {
 		return err
@@ -58,7 +59,7 @@ func (c *ControlPlane) StartFrps() error {
 	c.mu.Lock()
 	c.frps = p
 	c.mu.Unlock()
-	err = process.Poll(10*time.Second, p.Done(), func() error {
+	err = process.Poll(ctx, 10*time.Second, p.Done(), func() error {
 		conn, err := net.Dial("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(c.FrpsPort)))
 		if err == nil {
 			_ = conn.Close()
@@ -80,7 +81,7 @@ func (c *ControlPlane) StartFrps() error {
 		c.mu.Unlock()
 		if unexpected {
 			c.options.Log.Warn("frps ended; starting it again", "exit_code", p.ExitCode())
-			if err := c.StartFrps(); err != nil {
+			if err := c.StartFrps(ctx); err != nil {
 				c.options.Log.Error("frps does not start", "error", err)
 			}
 		}

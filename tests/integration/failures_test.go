@@ -109,6 +109,16 @@ func TestTunnelFailures(t *testing.T) {
 	}
 }
 
+// TestFrpsGoesAway: a tunnel that was up is not taken for one that still is.
+func TestFrpsGoesAway(t *testing.T) {
+	w := connected(t)
+	w.cp.StopFrps()
+	wantReady(t, w.agent, "tunnel", fmt.Sprintf("frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr and frp.server_port, and that the network lets TCP out to it", w.cp.FrpsPort))
+	if r := w.kubectl(w.caller, "", "get", "namespaces"); r.Code == 0 || !strings.Contains(r.Stderr, "the gateway cannot reach frps: dial tcp") {
+		t.Errorf("kubectl: %+v", r)
+	}
+}
+
 // TestWrongFrpToken: frps's own check of the shared token, which needs no control plane.
 func TestWrongFrpToken(t *testing.T) {
 	w := newWorld(t)

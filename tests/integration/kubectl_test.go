@@ -6,6 +6,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -115,7 +116,7 @@ func TestEveryHopRestarts(t *testing.T) {
 			if err := p.Kill(); err != nil {
 				return err
 			}
-			return process.Poll(10e9, nil, func() error { // the control plane starts it again
+			return process.Poll(t.Context(), 10*time.Second, nil, func() error { // the control plane starts it again
 				if pid := w.cp.FrpsPid(); pid == 0 || pid == frpsPid {
 					return errors.New("frps has not been started again")
 				}

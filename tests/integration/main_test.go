@@ -179,7 +179,7 @@ func (w *world) namespace() string {
 // eventually polls until ready returns nil.
 func eventually(t *testing.T, ready func() error) {
 	t.Helper()
-	if err := process.Poll(30*time.Second, nil, ready); err != nil {
+	if err := process.Poll(t.Context(), 30*time.Second, nil, ready); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -4,6 +4,7 @@ package process
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -202,9 +203,11 @@ func Binary(name string) (string, error) {
 	return path, nil
 }
 
-// Poll calls ready until it returns nil, ctx-like stop is closed, or the time is up; it then returns the last error.
-func Poll(timeout time.Duration, stop <-chan struct{}, ready func() error) error {
-	deadline := time.After(timeout)
+// Poll calls ready until it returns nil. It gives up when ctx ends, when stop is closed (nil never is), or
+// after timeout, and then returns ready's last error.
+func Poll(ctx context.Context, timeout time.Duration, stop <-chan struct{}, ready func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -215,8 +218,8 @@ func Poll(timeout time.Duration, stop <-chan struct{}, ready func() error) error
 		select {
 		case <-stop:
 			return err
-		case <-deadline:
-			return fmt.Errorf("not within %s: %w", timeout, err)
+		case <-ctx.Done():
+			return fmt.Errorf("%w; the last try: %w", ctx.Err(), err)
 		case <-tick.C:
 		}
 	}

@@ -44,7 +44,7 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	if kubeconfig != "" {
 		say("cluster        %s", kubeconfig)
 	} else {
-		say("cluster        starting etcd and kube-apiserver")
+		say("cluster        starting etcd and kube-apiserver (no nodes, no controllers: it keeps objects and runs nothing)")
 		c, err := cluster.Start(ctx, group)
 		if err != nil {
 			return err
@@ -99,13 +99,24 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	say("  %s auth can-i --list", kubectl)
 	say("\nProbes and metrics: %s/ready and /metrics. Ctrl-C stops everything and removes its files.", a.Operations)
 
-	select {
-	case <-ctx.Done():
-		say("stopping")
-		return nil
-	case <-a.Frpc.Done():
-		return a.Frpc.Failed()
-	case <-a.Proxy.Done():
-		return a.Proxy.Failed()
+	for {
+		select {
+		case <-ctx.Done():
+			say("stopping")
+			return nil
+		case <-a.Frpc.Done():
+			say("frpc has ended; starting it again, as a kubelet would")
+			err = a.StartFrpc()
+		case <-a.Proxy.Done():
+			say("the proxy has ended; starting it again, as a kubelet would")
+			err = a.StartProxy()
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-time.After(time.Second): // it may end at once, again and again
+		case <-ctx.Done():
+		}
 	}
 }

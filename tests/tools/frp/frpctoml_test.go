@@ -162,9 +162,6 @@ func TestStockFrpcVerifies(t *testing.T) {
 		t.Fatalf("%v: make tools builds it", err)
 	}
 	for name, value := range hostile {
-		if name == "64 KiB" || name == "control" {
-			continue // no name of a host or file: frpc opens the paths it is given
-		}
 		t.Run(name, func(t *testing.T) {
 			c := with(value)
 			c.LogLevel = "info"
