@@ -93,7 +93,7 @@ $(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
 
 # Without these, clients see version v0.0.0.
 KUBERNETES := tests/tools/kubernetes
-KUBE = $(or $(shell sed -n 's/^.*k8s.io\/kubernetes v/v/p' $(KUBERNETES)/go.mod),$(error $(KUBERNETES)/go.mod names no k8s.io/kubernetes))
+KUBE = $(or $(shell sed -n 's/^.*k8s.io\/kubernetes \(v[0-9.]*\).*/\1/p' $(KUBERNETES)/go.mod),$(error $(KUBERNETES)/go.mod names no k8s.io/kubernetes))
 KUBE_STAMPS = $(foreach v,gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) gitMinor=$(word 2,$(subst ., ,$(KUBE))),-X k8s.io/component-base/version.$(v))
 $(BIN)/kube-apiserver $(BIN)/kubectl: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),-ldflags '-s -w $(KUBE_STAMPS)')
