@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -54,6 +55,18 @@ func TestKubectlCannotTell(t *testing.T) {
 				t.Errorf("(-direct +tunnel):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestVersionsAreTold: what is built from a module must be told its version, or clients see v0.0.0.
+func TestVersionsAreTold(t *testing.T) {
+	w := connected(t)
+	var versions map[string]struct{ GitVersion, Major, Minor string }
+	_ = json.Unmarshal([]byte(w.must("version", "-o", "json")), &versions) // what is missing is told below
+	for _, part := range []string{"clientVersion", "serverVersion"} {
+		if v := versions[part]; v.Major == "" || !strings.HasPrefix(v.GitVersion, "v"+v.Major+"."+v.Minor+".") {
+			t.Errorf("%s is %+v", part, v)
+		}
 	}
 }
 
