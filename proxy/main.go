@@ -83,7 +83,15 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 
 // serve runs both listeners until ctx ends, then drains.
 func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger) error {
+	// Streams outlive ctx: they end by themselves, or with the drain timeout.
+	streams, cutStreams := context.WithCancel(context.WithoutCancel(ctx))
+	defer cutStreams()
 	var servers []*http.Server
+	defer func() {
+		for _, server := range servers {
+			_ = server.Close()
+		}
+	}()
 	failed := make(chan error, 2)
 	for _, l := range []struct {
 		key, addr string
@@ -94,7 +102,6 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 	} {
 		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
 		if err != nil {
-			closeAll(servers)
 			return fmt.Errorf("%s: %w: free the port or choose another", l.key, err)
 		}
 		server := &http.Server{
@@ -104,6 +111,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 			// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
 			IdleTimeout: 120 * time.Second,
 			ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+			BaseContext: func(net.Listener) context.Context { return streams },
 		}
 		servers = append(servers, server)
 		go func() {
@@ -117,26 +125,25 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 
 	select {
 	case err := <-failed:
-		closeAll(servers)
 		return err
 	case <-ctx.Done():
 	}
+	// Both listeners stay: new requests are told to come again, and probes that the agent is draining.
 	log.Info("draining", "drain_timeout", cfg.Proxy.DrainTimeout.String())
-	s.draining.Store(true)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.Proxy.DrainTimeout)
+	s.gate.close()
+	s.kube.Drain()
+	select {
+	case <-s.gate.empty:
+		log.Info("drained")
+	case <-time.After(cfg.Proxy.DrainTimeout):
+		log.Warn("the drain timeout is over: cutting the streams that still run")
+		cutStreams()
+	}
+	// What has been answered is still on its way to the caller.
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
-	// The tunnel first; probes are answered until it is empty.
-	for i := len(servers) - 1; i >= 0; i-- {
-		if err := servers[i].Shutdown(ctx); err != nil {
-			log.Warn("requests cut at the end of the drain timeout", "error", err)
-			_ = servers[i].Close()
-		}
+	for _, server := range servers {
+		_ = server.Shutdown(last)
 	}
 	return nil
-}
-
-func closeAll(servers []*http.Server) {
-	for _, s := range servers {
-		_ = s.Close()
-	}
 }

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
@@ -22,12 +21,12 @@ const checkAge = time.Second
 // readiness holds the named checks of /ready.
 type readiness struct{ checks []*check }
 
-func newReadiness(api *kube.Proxy, runDir string, draining *atomic.Bool, m *metrics) *readiness {
+func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readiness {
 	r := &readiness{checks: []*check{
 		{name: "kubernetes", age: checkAge, run: api.Check},
 		{name: "tunnel", age: checkAge, run: (&tunnelCheck{runDir: runDir}).run},
 		{name: "shutdown", run: func(context.Context) error {
-			if draining.Load() {
+			if g.isClosed() {
 				return errors.New("the agent is shutting down and takes nothing new")
 			}
 			return nil

@@ -4,7 +4,6 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
-	"sync/atomic"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
@@ -41,18 +40,18 @@ func (s *server) routes(l listener) []route {
 
 // server holds what the handlers share.
 type server struct {
-	agentID  string
-	auth     *authenticator
-	kube     http.Handler
-	metrics  *metrics
-	ready    *readiness
-	log      *slog.Logger
-	draining atomic.Bool
+	agentID string
+	auth    *authenticator
+	kube    *kube.Proxy
+	metrics *metrics
+	ready   *readiness
+	gate    *gate
+	log     *slog.Logger
 }
 
 func newServer(cfg *config.Config, api *kube.Proxy, log *slog.Logger) *server {
-	s := &server{agentID: cfg.Agent.ID, auth: newAuthenticator(cfg.Agent.Token), kube: api, metrics: newMetrics(), log: log}
-	s.ready = newReadiness(api, cfg.RunDir, &s.draining, s.metrics)
+	s := &server{agentID: cfg.Agent.ID, auth: newAuthenticator(cfg.Agent.Token), kube: api, metrics: newMetrics(), gate: newGate(), log: log}
+	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
 	return s
 }
 
@@ -76,7 +75,7 @@ func (s *server) handler(l listener) http.Handler {
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		writeProblem(w, http.StatusNotFound, "there is no such path: the Kubernetes API is under "+kube.Prefix+"/")
 	})
-	kubernetes := s.requireBearer(s.kube.ServeHTTP, statusUnauthorized)
+	kubernetes := s.requireBearer(s.gate.wrap(s.kube.ServeHTTP), statusUnauthorized)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if l == tunnel && belowKubernetes(r) {
 			r.Pattern = kube.Prefix + "/"

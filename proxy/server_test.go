@@ -155,7 +155,7 @@ func TestReadyNamesItsChecks(t *testing.T) {
 	if code, a := ready(operations, "/ready?exclude=tunnel"); code != 200 || len(a.Checks) != 2 {
 		t.Errorf("without the tunnel: %d %+v", code, a)
 	}
-	s.draining.Store(true)
+	s.gate.close()
 	if code, a := ready(operations, "/ready?exclude=tunnel&exclude=kubernetes"); code != 503 || a.Checks["shutdown"].OK || len(a.Checks) != 1 {
 		t.Errorf("draining: %d %+v", code, a)
 	}

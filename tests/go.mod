@@ -12,6 +12,7 @@ require (
 
 require (
 	github.com/moby/spdystream v0.5.1 // indirect
+	github.com/pmezard/go-difflib v1.0.1-0.20181226105442-5d4384ee4fb2 // indirect
 	k8s.io/streaming v0.36.3 // indirect
 )
 

@@ -22,10 +22,11 @@ const Prefix = "/api/k8s"
 
 // Proxy forwards requests below Prefix to the API server, with the agent's credential in place of the caller's.
 type Proxy struct {
-	target *url.URL
-	lanes  lanes
-	rp     *httputil.ReverseProxy
-	log    *slog.Logger
+	target  *url.URL
+	lanes   lanes
+	watches watches
+	rp      *httputil.ReverseProxy
+	log     *slog.Logger
 }
 
 // New makes a proxy to the API server of config.
@@ -37,7 +38,7 @@ func New(config *rest.Config, log *slog.Logger) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
 	}
-	p := &Proxy{target: target, log: log}
+	p := &Proxy{target: target, log: log, watches: watches{open: map[*watchBody]struct{}{}}}
 	if p.lanes.calls, err = rest.TransportFor(config); err != nil {
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
@@ -49,7 +50,7 @@ func New(config *rest.Config, log *slog.Logger) (*Proxy, error) {
 	p.rp = &httputil.ReverseProxy{
 		Rewrite:        p.rewrite,
 		Transport:      p.lanes,
-		ModifyResponse: checkCredential,
+		ModifyResponse: p.modify,
 		ErrorHandler:   p.fail,
 		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
@@ -135,11 +136,12 @@ func withoutTokens(values []string) string {
 	return strings.Join(kept, ", ")
 }
 
-// checkCredential keeps the API server's 401 from the caller, whose own credential it says nothing about.
-func checkCredential(resp *http.Response) error {
+// modify keeps the API server's 401 from the caller, whose own credential it says nothing about.
+func (p *Proxy) modify(resp *http.Response) error {
 	if resp.StatusCode == http.StatusUnauthorized {
 		return errCredential
 	}
+	p.watches.track(resp)
 	return nil
 }
 

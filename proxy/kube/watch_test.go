@@ -1,0 +1,155 @@
+package kube
+
+import (
+	"bufio"
+	"encoding/binary"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+
+	"k8s.io/client-go/rest"
+)
+
+// watching is a watch through a proxy: what is written to events goes to the caller.
+type watching struct {
+	proxy  *Proxy
+	events chan string // closed: the API server ends the watch
+	body   *bufio.Reader
+}
+
+func watch(t *testing.T, query, contentType string) *watching {
+	t.Helper()
+	w := &watching{events: make(chan string)}
+	api := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		rw.Header().Set("Content-Type", contentType)
+		_ = http.NewResponseController(rw).Flush()
+		for {
+			select {
+			case part, ok := <-w.events:
+				if !ok {
+					return
+				}
+				_, _ = io.WriteString(rw, part)
+				_ = http.NewResponseController(rw).Flush()
+			case <-r.Context().Done():
+				return
+			}
+		}
+	}))
+	t.Cleanup(api.Close)
+	proxy, err := New(&rest.Config{Host: api.URL}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.proxy = proxy
+	server := httptest.NewServer(proxy)
+	t.Cleanup(server.Close)
+	resp, err := http.Get(server.URL + Prefix + "/api/v1/pods?" + query)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = resp.Body.Close() })
+	w.body = bufio.NewReader(resp.Body)
+	return w
+}
+
+// sent writes a part and waits until the caller has it.
+func (w *watching) sent(t *testing.T, part string) {
+	t.Helper()
+	w.events <- part
+	got := make([]byte, len(part))
+	if _, err := io.ReadFull(w.body, got); err != nil || string(got) != part {
+		t.Fatalf("got %q, %v, want %q", got, err, part)
+	}
+}
+
+// ends expects a clean end, before which the caller gets no more than rest.
+func (w *watching) ends(t *testing.T, rest string) {
+	t.Helper()
+	got, err := io.ReadAll(w.body)
+	if err != nil || string(got) != rest {
+		t.Errorf("the watch ended with %q, %v, want %q and a clean end", got, err, rest)
+	}
+}
+
+func TestIdleWatchEndsAtOnce(t *testing.T) {
+	for _, contentType := range []string{"application/json", "application/json;stream=watch", "application/vnd.kubernetes.protobuf;stream=watch"} {
+		w := watch(t, "watch=true", contentType)
+		w.proxy.Drain() // before the first event
+		w.ends(t, "")
+	}
+	w := watch(t, "watch=1", "application/json")
+	w.sent(t, "{}\n")
+	w.proxy.Drain()
+	w.proxy.Drain() // twice is as good as once
+	w.ends(t, "")
+}
+
+func TestWatchEndsAfterTheEventThatIsUnderWay(t *testing.T) {
+	w := watch(t, "watch", "application/json")
+	w.sent(t, `{"type":"ADDED","object"`)
+	w.proxy.Drain()
+	w.events <- ":{}}\n"
+	w.ends(t, ":{}}\n")
+}
+
+func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
+	w := watch(t, "watch=true", "application/json")
+	w.proxy.Drain()
+	w.ends(t, "")
+	late := &http.Response{
+		StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader("{}\n")),
+		Request: &http.Request{URL: &url.URL{RawQuery: "watch=true"}},
+	}
+	w.proxy.watches.track(late)
+	if got, err := io.ReadAll(late.Body); err != nil || len(got) != 0 {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+func TestOtherAnswersOutliveTheDrain(t *testing.T) {
+	for query, contentType := range map[string]string{"follow=true": "text/plain", "watch=false": "application/json", "watch=0": "application/json", "watch=true": "application/cbor-seq"} {
+		w := watch(t, query, contentType)
+		w.sent(t, "first\n")
+		w.proxy.Drain()
+		w.sent(t, "second\n")
+		close(w.events)
+		w.ends(t, "")
+	}
+}
+
+func TestEndedWatchesAreForgotten(t *testing.T) {
+	w := watch(t, "watch=true", "application/json")
+	w.sent(t, "{}\n")
+	close(w.events)
+	w.ends(t, "")
+	w.proxy.watches.mu.Lock()
+	defer w.proxy.watches.mu.Unlock()
+	if n := len(w.proxy.watches.open); n != 0 {
+		t.Errorf("%d watches are still tracked", n)
+	}
+}
+
+func FuzzFramedEvents(f *testing.F) {
+	f.Add([]byte("one"), []byte(""), uint8(1))
+	f.Add([]byte("\x00\x00\x00\x05"), []byte("three"), uint8(3))
+	f.Fuzz(func(t *testing.T, first, second []byte, size uint8) {
+		frame := func(data []byte) []byte {
+			return append(binary.BigEndian.AppendUint32(nil, uint32(len(data))), data...)
+		}
+		stream := append(frame(first), frame(second)...)
+		ends := map[int]bool{4 + len(first): true, len(stream): true}
+		events := &framedEvents{}
+		for at := 0; at < len(stream); {
+			next := min(at+max(1, int(size)), len(stream))
+			if got := events.read(stream[at:next]); got != ends[next] {
+				t.Fatalf("after %d of %d bytes: between events %v, want %v", next, len(stream), got, ends[next])
+			}
+			at = next
+		}
+	})
+}

@@ -1,0 +1,239 @@
+package integration
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+)
+
+// informer follows the ConfigMaps of a namespace through the tunnel.
+type informer struct {
+	mu     sync.Mutex
+	seen   map[string]bool
+	errors []error
+}
+
+func newInformer(t *testing.T, w *world, ns string) *informer {
+	t.Helper()
+	client, err := kubernetes.NewForConfig(agent.Caller(w.cp, agentID, agentToken))
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := &informer{seen: map[string]bool{}}
+	factory := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithNamespace(ns))
+	configMaps := factory.Core().V1().ConfigMaps().Informer()
+	if err := configMaps.SetWatchErrorHandler(func(_ *cache.Reflector, err error) {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		i.errors = append(i.errors, err)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := configMaps.AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: func(object any) {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		i.seen[object.(*corev1.ConfigMap).Name] = true
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	factory.Start(t.Context().Done())
+	t.Cleanup(factory.Shutdown)
+	factory.WaitForCacheSync(t.Context().Done())
+	return i
+}
+
+// create makes n ConfigMaps straight at the API server and returns their names.
+func create(t *testing.T, ns, prefix string, n int) []string {
+	t.Helper()
+	var names []string
+	for i := range n {
+		names = append(names, fmt.Sprintf("%s-%d", prefix, i))
+		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: names[i]}}
+		if _, err := api.Client.CoreV1().ConfigMaps(ns).Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return names
+}
+
+// sees waits until the informer has seen all names.
+func (i *informer) sees(t *testing.T, names []string) {
+	t.Helper()
+	eventually(t, func() error {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		for _, name := range names {
+			if !i.seen[name] {
+				return fmt.Errorf("the informer has not seen %s; errors: %v", name, i.errors)
+			}
+		}
+		return nil
+	})
+}
+
+// TestInformerNoticesNoDrain: a proxy that is stopped in order and started again costs an informer nothing,
+// not even an error in its log.
+func TestInformerNoticesNoDrain(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	i := newInformer(t, w, ns)
+	i.sees(t, create(t, ns, "before", 10))
+	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	names := create(t, ns, "while", 10)
+	if code := w.agent.Proxy.ExitCode(); code != 0 {
+		t.Errorf("the proxy's exit code is %d:\n%s", code, w.agent.Proxy.Log())
+	}
+	if err := w.agent.StartProxy(); err != nil {
+		t.Fatal(err)
+	}
+	i.sees(t, append(names, create(t, ns, "after", 10)...))
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if len(i.errors) > 0 {
+		t.Errorf("the informer had errors: %v", i.errors)
+	}
+}
+
+// TestInformerMissesNothing: whatever hop is killed.
+func TestInformerMissesNothing(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	i := newInformer(t, w, ns)
+	for hop, kill := range map[string]func() error{
+		"frpc":  func() error { w.agent.Frpc.Kill(); return w.agent.StartFrpc() },
+		"proxy": func() error { w.agent.Proxy.Kill(); return w.agent.StartProxy() },
+		"frps":  func() error { w.cp.StopFrps(); return w.cp.StartFrps(t.Context()) },
+	} {
+		i.sees(t, create(t, ns, hop+"-before", 5))
+		if err := kill(); err != nil {
+			t.Fatal(err)
+		}
+		i.sees(t, create(t, ns, hop+"-after", 5))
+	}
+}
+
+// session is a running kubectl exec that waits for a line.
+type session struct {
+	cmd   *exec.Cmd
+	stdin io.WriteCloser
+	out   *bufio.Reader
+}
+
+func startSession(t *testing.T, w *world, ns string) *session {
+	t.Helper()
+	s := &session{cmd: exec.CommandContext(t.Context(), w.binary("kubectl"), "exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "echo started; read line; echo got $line")}
+	s.cmd.Env = []string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + w.caller, "PATH=" + os.Getenv("PATH")}
+	var err error
+	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.out = bufio.NewReader(out)
+	if err := s.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.cmd.Process.Kill(); _ = s.cmd.Wait() })
+	if line, err := s.out.ReadString('\n'); err != nil || line != "started\n" {
+		t.Fatalf("exec: got %q, %v", line, err)
+	}
+	return s
+}
+
+// draining waits until the proxy, told to stop, says that it drains.
+func draining(t *testing.T, w *world) {
+	t.Helper()
+	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		_, answer, err := w.agent.Ready(t.Context())
+		if err == nil && answer.Checks["shutdown"].OK {
+			err = errors.New("it does not drain")
+		}
+		return err
+	})
+}
+
+// TestExecOutlivesTheDrain: what runs goes on; what is new is told to come again.
+func TestExecOutlivesTheDrain(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	runningPod(t, &kubelet{}, ns)
+	s := startSession(t, w, ns)
+	draining(t, w)
+	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + agentToken}})
+	if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("a new request: %s %v %s", resp.Status, resp.Header, body)
+	}
+	if _, err := io.WriteString(s.stdin, "hello\n"); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := s.out.ReadString('\n'); err != nil || line != "got hello\n" {
+		t.Errorf("exec: got %q, %v", line, err)
+	}
+	if err := s.cmd.Wait(); err != nil {
+		t.Errorf("exec: %v", err)
+	}
+	if code := w.agent.Proxy.ExitCode(); code != 0 {
+		t.Errorf("the proxy's exit code is %d:\n%s", code, w.agent.Proxy.Log())
+	}
+}
+
+// TestDrainTimeout: streams that do not end are cut.
+func TestDrainTimeout(t *testing.T) {
+	w := newWorld(t)
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_DRAIN_TIMEOUT=100ms")
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ns := w.namespace()
+	runningPod(t, &kubelet{}, ns)
+	s := startSession(t, w, ns)
+	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.cmd.Wait(); err == nil {
+		t.Error("exec ended well")
+	}
+	if code := w.agent.Proxy.ExitCode(); code != 0 {
+		t.Errorf("the proxy's exit code is %d:\n%s", code, w.agent.Proxy.Log())
+	}
+}
+
+// TestSecondSignalEndsAtOnce: whoever asks twice does not wait for the drain.
+func TestSecondSignalEndsAtOnce(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	runningPod(t, &kubelet{}, ns)
+	startSession(t, w, ns)
+	draining(t, w)
+	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if code := w.agent.Proxy.ExitCode(); code != -1 {
+		t.Errorf("exit code %d, want the signal's end", code)
+	}
+}
