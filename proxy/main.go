@@ -69,12 +69,13 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return exitUsage
 	}
 	log := cfg.Logger(stderr)
-	api, err := kube.New(restConfig, log)
+	metrics := newMetrics()
+	api, err := kube.New(restConfig, metrics.latency, log)
 	if err != nil {
 		_, _ = fmt.Fprintln(stderr, "proxy:", err)
 		return exitUsage
 	}
-	if err := serve(ctx, cfg, newServer(cfg, api, log), log); err != nil {
+	if err := serve(ctx, cfg, newServer(cfg, api, metrics, log), log); err != nil {
 		log.Error("stopped", "error", err)
 		return exitFailed
 	}

@@ -3,55 +3,26 @@ package main
 import (
 	"bufio"
 	"crypto/rand"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// metrics are all that /metrics shows.
-type metrics struct {
-	requests *prometheus.CounterVec
-	inFlight *prometheus.GaugeVec
-	checks   *prometheus.GaugeVec
-	handler  http.Handler
-}
-
-func newMetrics() *metrics {
-	m := &metrics{
-		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "pipeops_agent_http_requests_total", Help: "HTTP requests answered.",
-		}, []string{"route", "method", "code"}),
-		inFlight: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "pipeops_agent_http_requests_in_flight", Help: "HTTP requests being answered now, streams included.",
-		}, []string{"listener"}),
-		checks: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "pipeops_agent_ready_check", Help: "1 if the named check of /ready passed when it last ran, else 0.",
-		}, []string{"check"}),
-	}
-	info := version.Get()
-	build := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "pipeops_agent_build_info", Help: "Always 1; the labels say what was built.",
-		ConstLabels: prometheus.Labels{"version": info.Version, "commit": info.Commit, "go_version": info.GoVersion},
-	})
-	build.Set(1)
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.requests, m.inFlight, m.checks, build,
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
-	return m
-}
-
 // observe gives every request an id, marks every answer as this agent's, counts it and logs it. The log
-// holds no query, header or body, and no path below the Kubernetes API: names may be secrets there.
+// holds no query, header or body, and below the Kubernetes API no path: names may be secrets there.
 func (s *server) observe(l listener, next http.Handler) http.Handler {
+	level := slog.LevelInfo
+	if l == operations {
+		level = slog.LevelDebug // probes and scrapes
+	}
 	inFlight := s.metrics.inFlight.WithLabelValues(l.String())
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
@@ -62,34 +33,75 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 			// A gateway knows by it that the agent has answered, and not frps for an agent that is away.
 			w.Header().Set("Pipeops-Agent", s.agentID)
 		}
-		rec := &recorder{ResponseWriter: w}
+		rec := &recorder{ResponseWriter: w, metrics: s.metrics}
+		if r.Body != http.NoBody {
+			r.Body = &counted{ReadCloser: r.Body, bytes: s.metrics.received}
+		}
 		inFlight.Inc()
+		// Deferred, because ReverseProxy drops a connection by a panic.
 		defer func() {
 			inFlight.Dec()
 			code := rec.status()
 			s.metrics.requests.WithLabelValues(routeLabel(r), methodLabel(r.Method), strconv.Itoa(code)).Inc()
-			level := slog.LevelInfo
-			if l == operations {
-				level = slog.LevelDebug // probes and scrapes
+			if !s.log.Enabled(r.Context(), level) {
+				return
 			}
-			s.log.Log(r.Context(), level, "request", "request_id", id, "method", methodLabel(r.Method),
-				"route", routeLabel(r), "status", code, "bytes", rec.bytes, "duration", time.Since(start).String())
+			attrs := make([]slog.Attr, 0, 12)
+			attrs = append(attrs, slog.String("request_id", id), slog.String("method", methodLabel(r.Method)),
+				slog.String("route", routeLabel(r)), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
+				slog.Float64("duration_seconds", time.Since(start).Seconds()), slog.String("caller", caller(r)))
+			if rec.described {
+				d := rec.description
+				attrs = append(attrs, slog.String("verb", d.Verb), slog.String("group", d.Group),
+					slog.String("resource", d.Resource), slog.String("subresource", d.Subresource))
+			}
+			s.log.LogAttrs(r.Context(), level, "request", attrs...)
 		}()
 		next.ServeHTTP(rec, r)
 	})
 }
 
+// observeKubernetes adds what is known of requests for the Kubernetes API. It runs inside observe.
+func (s *server) observeKubernetes(next http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		d := kube.Describe(r)
+		lane := "call"
+		switch d.Verb {
+		case "watch":
+			lane = "watch"
+		case "connect":
+			lane = "upgrade"
+		}
+		rec := w.(*recorder) // observe has put it there
+		rec.description, rec.described = d, true
+		inFlight := s.metrics.kubeInFlight.WithLabelValues(lane)
+		inFlight.Inc()
+		defer func() {
+			inFlight.Dec()
+			s.metrics.kube.WithLabelValues(d.Verb, strconv.Itoa(rec.status()), lane).Inc()
+		}()
+		next(w, r)
+	}
+}
+
+// caller is the address of who asked, as far as it is known: frps appends the address that it has seen to
+// the caller's own X-Forwarded-For, so only the last is true.
+func caller(r *http.Request) string {
+	if forwarded := r.Header.Values("X-Forwarded-For"); len(forwarded) > 0 {
+		list := forwarded[len(forwarded)-1]
+		return strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:])
+	}
+	host, _, _ := net.SplitHostPort(r.RemoteAddr)
+	return host
+}
+
 // routeLabel is the route's path, never the caller's.
 func routeLabel(r *http.Request) string {
-	if r.Pattern == "" || r.Pattern == "/" {
+	slash := strings.IndexByte(r.Pattern, '/')
+	if slash < 0 || r.Pattern == "/" {
 		return "none"
 	}
-	for i := range r.Pattern {
-		if r.Pattern[i] == '/' {
-			return r.Pattern[i:]
-		}
-	}
-	return r.Pattern
+	return r.Pattern[slash:]
 }
 
 // methodLabel keeps a caller's inventions out of labels.
@@ -112,8 +124,11 @@ func (l listener) String() string {
 type recorder struct {
 	http.ResponseWriter
 
-	code  int
-	bytes int64
+	metrics     *metrics
+	code        int
+	bytes       int64
+	description kube.Description // of requests for the Kubernetes API
+	described   bool
 }
 
 // status is 499 for a caller who left before there was an answer, as nginx has it.
@@ -125,7 +140,7 @@ func (r *recorder) status() int {
 }
 
 func (r *recorder) WriteHeader(code int) {
-	if code >= 200 || code == http.StatusSwitchingProtocols {
+	if code >= 200 {
 		r.code = code
 	}
 	r.ResponseWriter.WriteHeader(code)
@@ -137,14 +152,59 @@ func (r *recorder) Write(data []byte) (int, error) {
 	}
 	n, err := r.ResponseWriter.Write(data)
 	r.bytes += int64(n)
+	r.metrics.sent.Add(float64(n))
 	return n, err
 }
 
-// Hijack is how an upgrade is answered; its bytes are not counted.
+// Hijack is how an upgrade is answered.
 func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffer, err := http.NewResponseController(r.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
 	r.code = http.StatusSwitchingProtocols
-	return http.NewResponseController(r.ResponseWriter).Hijack()
+	return &countedConn{Conn: conn, metrics: r.metrics}, buffer, nil
 }
 
 // Unwrap lets http.ResponseController reach what this type does not wrap.
 func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
+
+// counted counts the bytes of a request's body.
+type counted struct {
+	io.ReadCloser
+
+	bytes prometheus.Counter
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	c.bytes.Add(float64(n))
+	return n, err
+}
+
+// countedConn counts the bytes of an upgraded connection.
+type countedConn struct {
+	net.Conn
+
+	metrics *metrics
+}
+
+func (c *countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.metrics.received.Add(float64(n))
+	return n, err
+}
+
+func (c *countedConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.metrics.sent.Add(float64(n))
+	return n, err
+}
+
+// CloseWrite lets ReverseProxy end one direction of the connection and leave the other.
+func (c *countedConn) CloseWrite() error {
+	if conn, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return conn.CloseWrite()
+	}
+	return c.Conn.Close()
+}

@@ -49,8 +49,8 @@ type server struct {
 	log     *slog.Logger
 }
 
-func newServer(cfg *config.Config, api *kube.Proxy, log *slog.Logger) *server {
-	s := &server{agentID: cfg.Agent.ID, auth: newAuthenticator(cfg.Agent.Token), kube: api, metrics: newMetrics(), gate: newGate(), log: log}
+func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, log *slog.Logger) *server {
+	s := &server{agentID: cfg.Agent.ID, auth: newAuthenticator(cfg.Agent.Token), kube: api, metrics: m, gate: newGate(), log: log}
 	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
 	return s
 }
@@ -75,7 +75,7 @@ func (s *server) handler(l listener) http.Handler {
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		writeProblem(w, http.StatusNotFound, "there is no such path: the Kubernetes API is under "+kube.Prefix+"/")
 	})
-	kubernetes := s.requireBearer(s.gate.wrap(s.kube.ServeHTTP), statusUnauthorized)
+	kubernetes := s.observeKubernetes(s.requireBearer(s.gate.wrap(s.kube.ServeHTTP), statusUnauthorized))
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if l == tunnel && belowKubernetes(r) {
 			r.Pattern = kube.Prefix + "/"

@@ -27,13 +27,14 @@ func newTest(t *testing.T, agentToken frpc.Secret) (s *server, log *bytes.Buffer
 	t.Cleanup(api.Close)
 	log = &bytes.Buffer{}
 	logger := slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	proxy, err := kube.New(&rest.Config{Host: api.URL}, logger)
+	m := newMetrics()
+	proxy, err := kube.New(&rest.Config{Host: api.URL}, m.latency, logger)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token = "agent-001", agentToken
-	s = newServer(cfg, proxy, logger)
+	s = newServer(cfg, proxy, m, logger)
 	return s, log, map[listener]http.Handler{tunnel: s.handler(tunnel), operations: s.handler(operations)}
 }
 
@@ -177,6 +178,10 @@ func TestMetrics(t *testing.T) {
 		`pipeops_agent_ready_check{check="kubernetes"} 1`,
 		`pipeops_agent_http_requests_in_flight{listener="tunnel"} 0`,
 		`pipeops_agent_build_info{`,
+		`pipeops_agent_http_sent_bytes_total`,
+		`pipeops_agent_kubernetes_requests_total{code="200",lane="call",verb="get"} 1`,
+		`pipeops_agent_kubernetes_requests_in_flight{lane="call"} 0`,
+		`pipeops_agent_kubernetes_upstream_duration_seconds_count `,
 		`process_resident_memory_bytes`,
 	} {
 		if !strings.Contains(text, want) {
@@ -200,8 +205,10 @@ func TestRequestsAreLoggedWithoutTheirContent(t *testing.T) {
 		t.Errorf("logged %s", line)
 	}
 	id := w.Header().Get("X-Request-Id")
-	if id == "" || !strings.Contains(line, id) || !strings.Contains(line, `"status":200`) || !strings.Contains(line, `"bytes":19`) {
-		t.Errorf("request %q logged as %s", id, line)
+	for _, want := range []string{`"request_id":"` + id + `"`, `"status":200`, `"bytes":19`, `"verb":"get"`, `"resource":"secrets"`, `"caller":"192.0.2.1"`} {
+		if id == "" || !strings.Contains(line, want) {
+			t.Errorf("request %q logged without %s: %s", id, want, line)
+		}
 	}
 }
 

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"slices"
 	"strings"
 )
 
@@ -37,13 +36,12 @@ func upstreamPath(r *http.Request) (string, error) {
 // gets past RBAC and audit to every pod of the node, even with GET (kubernetes/kubernetes#136550); /metrics,
 // /debug and /logs are of the API server's process and host, not of the cluster.
 func forbidden(path string) string {
-	// Empty segments are left out, as API servers do when they look for the resource.
-	segments := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })
+	parts := segments(path)
 	switch {
-	case len(segments) >= 5 && segments[0] == "api" && segments[2] == "nodes" && segments[4] == "proxy":
+	case len(parts) >= 5 && parts[0] == "api" && parts[2] == "nodes" && parts[4] == "proxy":
 		return "nodes/proxy reaches every pod on the node past RBAC and audit: use pods/exec, pods/log or pods/portforward"
-	case len(segments) >= 1 && (segments[0] == "metrics" || segments[0] == "debug" || segments[0] == "logs"):
-		return "/" + segments[0] + " is the API server's own: read it in the cluster"
+	case len(parts) >= 1 && (parts[0] == "metrics" || parts[0] == "debug" || parts[0] == "logs"):
+		return "/" + parts[0] + " is the API server's own: read it in the cluster"
 	}
 	return ""
 }

@@ -12,6 +12,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"strings"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -29,8 +30,9 @@ type Proxy struct {
 	log     *slog.Logger
 }
 
-// New makes a proxy to the API server of config.
-func New(config *rest.Config, log *slog.Logger) (*Proxy, error) {
+// New makes a proxy to the API server of config. It tells latency the seconds from each request to the
+// headers of the API server's answer.
+func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error) {
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true // else Go would change bodies and their headers
 	config.Timeout = 0               // watches, logs and exec have no end
@@ -38,7 +40,7 @@ func New(config *rest.Config, log *slog.Logger) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
 	}
-	p := &Proxy{target: target, log: log, watches: watches{open: map[*watchBody]struct{}{}}}
+	p := &Proxy{target: target, log: log, lanes: lanes{latency: latency}, watches: watches{open: map[*watchBody]struct{}{}}}
 	if p.lanes.calls, err = rest.TransportFor(config); err != nil {
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
@@ -57,17 +59,40 @@ func New(config *rest.Config, log *slog.Logger) (*Proxy, error) {
 	return p, nil
 }
 
+// Observer is what Prometheus's histograms are.
+type Observer interface{ Observe(seconds float64) }
+
 // lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2.
-type lanes struct{ calls, upgrades http.RoundTripper }
+type lanes struct {
+	calls, upgrades http.RoundTripper
+	latency         Observer
+}
 
 func (l lanes) RoundTrip(r *http.Request) (*http.Response, error) {
+	lane := l.calls
 	if r.Header.Get("Upgrade") != "" {
-		return l.upgrades.RoundTrip(r)
+		lane = l.upgrades
 	}
-	return l.calls.RoundTrip(r)
+	start := time.Now()
+	resp, err := lane.RoundTrip(r)
+	if err == nil {
+		l.latency.Observe(time.Since(start).Seconds())
+	}
+	return resp, err
+}
+
+// request is what ServeHTTP has found out of a request, for those who see it later.
+type request struct {
+	path  string // at the API server
+	watch bool
 }
 
 type contextKey struct{}
+
+func found(ctx context.Context) request {
+	r, _ := ctx.Value(contextKey{}).(request)
+	return r
+}
 
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	path, err := upstreamPath(r)
@@ -90,7 +115,8 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
 		return
 	}
-	p.rp.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), contextKey{}, path)))
+	ctx := context.WithValue(r.Context(), contextKey{}, request{path: path, watch: Describe(r).Verb == "watch"})
+	p.rp.ServeHTTP(w, r.WithContext(ctx))
 }
 
 // rewrite runs after the hop-by-hop headers are gone, so that a "Connection: Authorization" of the caller
@@ -98,9 +124,8 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // none: the caller's must go.
 func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 	out := pr.Out
-	path, _ := pr.In.Context().Value(contextKey{}).(string)
 	out.URL.Scheme, out.URL.Host, out.Host = p.target.Scheme, p.target.Host, ""
-	out.URL.RawPath = strings.TrimRight(p.target.EscapedPath(), "/") + path
+	out.URL.RawPath = strings.TrimRight(p.target.EscapedPath(), "/") + found(pr.In.Context()).path
 	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
 	out.URL.RawQuery = pr.In.URL.RawQuery               // byte for byte: ReverseProxy had tidied it
 
@@ -141,7 +166,9 @@ func (p *Proxy) modify(resp *http.Response) error {
 	if resp.StatusCode == http.StatusUnauthorized {
 		return errCredential
 	}
-	p.watches.track(resp)
+	if resp.StatusCode == http.StatusOK && found(resp.Request.Context()).watch {
+		p.watches.track(resp)
+	}
 	return nil
 }
 

@@ -32,9 +32,6 @@ func isWatch(u *url.URL) bool {
 
 // track puts a body that can be ended between two events in place of a watch's.
 func (w *watches) track(resp *http.Response) {
-	if resp.StatusCode != http.StatusOK || resp.Request == nil || !isWatch(resp.Request.URL) {
-		return
-	}
 	body := &watchBody{body: resp.Body, all: w, events: jsonEvents{}, between: true}
 	switch contentType := resp.Header.Get("Content-Type"); {
 	case strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf"):

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"strings"
 	"testing"
 
@@ -41,7 +40,7 @@ func watch(t *testing.T, query, contentType string) *watching {
 		}
 	}))
 	t.Cleanup(api.Close)
-	proxy, err := New(&rest.Config{Host: api.URL}, slog.New(slog.DiscardHandler))
+	proxy, err := New(&rest.Config{Host: api.URL}, ignored{}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,8 +101,7 @@ func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
 	w.proxy.Drain()
 	w.ends(t, "")
 	late := &http.Response{
-		StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader("{}\n")),
-		Request: &http.Request{URL: &url.URL{RawQuery: "watch=true"}},
+		Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader("{}\n")),
 	}
 	w.proxy.watches.track(late)
 	if got, err := io.ReadAll(late.Body); err != nil || len(got) != 0 {

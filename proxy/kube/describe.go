@@ -1,0 +1,75 @@
+package kube
+
+import (
+	"net/http"
+	"slices"
+	"strings"
+)
+
+// Description says what a request below Prefix asks for, in the terms of RBAC, without names of objects:
+// they may be secrets, and there are too many for labels.
+type Description struct {
+	Verb        string // get, list, watch, create, update, patch, delete, deletecollection; connect for upgrades
+	Group       string // empty for the core group, and where nothing is asked of a resource
+	Resource    string // plural; empty for discovery, /version and the like
+	Subresource string
+}
+
+// Describe reads the request as the API server does.
+// Source: k8s.io/apiserver/pkg/endpoints/request/requestinfo.go.
+func Describe(r *http.Request) Description {
+	d := Description{Verb: verbs[r.Method]}
+	if d.Verb == "" {
+		d.Verb = "other"
+	}
+	parts := segments(strings.TrimPrefix(r.URL.Path, Prefix))
+	switch {
+	case len(parts) >= 3 && parts[0] == "api":
+		parts = parts[2:]
+	case len(parts) >= 4 && parts[0] == "apis":
+		d.Group, parts = short(parts[1]), parts[3:]
+	default:
+		parts = nil
+	}
+	if len(parts) > 0 {
+		watchPath := parts[0] == "watch" // an old form that is still served
+		if watchPath {
+			parts = parts[1:]
+		}
+		if len(parts) > 2 && parts[0] == "namespaces" && parts[2] != "status" && parts[2] != "finalize" {
+			parts = parts[2:]
+		}
+		if len(parts) > 0 {
+			d.Resource = short(parts[0])
+		}
+		if len(parts) > 2 {
+			d.Subresource = short(parts[2])
+		}
+		switch named := len(parts) > 1; {
+		case d.Verb == "get" && (watchPath || !named && isWatch(r.URL)):
+			d.Verb = "watch"
+		case d.Verb == "get" && !named:
+			d.Verb = "list"
+		case d.Verb == "delete" && !named:
+			d.Verb = "deletecollection"
+		}
+	}
+	if r.Header.Get("Upgrade") != "" {
+		d.Verb = "connect"
+	}
+	return d
+}
+
+// short cuts what is longer than any group or resource can be: the path may be a megabyte.
+func short(s string) string { return s[:min(len(s), 253)] }
+
+var verbs = map[string]string{
+	http.MethodGet: "get", http.MethodHead: "get", http.MethodPost: "create", http.MethodPut: "update",
+	http.MethodPatch: "patch", http.MethodDelete: "delete",
+}
+
+// segments leaves out empty ones. The API server does not, and so serves nothing at such a path; whatever else
+// stands behind it may.
+func segments(path string) []string {
+	return slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })
+}

@@ -1,0 +1,62 @@
+package main
+
+import (
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/pipeops/vm-agent/bootstrap/version"
+)
+
+// metrics are all that /metrics shows. Labels hold nothing that a caller can make up.
+type metrics struct {
+	requests     *prometheus.CounterVec
+	inFlight     *prometheus.GaugeVec
+	received     prometheus.Counter
+	sent         prometheus.Counter
+	kube         *prometheus.CounterVec
+	kubeInFlight *prometheus.GaugeVec
+	latency      prometheus.Histogram
+	checks       *prometheus.GaugeVec
+	handler      http.Handler
+}
+
+func newMetrics() *metrics {
+	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "pipeops_agent_" + name, Help: help}, labels)
+	}
+	gauges := func(name, help string, labels ...string) *prometheus.GaugeVec {
+		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "pipeops_agent_" + name, Help: help}, labels)
+	}
+	m := &metrics{
+		requests: counters("http_requests_total", "HTTP requests answered.", "route", "method", "code"),
+		inFlight: gauges("http_requests_in_flight", "HTTP requests being answered now, streams included.", "listener"),
+		received: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "pipeops_agent_http_received_bytes_total", Help: "Bytes of request bodies and of upgraded connections, from callers.",
+		}),
+		sent: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "pipeops_agent_http_sent_bytes_total", Help: "Bytes of response bodies and of upgraded connections, to callers.",
+		}),
+		kube:         counters("kubernetes_requests_total", "Requests for the Kubernetes API answered.", "verb", "code", "lane"),
+		kubeInFlight: gauges("kubernetes_requests_in_flight", "Requests for the Kubernetes API being answered now.", "lane"),
+		latency: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "pipeops_agent_kubernetes_upstream_duration_seconds",
+			Help:    "Time from a request to the API server until the headers of its answer.",
+			Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
+		}),
+		checks: gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
+	}
+	info := version.Get()
+	build := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "pipeops_agent_build_info", Help: "Always 1; the labels say what was built.",
+		ConstLabels: prometheus.Labels{"version": info.Version, "commit": info.Commit, "go_version": info.GoVersion},
+	})
+	build.Set(1)
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, build,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
+	return m
+}
