@@ -6,17 +6,21 @@ TOOL_MODULES := tests/tools/frp tests/tools/kubernetes tests/tools/lint
 # Those that hold Go code of ours.
 CODE := $(MODULES) tests/tools/frp
 
+$(if $(word 2,$(CURDIR)),$(error make cannot work in a path with spaces: move the repository))
 BIN := $(CURDIR)/.build/bin
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 # Of the commit, so that a build can be repeated.
 DATE := $(shell git log -1 --format=%cI 2>/dev/null)
 STAMP := github.com/pipeops/vm-agent/bootstrap/version
-STAMPS := -X $(STAMP).Version=$(VERSION) -X $(STAMP).BuildDate=$(DATE)
+COMMIT := $(shell git rev-parse HEAD 2>/dev/null)
+STAMPS := -X $(STAMP).Version=$(VERSION) -X $(STAMP).BuildDate=$(DATE) -X $(STAMP).Commit=$(COMMIT)
 
 export CGO_ENABLED := 0
 # go.work is for editors. Here each module is built with the dependencies that its own go.mod names, so that
 # what is tested is what ships.
 export GOWORK := off
+# The stamps say the commit. Go's own would fail in a checkout that another user owns.
+export GOFLAGS += -buildvcs=false
 
 .PHONY: help
 help: ## List the targets
@@ -36,12 +40,12 @@ test: build tools ## Run the unit and integration tests: no root, no internet bu
 
 .PHONY: bench
 bench: build tools ## Measure; the figures and what they mean are in tests/bench/README.md
-	@cd tests && go test -run '^$$' -bench . -benchtime 5x ./bench
+	@cd tests && go build -o $(BIN)/bench ./bench && exec $(BIN)/bench
 
 .PHONY: verify
 verify: $(BIN)/golangci-lint $(BIN)/govulncheck ## Check format, vet, lint, races, modules and known vulnerabilities
 	@echo "== every module is listed"
-	@want=$$(git ls-files --cached --others --exclude-standard '*go.mod' | xargs -n1 dirname | sort | xargs); \
+	@want=$$(find . -name go.mod -not -path './.build/*' | sed 's|^./||; s|/go.mod$$||' | sort | xargs); \
 	have=$$(printf '%s\n' $(MODULES) $(TOOL_MODULES) | sort | xargs); \
 	[ "$$want" = "$$have" ] || { echo "the Makefile lists: $$have"; echo "the tree holds:     $$want"; exit 1; }
 	@for m in $(MODULES); do grep -qx "	./$$m" go.work || { echo "go.work lacks $$m"; exit 1; }; done

@@ -62,11 +62,11 @@ func newControlPlane(cfg *config.Config) (*controlPlane, error) {
 	if cfg.Agent.CAFile != "" {
 		pem, err := os.ReadFile(cfg.Agent.CAFile)
 		if err != nil {
-			return nil, fmt.Errorf("agent.ca_file (PIPEOPS_API_CA_FILE): %w", err)
+			return nil, &config.Error{Mistakes: []string{fmt.Sprintf("agent.ca_file (PIPEOPS_API_CA_FILE): %v: correct the path or mount the file", err)}}
 		}
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("agent.ca_file (PIPEOPS_API_CA_FILE): %s holds no PEM certificate", cfg.Agent.CAFile)
+			return nil, &config.Error{Mistakes: []string{fmt.Sprintf("agent.ca_file (PIPEOPS_API_CA_FILE): %s holds no PEM certificate", cfg.Agent.CAFile)}}
 		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
@@ -107,6 +107,9 @@ func (c *controlPlane) authenticate(ctx context.Context, log *slog.Logger) (auth
 			fail.err = last // an attempt cut short says less than the one before
 		}
 		last = fail.err
+		if errors.Is(ctx.Err(), context.Canceled) {
+			return authAnswer{}, fmt.Errorf("stopped by a signal before there was a lease (%w)", fail.err)
+		}
 		wait := max(delay/2+mathrand.N(delay), fail.retryAfter) //nolint:gosec // jitter is no secret
 		if deadline, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(deadline) < wait {
 			return authAnswer{}, fmt.Errorf("%w (gave up after --timeout)", fail.err)
@@ -115,7 +118,7 @@ func (c *controlPlane) authenticate(ctx context.Context, log *slog.Logger) (auth
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-			return authAnswer{}, fmt.Errorf("%w (stopped)", fail.err)
+			return authAnswer{}, fmt.Errorf("stopped by a signal before there was a lease (%w)", fail.err)
 		}
 	}
 }
@@ -225,8 +228,8 @@ func explain(err error) error {
 		return fmt.Errorf("shows a certificate for another name: %w: check agent.api_url (PIPEOPS_API_URL)", wrongName)
 	case errors.As(err, &invalid):
 		return fmt.Errorf("shows a certificate that is not valid: %w: check the clocks, or renew the certificate", invalid)
-	case errors.As(err, &noTLS):
-		return fmt.Errorf("does not speak TLS: %w: check the port in agent.api_url (PIPEOPS_API_URL)", noTLS)
+	case errors.As(err, &noTLS), errors.Is(err, http.ErrSchemeMismatch):
+		return errors.New("does not speak TLS: check the port in agent.api_url (PIPEOPS_API_URL)")
 	case errors.As(err, &timeout) && timeout.Timeout():
 		return fmt.Errorf("does not answer: %w: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it", errors.Unwrap(err))
 	default:
@@ -243,13 +246,26 @@ func newLease(cfg *config.Config, answer authAnswer) (frpc.Lease, error) {
 		return frpc.Lease{}, fmt.Errorf("the control plane's lease has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
 	}
 	name := cfg.Agent.ID + "." + cfg.Agent.Instance
-	tunnel := cfg.FRP.Tunnel
-	if t := answer.Tunnel; t.Type != "" {
-		t.LocalIP, t.LocalPort = tunnel.LocalIP, tunnel.LocalPort
-		tunnel = t
+	tunnel, configured := answer.Tunnel, cfg.FRP.Tunnel
+	if tunnel.Type == "" {
+		tunnel.Type = configured.Type
 	}
+	if tunnel.Type == configured.Type {
+		if tunnel.Subdomain == "" && len(tunnel.CustomDomains) == 0 {
+			tunnel.Subdomain, tunnel.CustomDomains = configured.Subdomain, configured.CustomDomains
+		}
+		if tunnel.RemotePort == 0 {
+			tunnel.RemotePort = configured.RemotePort
+		}
+	}
+	tunnel.LocalIP, tunnel.LocalPort = configured.LocalIP, configured.LocalPort
 	if tunnel.Type != "http" && tunnel.Type != "tcp" {
 		return frpc.Lease{}, fmt.Errorf("the control plane's lease has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
+	}
+	for _, port := range []int{answer.ServerPort, tunnel.RemotePort} {
+		if port < 0 || port > 65535 {
+			return frpc.Lease{}, fmt.Errorf("the control plane's lease has port %d, which is none: tell those who run it", port)
+		}
 	}
 	tunnel.Name = name
 	lease := frpc.Lease{

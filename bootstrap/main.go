@@ -62,6 +62,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return exitUsage
 	}
 
+	if *timeout <= 0 {
+		_, _ = fmt.Fprintln(stderr, "bootstrap: --timeout must be more than nothing: give one such as 5m")
+		return exitUsage
+	}
 	cfg, err := config.Load(*configPath, getenv)
 	if err != nil {
 		_, _ = fmt.Fprintln(stderr, "bootstrap:", err)
@@ -70,6 +74,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	log := cfg.Logger(stderr)
 	if err := writeLease(ctx, cfg, *timeout, log); err != nil {
 		log.Error("no lease", "error", err)
+		if mistakes := (*config.Error)(nil); errors.As(err, &mistakes) {
+			return exitUsage
+		}
 		return exitFailed
 	}
 	return exitOK
@@ -101,7 +108,10 @@ func writeLease(ctx context.Context, cfg *config.Config, timeout time.Duration, 
 	if err := lease.Write(cfg.RunDir); err != nil {
 		return fmt.Errorf("the run directory cannot be written: %w: check run_dir (PIPEOPS_RUN_DIR) and the volume mounted there", err)
 	}
+	if !lease.ExpiresAt.IsZero() {
+		log = log.With("expires_at", lease.ExpiresAt)
+	}
 	log.Info("lease written", "run_dir", cfg.RunDir, "server_addr", lease.Frpc.ServerAddr,
-		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type, "expires_at", lease.ExpiresAt)
+		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type)
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -81,6 +82,32 @@ func TestOnceWritesTheLease(t *testing.T) {
 	}
 }
 
+// TestTunnelOfTheLeaseWins: field by field, and the configuration fills what it leaves out.
+func TestTunnelOfTheLeaseWins(t *testing.T) {
+	for body, want := range map[string]frpc.Tunnel{
+		`{"group":"g"}`:            {Type: "http", Subdomain: "agent-001", Group: "g"},
+		`{"subdomain":"other"}`:    {Type: "http", Subdomain: "other"},
+		`{"type":"http"}`:          {Type: "http", Subdomain: "agent-001"},
+		`{"type":"tcp"}`:           {Type: "tcp"},
+		`{"custom_domains":["d"]}`: {Type: "http", CustomDomains: []string{"d"}},
+	} {
+		server := httptest.NewServer(answer(200, "application/json", `{"frp_token":"f","tunnel":`+body+`}`))
+		env := environment(t, server.URL)
+		if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
+			t.Fatal(output)
+		}
+		server.Close()
+		lease, err := frpc.ReadLease(env["PIPEOPS_RUN_DIR"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		want.Name, want.LocalIP, want.LocalPort = "agent-001.pod-1", "127.0.0.1", 8080
+		if !reflect.DeepEqual(lease.Frpc.Tunnel, want) {
+			t.Errorf("%s: got %+v, want %+v", body, lease.Frpc.Tunnel, want)
+		}
+	}
+}
+
 // TestAttempts: what the control plane may answer, and what a person reads of it.
 func TestAttempts(t *testing.T) {
 	const lease = `{"frp_token":"f"}`
@@ -107,6 +134,7 @@ func TestAttempts(t *testing.T) {
 		{"too large", []http.HandlerFunc{answer(200, "application/json", strings.Repeat(" ", 1<<20)+lease)}, 1, exitFailed, "answers with more than 1 MiB"},
 		{"no frp_token", []http.HandlerFunc{answer(200, "application/json", `{}`)}, 1, exitFailed, "answers without frp_token"},
 		{"unknown auth_method", []http.HandlerFunc{answer(200, "application/json", `{"frp_token":"f","auth_method":"magic"}`)}, 1, exitFailed, `auth_method "magic", which this version does not know`},
+		{"impossible port", []http.HandlerFunc{answer(200, "application/json", `{"frp_token":"f","server_port":-5}`)}, 1, exitFailed, "lease has port -5, which is none"},
 		{"unknown tunnel", []http.HandlerFunc{answer(200, "application/json", `{"frp_token":"f","tunnel":{"type":"magic"}}`)}, 1, exitFailed, `a tunnel of type "magic", which this version does not know`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -147,6 +175,7 @@ func TestCommandLine(t *testing.T) {
 		{[]string{"--version"}, exitOK, `"version":"dev"`},
 		{nil, exitUsage, "run with --once"},
 		{[]string{"--nonsense"}, exitUsage, "flag provided but not defined"},
+		{[]string{"--once", "--timeout", "0"}, exitUsage, "--timeout must be more than nothing"},
 		{[]string{"--once", "extra"}, exitUsage, `unknown argument "extra"`},
 		{[]string{"--once", "--config", "/nonexistent"}, exitUsage, "open /nonexistent: no such file or directory"},
 	} {

@@ -21,7 +21,8 @@ import (
 // Login walks the way that frpc takes to frps (TCP, TLS, login) and hangs up. It exists because frpc tells
 // why it is not logged in to nobody but its log. The error names the hop, the cause and the next step; nil
 // means that frps accepts the login. It speaks for protocol tcp without a proxy only: for the others it
-// returns an error that points to frpc's log.
+// returns an error that points to frpc's log. It does not know frpc's environment, where http_proxy would be
+// such a proxy.
 func Login(ctx context.Context, c Config) error {
 	addr := net.JoinHostPort(c.ServerAddr, strconv.Itoa(c.ServerPort))
 	if c.Protocol != "tcp" || c.ProxyURL != "" {
@@ -108,8 +109,9 @@ func exchangeLogin(conn io.ReadWriter, c Config) (refusal string, err error) {
 		return "", err
 	}
 
+	const limit = 1 << 16 // bytes of answer
 	var answer bytes.Buffer
-	for answer.Len() < 1<<16 {
+	for {
 		var header [12]byte
 		if _, err := io.ReadFull(conn, header[:]); err != nil {
 			return "", err
@@ -117,7 +119,11 @@ func exchangeLogin(conn io.ReadWriter, c Config) (refusal string, err error) {
 		if header[1] != typeData {
 			continue // window updates, pings and the like carry no data
 		}
-		if _, err := io.CopyN(&answer, conn, int64(binary.BigEndian.Uint32(header[8:]))); err != nil {
+		length := int64(binary.BigEndian.Uint32(header[8:]))
+		if length > int64(limit-answer.Len()) {
+			return "", errors.New("its answer is too long")
+		}
+		if _, err := io.CopyN(&answer, conn, length); err != nil {
 			return "", err
 		}
 		data := answer.Bytes()
@@ -127,14 +133,14 @@ func exchangeLogin(conn io.ReadWriter, c Config) (refusal string, err error) {
 		if data[0] != '1' {
 			return "", errors.New("it does not speak frp")
 		}
-		if size := binary.BigEndian.Uint64(data[1:]); uint64(len(data)-9) < size {
+		size := binary.BigEndian.Uint64(data[1:])
+		if uint64(len(data)-9) < size {
 			continue
 		}
 		var resp struct {
 			Error string `json:"error"`
 		}
-		err := json.Unmarshal(data[9:], &resp)
+		err := json.Unmarshal(data[9:9+size], &resp)
 		return resp.Error, err
 	}
-	return "", errors.New("its answer is too long")
 }

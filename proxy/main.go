@@ -85,8 +85,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 // serve runs both listeners until ctx ends, then drains.
 func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger) error {
 	// Streams outlive ctx: they end by themselves, or with the drain timeout.
-	streams, cutStreams := context.WithCancel(context.WithoutCancel(ctx))
-	defer cutStreams()
+	streams, cutStreams := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cutStreams(nil)
 	var servers []*http.Server
 	defer func() {
 		for _, server := range servers {
@@ -103,7 +103,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 	} {
 		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
 		if err != nil {
-			return fmt.Errorf("%s: %w: free the port or choose another", l.key, err)
+			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
 		server := &http.Server{
 			Handler: l.handler,
@@ -111,7 +111,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 			ReadHeaderTimeout: 32 * time.Second,
 			// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
 			IdleTimeout: 120 * time.Second,
-			ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+			ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
 			BaseContext: func(net.Listener) context.Context { return streams },
 		}
 		servers = append(servers, server)
@@ -138,7 +138,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 		log.Info("drained")
 	case <-time.After(cfg.Proxy.DrainTimeout):
 		log.Warn("the drain timeout is over: cutting the streams that still run")
-		cutStreams()
+		cutStreams(kube.ErrShutdown)
 	}
 	// What has been answered is still on its way to the caller.
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"strings"
 	"time"
@@ -28,20 +29,25 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 		start := time.Now()
 		id := rand.Text()
 		r.Header.Set("X-Request-Id", id)
-		w.Header().Set("X-Request-Id", id)
+		rec := &recorder{ResponseWriter: w, metrics: s.metrics, requestID: id}
 		if l == tunnel {
-			// A gateway knows by it that the agent has answered, and not frps for an agent that is away.
-			w.Header().Set("Pipeops-Agent", s.agentID)
+			rec.agentID = s.agentID
 		}
-		rec := &recorder{ResponseWriter: w, metrics: s.metrics}
 		if r.Body != http.NoBody {
-			r.Body = &counted{ReadCloser: r.Body, bytes: s.metrics.received}
+			rec.body = &counted{ReadCloser: r.Body, bytes: s.metrics.received}
+			r.Body = rec.body
 		}
 		inFlight.Inc()
-		// Deferred, because ReverseProxy drops a connection by a panic.
 		defer func() {
 			inFlight.Dec()
 			code := rec.status()
+			// ReverseProxy drops a connection by a panic of its own; any other is a mistake of ours.
+			if p := recover(); p != nil {
+				if p != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
+					code = http.StatusInternalServerError
+				}
+				defer panic(p)
+			}
 			s.metrics.requests.WithLabelValues(routeLabel(r), methodLabel(r.Method), strconv.Itoa(code)).Inc()
 			if !s.log.Enabled(r.Context(), level) {
 				return
@@ -84,12 +90,15 @@ func (s *server) observeKubernetes(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// caller is the address of who asked, as far as it is known: frps appends the address that it has seen to
-// the caller's own X-Forwarded-For, so only the last is true.
+// caller is the address of who asked, as far as it is known: in a tunnel of type http, frps appends the
+// address that it has seen to the caller's own X-Forwarded-For, so the last is true. In a tunnel of type tcp
+// nobody does, and it is what the caller says.
 func caller(r *http.Request) string {
 	if forwarded := r.Header.Values("X-Forwarded-For"); len(forwarded) > 0 {
 		list := forwarded[len(forwarded)-1]
-		return strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:])
+		if addr, err := netip.ParseAddr(strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:])); err == nil {
+			return addr.WithZone("").String()
+		}
 	}
 	host, _, _ := net.SplitHostPort(r.RemoteAddr)
 	return host
@@ -125,6 +134,9 @@ type recorder struct {
 	http.ResponseWriter
 
 	metrics     *metrics
+	requestID   string
+	agentID     string   // empty on the operations listener
+	body        *counted // nil: the request has none
 	code        int
 	bytes       int64
 	description kube.Description // of requests for the Kubernetes API
@@ -142,13 +154,28 @@ func (r *recorder) status() int {
 func (r *recorder) WriteHeader(code int) {
 	if code >= 200 {
 		r.code = code
+		r.mark()
+		if code >= 400 && r.body != nil && !r.body.read {
+			// Else net/http would wait for the rest of the body before it sends a small refusal.
+			r.Header().Set("Connection", "close")
+		}
 	}
 	r.ResponseWriter.WriteHeader(code)
 }
 
+// mark sets our headers, in place of any that the API server may have sent. It does so last, because
+// ReverseProxy clears all headers when a 1xx passes.
+func (r *recorder) mark() {
+	r.Header().Set("X-Request-Id", r.requestID)
+	if r.agentID != "" {
+		// A gateway knows by it that the agent has answered, and not frps for an agent that is away.
+		r.Header().Set("Pipeops-Agent", r.agentID)
+	}
+}
+
 func (r *recorder) Write(data []byte) (int, error) {
 	if r.code == 0 {
-		r.code = http.StatusOK
+		r.WriteHeader(http.StatusOK)
 	}
 	n, err := r.ResponseWriter.Write(data)
 	r.bytes += int64(n)
@@ -163,6 +190,7 @@ func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	r.code = http.StatusSwitchingProtocols
+	r.mark()
 	return &countedConn{Conn: conn, metrics: r.metrics}, buffer, nil
 }
 
@@ -174,11 +202,13 @@ type counted struct {
 	io.ReadCloser
 
 	bytes prometheus.Counter
+	read  bool // to its end
 }
 
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.ReadCloser.Read(p)
 	c.bytes.Add(float64(n))
+	c.read = c.read || err != nil
 	return n, err
 }
 

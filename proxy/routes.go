@@ -75,7 +75,7 @@ func (s *server) handler(l listener) http.Handler {
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		writeProblem(w, http.StatusNotFound, "there is no such path: the Kubernetes API is under "+kube.Prefix+"/")
 	})
-	kubernetes := s.observeKubernetes(s.requireBearer(s.gate.wrap(s.kube.ServeHTTP), statusUnauthorized))
+	kubernetes := s.requireBearer(s.observeKubernetes(s.gate.wrap(s.kube.ServeHTTP)), statusUnauthorized)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if l == tunnel && belowKubernetes(r) {
 			r.Pattern = kube.Prefix + "/"

@@ -1,12 +1,17 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -197,6 +202,27 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+// TestMetricsAreDocumented: the README lists our metrics with their types, and no others.
+func TestMetricsAreDocumented(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	do(handlers[tunnel], "GET", "/api/k8s/version", "Bearer "+token)
+	do(handlers[operations], "GET", "/ready")
+	served, documented := map[string]string{}, map[string]string{}
+	for _, m := range regexp.MustCompile(`(?m)^# TYPE (pipeops_agent_\S+) (\S+)$`).FindAllStringSubmatch(do(handlers[operations], "GET", "/metrics").Body.String(), -1) {
+		served[m[1]] = m[2]
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| `(pipeops_agent_\\S+)` \\| (\\w+)").FindAllStringSubmatch(string(readme), -1) {
+		documented[m[1]] = m[2]
+	}
+	if !reflect.DeepEqual(served, documented) {
+		t.Errorf("served     %v\ndocumented %v", served, documented)
+	}
+}
+
 func TestRequestsAreLoggedWithoutTheirContent(t *testing.T) {
 	_, log, handlers := newTest(t, token)
 	w := do(handlers[tunnel], "GET", "/api/k8s/api/v1/namespaces/a/secrets/top?command=rm", "Bearer "+token)
@@ -229,6 +255,76 @@ func TestCommandLine(t *testing.T) {
 		code := run(t.Context(), test.args, func(name string) string { return test.env[name] }, &out, &out)
 		if code != test.code || !strings.Contains(out.String(), test.want) || strings.Contains(out.String(), token) {
 			t.Errorf("%v: exit code %d, want %d; output, want %q:\n%s", test.args, code, test.code, test.want, out.String())
+		}
+	}
+}
+
+// TestRefusalsDoNotWaitForBodies: net/http would read on, without a limit of time, before it answers.
+func TestRefusalsDoNotWaitForBodies(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	server := httptest.NewServer(handlers[tunnel])
+	defer server.Close()
+	for _, path := range []string{"/api/k8s/api", "/metrics", "/nothing"} {
+		conn, err := net.Dial("tcp", server.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(conn, "POST "+path+" HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		// The body never comes; the test's own time limit is what a wait would run into.
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil || resp.StatusCode < 400 || !resp.Close {
+			t.Errorf("%s: %+v, %v", path, resp, err)
+		}
+		_ = conn.Close()
+	}
+}
+
+// TestMarksOutlive1xx: ReverseProxy clears all headers when a 1xx passes.
+func TestMarksOutlive1xx(t *testing.T) {
+	s, _, _ := newTest(t, token)
+	handler := s.observe(tunnel, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusEarlyHints)
+		clear(w.Header())
+		w.Header().Set("Pipeops-Agent", "an impostor")
+		_, _ = io.WriteString(w, "ok")
+	}))
+	w := do(handler, "GET", "/")
+	if got := w.Header()["Pipeops-Agent"]; !reflect.DeepEqual(got, []string{"agent-001"}) || w.Header().Get("X-Request-Id") == "" {
+		t.Errorf("headers %v", w.Header())
+	}
+}
+
+// TestPanicsAreNoCallersWhoLeft: they are counted as errors of ours, and not swallowed.
+func TestPanicsAreNoCallersWhoLeft(t *testing.T) {
+	s, log, _ := newTest(t, token)
+	for value, want := range map[any]string{"a mistake": `"status":500`, http.ErrAbortHandler: `"status":499`} {
+		log.Reset()
+		func() {
+			defer func() {
+				if p := recover(); p != value {
+					t.Errorf("recovered %v, want %v", p, value)
+				}
+			}()
+			do(s.observe(tunnel, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(value) })), "GET", "/")
+		}()
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("%v is logged as %s", value, log)
+		}
+	}
+}
+
+func TestCallerIsAnAddress(t *testing.T) {
+	for forwarded, want := range map[string]string{
+		"": "192.0.2.1", "1.2.3.4": "1.2.3.4", "evil, 1.2.3.4": "1.2.3.4", "1.2.3.4, evil text": "192.0.2.1", "::1": "::1",
+	} {
+		r := httptest.NewRequest("GET", "/", nil)
+		if forwarded != "" {
+			r.Header.Set("X-Forwarded-For", forwarded)
+		}
+		if got := caller(r); got != want {
+			t.Errorf("%q: got %q, want %q", forwarded, got, want)
 		}
 	}
 }

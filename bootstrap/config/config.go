@@ -13,6 +13,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -76,7 +77,7 @@ func (e *Error) Error() string {
 // DefaultPath, which may be absent. The error, if any, is an *Error.
 func Load(path string, getenv func(string) string) (*Config, error) {
 	c := &Config{}
-	l := loader{config: c}
+	l := loader{config: c, told: map[string]bool{}}
 	values := l.readFile(path)
 	for _, s := range settings {
 		value, origin := s.def, "default"
@@ -119,9 +120,12 @@ func (c *Config) Logger(w io.Writer) *slog.Logger {
 type loader struct {
 	config   *Config
 	mistakes []string
+	told     map[string]bool // keys with a mistake: that they are missing need not be said too
+	noFile   bool            // the file could not be read, so nobody knows what is missing
 }
 
 func (l *loader) mistake(key, format string, args ...any) {
+	l.told[key] = true
 	name := key
 	if s := find(key); s != nil && s.env != "" {
 		name += " (" + s.env + ")"
@@ -141,12 +145,19 @@ func (l *loader) readFile(path string) map[string]string {
 		return values
 	}
 	if err != nil {
+		l.noFile = true
 		l.mistakes = append(l.mistakes, fmt.Sprintf("%v: correct --config or create the file", err))
+		return values
+	}
+	if yamlSecond.Match(data) {
+		l.noFile = true
+		l.mistakes = append(l.mistakes, name+": holds a second document after ---: give one")
 		return values
 	}
 	asJSON, err := yaml.YAMLToJSONStrict(data)
 	if err != nil {
-		l.mistakes = append(l.mistakes, fmt.Sprintf("%s: %v", name, err))
+		l.noFile = true
+		l.mistakes = append(l.mistakes, name+": "+explainYAML(err))
 		return values
 	}
 	decoder := json.NewDecoder(bytes.NewReader(asJSON))
@@ -161,9 +172,27 @@ func (l *loader) readFile(path string) map[string]string {
 	case map[string]any:
 		l.flatten(tree, "", values)
 	default:
+		l.noFile = true
 		l.mistakes = append(l.mistakes, name+": is not a mapping of keys to values")
 	}
 	return values
+}
+
+var (
+	yamlSecond    = regexp.MustCompile(`(?m)^[^#\s-].*\n([^\n]*\n)*---(\s|$)`)
+	yamlDuplicate = regexp.MustCompile(`line \d+: key "[^"]*" already set`)
+	yamlLine      = regexp.MustCompile(`line \d+`)
+)
+
+// explainYAML says where a file is wrong, and does not repeat what stands there: it may be a secret.
+func explainYAML(err error) string {
+	if duplicate := yamlDuplicate.FindString(err.Error()); duplicate != "" {
+		return duplicate
+	}
+	if line := yamlLine.FindString(err.Error()); line != "" {
+		return "is not YAML, at or before " + line
+	}
+	return "is not YAML: check its quotes, anchors and tags"
 }
 
 // flatten turns the tree into dotted keys.
@@ -171,6 +200,10 @@ func (l *loader) flatten(tree map[string]any, prefix string, values map[string]s
 	for _, k := range slices.Sorted(maps.Keys(tree)) {
 		key := prefix + k
 		s := find(key)
+		if _, isMap := tree[k].(map[string]any); isSection(key) && !isMap && tree[k] != nil {
+			l.mistake(key, "is a section: give it keys")
+			continue
+		}
 		switch v := tree[k].(type) {
 		case map[string]any:
 			if s != nil {
@@ -231,11 +264,11 @@ func isSection(key string) bool {
 // complete fills in what follows from other settings, and checks what no setting can check alone.
 func (l *loader) complete() {
 	c := l.config
-	if c.Agent.ID == "" {
+	if c.Agent.ID == "" && !l.told["agent.id"] && !l.noFile {
 		l.mistake("agent.id", "required: the id that the control plane gave this agent")
 	}
 	l.secret(&c.Agent.Token, c.Agent.TokenFile, "agent.token", "agent.token_file")
-	if c.Agent.Token == "" && c.Agent.TokenFile == "" {
+	if c.Agent.Token == "" && c.Agent.TokenFile == "" && !l.told["agent.token"] && !l.told["agent.token_file"] && !l.noFile {
 		l.mistake("agent.token", "required: the token that the control plane gave this agent, here or in the file that agent.token_file (PIPEOPS_AGENT_TOKEN_FILE) names")
 	}
 	l.secret(&c.FRP.Token, c.FRP.TokenFile, "frp.token", "frp.token_file")
@@ -275,6 +308,9 @@ func (l *loader) complete() {
 	}
 	if c.Kubernetes.InCluster && c.Kubernetes.Kubeconfig != "" {
 		l.mistake("kubernetes.in_cluster", "true contradicts kubernetes.kubeconfig (KUBECONFIG): remove one of them")
+	}
+	if adminPort := strconv.Itoa(c.FRP.AdminPort); strings.HasSuffix(c.Proxy.ListenAddr, ":"+adminPort) || strings.HasSuffix(c.Proxy.MetricsAddr, ":"+adminPort) {
+		l.mistake("frp.admin_port", "is a port of the proxy too: choose another")
 	}
 	if c.Proxy.ListenAddr == c.Proxy.MetricsAddr {
 		l.mistake("proxy.metrics_addr", "is the same as proxy.listen_addr: choose another port")

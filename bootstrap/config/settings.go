@@ -57,7 +57,7 @@ var settings = []setting{
 		set: boolean(func(c *Config) *bool { return &c.Logging.Debug })},
 
 	{key: "frp.server_addr", env: "PIPEOPS_FRP_SERVER_ADDR", def: "frp.pipeops.io", doc: "Host of frps. The lease may name another.",
-		set: text(func(c *Config) *string { return &c.FRP.ServerAddr })},
+		set: checked(host, func(c *Config) *string { return &c.FRP.ServerAddr })},
 	{key: "frp.server_port", env: "PIPEOPS_FRP_SERVER_PORT", def: "7000", kind: numberKind, doc: "Port of frps. The lease may name another.",
 		set: port(func(c *Config) *int { return &c.FRP.ServerPort })},
 	{key: "frp.token", env: "PIPEOPS_FRP_TOKEN", doc: "frp's shared token. Default: ask the control plane. If set, nobody is asked.",
@@ -216,11 +216,21 @@ func dnsName(v string) (string, error) {
 	return v, nil
 }
 
+func host(v string) (string, error) {
+	if net.ParseIP(v) == nil && !namePattern.MatchString(v) {
+		return "", fmt.Errorf("%.100q is not a host: give a name or an IP alone, the port has a setting of its own", v)
+	}
+	return v, nil
+}
+
 // apiURL keeps the agent's token off the network in the clear.
 func apiURL(v string) (string, error) {
 	u, err := url.Parse(v)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Scheme != "https" && u.Scheme != "http" {
+	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Scheme != "https" && u.Scheme != "http" {
 		return "", errors.New("is not the URL of a control plane: give https:// with a host, a port if need be, and a path if need be")
+	}
+	if n, err := strconv.Atoi(u.Port()); u.Port() != "" && (err != nil || n < 1 || n > 65535) {
+		return "", fmt.Errorf("%q is not a port: give a number from 1 to 65535", u.Port())
 	}
 	if u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
 		return "", errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")

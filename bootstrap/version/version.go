@@ -1,14 +1,12 @@
 // Package version says what was built.
 package version
 
-import (
-	"runtime"
-	"runtime/debug"
-)
+import "runtime"
 
-// Set by the linker: -X github.com/pipeops/vm-agent/bootstrap/version.Version=v1.2.3, and BuildDate likewise.
+// Set by the linker: -X github.com/pipeops/vm-agent/bootstrap/version.Version=v1.2.3, the others likewise.
 var (
 	Version   = "dev"
+	Commit    = ""
 	BuildDate = "" // RFC 3339, of the commit, so that a build can be repeated
 )
 
@@ -18,7 +16,7 @@ const Contract = "1"
 // Info is what GET /version and --version tell.
 type Info struct {
 	Version   string `json:"version"`
-	Commit    string `json:"commit"` // empty where Go stamped none
+	Commit    string `json:"commit"`
 	BuildDate string `json:"build_date"`
 	GoVersion string `json:"go_version"`
 	Contract  string `json:"contract"`
@@ -26,13 +24,5 @@ type Info struct {
 
 // Get returns the version of the running binary.
 func Get() Info {
-	info := Info{Version: Version, BuildDate: BuildDate, GoVersion: runtime.Version(), Contract: Contract}
-	if build, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range build.Settings {
-			if s.Key == "vcs.revision" {
-				info.Commit = s.Value
-			}
-		}
-	}
-	return info
+	return Info{Version: Version, Commit: Commit, BuildDate: BuildDate, GoVersion: runtime.Version(), Contract: Contract}
 }

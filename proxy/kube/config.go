@@ -3,6 +3,7 @@ package kube
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"k8s.io/client-go/rest"
@@ -21,13 +22,21 @@ func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
 			return nil, fmt.Errorf("kubernetes.in_cluster: %w: run in a pod whose ServiceAccount token is mounted, or set kubernetes.kubeconfig (KUBECONFIG)", err)
 		}
 		kubeconfig = clientcmd.RecommendedHomeFile
+		if _, err := os.Stat(kubeconfig); err != nil {
+			return nil, fmt.Errorf("this is no pod, and there is no %s: set kubernetes.kubeconfig (KUBECONFIG)", kubeconfig)
+		}
 	}
 	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(kubeconfig)}
 	if len(rules.Precedence) == 1 {
 		// A single file must exist.
 		rules = &clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig}
 	}
-	config, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).ClientConfig()
+	// Not the deferred loading of clientcmd: where the files are empty, that falls back to the ServiceAccount.
+	loaded, err := rules.Load()
+	if err != nil {
+		return nil, fmt.Errorf("kubernetes.kubeconfig (KUBECONFIG) %s: %w", kubeconfig, err)
+	}
+	config, err := clientcmd.NewNonInteractiveClientConfig(*loaded, "", &clientcmd.ConfigOverrides{}, rules).ClientConfig()
 	if err != nil {
 		return nil, fmt.Errorf("kubernetes.kubeconfig (KUBECONFIG) %s: %w", kubeconfig, err)
 	}

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -22,12 +23,15 @@ func Describe(r *http.Request) Description {
 	if d.Verb == "" {
 		d.Verb = "other"
 	}
-	parts := segments(strings.TrimPrefix(r.URL.Path, Prefix))
+	parts := strings.Split(strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/"), "/")
+	if slices.Contains(parts, "") {
+		parts = nil // not a path of the API server's: what stands where may be anything
+	}
 	switch {
 	case len(parts) >= 3 && parts[0] == "api":
 		parts = parts[2:]
 	case len(parts) >= 4 && parts[0] == "apis":
-		d.Group, parts = short(parts[1]), parts[3:]
+		d.Group, parts = name(parts[1]), parts[3:]
 	default:
 		parts = nil
 	}
@@ -40,10 +44,10 @@ func Describe(r *http.Request) Description {
 			parts = parts[2:]
 		}
 		if len(parts) > 0 {
-			d.Resource = short(parts[0])
+			d.Resource = name(parts[0])
 		}
 		if len(parts) > 2 {
-			d.Subresource = short(parts[2])
+			d.Subresource = name(parts[2])
 		}
 		switch named := len(parts) > 1; {
 		case d.Verb == "get" && (watchPath || !named && isWatch(r.URL)):
@@ -60,8 +64,15 @@ func Describe(r *http.Request) Description {
 	return d
 }
 
-// short cuts what is longer than any group or resource can be: the path may be a megabyte.
-func short(s string) string { return s[:min(len(s), 253)] }
+// name lets through what can be a group or a resource, and nothing else that a caller may put there.
+func name(s string) string {
+	if !namePattern.MatchString(s) {
+		return "invalid"
+	}
+	return s
+}
+
+var namePattern = regexp.MustCompile(`^[a-z0-9.-]{1,253}$`)
 
 var verbs = map[string]string{
 	http.MethodGet: "get", http.MethodHead: "get", http.MethodPost: "create", http.MethodPut: "update",

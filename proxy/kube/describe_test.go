@@ -31,6 +31,8 @@ func TestDescribe(t *testing.T) {
 		{"GET", "", Description{Verb: "get"}},
 		{"BREW", "/api/v1/watch", Description{Verb: "other"}},
 		{"GET", "/api/v1/watch", Description{Verb: "watch"}},
+		{"GET", "/api/v1/namespaces//secrets/top-secret", Description{Verb: "get"}},
+		{"GET", "/apis/Not%20A%20Group/v1/x", Description{Verb: "list", Group: "invalid", Resource: "x"}},
 	} {
 		if got := Describe(httptest.NewRequest(test.method, Prefix+test.target, nil)); got != test.want {
 			t.Errorf("%s %s: got %+v, want %+v", test.method, test.target, got, test.want)

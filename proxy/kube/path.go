@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 )
 
@@ -34,13 +35,13 @@ func upstreamPath(r *http.Request) (string, error) {
 
 // forbidden says why path (decoded, below Prefix) is closed, or "" if it is open. With nodes/proxy a caller
 // gets past RBAC and audit to every pod of the node, even with GET (kubernetes/kubernetes#136550); /metrics,
-// /debug and /logs are of the API server's process and host, not of the cluster.
+// /debug, /logs, /flagz and /statusz are of the API server's process and host, not of the cluster.
 func forbidden(path string) string {
 	parts := segments(path)
 	switch {
 	case len(parts) >= 5 && parts[0] == "api" && parts[2] == "nodes" && parts[4] == "proxy":
 		return "nodes/proxy reaches every pod on the node past RBAC and audit: use pods/exec, pods/log or pods/portforward"
-	case len(parts) >= 1 && (parts[0] == "metrics" || parts[0] == "debug" || parts[0] == "logs"):
+	case len(parts) >= 1 && slices.Contains([]string{"metrics", "debug", "logs", "flagz", "statusz"}, parts[0]):
 		return "/" + parts[0] + " is the API server's own: read it in the cluster"
 	}
 	return ""

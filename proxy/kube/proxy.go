@@ -12,6 +12,8 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -41,6 +43,9 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
 	}
 	p := &Proxy{target: target, log: log, lanes: lanes{latency: latency}, watches: watches{open: map[*watchBody]struct{}{}}}
+	// Said, although it is the default: where a configuration says nothing of TLS, client-go hands out
+	// http.DefaultTransport, which knows nothing of DisableCompression.
+	config.NextProtos = []string{"h2", "http/1.1"}
 	if p.lanes.calls, err = rest.TransportFor(config); err != nil {
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
@@ -50,6 +55,7 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
 	p.rp = &httputil.ReverseProxy{
+		BufferPool:     &buffers{},
 		Rewrite:        p.rewrite,
 		Transport:      p.lanes,
 		ModifyResponse: p.modify,
@@ -81,10 +87,39 @@ func (l lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
+// buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
+type buffers struct{ pool sync.Pool }
+
+func (b *buffers) Get() []byte {
+	if buffer, ok := b.pool.Get().(*[]byte); ok {
+		return *buffer
+	}
+	return make([]byte, 32<<10)
+}
+
+func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
+
 // request is what ServeHTTP has found out of a request, for those who see it later.
 type request struct {
-	path  string // at the API server
-	watch bool
+	path string // at the API server
+	body *callerBody
+	Description
+}
+
+// callerBody remembers whether the caller's body could be read, so that the API server does not get the
+// blame for one that could not.
+type callerBody struct {
+	io.ReadCloser
+
+	broken atomic.Bool
+}
+
+func (b *callerBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		b.broken.Store(true)
+	}
+	return n, err
 }
 
 type contextKey struct{}
@@ -115,8 +150,15 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
 		return
 	}
-	ctx := context.WithValue(r.Context(), contextKey{}, request{path: path, watch: Describe(r).Verb == "watch"})
-	p.rp.ServeHTTP(w, r.WithContext(ctx))
+	found := request{path: path, Description: Describe(r)}
+	if r.Body != nil && r.Body != http.NoBody {
+		found.body = &callerBody{ReadCloser: r.Body}
+	}
+	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
+	if found.body != nil {
+		r.Body = found.body
+	}
+	p.rp.ServeHTTP(w, r)
 }
 
 // rewrite runs after the hop-by-hop headers are gone, so that a "Connection: Authorization" of the caller
@@ -161,21 +203,36 @@ func withoutTokens(values []string) string {
 	return strings.Join(kept, ", ")
 }
 
-// modify keeps the API server's 401 from the caller, whose own credential it says nothing about.
+// modify keeps the API server's 401 from the caller, whose own credential it says nothing about. Below a
+// subresource it may be another's 401, such as a dashboard's behind services/proxy or the kubelet's.
 func (p *Proxy) modify(resp *http.Response) error {
-	if resp.StatusCode == http.StatusUnauthorized {
+	request := found(resp.Request.Context())
+	if resp.StatusCode == http.StatusUnauthorized && request.Subresource == "" {
 		return errCredential
 	}
-	if resp.StatusCode == http.StatusOK && found(resp.Request.Context()).watch {
+	if resp.StatusCode == http.StatusOK && request.Verb == "watch" {
 		p.watches.track(resp)
 	}
 	return nil
 }
 
+// ErrShutdown is the cause with which a request's context ends when the agent stops before the API server
+// has answered.
+var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API server answered: look whether what you asked for was done, and try again")
+
 // fail answers for an API server that did not. r is the request as rewritten.
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
-	if errors.Is(err, context.Canceled) && r.Context().Err() != nil {
-		return // the caller has gone
+	switch cause := context.Cause(r.Context()); {
+	case errors.Is(cause, ErrShutdown):
+		// No Retry-After: it may have been done, and once may be enough.
+		WriteStatus(w, r, http.StatusGatewayTimeout, metav1.StatusReasonTimeout, cause.Error(), 0)
+		return
+	case cause != nil:
+		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
+	}
+	if body := found(r.Context()).body; body != nil && body.broken.Load() {
+		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the body of the request cannot be read: its length or its chunks are wrong", 0)
+		return
 	}
 	code, reason, message := explain(p.target.Host, err)
 	p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("Audit-Id"))

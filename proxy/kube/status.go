@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,12 +51,20 @@ var errCredential = errors.New("the Kubernetes API server refuses the agent's cr
 // explain says which hop failed on the way to the API server, what happened and what to do.
 func explain(host string, err error) (code int, reason metav1.StatusReason, message string) {
 	var timeout net.Error
+	var dial *net.OpError // with Op "dial": nothing was sent yet
+	var certificate *tls.CertificateVerificationError
+	if errors.As(err, &dial) && dial.Op != "dial" {
+		dial = nil
+	}
 	switch {
 	case errors.Is(err, errCredential):
 		return http.StatusBadGateway, "BadGateway", err.Error()
 	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
 		return http.StatusGatewayTimeout, metav1.StatusReasonTimeout,
 			fmt.Sprintf("the Kubernetes API server at %s does not answer the agent: %v: check its health and the network between", host, err)
+	case dial == nil && !errors.As(err, &certificate):
+		return http.StatusBadGateway, "BadGateway",
+			fmt.Sprintf("the Kubernetes API server at %s broke off before it answered: %v: look whether what you asked for was done, and at its log", host, err)
 	default:
 		return http.StatusBadGateway, "BadGateway",
 			fmt.Sprintf("the agent cannot reach the Kubernetes API server at %s: %v: check that it runs, and the agent's kubeconfig", host, err)

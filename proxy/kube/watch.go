@@ -55,7 +55,7 @@ func (w *watches) drain() {
 	defer w.mu.Unlock()
 	w.draining = true
 	for body := range w.open {
-		go body.drain() // takes the body's lock, under which it may want ours
+		go body.drain() // to close a body may take a while
 	}
 }
 

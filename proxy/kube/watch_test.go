@@ -20,7 +20,7 @@ type watching struct {
 	body   *bufio.Reader
 }
 
-func watch(t *testing.T, query, contentType string) *watching {
+func watch(t *testing.T, target, contentType string) *watching {
 	t.Helper()
 	w := &watching{events: make(chan string)}
 	api := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
@@ -47,7 +47,7 @@ func watch(t *testing.T, query, contentType string) *watching {
 	w.proxy = proxy
 	server := httptest.NewServer(proxy)
 	t.Cleanup(server.Close)
-	resp, err := http.Get(server.URL + Prefix + "/api/v1/pods?" + query)
+	resp, err := http.Get(server.URL + Prefix + "/api/v1/" + target)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,11 +77,14 @@ func (w *watching) ends(t *testing.T, rest string) {
 
 func TestIdleWatchEndsAtOnce(t *testing.T) {
 	for _, contentType := range []string{"application/json", "application/json;stream=watch", "application/vnd.kubernetes.protobuf;stream=watch"} {
-		w := watch(t, "watch=true", contentType)
+		w := watch(t, "pods?watch=true", contentType)
 		w.proxy.Drain() // before the first event
 		w.ends(t, "")
 	}
-	w := watch(t, "watch=1", "application/json")
+	w := watch(t, "watch/pods", "application/json") // the old form
+	w.proxy.Drain()
+	w.ends(t, "")
+	w = watch(t, "pods?watch=1", "application/json")
 	w.sent(t, "{}\n")
 	w.proxy.Drain()
 	w.proxy.Drain() // twice is as good as once
@@ -89,7 +92,7 @@ func TestIdleWatchEndsAtOnce(t *testing.T) {
 }
 
 func TestWatchEndsAfterTheEventThatIsUnderWay(t *testing.T) {
-	w := watch(t, "watch", "application/json")
+	w := watch(t, "pods?watch", "application/json")
 	w.sent(t, `{"type":"ADDED","object"`)
 	w.proxy.Drain()
 	w.events <- ":{}}\n"
@@ -97,7 +100,7 @@ func TestWatchEndsAfterTheEventThatIsUnderWay(t *testing.T) {
 }
 
 func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
-	w := watch(t, "watch=true", "application/json")
+	w := watch(t, "pods?watch=true", "application/json")
 	w.proxy.Drain()
 	w.ends(t, "")
 	late := &http.Response{
@@ -110,7 +113,7 @@ func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
 }
 
 func TestOtherAnswersOutliveTheDrain(t *testing.T) {
-	for query, contentType := range map[string]string{"follow=true": "text/plain", "watch=false": "application/json", "watch=0": "application/json", "watch=true": "application/cbor-seq"} {
+	for query, contentType := range map[string]string{"pods?follow=true": "text/plain", "pods?watch=false": "application/json", "pods?watch=0": "application/json", "pods/p?watch=true": "application/json", "pods?watch=true": "application/cbor-seq"} {
 		w := watch(t, query, contentType)
 		w.sent(t, "first\n")
 		w.proxy.Drain()
@@ -121,7 +124,7 @@ func TestOtherAnswersOutliveTheDrain(t *testing.T) {
 }
 
 func TestEndedWatchesAreForgotten(t *testing.T) {
-	w := watch(t, "watch=true", "application/json")
+	w := watch(t, "pods?watch=true", "application/json")
 	w.sent(t, "{}\n")
 	close(w.events)
 	w.ends(t, "")

@@ -5,6 +5,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -134,10 +135,26 @@ func (a *Agent) Ready(ctx context.Context) (int, Readiness, error) {
 
 // WaitReady waits until /ready says so. It gives up when frpc or the proxy ends.
 func (a *Agent) WaitReady(ctx context.Context) error {
-	err := process.Poll(ctx, 30*time.Second, a.Proxy.Done(), func() error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		select {
+		case <-a.Proxy.Done():
+		case <-a.Frpc.Done():
+		case <-ctx.Done():
+		}
+	}()
+	err := process.Poll(ctx, 30*time.Second, ended, func() error {
 		code, answer, err := a.Ready(ctx)
 		if err == nil && code != http.StatusOK {
-			err = fmt.Errorf("/ready answers %d: %+v", code, answer.Checks)
+			err = errors.New("the agent is not ready")
+			for name, check := range answer.Checks {
+				if !check.OK {
+					err = fmt.Errorf("%w; %s: %s", err, name, check.Detail)
+				}
+			}
 		}
 		return err
 	})

@@ -28,6 +28,8 @@ import (
 type Cluster struct {
 	Config *rest.Config // as an administrator
 	Client kubernetes.Interface
+
+	Etcd, APIServer *process.Process
 }
 
 // Start starts etcd and the API server in the group and waits until they are ready.
@@ -36,32 +38,37 @@ func Start(ctx context.Context, group *process.Group) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	etcdURL, err := startEtcd(group, dir)
+	etcd, etcdURL, err := startEtcd(group, dir)
 	if err != nil {
 		return nil, err
 	}
-	return startAPIServer(ctx, group, dir, etcdURL)
+	c, err := startAPIServer(ctx, group, dir, etcdURL)
+	if err != nil {
+		return nil, err
+	}
+	c.Etcd = etcd
+	return c, nil
 }
 
-func startEtcd(group *process.Group, dir string) (string, error) {
+func startEtcd(group *process.Group, dir string) (*process.Process, string, error) {
 	binary, err := process.Binary("etcd")
 	if err != nil {
-		return "", err
+		return nil, "", err
 	}
 	clientURL, err := freeURL("http")
 	if err != nil {
-		return "", err
+		return nil, "", err
 	}
 	peerURL, err := freeURL("http")
 	if err != nil {
-		return "", err
+		return nil, "", err
 	}
-	_, err = group.Start("etcd", nil, binary,
+	etcd, err := group.Start("etcd", nil, binary,
 		"--data-dir", filepath.Join(dir, "etcd"),
 		"--listen-client-urls", clientURL, "--advertise-client-urls", clientURL,
 		"--listen-peer-urls", peerURL, "--initial-advertise-peer-urls", peerURL, "--initial-cluster", "default="+peerURL,
 		"--unsafe-no-fsync", "--log-level", "warn")
-	return clientURL, err
+	return etcd, clientURL, err
 }
 
 func startAPIServer(ctx context.Context, group *process.Group, dir, etcdURL string) (*Cluster, error) {
@@ -102,7 +109,7 @@ func startAPIServer(ctx context.Context, group *process.Group, dir, etcdURL stri
 		Host: serverURL, BearerToken: token, QPS: -1,
 		TLSClientConfig: rest.TLSClientConfig{CAFile: filepath.Join(dir, "certs", "apiserver.crt")},
 	}
-	c := &Cluster{Config: config}
+	c := &Cluster{Config: config, APIServer: server}
 	err = process.Poll(ctx, time.Minute, server.Done(), func() error {
 		if c.Client == nil {
 			client, err := kubernetes.NewForConfig(config) // reads the certificate, once it is there
@@ -160,7 +167,7 @@ func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRo
 // WriteKubeconfig writes a kubeconfig that does as config does.
 func WriteKubeconfig(path string, config *rest.Config) error {
 	k := clientcmdapi.NewConfig()
-	k.Clusters["cluster"] = &clientcmdapi.Cluster{Server: config.Host, CertificateAuthorityData: config.CAData}
+	k.Clusters["cluster"] = &clientcmdapi.Cluster{Server: config.Host, CertificateAuthorityData: config.CAData, InsecureSkipTLSVerify: config.Insecure}
 	k.AuthInfos["user"] = &clientcmdapi.AuthInfo{Token: config.BearerToken}
 	k.Contexts["context"] = &clientcmdapi.Context{Cluster: "cluster", AuthInfo: "user"}
 	k.CurrentContext = "context"

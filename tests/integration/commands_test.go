@@ -57,7 +57,11 @@ func TestRunCommand(t *testing.T) {
 // TestControlPlaneCommand connects an agent to the development control plane as a process of its own.
 func TestControlPlaneCommand(t *testing.T) {
 	w := newWorld(t)
-	p, err := w.group.Start("controlplane", nil, w.binary("controlplane"), "--agent", "agent-002=another-token")
+	agents := filepath.Join(w.group.Dir(), "agents")
+	if err := os.WriteFile(agents, []byte("agent-002=another-token\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p, err := w.group.Start("controlplane", nil, w.binary("controlplane"), "--agents", agents)
 	if err != nil {
 		t.Fatal(err)
 	}

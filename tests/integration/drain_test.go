@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -217,6 +218,9 @@ func TestDrainTimeout(t *testing.T) {
 	}
 	if err := s.cmd.Wait(); err == nil {
 		t.Error("exec ended well")
+	}
+	if !strings.Contains(w.agent.Proxy.Log(), "the drain timeout is over") {
+		t.Error("the proxy did not cut it")
 	}
 	if code := w.agent.Proxy.ExitCode(); code != 0 {
 		t.Errorf("the proxy's exit code is %d:\n%s", code, w.agent.Proxy.Log())

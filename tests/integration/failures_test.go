@@ -225,6 +225,9 @@ func TestCallersWithoutTheToken(t *testing.T) {
 			t.Errorf("%s: got %s, want %d: %s", path, resp.Status, want, body)
 		}
 	}
+	if _, text := get(t, http.DefaultClient, w.agent.Operations+"/metrics", nil); strings.Contains(text, "pipeops_agent_kubernetes_requests_total{") {
+		t.Errorf("a request went to the API server:\n%s", text)
+	}
 	for path, want := range map[string]int{
 		"/health": http.StatusOK, "/ready": http.StatusOK, "/version": http.StatusOK, "/metrics": http.StatusOK,
 		"/api/k8s/version": http.StatusNotFound,

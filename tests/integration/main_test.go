@@ -85,10 +85,14 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(group.Close)
-	var log bytes.Buffer
+	log, err := os.Create(filepath.Join(group.Dir(), "controlplane.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = log.Close() })
 	w := &world{t: t, group: group, direct: api.kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
 	w.cp, err = controlplane.Start(t.Context(), controlplane.Options{
-		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.NewTextHandler(&log, nil)),
+		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.NewTextHandler(log, nil)),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"regexp"
 	"strings"
 	"syscall"
 
@@ -27,22 +28,33 @@ func main() {
 	}
 }
 
+var idPattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`) // it becomes a subdomain
+
 func run(ctx context.Context, args []string) error {
 	agents := map[string]string{}
 	flags := flag.NewFlagSet("controlplane", flag.ContinueOnError)
-	flags.Func("agent", "an agent that may connect, and its token, as `id=token`; may be given again", func(value string) error {
-		id, token, ok := strings.Cut(value, "=")
-		if !ok || id == "" || token == "" {
-			return errors.New("give id=token")
+	flags.Func("agents", "`file` of the agents that may connect, one id=token a line", func(path string) error {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
 		}
-		agents[id] = token
+		for line := range strings.Lines(string(data)) {
+			id, token, ok := strings.Cut(strings.TrimSpace(line), "=")
+			if !ok || token == "" || !idPattern.MatchString(id) {
+				return errors.New("each line is id=token, the id of lower-case letters, digits and hyphens")
+			}
+			agents[id] = token
+		}
 		return nil
 	})
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("unknown argument %q", flags.Arg(0))
+	}
 	if len(agents) == 0 {
-		return errors.New("no agent may connect: give --agent id=token")
+		return errors.New("no agent may connect: give --agents FILE")
 	}
 	group, err := process.NewGroup()
 	if err != nil {

@@ -41,14 +41,17 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	}
 	defer group.Close()
 
-	if kubeconfig != "" {
-		say("cluster        %s", kubeconfig)
+	own := kubeconfig == ""
+	var etcdDone, apiServerDone <-chan struct{} // nil, and so never ready, for another's cluster
+	var c *cluster.Cluster
+	if !own {
+		say("cluster        KUBECONFIG is set: leading to the cluster of %s (unset it for one of our own)", kubeconfig)
 	} else {
 		say("cluster        starting etcd and kube-apiserver (no nodes, no controllers: it keeps objects and runs nothing)")
-		c, err := cluster.Start(ctx, group)
-		if err != nil {
+		if c, err = cluster.Start(ctx, group); err != nil {
 			return err
 		}
+		etcdDone, apiServerDone = c.Etcd.Done(), c.APIServer.Done()
 		config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
 		if err != nil {
 			return err
@@ -95,7 +98,11 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	say("In another terminal:\n")
 	say("  export KUBECONFIG=%s", caller)
 	say("  %s get pods -A", kubectl)
-	say("  %s create configmap hello --from-literal=a=b", kubectl)
+	if own {
+		say("  %s create configmap hello --from-literal=a=b", kubectl)
+	} else {
+		say("  %s get namespaces", kubectl)
+	}
 	say("  %s auth can-i --list", kubectl)
 	say("\nProbes and metrics: %s/ready and /metrics. Ctrl-C stops everything and removes its files.", a.Operations)
 
@@ -104,6 +111,10 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 		case <-ctx.Done():
 			say("stopping")
 			return nil
+		case <-etcdDone:
+			return c.Etcd.Failed()
+		case <-apiServerDone:
+			return c.APIServer.Failed()
 		case <-a.Frpc.Done():
 			say("frpc has ended; starting it again, as a kubelet would")
 			err = a.StartFrpc()

@@ -1,0 +1,138 @@
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+)
+
+// before is a proxy to an API server that is handler.
+func before(t *testing.T, handler http.HandlerFunc) *Proxy {
+	t.Helper()
+	api := httptest.NewServer(handler)
+	t.Cleanup(api.Close)
+	proxy, err := New(&rest.Config{Host: api.URL}, ignored{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return proxy
+}
+
+// TestShutdownIsNotSuccess: a caller whose request is cut must not take that for an answer.
+func TestShutdownIsNotSuccess(t *testing.T) {
+	arrived := make(chan struct{})
+	proxy := before(t, func(_ http.ResponseWriter, r *http.Request) {
+		close(arrived)
+		<-r.Context().Done()
+	})
+	ctx, cut := context.WithCancelCause(t.Context())
+	go func() {
+		<-arrived
+		cut(ErrShutdown)
+	}()
+	w := httptest.NewRecorder()
+	proxy.ServeHTTP(w, httptest.NewRequest(http.MethodDelete, Prefix+"/api/v1/namespaces/a/configmaps/c", nil).WithContext(ctx))
+	var status metav1.Status
+	if err := json.Unmarshal(w.Body.Bytes(), &status); err != nil || w.Code != http.StatusGatewayTimeout || w.Header().Get("Retry-After") != "" ||
+		!strings.Contains(status.Message, "the agent has stopped before") {
+		t.Errorf("answered %d %v %s", w.Code, w.Header(), w.Body)
+	}
+}
+
+// TestCallerWhoLeavesGetsNoAnswer: a return would answer 200 to whoever still reads.
+func TestCallerWhoLeavesGetsNoAnswer(t *testing.T) {
+	arrived := make(chan struct{})
+	proxy := before(t, func(_ http.ResponseWriter, r *http.Request) {
+		close(arrived)
+		<-r.Context().Done()
+	})
+	ctx, leave := context.WithCancel(t.Context())
+	go func() {
+		<-arrived
+		leave()
+	}()
+	defer func() {
+		if p := recover(); p != http.ErrAbortHandler {
+			t.Errorf("panicked with %v, want http.ErrAbortHandler", p)
+		}
+	}()
+	proxy.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, Prefix+"/version", nil).WithContext(ctx))
+	t.Error("it answered")
+}
+
+// TestAnothersRefusalGoesThrough: below a subresource the 401 may be a backend's, with a challenge of its own.
+func TestAnothersRefusalGoesThrough(t *testing.T) {
+	proxy := before(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("WWW-Authenticate", "Basic")
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	for target, want := range map[string]int{
+		"/api/v1/namespaces/a/services/s/proxy/": http.StatusUnauthorized, "/api/v1/namespaces/a/pods/p/log": http.StatusUnauthorized,
+		"/api/v1/namespaces/a/pods/p": http.StatusBadGateway, "/version": http.StatusBadGateway,
+	} {
+		w := httptest.NewRecorder()
+		proxy.ServeHTTP(w, httptest.NewRequest(http.MethodGet, Prefix+target, nil))
+		if w.Code != want || (w.Header().Get("WWW-Authenticate") != "") != (want == http.StatusUnauthorized) {
+			t.Errorf("%s: answered %d %v", target, w.Code, w.Header())
+		}
+	}
+}
+
+func TestBrokenBodyIsTheCallersFault(t *testing.T) {
+	proxy := before(t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
+	server := httptest.NewServer(proxy)
+	defer server.Close()
+	resp := send(t, server, "POST "+Prefix+"/api/v1/namespaces HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusBadRequest || !strings.Contains(string(body), "the body of the request cannot be read") {
+		t.Errorf("answered %s: %s", resp.Status, body)
+	}
+}
+
+func TestBrokenAnswerIsNotUnreachable(t *testing.T) {
+	proxy := before(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+	w := httptest.NewRecorder()
+	proxy.ServeHTTP(w, httptest.NewRequest(http.MethodPost, Prefix+"/api/v1/namespaces", nil))
+	if w.Code != http.StatusBadGateway || !strings.Contains(w.Body.String(), "broke off before it answered") {
+		t.Errorf("answered %d: %s", w.Code, w.Body)
+	}
+}
+
+// TestBodiesAreNotTouched: Go would ask for gzip and unpack it, where client-go hands out its default transport.
+func TestBodiesAreNotTouched(t *testing.T) {
+	var asked []string
+	proxy := before(t, func(w http.ResponseWriter, r *http.Request) {
+		asked = r.Header["Accept-Encoding"]
+		w.Header().Set("Content-Encoding", "gzip")
+		_, _ = io.WriteString(w, "not unpacked")
+	})
+	w := httptest.NewRecorder()
+	proxy.ServeHTTP(w, httptest.NewRequest(http.MethodGet, Prefix+"/version", nil))
+	if asked != nil || w.Body.String() != "not unpacked" || w.Header().Get("Content-Encoding") != "gzip" {
+		t.Errorf("the API server was asked for %q; the caller got %v %q", asked, w.Header(), w.Body)
+	}
+}
+
+// TestEmptyKubeconfigIsNoServiceAccount: whoever names a file must not get another credential.
+func TestEmptyKubeconfigIsNoServiceAccount(t *testing.T) {
+	t.Setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+	t.Setenv("KUBERNETES_SERVICE_PORT", "443")
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, kubeconfig := range []string{empty, "/none1:/none2"} {
+		if config, err := RESTConfig(kubeconfig, false); err == nil || !strings.Contains(err.Error(), "kubernetes.kubeconfig") {
+			t.Errorf("%s: got %v, %v", kubeconfig, config, err)
+		}
+	}
+}

@@ -1,0 +1,33 @@
+// Command bench measures and prints Markdown. Its figures are for reading side by side within one run: they
+// move by a factor of two from machine to machine and from run to run, their ratios do not. Linux only.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	if len(os.Args) > 2 { // one of the processes that it measures with
+		var err error
+		switch os.Args[1] {
+		case "upstream":
+			err = upstream(os.Args[2])
+		case "bare":
+			err = bare(os.Args[2], os.Args[3])
+		}
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	for _, measure := range []func(context.Context) error{start, proxies} {
+		if err := measure(ctx); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+	}
+}

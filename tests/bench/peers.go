@@ -1,0 +1,233 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+const (
+	small = 2 << 10
+	large = 64 << 20
+)
+
+// upstream stands in for the API server, so that it does not decide the figures: TLS, HTTP/2 and HTTP/1.1, an
+// answer of 2 KiB, one of 64 MiB, an upload, and watches that stay silent after one event.
+func upstream(addr string) error {
+	part := bytes.Repeat([]byte("x"), small)
+	mux := http.NewServeMux()
+	mux.HandleFunc("/api/v1/small", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(part)
+	})
+	mux.HandleFunc("GET /api/v1/large", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		block := bytes.Repeat(part, 16)
+		for range large / len(block) {
+			_, _ = w.Write(block)
+		}
+	})
+	mux.HandleFunc("POST /api/v1/large", func(w http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		_, _ = fmt.Fprint(w, n)
+	})
+	mux.HandleFunc("/api/v1/pods", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write([]byte("{}\n"))
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	})
+	mux.HandleFunc("/", func(http.ResponseWriter, *http.Request) {})
+	server := httptest.NewUnstartedServer(mux) // for its certificate
+	_ = server.Listener.Close()
+	var err error
+	if server.Listener, err = net.Listen("tcp", addr); err != nil {
+		return err
+	}
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	select {}
+}
+
+// bare is a reverse proxy as one writes it in ten lines.
+func bare(addr, target string) error {
+	u, err := url.Parse(target)
+	if err != nil {
+		return err
+	}
+	proxy := &httputil.ReverseProxy{
+		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(u) },
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true},
+	}
+	server := &http.Server{Addr: addr, Handler: proxy, ReadHeaderTimeout: time.Minute}
+	return server.ListenAndServe()
+}
+
+// peer is a running proxy before the upstream.
+type peer struct {
+	name   string
+	url    string // of the API's root
+	header http.Header
+	pid    int // 0: there is none
+}
+
+// startPeers starts the upstream, and before it our proxy and what users would pick instead.
+func startPeers(ctx context.Context, group *process.Group) ([]peer, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	addr, err := freeAddr()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := group.Start("upstream", nil, self, "upstream", addr); err != nil {
+		return nil, err
+	}
+	target := "https://" + addr
+	kubeconfig := filepath.Join(group.Dir(), "kubeconfig")
+	config := &rest.Config{Host: target, BearerToken: "t", TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
+	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+		return nil, err
+	}
+
+	var peers []peer
+	add := func(name, root string, header http.Header, start func(addr string) (*process.Process, error)) error {
+		addr, err := freeAddr()
+		if err != nil {
+			return err
+		}
+		p, err := start(addr)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		found := peer{name: name, url: "http://" + addr + root, header: header, pid: p.Pid()}
+		if name == "nginx" { // the master starts one worker, which does the work
+			err := process.Poll(ctx, 10*time.Second, p.Done(), func() (err error) {
+				found.pid, err = childOf(p.Pid())
+				return err
+			})
+			if err != nil {
+				return err
+			}
+		}
+		peers = append(peers, found)
+		return process.Poll(ctx, 10*time.Second, p.Done(), func() error { return call(ctx, http.DefaultClient, found, "/api/v1/small") })
+	}
+
+	err = add("this proxy", "/api/k8s", http.Header{"Authorization": {"Bearer callers"}}, func(addr string) (*process.Process, error) {
+		binary, err := process.Binary("proxy")
+		if err != nil {
+			return nil, err
+		}
+		metrics, err := freeAddr()
+		if err != nil {
+			return nil, err
+		}
+		return group.Start("proxy", []string{
+			"PIPEOPS_AGENT_ID=bench", "PIPEOPS_AGENT_TOKEN=callers", "KUBECONFIG=" + kubeconfig,
+			"PIPEOPS_LISTEN_ADDR=" + addr, "PIPEOPS_METRICS_ADDR=" + metrics,
+		}, binary)
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = add("kubectl proxy", "", nil, func(addr string) (*process.Process, error) {
+		binary, err := process.Binary("kubectl")
+		if err != nil {
+			return nil, err
+		}
+		_, port, _ := net.SplitHostPort(addr)
+		return group.Start("kubectl-proxy", []string{"KUBECONFIG=" + kubeconfig}, binary, "proxy", "--port", port)
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = add("nginx", "", nil, func(addr string) (*process.Process, error) {
+		binary, err := exec.LookPath("nginx")
+		if err != nil {
+			return nil, fmt.Errorf("%w: install nginx-light", err)
+		}
+		dir, err := group.Mkdir("nginx")
+		if err != nil {
+			return nil, err
+		}
+		file := filepath.Join(dir, "nginx.conf")
+		text := strings.NewReplacer("DIR", dir, "ADDR", addr, "UPSTREAM", strings.TrimPrefix(target, "https://")).Replace(nginxConf)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			return nil, err
+		}
+		return group.Start("nginx", nil, binary, "-c", file, "-p", dir, "-g", "daemon off;")
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = add("bare ReverseProxy", "", nil, func(addr string) (*process.Process, error) {
+		return group.Start("bare", nil, self, "bare", addr, target)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return append(peers, peer{name: "no proxy", url: target}), nil
+}
+
+// nginxConf is nginx as a careful user would set it up, with an access log like ours.
+const nginxConf = `
+worker_processes 1;
+user root;
+pid DIR/pid;
+error_log DIR/error.log;
+events { worker_connections 8192; }
+http {
+	access_log DIR/access.log;
+	client_body_temp_path DIR/body;
+	proxy_temp_path DIR/proxy;
+	client_max_body_size 0;
+	upstream api { server UPSTREAM; keepalive 64; }
+	server {
+		listen ADDR;
+		keepalive_requests 1000000;
+		location / {
+			proxy_pass https://api;
+			proxy_http_version 1.1;
+			proxy_set_header Connection "";
+			proxy_set_header Authorization "Bearer t";
+			proxy_buffering off;
+			proxy_request_buffering off;
+			proxy_read_timeout 1h;
+		}
+	}
+}
+`
+
+func freeAddr() (string, error) {
+	port, err := process.FreePort()
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), err
+}
+
+// childOf returns the pid of the one child of a process.
+func childOf(pid int) (int, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(data)))
+}

@@ -1,0 +1,318 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+const (
+	rounds      = 3
+	calls       = 20000 // at 32 connections
+	singleCalls = 3000  // at one
+	idleWatches = 2000
+)
+
+// figures are of one peer; the median of the rounds is printed.
+type figures struct {
+	cpu, rate           []float64 // µs of the proxy's CPU for each call, calls a second; 32 connections
+	p50, p99            []float64 // µs, 32 connections
+	single50, single99  []float64 // µs, one connection
+	download, upload    []float64 // MB/s, 64 MiB
+	rss, downRSS, upRSS []float64 // MB: before, and how much more at most during each
+	watchKB             float64   // for each idle watch
+	afterRSS            float64   // MB over the first, when the watches have gone
+}
+
+// proxies measures our proxy and its peers in turns, so that all of them see the same machine.
+func proxies(ctx context.Context) error {
+	group, err := process.NewGroup()
+	if err != nil {
+		return err
+	}
+	defer group.Close()
+	peers, err := startPeers(ctx, group)
+	if err != nil {
+		return err
+	}
+	all := make([]figures, len(peers))
+	for round := range rounds {
+		for i, p := range peers {
+			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, rounds, p.name)
+			if err := measure(ctx, p, &all[i]); err != nil {
+				return fmt.Errorf("%s: %w", p.name, err)
+			}
+		}
+	}
+	for i, p := range peers[:len(peers)-1] {
+		fmt.Fprintf(os.Stderr, "idle watches: %s\n", p.name)
+		if err := measureWatches(ctx, p, &all[i]); err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+	}
+	ours := median(all[0].cpu)
+	fmt.Println("| | CPU µs/call | ours / its | calls/s | p50, p99 ms (32) | p50, p99 ms (1) | 64 MiB down, up MB/s | RSS MB | more during down, up | KB/idle watch | MB left after |")
+	fmt.Println("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+	for i, p := range peers {
+		f := &all[i]
+		cpu, ratio, rss, more, watch, after := "–", "–", "–", "–", "–", "–"
+		if p.pid != 0 {
+			cpu, ratio = fmt.Sprintf("%.0f", median(f.cpu)), fmt.Sprintf("%.2f", ours/median(f.cpu))
+			rss, more = fmt.Sprintf("%.0f", f.rss[0]), fmt.Sprintf("%.1f, %.1f", median(f.downRSS), median(f.upRSS))
+			watch, after = fmt.Sprintf("%.0f", f.watchKB), fmt.Sprintf("%.0f", f.afterRSS)
+		}
+		fmt.Printf("| %s | %s | %s | %.0f | %.2f, %.2f | %.2f, %.2f | %.0f, %.0f | %s | %s | %s | %s |\n", p.name, cpu, ratio, median(f.rate),
+			median(f.p50)/1e3, median(f.p99)/1e3, median(f.single50)/1e3, median(f.single99)/1e3, median(f.download), median(f.upload), rss, more, watch, after)
+	}
+	return nil
+}
+
+// client speaks HTTP/1.1 over up to n kept connections, as frps does.
+func client(n int) *http.Client {
+	protocols := &http.Protocols{}
+	protocols.SetHTTP1(true)
+	return &http.Client{Transport: &http.Transport{
+		MaxIdleConnsPerHost: n, DisableCompression: true, Protocols: protocols, TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+	}}
+}
+
+func call(ctx context.Context, c *http.Client, p peer, path string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+path, nil)
+	if err != nil {
+		return err
+	}
+	for k, v := range p.header {
+		req.Header[k] = v
+	}
+	resp, err := c.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answers %s", req.URL, resp.Status)
+	}
+	return nil
+}
+
+// load makes n calls over conns connections and returns their latencies in µs, sorted, and the seconds it took.
+func load(ctx context.Context, p peer, conns, n int) ([]float64, float64, error) {
+	c := client(conns)
+	defer c.CloseIdleConnections()
+	latencies := make([]float64, n)
+	var next atomic.Int64
+	var failed atomic.Value
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for range conns {
+		wg.Go(func() {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= n || failed.Load() != nil {
+					return
+				}
+				start := time.Now()
+				if err := call(ctx, c, p, "/api/v1/small"); err != nil {
+					failed.Store(err)
+					return
+				}
+				latencies[i] = float64(time.Since(start).Microseconds())
+			}
+		})
+	}
+	wg.Wait()
+	took := time.Since(begin).Seconds()
+	if err, ok := failed.Load().(error); ok {
+		return nil, 0, err
+	}
+	slices.Sort(latencies)
+	return latencies, took, nil
+}
+
+func measure(ctx context.Context, p peer, f *figures) error {
+	if _, _, err := load(ctx, p, 32, 1000); err != nil { // warm
+		return err
+	}
+	before, err := cpuSeconds(p.pid)
+	if err != nil {
+		return err
+	}
+	latencies, took, err := load(ctx, p, 32, calls)
+	if err != nil {
+		return err
+	}
+	after, err := cpuSeconds(p.pid)
+	if err != nil {
+		return err
+	}
+	f.cpu = append(f.cpu, (after-before)/calls*1e6)
+	f.rate = append(f.rate, calls/took)
+	f.p50, f.p99 = append(f.p50, latencies[calls/2]), append(f.p99, latencies[calls*99/100])
+	if latencies, _, err = load(ctx, p, 1, singleCalls); err != nil {
+		return err
+	}
+	f.single50, f.single99 = append(f.single50, latencies[singleCalls/2]), append(f.single99, latencies[singleCalls*99/100])
+
+	rss, err := memory(p.pid, "VmRSS")
+	if err != nil {
+		return err
+	}
+	f.rss = append(f.rss, rss)
+	c := client(1)
+	defer c.CloseIdleConnections()
+	for _, direction := range []struct {
+		rate, rss *[]float64
+		transfer  func() error
+	}{
+		{&f.download, &f.downRSS, func() error { return call(ctx, c, p, "/api/v1/large") }},
+		{&f.upload, &f.upRSS, func() error { return upload(ctx, c, p) }},
+	} {
+		if err := resetPeak(p.pid); err != nil {
+			return err
+		}
+		rss, err := memory(p.pid, "VmRSS")
+		if err != nil {
+			return err
+		}
+		begin := time.Now()
+		if err := direction.transfer(); err != nil {
+			return err
+		}
+		*direction.rate = append(*direction.rate, large/1e6/time.Since(begin).Seconds())
+		peak, err := memory(p.pid, "VmHWM")
+		if err != nil {
+			return err
+		}
+		*direction.rss = append(*direction.rss, peak-rss)
+	}
+	return nil
+}
+
+func upload(ctx context.Context, c *http.Client, p peer) error {
+	body := io.LimitReader(zeros{}, large)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.url+"/api/v1/large", body)
+	if err != nil {
+		return err
+	}
+	for k, v := range p.header {
+		req.Header[k] = v
+	}
+	req.ContentLength = large
+	resp, err := c.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answers %s to an upload", req.URL, resp.Status)
+	}
+	return nil
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// measureWatches holds idle watches open and then lets them go.
+func measureWatches(ctx context.Context, p peer, f *figures) error {
+	before, err := memory(p.pid, "VmRSS")
+	if err != nil {
+		return err
+	}
+	watching, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c := client(idleWatches)
+	for range idleWatches {
+		req, err := http.NewRequestWithContext(watching, http.MethodGet, p.url+"/api/v1/pods?watch=true", nil)
+		if err != nil {
+			return err
+		}
+		for k, v := range p.header {
+			req.Header[k] = v
+		}
+		resp, err := c.Do(req)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = resp.Body.Close() }()
+		if _, err := io.ReadFull(resp.Body, make([]byte, 3)); err != nil {
+			return err
+		}
+	}
+	during, err := memory(p.pid, "VmRSS")
+	if err != nil {
+		return err
+	}
+	f.watchKB = (during - before) * 1e3 / idleWatches
+	cancel()
+	// Memory goes back to the system by and by; a look after a while is all that can be had from outside.
+	select {
+	case <-time.After(20 * time.Second):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	after, err := memory(p.pid, "VmRSS")
+	f.afterRSS = after - before
+	return err
+}
+
+// cpuSeconds is the time that a process has spent on the CPU. Source: proc(5), /proc/pid/stat.
+func cpuSeconds(pid int) (float64, error) {
+	if pid == 0 {
+		return 0, nil
+	}
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	var ticks float64
+	for _, field := range fields[11:13] { // utime, stime
+		n, err := strconv.ParseFloat(field, 64)
+		if err != nil {
+			return 0, err
+		}
+		ticks += n
+	}
+	return ticks / 100, nil // USER_HZ
+}
+
+// memory is a line of /proc/pid/status in MB.
+func memory(pid int, line string) (float64, error) {
+	if pid == 0 {
+		return 0, nil
+	}
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for text := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(text, line+":"); ok {
+			kb, err := strconv.ParseFloat(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB")), 64)
+			return kb * 1024 / 1e6, err
+		}
+	}
+	return 0, fmt.Errorf("process %d has no %s", pid, line)
+}
+
+// resetPeak makes VmHWM start anew. Source: proc(5), /proc/pid/clear_refs.
+func resetPeak(pid int) error {
+	if pid == 0 {
+		return nil
+	}
+	return os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0)
+}
