@@ -236,5 +236,5 @@ func (c *countedConn) CloseWrite() error {
 	if conn, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return conn.CloseWrite()
 	}
-	return c.Conn.Close()
+	return c.Close()
 }

@@ -319,7 +319,7 @@ func TestCallerIsAnAddress(t *testing.T) {
 	for forwarded, want := range map[string]string{
 		"": "192.0.2.1", "1.2.3.4": "1.2.3.4", "evil, 1.2.3.4": "1.2.3.4", "1.2.3.4, evil text": "192.0.2.1", "::1": "::1",
 	} {
-		r := httptest.NewRequest("GET", "/", nil)
+		r := httptest.NewRequest(http.MethodGet, "/", nil)
 		if forwarded != "" {
 			r.Header.Set("X-Forwarded-For", forwarded)
 		}

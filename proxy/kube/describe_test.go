@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"net/http"
 	"net/http/httptest"
 	"testing"
 )
@@ -38,7 +39,7 @@ func TestDescribe(t *testing.T) {
 			t.Errorf("%s %s: got %+v, want %+v", test.method, test.target, got, test.want)
 		}
 	}
-	r := httptest.NewRequest("GET", Prefix+"/api/v1/namespaces/a/pods/p/exec?command=rm", nil)
+	r := httptest.NewRequest(http.MethodGet, Prefix+"/api/v1/namespaces/a/pods/p/exec?command=rm", nil)
 	r.Header.Set("Upgrade", "websocket")
 	if got, want := Describe(r), (Description{Verb: "connect", Resource: "pods", Subresource: "exec"}); got != want {
 		t.Errorf("exec: got %+v, want %+v", got, want)

@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
@@ -62,8 +63,8 @@ func TestCallerWhoLeavesGetsNoAnswer(t *testing.T) {
 		leave()
 	}()
 	defer func() {
-		if p := recover(); p != http.ErrAbortHandler {
-			t.Errorf("panicked with %v, want http.ErrAbortHandler", p)
+		if err, _ := recover().(error); !errors.Is(err, http.ErrAbortHandler) {
+			t.Errorf("panicked with %v, want http.ErrAbortHandler", err)
 		}
 	}()
 	proxy.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, Prefix+"/version", nil).WithContext(ctx))
