@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"regexp"
 	"strings"
@@ -56,6 +57,94 @@ func TestKubectlCannotTell(t *testing.T) {
 				t.Errorf("(-direct +tunnel):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestWorkIsTheSame does the same work straight at the API server and through the tunnel, each in a namespace
+// of its own, and compares what a person sees.
+func TestWorkIsTheSame(t *testing.T) {
+	w := connected(t)
+	const (
+		deployment = `{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"d"},"spec":{"replicas":%d,"selector":{"matchLabels":{"a":"b"}},
+			"template":{"metadata":{"labels":{"a":"b"}},"spec":{"containers":[{"name":"c","image":"i"}]}}}}`
+		odd = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"odd"},"data":{},"nonsense":1}`
+	)
+	big := fmt.Sprintf(`{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},"data":{"a":%q}}`, strings.Repeat("0123456789abcdef", 60<<10)) // 960 KiB
+	steps := []struct{ command, stdin string }{
+		{"apply --server-side -f -", fmt.Sprintf(deployment, 1)},
+		{"diff -f -", fmt.Sprintf(deployment, 2)},
+		{"apply --server-side --field-manager other -f -", fmt.Sprintf(deployment, 3)}, // a conflict
+		{"scale deployment d --replicas 5", ""},
+		{"wait --for=jsonpath={.spec.replicas}=5 deployment/d --timeout=5s", ""},
+		{"wait --for=condition=Available deployment/d --timeout=1s", ""}, // nobody makes it so
+		{"rollout history deployment d", ""},
+		{"set image deployment d c=other", ""},
+		{"patch deployment d --type json -p [{\"op\":\"remove\",\"path\":\"/spec/replicas\"}]", ""},
+		{"label deployment d x=y", ""},
+		{"annotate deployment d x=y", ""},
+		{"get deployment d -o jsonpath={.spec.replicas}{.metadata.labels}{.metadata.annotations}", ""},
+		{"create --validate=warn -f -", odd},
+		{"create --validate=strict -f -", odd},
+		{"create -f -", big},
+		{"get configmap big -o yaml --show-managed-fields=false -o jsonpath={.data}", ""},
+		{"create secret generic s --from-literal=a=b", ""},
+		{"get secret s -o go-template={{.data.a}}", ""},
+		{"create serviceaccount sa", ""},
+		{"create token sa --duration=1s", ""}, // too short: refused
+		{"create rolebinding rb --clusterrole=view --serviceaccount=default:sa", ""},
+		{"auth can-i list pods", ""},
+		{"get deployments,configmaps,secrets,rolebindings", ""},
+		{"get all --chunk-size=1 -o name", ""},
+		{"delete deployment d --cascade=background", ""},
+		{"delete configmap --all", ""},
+		{"delete -f -", big}, // gone
+		{"get events", ""},
+	}
+	output := map[string][]result{}
+	for _, kubeconfig := range []string{w.direct, w.caller} {
+		ns := w.namespace()
+		for _, step := range steps {
+			r := withoutAges(w.kubectl(kubeconfig, step.stdin, append(strings.Fields(step.command), "-n", ns)...))
+			for _, unique := range []*regexp.Regexp{regexp.MustCompile(ns), regexp.MustCompile(`(LIVE|MERGED)-\d+`), regexp.MustCompile(`\d{4}-\d\d-\d\d[T ][0-9:.]+( \+0000)?`), regexp.MustCompile(`uid: \S+`), regexp.MustCompile(`resourceVersion: \S+`)} {
+				r.Stdout, r.Stderr = unique.ReplaceAllString(r.Stdout, "X"), unique.ReplaceAllString(r.Stderr, "X")
+			}
+			output[kubeconfig] = append(output[kubeconfig], r)
+		}
+	}
+	succeeded := 0
+	for i, step := range steps {
+		if diff := cmp.Diff(output[w.direct][i], output[w.caller][i]); diff != "" {
+			t.Errorf("%s (-direct +tunnel):\n%s", step.command, diff)
+		}
+		if output[w.direct][i].Code == 0 {
+			succeeded++
+		}
+	}
+	if want := len(steps) - 6; succeeded != want { // diff, the conflict, nobody makes it so, strict, too short, gone
+		for i, step := range steps {
+			t.Logf("%s: %.300v", step.command, output[w.direct][i])
+		}
+		t.Errorf("%d steps succeeded, want %d", succeeded, want)
+	}
+}
+
+// TestKubectlProxyOnTop: a proxy of a proxy is still the API server.
+func TestKubectlProxyOnTop(t *testing.T) {
+	w := connected(t)
+	p, err := w.group.Start("kubectl-proxy", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"), "proxy", "--port=0", "--append-server-path")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	eventually(t, func() error {
+		if found = regexp.MustCompile(`Starting to serve on (\S+)`).FindStringSubmatch(p.Log()); found == nil {
+			return errors.New(p.Log())
+		}
+		return nil
+	})
+	resp, body := get(t, http.DefaultClient, "http://"+found[1]+"/api/v1/namespaces/default", nil)
+	if resp.StatusCode != http.StatusOK || !strings.Contains(body, `"name":"default"`) {
+		t.Errorf("%s: %s", resp.Status, body)
 	}
 }
 

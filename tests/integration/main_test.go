@@ -73,8 +73,9 @@ type world struct {
 	cp    *controlplane.ControlPlane
 	agent *agent.Agent
 
-	direct string // kubeconfig: the agent's credential, straight to the API server
-	caller string // kubeconfig: the agent's token, through the gateway, frps, frpc and the proxy
+	env    []string // of kubectl, beside the kubeconfig
+	direct string   // kubeconfig: the agent's credential, straight to the API server
+	caller string   // kubeconfig: the agent's token, through the gateway, frps, frpc and the proxy
 }
 
 // newWorld starts a control plane and prepares an agent, which is not started.
@@ -143,7 +144,7 @@ func (w *world) kubectl(kubeconfig, stdin string, args ...string) result {
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, w.binary("kubectl"), args...)
-	cmd.Env = []string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + kubeconfig, "PATH=" + os.Getenv("PATH")}
+	cmd.Env = append([]string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + kubeconfig, "PATH=" + os.Getenv("PATH")}, w.env...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
 	_ = cmd.Run() // the exit code tells

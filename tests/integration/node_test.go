@@ -1,14 +1,19 @@
 package integration
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"os/exec"
+	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -17,6 +22,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	utilexec "k8s.io/utils/exec"
 )
@@ -45,14 +51,25 @@ func (k *kubelet) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 				return
 			}
 		}
-	case "exec":
+	case "exec", "attach":
 		options, err := remotecommand.NewOptions(r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		remotecommand.ServeExec(w, r, k, parts[2], "", parts[3], r.URL.Query()["command"], options,
-			time.Minute, 10*time.Second, []string{remotecommand.StreamProtocolV4Name})
+		protocols := []string{remotecommand.StreamProtocolV4Name}
+		if parts[0] == "attach" {
+			remotecommand.ServeAttach(w, r, k, parts[2], "", parts[3], options, time.Minute, 10*time.Second, protocols)
+			return
+		}
+		remotecommand.ServeExec(w, r, k, parts[2], "", parts[3], r.URL.Query()["command"], options, time.Minute, 10*time.Second, protocols)
+	case "portForward":
+		options, err := portforward.NewV4Options(r)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		portforward.ServePortForward(w, r, k, parts[2], "", options, time.Minute, 10*time.Second, portforward.SupportedProtocols)
 	default:
 		http.NotFound(w, r)
 	}
@@ -77,6 +94,26 @@ func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command [
 	if errors.As(err, &exit) {
 		return &utilexec.CodeExitError{Err: err, Code: exit.ExitCode()}
 	}
+	return err
+}
+
+// AttachContainer implements remotecommand.Attacher: the container is a cat that is already running.
+func (k *kubelet) AttachContainer(ctx context.Context, _, _, _ string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
+	return k.ExecInContainer(ctx, "", "", "", []string{"cat"}, in, out, errOut, tty, resize, 0)
+}
+
+// PortForward implements portforward.PortForwarder: the pod's ports are this machine's.
+func (k *kubelet) PortForward(ctx context.Context, _, _ string, port int32, stream io.ReadWriteCloser) error {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(port))))
+	if err != nil {
+		return err
+	}
+	go func() {
+		_, _ = io.Copy(conn, stream)
+		_ = conn.(*net.TCPConn).CloseWrite()
+	}()
+	_, err = io.Copy(stream, conn)
+	_ = conn.Close()
 	return err
 }
 
@@ -151,18 +188,117 @@ func TestLogs(t *testing.T) {
 	}
 }
 
+// protocols are the two that kubectl speaks; the variables choose, and upgrade is what it then logs.
+var protocols = []struct{ name, websockets, upgrade string }{
+	{"websocket", "true", "Sec-Websocket-Protocol"},
+	{"SPDY", "false", "X-Stream-Protocol-Version"},
+}
+
+// eachProtocol runs test with kubectl set to one protocol after the other.
+func eachProtocol(t *testing.T, w *world, test func(t *testing.T)) {
+	t.Helper()
+	for _, p := range protocols {
+		t.Run(p.name, func(t *testing.T) {
+			w.env = []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=" + p.websockets, "KUBECTL_PORT_FORWARD_WEBSOCKETS=" + p.websockets}
+			test(t)
+		})
+	}
+}
+
 func TestExec(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
-	for _, protocol := range []struct{ name, websockets string }{{"websocket", "true"}, {"SPDY", "false"}} {
-		t.Run(protocol.name, func(t *testing.T) {
-			t.Setenv("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", protocol.websockets)
-			big := strings.Repeat("0123456789abcdef", 1<<16) // 1 MiB, both ways
-			r := w.kubectl(w.caller, big, "exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "cat; echo error >&2; exit 7")
-			if r.Stdout != big || !strings.HasPrefix(r.Stderr, "error\n") || r.Code != 7 {
-				t.Errorf("exec: %d bytes of %d came back, stderr %q, exit code %d", len(r.Stdout), len(big), r.Stderr, r.Code)
+	eachProtocol(t, w, func(t *testing.T) {
+		big := strings.Repeat("0123456789abcdef", 1<<16) // 1 MiB, both ways
+		r := w.kubectl(w.caller, big, "exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "cat; echo error >&2; exit 7")
+		if r.Stdout != big || !strings.HasPrefix(r.Stderr, "error\n") || r.Code != 7 {
+			t.Errorf("exec: %d bytes of %d came back, stderr %q, exit code %d", len(r.Stdout), len(big), r.Stderr, r.Code)
+		}
+	})
+}
+
+// TestExecProtocols: the test above would be half of one if kubectl did not do as it is told.
+func TestExecProtocols(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	runningPod(t, &kubelet{}, ns)
+	eachProtocol(t, w, func(t *testing.T) {
+		r := w.kubectl(w.caller, "", "exec", "-v=8", "pod", "-n", ns, "--", "true")
+		for _, p := range protocols {
+			if used := strings.Contains(r.Stderr, p.upgrade); used != strings.HasSuffix(t.Name(), "/"+p.name) {
+				t.Errorf("%s used: %v; exit code %d:\n%s", p.name, used, r.Code, r.Stderr)
 			}
-		})
+		}
+	})
+}
+
+func TestAttach(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	runningPod(t, &kubelet{}, ns)
+	eachProtocol(t, w, func(t *testing.T) {
+		r := w.kubectl(w.caller, "line 1\nline 2\n", "attach", "-i", "pod", "-n", ns, "--quiet")
+		if r.Stdout != "line 1\nline 2\n" || r.Code != 0 {
+			t.Errorf("attach: %+v", r)
+		}
+	})
+}
+
+func TestCopy(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	runningPod(t, &kubelet{}, ns)
+	eachProtocol(t, w, func(t *testing.T) {
+		dir := t.TempDir()
+		data := make([]byte, 4<<20)
+		_, _ = rand.Read(data)
+		local, inPod, back := filepath.Join(dir, "local"), filepath.Join(dir, "pod", "file"), filepath.Join(dir, "back")
+		if err := os.WriteFile(local, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Dir(inPod), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		w.must("cp", local, ns+"/pod:"+inPod)
+		w.must("cp", ns+"/pod:"+inPod, back)
+		for _, path := range []string{inPod, back} {
+			if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%s holds %d bytes, %v, want %d", filepath.Base(path), len(got), err, len(data))
+			}
+		}
+	})
+}
+
+func TestPortForward(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	runningPod(t, &kubelet{}, ns)
+	page := strings.Repeat("x", 1<<20)
+	pod := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(rw, page) }))
+	t.Cleanup(pod.Close)
+	_, port, err := net.SplitHostPort(pod.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
 	}
+	eachProtocol(t, w, func(t *testing.T) {
+		forward, err := w.group.Start("forward-"+filepath.Base(t.Name()), append(w.env, "KUBECONFIG="+w.caller), w.binary("kubectl"),
+			"port-forward", "pod/pod", "-n", ns, ":"+port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var local []string
+		eventually(t, func() error {
+			if local = regexp.MustCompile(`Forwarding from (127\.0\.0\.1:\d+) ->`).FindStringSubmatch(forward.Log()); local == nil {
+				return errors.New("not forwarding: " + forward.Log())
+			}
+			return nil
+		})
+		for range 3 { // one connection after the other, over one forward
+			if resp, body := get(t, &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, "http://"+local[1], nil); resp.StatusCode != http.StatusOK || body != page {
+				t.Errorf("%s, %d bytes of %d; %s", resp.Status, len(body), len(page), forward.Log())
+			}
+		}
+		forward.Stop()
+	})
 }
