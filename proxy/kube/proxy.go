@@ -28,9 +28,8 @@ type Proxy struct {
 	target  *url.URL
 	lanes   lanes
 	watches watches
+	rp      *httputil.ReverseProxy
 	log     *slog.Logger
-
-	plain, watching *httputil.ReverseProxy
 }
 
 // New makes a proxy to the API server of config. It tells latency the seconds from each request to the
@@ -55,18 +54,14 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 	if p.lanes.upgrades, err = rest.TransportFor(config); err != nil {
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
-	reverseProxy := func(bufferSize int) *httputil.ReverseProxy {
-		return &httputil.ReverseProxy{
-			BufferPool:     &buffers{size: bufferSize},
-			Rewrite:        p.rewrite,
-			Transport:      p.lanes,
-			ModifyResponse: p.modify,
-			ErrorHandler:   p.fail,
-			ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		}
+	p.rp = &httputil.ReverseProxy{
+		BufferPool:     &buffers{},
+		Rewrite:        p.rewrite,
+		Transport:      p.lanes,
+		ModifyResponse: p.modify,
+		ErrorHandler:   p.fail,
+		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
-	// A watch holds its buffer for as long as it lasts, which is most of what an idle one costs.
-	p.plain, p.watching = reverseProxy(32<<10), reverseProxy(4<<10)
 	return p, nil
 }
 
@@ -93,16 +88,13 @@ func (l lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
-type buffers struct {
-	size int
-	pool sync.Pool
-}
+type buffers struct{ pool sync.Pool }
 
 func (b *buffers) Get() []byte {
 	if buffer, ok := b.pool.Get().(*[]byte); ok {
 		return *buffer
 	}
-	return make([]byte, b.size)
+	return make([]byte, 32<<10)
 }
 
 func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
@@ -166,11 +158,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if found.body != nil {
 		r.Body = found.body
 	}
-	if found.Verb == "watch" {
-		p.watching.ServeHTTP(w, r)
-		return
-	}
-	p.plain.ServeHTTP(w, r)
+	p.rp.ServeHTTP(w, r)
 }
 
 // rewrite runs after the hop-by-hop headers are gone, so that a "Connection: Authorization" of the caller
