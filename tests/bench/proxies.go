@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"slices"
@@ -87,13 +88,19 @@ func client(n int) *http.Client {
 	}}
 }
 
+// request makes a request for a path of the API, with what the peer wants to see.
+func (p peer) request(ctx context.Context, method, path string, body io.Reader) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, method, p.url+path, body)
+	if err == nil {
+		maps.Copy(req.Header, p.header)
+	}
+	return req, err
+}
+
 func call(ctx context.Context, c *http.Client, p peer, path string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+path, nil)
+	req, err := p.request(ctx, http.MethodGet, path, nil)
 	if err != nil {
 		return err
-	}
-	for k, v := range p.header {
-		req.Header[k] = v
 	}
 	resp, err := c.Do(req)
 	if err != nil {
@@ -204,12 +211,9 @@ func measure(ctx context.Context, p peer, f *figures) error {
 
 func upload(ctx context.Context, c *http.Client, p peer) error {
 	body := io.LimitReader(zeros{}, large)
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.url+"/api/v1/large", body)
+	req, err := p.request(ctx, http.MethodPost, "/api/v1/large", body)
 	if err != nil {
 		return err
-	}
-	for k, v := range p.header {
-		req.Header[k] = v
 	}
 	req.ContentLength = large
 	resp, err := c.Do(req)
@@ -237,12 +241,9 @@ func measureWatches(ctx context.Context, p peer, f *figures) error {
 	defer cancel()
 	c := client(idleWatches)
 	for range idleWatches {
-		req, err := http.NewRequestWithContext(watching, http.MethodGet, p.url+"/api/v1/pods?watch=true", nil)
+		req, err := p.request(watching, http.MethodGet, "/api/v1/pods?watch=true", nil)
 		if err != nil {
 			return err
-		}
-		for k, v := range p.header {
-			req.Header[k] = v
 		}
 		resp, err := c.Do(req)
 		if err != nil {

@@ -121,29 +121,33 @@ func TestFrpsGoesAway(t *testing.T) {
 
 // TestWrongFrpToken: frps's own check of the shared token, which needs no control plane.
 func TestWrongFrpToken(t *testing.T) {
-	w := newWorld(t)
-	port := plainFrps(t, w, "the-right-token")
-	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=wrong", "PIPEOPS_API_URL=https://"+closedPort(t),
-		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=")
+	w, addr := ownFrps(t, "wrong")
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
 	}
 	wantReady(t, w.agent, "tunnel",
-		fmt.Sprintf("frps at 127.0.0.1:%d refuses the login: token in login doesn't match token from configuration: check frp.token, or restart the pod to get a new lease from the control plane", port))
+		"frps at "+addr+" refuses the login: token in login doesn't match token from configuration: check frp.token, or restart the pod to get a new lease from the control plane")
 }
 
 // TestOwnFrpToken: with frp.token set nobody is asked, and the tunnel comes up at the operator's own frps.
 func TestOwnFrpToken(t *testing.T) {
-	w := newWorld(t)
-	port := plainFrps(t, w, "the-right-token")
-	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
-		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=")
+	w, _ := ownFrps(t, "the-right-token")
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.agent.WaitReady(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// ownFrps prepares an agent with a token for an operator's own frps, and no control plane that answers.
+func ownFrps(t *testing.T, token string) (w *world, addr string) {
+	t.Helper()
+	w = newWorld(t)
+	port := plainFrps(t, w, "the-right-token")
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+closedPort(t),
+		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=")
+	return w, fmt.Sprintf("127.0.0.1:%d", port)
 }
 
 // plainFrps runs an frps without a plugin and returns its port.
