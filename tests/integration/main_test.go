@@ -184,7 +184,15 @@ func (w *world) namespace() string {
 // eventually polls until ready returns nil.
 func eventually(t *testing.T, ready func() error) {
 	t.Helper()
-	if err := process.Poll(t.Context(), 30*time.Second, nil, ready); err != nil {
+	eventuallyWithin(t, 30*time.Second, ready)
+}
+
+// rotation is how long client-go may go on with a token from a file that has changed: it looks once a minute.
+const rotation = 90 * time.Second
+
+func eventuallyWithin(t *testing.T, timeout time.Duration, ready func() error) {
+	t.Helper()
+	if err := process.Poll(t.Context(), timeout, nil, ready); err != nil {
 		t.Fatal(err)
 	}
 }
