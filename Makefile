@@ -49,6 +49,8 @@ verify: $(BIN)/golangci-lint $(BIN)/govulncheck ## Check format, vet, lint, race
 	have=$$(printf '%s\n' $(MODULES) $(TOOL_MODULES) | sort | xargs); \
 	[ "$$want" = "$$have" ] || { echo "the Makefile lists: $$have"; echo "the tree holds:     $$want"; exit 1; }
 	@for m in $(MODULES); do grep -qx "	./$$m" go.work || { echo "go.work lacks $$m"; exit 1; }; done
+	@echo "== the README names the versions that are tested"
+	@grep -q 'Kubernetes $(call minor,$(KUBE)) and frp $(call minor,$(FRP_VERSION)) ' README.md || { echo "README.md does not say Kubernetes $(call minor,$(KUBE)) and frp $(call minor,$(FRP_VERSION))"; exit 1; }
 	@echo "== format"
 	@files=$$(gofmt -l $(MODULES)); [ -z "$$files" ] || { echo "not formatted, run gofmt -w: $$files"; exit 1; }
 	@for m in $(MODULES) $(TOOL_MODULES); do \
@@ -91,7 +93,11 @@ define build-tool
 	@mv $@.new $@
 endef
 
+# 1.2 of v1.2.3
+minor = $(subst v,,$(word 1,$(subst ., ,$(1)))).$(word 2,$(subst ., ,$(1)))
+
 FRP := tests/tools/frp
+FRP_VERSION = $(or $(shell sed -n 's/^.*fatedier\/frp \(v[0-9.]*\).*/\1/p' $(FRP)/go.mod),$(error $(FRP)/go.mod names no github.com/fatedier/frp))
 $(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
 	$(call build-tool,$(FRP),github.com/fatedier/frp/cmd/$(@F),-tags noweb -ldflags '-s -w')
 
