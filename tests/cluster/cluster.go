@@ -105,18 +105,15 @@ func startAPIServer(ctx context.Context, group *process.Group, dir, etcdURL stri
 	if err != nil {
 		return nil, err
 	}
-	config := &rest.Config{
-		Host: serverURL, BearerToken: token, QPS: -1,
-		TLSClientConfig: rest.TLSClientConfig{CAFile: filepath.Join(dir, "certs", "apiserver.crt")},
-	}
-	c := &Cluster{Config: config, APIServer: server}
-	err = process.Poll(ctx, time.Minute, server.Done(), func() error {
-		if c.Client == nil {
-			client, err := kubernetes.NewForConfig(config) // reads the certificate, once it is there
-			if err != nil {
-				return err
-			}
-			c.Client = client
+	c := &Cluster{APIServer: server, Config: &rest.Config{Host: serverURL, BearerToken: token, QPS: -1}}
+	certificate := filepath.Join(dir, "certs", "apiserver.crt")
+	err = process.Poll(ctx, time.Minute, server.Done(), func() (err error) {
+		// Read anew each time: the API server makes it while it starts, and it may not be whole yet.
+		if c.Config.CAData, err = os.ReadFile(certificate); err != nil {
+			return err
+		}
+		if c.Client, err = kubernetes.NewForConfig(c.Config); err != nil {
+			return err
 		}
 		return c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error()
 	})
@@ -128,10 +125,7 @@ func startAPIServer(ctx context.Context, group *process.Group, dir, etcdURL stri
 			return nil, fmt.Errorf("kube-apiserver is not ready: %w", err)
 		}
 	}
-	// In one file, so that a kubeconfig can carry it.
-	config.CAData, err = os.ReadFile(config.CAFile)
-	config.CAFile = ""
-	return c, err
+	return c, nil
 }
 
 // ServiceAccount makes a ServiceAccount with a cluster role and returns a configuration that acts as it, by
