@@ -8,10 +8,15 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
+	"net/textproto"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -135,5 +140,59 @@ func TestEmptyKubeconfigIsNoServiceAccount(t *testing.T) {
 		if config, err := RESTConfig(kubeconfig, false); err == nil || !strings.Contains(err.Error(), "kubernetes.kubeconfig") {
 			t.Errorf("%s: got %v, %v", kubeconfig, config, err)
 		}
+	}
+}
+
+// TestThrottlingGoesThrough: the API server's 429 is the caller's to wait for. It is neither retried here nor
+// changed.
+func TestThrottlingGoesThrough(t *testing.T) {
+	var calls atomic.Int32
+	proxy := before(t, func(w http.ResponseWriter, _ *http.Request) {
+		calls.Add(1)
+		w.Header().Set("Retry-After", "7")
+		w.Header().Set("X-Kubernetes-PF-FlowSchema-UID", "u")
+		w.WriteHeader(http.StatusTooManyRequests)
+		_, _ = io.WriteString(w, "slow down")
+	})
+	w := httptest.NewRecorder()
+	proxy.ServeHTTP(w, httptest.NewRequest(http.MethodGet, Prefix+"/api/v1/pods", nil))
+	if w.Code != http.StatusTooManyRequests || w.Header().Get("Retry-After") != "7" || w.Header().Get("X-Kubernetes-Pf-Flowschema-Uid") != "u" ||
+		w.Body.String() != "slow down" || calls.Load() != 1 {
+		t.Errorf("after %d calls answered %d %v %s", calls.Load(), w.Code, w.Header(), w.Body)
+	}
+}
+
+// TestEarlyAnswersAndTrailersGoThrough: 1xx before the answer, trailers behind it, and a body that the caller
+// sends only when told to continue.
+func TestEarlyAnswersAndTrailersGoThrough(t *testing.T) {
+	proxy := before(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Link", "</early>")
+		w.WriteHeader(http.StatusEarlyHints)
+		w.Header().Set("Trailer", "X-Sum")
+		body, _ := io.ReadAll(r.Body)
+		_, _ = w.Write(body)
+		w.Header().Set("X-Sum", "42")
+	})
+	server := httptest.NewServer(proxy)
+	defer server.Close()
+	var early []int
+	trace := &httptrace.ClientTrace{Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
+		early = append(early, code)
+		return nil
+	}}
+	req, err := http.NewRequestWithContext(httptrace.WithClientTrace(t.Context(), trace), http.MethodPost, server.URL+Prefix+"/api/v1/pods", strings.NewReader("the body"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Expect", "100-continue")
+	client := &http.Client{Transport: &http.Transport{ExpectContinueTimeout: time.Minute}} // without a 100 it would wait
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || string(body) != "the body" || resp.Trailer.Get("X-Sum") != "42" || !slices.Contains(early, http.StatusEarlyHints) {
+		t.Errorf("%s %q, %v; trailers %v; 1xx %v", resp.Status, body, err, resp.Trailer, early)
 	}
 }

@@ -3,6 +3,7 @@
 package kube
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -122,6 +123,17 @@ func (b *callerBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// begin waits for the first byte. With it net/http tells the caller to continue; were that left to the
+// transport, which reads the body elsewhere, it would race with a 1xx of the API server on the way back.
+func (b *callerBody) begin() {
+	reader := bufio.NewReader(b.ReadCloser)
+	_, _ = reader.Peek(1) // an error comes again with the first Read
+	b.ReadCloser = struct {
+		io.Reader
+		io.Closer
+	}{reader, b.ReadCloser}
+}
+
 type contextKey struct{}
 
 func found(ctx context.Context) request {
@@ -153,6 +165,9 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	found := request{path: path, Description: Describe(r)}
 	if r.Body != nil && r.Body != http.NoBody {
 		found.body = &callerBody{ReadCloser: r.Body}
+		if r.Header.Get("Expect") != "" {
+			found.body.begin()
+		}
 	}
 	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
 	if found.body != nil {
@@ -179,6 +194,7 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 	out.Header.Del("Authorization")
 	out.Header.Del("Cookie")
 	out.Header.Del("X-Real-Ip")
+	out.Header.Del("Expect") // the caller has been told to continue
 	// The API server takes a token from this list too.
 	if protocols := withoutTokens(out.Header.Values("Sec-Websocket-Protocol")); protocols != "" {
 		out.Header.Set("Sec-Websocket-Protocol", protocols)

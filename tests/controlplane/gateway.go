@@ -30,6 +30,8 @@ func (c *ControlPlane) gateway(vhost string) http.Handler {
 			pr.Out.URL.Path, pr.Out.URL.RawPath = path, rawPath
 			pr.Out.URL.RawQuery = pr.In.URL.RawQuery
 			pr.Out.Host = id + "." + domain
+			// The gateway tells callers to continue; a second 100 from behind would race with its own.
+			pr.Out.Header.Del("Expect")
 			// Else frps's transport asks for gzip on its own, has the API server compress, and unpacks it again.
 			if pr.In.Header.Get("Accept-Encoding") == "" {
 				pr.Out.Header.Set("Accept-Encoding", "identity")
