@@ -93,17 +93,19 @@ define build-tool
 	@mv $@.new $@
 endef
 
+# version-of: 1 a module, 2 a path that its go.mod requires.
+version-of = $(or $(shell sed -n 's|^.*$(2) \(v[0-9.]*\).*|\1|p' $(1)/go.mod),$(error $(1)/go.mod names no $(2)))
 # 1.2 of v1.2.3
 minor = $(subst v,,$(word 1,$(subst ., ,$(1)))).$(word 2,$(subst ., ,$(1)))
 
 FRP := tests/tools/frp
-FRP_VERSION = $(or $(shell sed -n 's/^.*fatedier\/frp \(v[0-9.]*\).*/\1/p' $(FRP)/go.mod),$(error $(FRP)/go.mod names no github.com/fatedier/frp))
+FRP_VERSION = $(call version-of,$(FRP),github.com/fatedier/frp)
 $(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
 	$(call build-tool,$(FRP),github.com/fatedier/frp/cmd/$(@F),-tags noweb -ldflags '-s -w')
 
 # Without these, clients see version v0.0.0.
 KUBERNETES := tests/tools/kubernetes
-KUBE = $(or $(shell sed -n 's/^.*k8s.io\/kubernetes \(v[0-9.]*\).*/\1/p' $(KUBERNETES)/go.mod),$(error $(KUBERNETES)/go.mod names no k8s.io/kubernetes))
+KUBE = $(call version-of,$(KUBERNETES),k8s.io/kubernetes)
 KUBE_STAMPS = $(foreach v,gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) gitMinor=$(word 2,$(subst ., ,$(KUBE))),-X k8s.io/component-base/version.$(v))
 $(BIN)/kube-apiserver $(BIN)/kubectl: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),-ldflags '-s -w $(KUBE_STAMPS)')

@@ -48,13 +48,14 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 				}
 				defer panic(p)
 			}
-			s.metrics.requests.WithLabelValues(routeLabel(r), methodLabel(r.Method), strconv.Itoa(code)).Inc()
+			route, method := routeLabel(r), methodLabel(r.Method)
+			s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(code)).Inc()
 			if !s.log.Enabled(r.Context(), level) {
 				return
 			}
 			attrs := make([]slog.Attr, 0, 12)
-			attrs = append(attrs, slog.String("request_id", id), slog.String("method", methodLabel(r.Method)),
-				slog.String("route", routeLabel(r)), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
+			attrs = append(attrs, slog.String("request_id", id), slog.String("method", method),
+				slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
 				slog.Float64("duration_seconds", time.Since(start).Seconds()), slog.String("caller", caller(r)))
 			if rec.described {
 				d := rec.description

@@ -121,8 +121,8 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		excluded := r.URL.Query()["exclude"]
 		for _, name := range excluded {
-			if !slices.ContainsFunc(s.ready.checks, func(c *check) bool { return c.name == name }) {
-				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are %s", name, strings.Join(s.ready.names(), ", ")))
+			if names := s.ready.names(); !slices.Contains(names, name) {
+				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are %s", name, strings.Join(names, ", ")))
 				return
 			}
 		}

@@ -133,6 +133,12 @@ func (l *loader) mistake(key, format string, args ...any) {
 	l.mistakes = append(l.mistakes, name+": "+fmt.Sprintf(format, args...))
 }
 
+// unreadable is a mistake of the file as a whole.
+func (l *loader) unreadable(format string, args ...any) {
+	l.noFile = true
+	l.mistakes = append(l.mistakes, fmt.Sprintf(format, args...))
+}
+
 // readFile gives the file's values as text, by dotted key; lists are joined with commas.
 func (l *loader) readFile(path string) map[string]string {
 	values := map[string]string{}
@@ -145,26 +151,23 @@ func (l *loader) readFile(path string) map[string]string {
 		return values
 	}
 	if err != nil {
-		l.noFile = true
-		l.mistakes = append(l.mistakes, fmt.Sprintf("%v: correct --config or create the file", err))
+		l.unreadable("%v: correct --config or create the file", err)
 		return values
 	}
 	if yamlSecond.Match(data) {
-		l.noFile = true
-		l.mistakes = append(l.mistakes, name+": holds a second document after ---: give one")
+		l.unreadable("%s: holds a second document after ---: give one", name)
 		return values
 	}
 	asJSON, err := yaml.YAMLToJSONStrict(data)
 	if err != nil {
-		l.noFile = true
-		l.mistakes = append(l.mistakes, name+": "+explainYAML(err))
+		l.unreadable("%s: %s", name, explainYAML(err))
 		return values
 	}
 	decoder := json.NewDecoder(bytes.NewReader(asJSON))
 	decoder.UseNumber()
 	var tree any
 	if err := decoder.Decode(&tree); err != nil {
-		l.mistakes = append(l.mistakes, fmt.Sprintf("%s: %v", name, err))
+		l.unreadable("%s: %v", name, err)
 		return values
 	}
 	switch tree := tree.(type) {
@@ -172,8 +175,7 @@ func (l *loader) readFile(path string) map[string]string {
 	case map[string]any:
 		l.flatten(tree, "", values)
 	default:
-		l.noFile = true
-		l.mistakes = append(l.mistakes, name+": is not a mapping of keys to values")
+		l.unreadable("%s: is not a mapping of keys to values", name)
 	}
 	return values
 }

@@ -142,13 +142,18 @@ func boolean(field func(*Config) *bool) func(*Config, string) error {
 
 func port(field func(*Config) *int) func(*Config, string) error {
 	return func(c *Config, v string) error {
-		n, err := strconv.Atoi(v)
-		if err != nil || n < 1 || n > 65535 {
-			return fmt.Errorf("%q is not a port: give a number from 1 to 65535", v)
-		}
+		n, err := portNumber(v)
 		*field(c) = n
-		return nil
+		return err
 	}
+}
+
+func portNumber(v string) (int, error) {
+	n, err := strconv.Atoi(v)
+	if err != nil || n < 1 || n > 65535 {
+		return 0, fmt.Errorf("%q is not a port: give a number from 1 to 65535", v)
+	}
+	return n, nil
 }
 
 func duration(field func(*Config) *time.Duration) func(*Config, string) error {
@@ -229,8 +234,10 @@ func apiURL(v string) (string, error) {
 	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Scheme != "https" && u.Scheme != "http" {
 		return "", errors.New("is not the URL of a control plane: give https:// with a host, a port if need be, and a path if need be")
 	}
-	if n, err := strconv.Atoi(u.Port()); u.Port() != "" && (err != nil || n < 1 || n > 65535) {
-		return "", fmt.Errorf("%q is not a port: give a number from 1 to 65535", u.Port())
+	if u.Port() != "" {
+		if _, err := portNumber(u.Port()); err != nil {
+			return "", err
+		}
 	}
 	if u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
 		return "", errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
@@ -240,7 +247,10 @@ func apiURL(v string) (string, error) {
 
 func listenAddr(v string) (string, error) {
 	_, port, err := net.SplitHostPort(v)
-	if n, convErr := strconv.Atoi(port); err != nil || convErr != nil || n < 1 || n > 65535 {
+	if err == nil {
+		_, err = portNumber(port)
+	}
+	if err != nil {
 		return "", fmt.Errorf("%q is not an address to listen on: give host:port or :port", v)
 	}
 	return v, nil

@@ -78,9 +78,3 @@ var verbs = map[string]string{
 	http.MethodGet: "get", http.MethodHead: "get", http.MethodPost: "create", http.MethodPut: "update",
 	http.MethodPatch: "patch", http.MethodDelete: "delete",
 }
-
-// segments leaves out empty ones. The API server does not, and so serves nothing at such a path; whatever else
-// stands behind it may.
-func segments(path string) []string {
-	return slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })
-}

@@ -37,7 +37,9 @@ func upstreamPath(r *http.Request) (string, error) {
 // gets past RBAC and audit to every pod of the node, even with GET (kubernetes/kubernetes#136550); /metrics,
 // /debug, /logs, /flagz and /statusz are of the API server's process and host, not of the cluster.
 func forbidden(path string) string {
-	parts := segments(path)
+	// Empty segments are left out. The API server leaves them in, and so serves nothing at such a path; whatever
+	// else stands behind it may.
+	parts := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })
 	switch {
 	case len(parts) >= 5 && parts[0] == "api" && parts[2] == "nodes" && parts[4] == "proxy":
 		return "nodes/proxy reaches every pod on the node past RBAC and audit: use pods/exec, pods/log or pods/portforward"

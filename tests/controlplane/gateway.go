@@ -23,9 +23,8 @@ const agentHeader = "Pipeops-Agent"
 func (c *ControlPlane) gateway(vhost string) http.Handler {
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
-			id, _, _ := cutAgent(pr.In.URL.Path)
+			id, path, _ := cutAgent(pr.In.URL.Path)
 			_, rawPath, _ := cutAgent(pr.In.URL.EscapedPath())
-			_, path, _ := cutAgent(pr.In.URL.Path)
 			pr.Out.URL.Scheme, pr.Out.URL.Host = "http", vhost
 			pr.Out.URL.Path, pr.Out.URL.RawPath = path, rawPath
 			pr.Out.URL.RawQuery = pr.In.URL.RawQuery
@@ -70,7 +69,7 @@ var errNoAgent = errors.New("no agent is connected")
 // that kubectl works on when a hop is started again. r is the request as rewritten.
 func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, context.Canceled) {
-		return // the caller has gone
+		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
 	}
 	id, _, _ := strings.Cut(r.Host, ".")
 	message := fmt.Sprintf("agent %q is not connected to the control plane: look at its pod's bootstrap and frpc logs, and at GET /ready on its port 9090", id)

@@ -174,19 +174,26 @@ func plainFrps(t *testing.T, w *world, token string) int {
 	return ports[0]
 }
 
-// TestAPIServerRefusesTheAgent: the caller's token was right, so the caller must not be told that it was not.
-func TestAPIServerRefusesTheAgent(t *testing.T) {
+// leadingTo starts an agent whose kubeconfig change has spoilt.
+func leadingTo(t *testing.T, change func(*rest.Config)) *world {
+	t.Helper()
 	w := newWorld(t)
 	config := rest.CopyConfig(api.agent)
-	config.BearerToken = "not-a-token"
-	wrong := filepath.Join(w.group.Dir(), "wrong.kubeconfig")
-	if err := cluster.WriteKubeconfig(wrong, config); err != nil {
+	change(config)
+	kubeconfig := filepath.Join(w.group.Dir(), "spoilt.kubeconfig")
+	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		t.Fatal(err)
 	}
-	w.agent.Env = append(w.agent.Env, "KUBECONFIG="+wrong)
+	w.agent.Env = append(w.agent.Env, "KUBECONFIG="+kubeconfig)
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
 	}
+	return w
+}
+
+// TestAPIServerRefusesTheAgent: the caller's token was right, so the caller must not be told that it was not.
+func TestAPIServerRefusesTheAgent(t *testing.T) {
+	w := leadingTo(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
 	const want = "the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted"
 	wantReady(t, w.agent, "kubernetes", want)
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
@@ -194,18 +201,8 @@ func TestAPIServerRefusesTheAgent(t *testing.T) {
 
 // TestAPIServerUnreachable: 502, and kubectl says which hop it was.
 func TestAPIServerUnreachable(t *testing.T) {
-	w := newWorld(t)
 	closed := closedPort(t)
-	config := rest.CopyConfig(api.agent)
-	config.Host = "https://" + closed
-	gone := filepath.Join(w.group.Dir(), "gone.kubeconfig")
-	if err := cluster.WriteKubeconfig(gone, config); err != nil {
-		t.Fatal(err)
-	}
-	w.agent.Env = append(w.agent.Env, "KUBECONFIG="+gone)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
+	w := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + closed })
 	want := "the agent cannot reach the Kubernetes API server at " + closed + ": dial tcp " + closed + ": connect: connection refused: check that it runs, and the agent's kubeconfig"
 	wantReady(t, w.agent, "kubernetes", want)
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)

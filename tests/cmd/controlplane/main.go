@@ -11,9 +11,10 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"regexp"
 	"strings"
 	"syscall"
+
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/pipeops/vm-agent/tests/controlplane"
 	"github.com/pipeops/vm-agent/tests/process"
@@ -28,8 +29,6 @@ func main() {
 	}
 }
 
-var idPattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`) // it becomes a subdomain
-
 func run(ctx context.Context, args []string) error {
 	agents := map[string]string{}
 	flags := flag.NewFlagSet("controlplane", flag.ContinueOnError)
@@ -40,7 +39,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		for line := range strings.Lines(string(data)) {
 			id, token, ok := strings.Cut(strings.TrimSpace(line), "=")
-			if !ok || token == "" || !idPattern.MatchString(id) {
+			if !ok || token == "" || len(validation.IsDNS1123Label(id)) > 0 {
 				return errors.New("each line is id=token, the id of lower-case letters, digits and hyphens")
 			}
 			agents[id] = token
