@@ -6,10 +6,7 @@ import (
 	"net/http"
 	"strings"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
 // authenticator knows the token that callers must show.
@@ -45,22 +42,17 @@ func (a *authenticator) check(r *http.Request) string {
 	return ""
 }
 
+// challenge says what kind of credential is asked for. Source: RFC 6750.
+const challenge = `Bearer realm="pipeops-agent"`
+
 // requireBearer lets next answer only those who show the agent's token.
-func (s *server) requireBearer(next http.HandlerFunc, refuse func(http.ResponseWriter, *http.Request, string)) http.HandlerFunc {
+func (s *server) requireBearer(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if why := s.auth.check(r); why != "" {
-			w.Header().Set("WWW-Authenticate", `Bearer realm="pipeops-agent"`)
-			refuse(w, r, why)
+			w.Header().Set("WWW-Authenticate", challenge)
+			writeProblem(w, http.StatusUnauthorized, why)
 			return
 		}
 		next(w, r)
 	}
-}
-
-func problemUnauthorized(w http.ResponseWriter, _ *http.Request, why string) {
-	writeProblem(w, http.StatusUnauthorized, why)
-}
-
-func statusUnauthorized(w http.ResponseWriter, r *http.Request, why string) {
-	kube.WriteStatus(w, r, http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "the agent refuses the request: "+why, 0)
 }

@@ -1,13 +1,6 @@
 package main
 
-import (
-	"net/http"
-	"sync"
-
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"github.com/pipeops/vm-agent/proxy/kube"
-)
+import "sync"
 
 // gate counts what runs, and lets nothing in once it is closed.
 type gate struct {
@@ -19,19 +12,7 @@ type gate struct {
 
 func newGate() *gate { return &gate{empty: make(chan struct{})} }
 
-// wrap lets requests through to next while the gate is open.
-func (g *gate) wrap(next http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		if !g.enter() {
-			kube.WriteStatus(w, r, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable,
-				"this instance of the agent is shutting down: try again, the next one will answer", 1)
-			return
-		}
-		defer g.leave()
-		next(w, r)
-	}
-}
-
+// enter says whether the gate is open. Who is let in must leave.
 func (g *gate) enter() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -82,6 +82,19 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return exitOK
 }
 
+// newHTTPServer makes the server of one listener. Its requests end with ctx.
+func newHTTPServer(ctx context.Context, handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler: handler,
+		// No ReadTimeout and no WriteTimeout: they would cut watches, logs and exec.
+		ReadHeaderTimeout: 32 * time.Second,
+		// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
+		IdleTimeout: 120 * time.Second,
+		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+}
+
 // serve runs both listeners until ctx ends, then drains.
 func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger) error {
 	// Streams outlive ctx: they end by themselves, or with the drain timeout.
@@ -105,15 +118,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 		if err != nil {
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
-		server := &http.Server{
-			Handler: l.handler,
-			// No ReadTimeout and no WriteTimeout: they would cut watches, logs and exec.
-			ReadHeaderTimeout: 32 * time.Second,
-			// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
-			IdleTimeout: 120 * time.Second,
-			ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
-			BaseContext: func(net.Listener) context.Context { return streams },
-		}
+		server := newHTTPServer(streams, l.handler, log)
 		servers = append(servers, server)
 		go func() {
 			if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {

@@ -26,69 +26,77 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 	}
 	inFlight := s.metrics.inFlight.WithLabelValues(l.String())
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		start := time.Now()
-		id := rand.Text()
-		r.Header.Set("X-Request-Id", id)
-		rec := &recorder{ResponseWriter: w, metrics: s.metrics, requestID: id}
-		if l == tunnel {
-			rec.agentID = s.agentID
-		}
-		if r.Body != http.NoBody {
-			rec.body = &counted{ReadCloser: r.Body, bytes: s.metrics.received}
-			r.Body = rec.body
-		}
+		rec := s.record(w, r, l)
 		inFlight.Inc()
-		defer func() {
-			inFlight.Dec()
-			code := rec.status()
-			// ReverseProxy drops a connection by a panic of its own; any other is a mistake of ours.
-			if p := recover(); p != nil {
-				if p != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
-					code = http.StatusInternalServerError
-				}
-				defer panic(p)
-			}
-			route, method := routeLabel(r), methodLabel(r.Method)
-			s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(code)).Inc()
-			if !s.log.Enabled(r.Context(), level) {
-				return
-			}
-			attrs := make([]slog.Attr, 0, 12)
-			attrs = append(attrs, slog.String("request_id", id), slog.String("method", method),
-				slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
-				slog.Float64("duration_seconds", time.Since(start).Seconds()), slog.String("caller", caller(r)))
-			if rec.described {
-				d := rec.description
-				attrs = append(attrs, slog.String("verb", d.Verb), slog.String("group", d.Group),
-					slog.String("resource", d.Resource), slog.String("subresource", d.Subresource))
-			}
-			s.log.LogAttrs(r.Context(), level, "request", attrs...)
-		}()
+		defer s.answered(rec, r, level, inFlight)
 		next.ServeHTTP(rec, r)
 	})
 }
 
-// observeKubernetes adds what is known of requests for the Kubernetes API. It runs inside observe.
-func (s *server) observeKubernetes(next http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		d := kube.Describe(r)
-		lane := "call"
-		switch d.Verb {
-		case "watch":
-			lane = "watch"
-		case "connect":
-			lane = "upgrade"
-		}
-		rec := w.(*recorder) // observe has put it there
-		rec.description, rec.described = d, true
-		inFlight := s.metrics.kubeInFlight.WithLabelValues(lane)
-		inFlight.Inc()
-		defer func() {
-			inFlight.Dec()
-			s.metrics.kube.WithLabelValues(d.Verb, strconv.Itoa(rec.status()), lane).Inc()
-		}()
-		next(w, r)
+// record gives the request its id and returns what remembers how it is answered.
+func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) *recorder {
+	rec := &recorder{ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text()}
+	r.Header.Set("X-Request-Id", rec.requestID)
+	if l == tunnel {
+		rec.agentID = s.agentID
 	}
+	if r.Body != http.NoBody {
+		rec.body = &counted{ReadCloser: r.Body, bytes: s.metrics.received}
+		r.Body = rec.body
+	}
+	return rec
+}
+
+// answered counts and logs a request. It is deferred, and goes on with a panic.
+func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFlight prometheus.Gauge) {
+	inFlight.Dec()
+	code := rec.status()
+	// ReverseProxy drops a connection by a panic of its own; any other is a mistake of ours.
+	if p := recover(); p != nil {
+		if p != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
+			code = http.StatusInternalServerError
+		}
+		defer panic(p)
+	}
+	route, method := routeLabel(r), methodLabel(r.Method)
+	s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(code)).Inc()
+	if d := &rec.description; d.Verb != "" {
+		s.metrics.kubeInFlight.WithLabelValues(lane(d)).Dec()
+		s.metrics.kube.WithLabelValues(d.Verb, strconv.Itoa(code), lane(d)).Inc()
+	}
+	if !s.log.Enabled(r.Context(), level) {
+		return
+	}
+	attrs := make([]slog.Attr, 0, 12)
+	attrs = append(attrs, slog.String("request_id", rec.requestID), slog.String("method", method),
+		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
+		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", caller(r)))
+	if d := &rec.description; d.Verb != "" {
+		attrs = append(attrs, slog.String("verb", d.Verb))
+		for _, attr := range []slog.Attr{slog.String("group", d.Group), slog.String("resource", d.Resource), slog.String("subresource", d.Subresource)} {
+			if attr.Value.String() != "" {
+				attrs = append(attrs, attr)
+			}
+		}
+	}
+	s.log.LogAttrs(r.Context(), level, "request", attrs...)
+}
+
+// describe adds what a request for the Kubernetes API asks for.
+func (r *recorder) describe(request *http.Request) {
+	r.description = kube.Describe(request)
+	r.metrics.kubeInFlight.WithLabelValues(lane(&r.description)).Inc()
+}
+
+// lane tells apart what takes a moment, what stays, and what is a connection of its own.
+func lane(d *kube.Description) string {
+	switch d.Verb {
+	case "watch":
+		return "watch"
+	case "connect":
+		return "upgrade"
+	}
+	return "call"
 }
 
 // caller is the address of who asked, as far as it is known: in a tunnel of type http, frps appends the
@@ -135,13 +143,13 @@ type recorder struct {
 	http.ResponseWriter
 
 	metrics     *metrics
+	start       time.Time
 	requestID   string
 	agentID     string   // empty on the operations listener
 	body        *counted // nil: the request has none
 	code        int
 	bytes       int64
-	description kube.Description // of requests for the Kubernetes API
-	described   bool
+	description kube.Description // empty but for requests for the Kubernetes API
 }
 
 // status is 499 for a caller who left before there was an answer, as nginx has it.

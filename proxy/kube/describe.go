@@ -2,7 +2,6 @@ package kube
 
 import (
 	"net/http"
-	"regexp"
 	"slices"
 	"strings"
 )
@@ -66,13 +65,16 @@ func Describe(r *http.Request) Description {
 
 // name lets through what can be a group or a resource, and nothing else that a caller may put there.
 func name(s string) string {
-	if !namePattern.MatchString(s) {
+	if len(s) > 253 {
 		return "invalid"
+	}
+	for _, c := range []byte(s) {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '.' && c != '-' {
+			return "invalid"
+		}
 	}
 	return s
 }
-
-var namePattern = regexp.MustCompile(`^[a-z0-9.-]{1,253}$`)
 
 var verbs = map[string]string{
 	http.MethodGet: "get", http.MethodHead: "get", http.MethodPost: "create", http.MethodPut: "update",

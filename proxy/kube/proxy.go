@@ -18,6 +18,7 @@ import (
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
 )
 
@@ -30,6 +31,7 @@ type Proxy struct {
 	lanes   lanes
 	watches watches
 	rp      *httputil.ReverseProxy
+	watchRP *httputil.ReverseProxy // the same, with small buffers
 	log     *slog.Logger
 }
 
@@ -56,13 +58,16 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
 	p.rp = &httputil.ReverseProxy{
-		BufferPool:     &buffers{},
+		BufferPool:     &buffers{size: 32 << 10},
 		Rewrite:        p.rewrite,
 		Transport:      p.lanes,
 		ModifyResponse: p.modify,
 		ErrorHandler:   p.fail,
 		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
+	forWatches := *p.rp
+	forWatches.BufferPool = &buffers{size: 4 << 10} // they are many and mostly silent
+	p.watchRP = &forWatches
 	return p, nil
 }
 
@@ -82,20 +87,34 @@ func (l lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	start := time.Now()
 	resp, err := lane.RoundTrip(r)
+	if err != nil && worthAnother(r, err) {
+		resp, err = lane.RoundTrip(r)
+	}
 	if err == nil {
 		l.latency.Observe(time.Since(start).Seconds())
 	}
 	return resp, err
 }
 
+// worthAnother says whether a connection has died under a request that can be sent again on a new one: another
+// API server behind the same address may answer. client-go does the same where nothing is between.
+// Source: k8s.io/client-go/rest/request.go, isErrRetryableFunc.
+func worthAnother(r *http.Request, err error) bool {
+	return (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Body == nil && r.Header.Get("Upgrade") == "" &&
+		r.Context().Err() == nil && (utilnet.IsHTTP2ConnectionLost(err) || utilnet.IsConnectionReset(err) || utilnet.IsProbableEOF(err))
+}
+
 // buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
-type buffers struct{ pool sync.Pool }
+type buffers struct {
+	pool sync.Pool
+	size int // bytes
+}
 
 func (b *buffers) Get() []byte {
 	if buffer, ok := b.pool.Get().(*[]byte); ok {
 		return *buffer
 	}
-	return make([]byte, 32<<10)
+	return make([]byte, b.size)
 }
 
 func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
@@ -104,7 +123,7 @@ func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
 type request struct {
 	path string // at the API server
 	body *callerBody
-	Description
+	*Description
 }
 
 // callerBody remembers whether the caller's body could be read, so that the API server does not get the
@@ -136,33 +155,17 @@ func (b *callerBody) begin() {
 
 type contextKey struct{}
 
-func found(ctx context.Context) request {
-	r, _ := ctx.Value(contextKey{}).(request)
-	return r
+func found(ctx context.Context) *request {
+	return ctx.Value(contextKey{}).(*request) // Serve has put it there
 }
 
-func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	path, err := upstreamPath(r)
-	if err != nil {
-		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent refuses the request: "+err.Error(), 0)
+// Serve answers a request below Prefix. d is what Describe says of it.
+func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description) {
+	path, ok := admit(w, r)
+	if !ok {
 		return
 	}
-	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
-		WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward this path: "+why, 0)
-		return
-	}
-	for name := range r.Header {
-		if hasPrefixFold(name, "Impersonate-") {
-			WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid", 0)
-			return
-		}
-	}
-	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
-		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
-		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
-		return
-	}
-	found := request{path: path, Description: Describe(r)}
+	found := &request{path: path, Description: d}
 	if r.Body != nil && r.Body != http.NoBody {
 		found.body = &callerBody{ReadCloser: r.Body}
 		if r.Header.Get("Expect") != "" {
@@ -173,7 +176,36 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if found.body != nil {
 		r.Body = found.body
 	}
+	if d.Verb == "watch" {
+		p.watchRP.ServeHTTP(w, r)
+		return
+	}
 	p.rp.ServeHTTP(w, r)
+}
+
+// admit returns the path at the API server, or answers a request that must not get there.
+func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
+	path, err := upstreamPath(r)
+	if err != nil {
+		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent refuses the request: "+err.Error(), 0)
+		return "", false
+	}
+	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
+		WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward this path: "+why, 0)
+		return "", false
+	}
+	for name := range r.Header {
+		if hasPrefixFold(name, "Impersonate-") {
+			WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid", 0)
+			return "", false
+		}
+	}
+	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
+		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
+		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
+		return "", false
+	}
+	return path, true
 }
 
 // rewrite runs after the hop-by-hop headers are gone, so that a "Connection: Authorization" of the caller

@@ -38,6 +38,11 @@ func newUpstream(t *testing.T) *upstream {
 	return u
 }
 
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	d := Describe(r)
+	p.Serve(w, r, &d)
+}
+
 // ignored is a latency that nobody wants to know.
 type ignored struct{}
 

@@ -13,6 +13,7 @@ import (
 
 // TestCredentialsRotate: the agent's credential may change at any time, and no restart is needed.
 func TestCredentialsRotate(t *testing.T) {
+	t.Parallel() // client-go looks at a token file once a minute
 	for name, user := range map[string]func(token string) *clientcmdapi.AuthInfo{
 		"token file": func(token string) *clientcmdapi.AuthInfo { return &clientcmdapi.AuthInfo{TokenFile: token} },
 		"exec plugin": func(token string) *clientcmdapi.AuthInfo {
@@ -23,6 +24,7 @@ func TestCredentialsRotate(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			w := newWorld(t)
 			token, kubeconfig := filepath.Join(w.group.Dir(), "token"), filepath.Join(w.group.Dir(), "rotating.kubeconfig")
 			config, err := clientcmd.LoadFromFile(api.kubeconfig)

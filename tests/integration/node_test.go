@@ -16,9 +16,11 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/creack/pty"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -76,8 +78,11 @@ func (k *kubelet) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // ExecInContainer implements remotecommand.Executor.
-func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command []string, in io.Reader, out, errOut io.WriteCloser, _ bool, _ <-chan remotecommand.TerminalSize, _ time.Duration) error {
+func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command []string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
+	if tty {
+		return inTerminal(cmd, in, out, resize)
+	}
 	if in != nil {
 		stdin, err := cmd.StdinPipe()
 		if err != nil {
@@ -89,7 +94,29 @@ func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command [
 		}()
 	}
 	cmd.Stdout, cmd.Stderr = out, errOut
-	err := cmd.Run()
+	return exitCode(cmd.Run())
+}
+
+// inTerminal does as a container runtime does: the process gets a terminal of its own, which follows the
+// caller's size.
+func inTerminal(cmd *exec.Cmd, in io.Reader, out io.Writer, resize <-chan remotecommand.TerminalSize) error {
+	terminal, err := pty.Start(cmd)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = terminal.Close() }()
+	go func() {
+		for size := range resize {
+			_ = pty.Setsize(terminal, &pty.Winsize{Rows: size.Height, Cols: size.Width})
+		}
+	}()
+	go func() { _, _ = io.Copy(terminal, in) }()
+	_, _ = io.Copy(out, terminal) // ends with an error when the process has closed its end
+	return exitCode(cmd.Wait())
+}
+
+// exitCode puts a process's exit code where the kubelet looks for it.
+func exitCode(err error) error {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return &utilexec.CodeExitError{Err: err, Code: exit.ExitCode()}
@@ -216,6 +243,71 @@ func TestExec(t *testing.T) {
 			t.Errorf("exec: %d bytes of %d came back, stderr %q, exit code %d", len(r.Stdout), len(big), r.Stderr, r.Code)
 		}
 	})
+}
+
+// TestTerminal: a shell in a terminal, which follows the size of the caller's, passes Ctrl-C on and tells its
+// exit code.
+func TestTerminal(t *testing.T) {
+	w := connected(t)
+	ns := w.namespace()
+	runningPod(t, &kubelet{}, ns)
+	eachProtocol(t, w, func(t *testing.T) {
+		cmd := exec.CommandContext(t.Context(), w.binary("kubectl"), "exec", "-it", "pod", "-n", ns, "--", "sh")
+		cmd.Env = append([]string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + w.caller, "PATH=" + os.Getenv("PATH"), "TERM=dumb"}, w.env...)
+		terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: 80})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = terminal.Close() }()
+		screen := &screen{}
+		shown := make(chan struct{})
+		go func() {
+			defer close(shown)
+			_, _ = io.Copy(screen, terminal)
+		}()
+		// Typed again until it shows: a new size takes a moment to arrive, and so does the shell.
+		see := func(typed, want string) {
+			t.Helper()
+			eventually(t, func() error {
+				if strings.Contains(screen.String(), want) {
+					return nil
+				}
+				_, err := io.WriteString(terminal, typed)
+				return fmt.Errorf("%q does not show (%w); the terminal shows:\n%s", want, err, screen)
+			})
+		}
+		see("stty size\n", "\n24 80\r\n")
+		if err := pty.Setsize(terminal, &pty.Winsize{Rows: 50, Cols: 132}); err != nil {
+			t.Fatal(err)
+		}
+		see("stty size\n", "\n50 132\r\n")
+		see("echo $((6*7)); sleep 1000\n", "\n42\r\n")
+		see("\x03", "^C")
+		see("exit 7\n", "exit")
+		err = cmd.Wait()
+		<-shown
+		if code := cmd.ProcessState.ExitCode(); code != 7 {
+			t.Errorf("exit code %d, %v; the terminal showed:\n%s", code, err, screen)
+		}
+	})
+}
+
+// screen is what a terminal has shown.
+type screen struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (s *screen) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.Write(p)
+}
+
+func (s *screen) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.String()
 }
 
 // TestExecProtocols: the test above would be half of one if kubectl did not do as it is told.

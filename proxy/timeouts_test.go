@@ -1,0 +1,224 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// These tests take hours, on the clock of testing/synctest, which jumps ahead whenever all wait. It knows no
+// sockets, so connections are pipes; the servers and transports at their ends are the real ones.
+
+// pipes is a listener, and a dialer to it.
+type pipes struct {
+	conns chan net.Conn
+	done  chan struct{}
+	dials atomic.Int32
+	lost  atomic.Pointer[lossy] // the last connection that was dialled
+}
+
+func newPipes() *pipes { return &pipes{conns: make(chan net.Conn), done: make(chan struct{})} }
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case conn := <-p.conns:
+		return conn, nil
+	case <-p.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error   { close(p.done); return nil }
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (p *pipes) DialContext(ctx context.Context, _, _ string) (net.Conn, error) {
+	client, server := net.Pipe()
+	select {
+	case p.conns <- server:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	p.dials.Add(1)
+	conn := &lossy{Conn: client}
+	p.lost.Store(conn)
+	return conn, nil
+}
+
+// lossy is a connection whose other end can disappear without a word.
+type lossy struct {
+	net.Conn
+
+	gone atomic.Bool
+}
+
+func (l *lossy) Write(b []byte) (int, error) {
+	if l.gone.Load() {
+		return len(b), nil
+	}
+	return l.Conn.Write(b)
+}
+
+// overPipes starts the agent's server before an API server, and returns a client and the way to each.
+func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toAgent, toAPI *pipes) {
+	t.Helper()
+	toAgent, toAPI = newPipes(), newPipes()
+	certificates := httptest.NewUnstartedServer(nil)
+	certificates.StartTLS()
+	certificates.Close()
+	api := &http.Server{Handler: handler, TLSConfig: &tls.Config{
+		Certificates: certificates.TLS.Certificates, NextProtos: []string{"h2"},
+		SessionTicketsDisabled: true, // it would write them while the client writes: a pipe has no room for that
+	}}
+	go func() { _ = api.ServeTLS(toAPI, "", "") }()
+	m := newMetrics()
+	proxy, err := kube.New(&rest.Config{
+		Host: "https://api.example", Dial: toAPI.DialContext, TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+	}, m.latency, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := &config.Config{RunDir: t.TempDir()}
+	cfg.Agent.ID, cfg.Agent.Token = "agent-001", token
+	log := slog.New(slog.DiscardHandler)
+	agent := newHTTPServer(t.Context(), newServer(cfg, proxy, m, log).handler(tunnel), log)
+	go func() { _ = agent.Serve(toAgent) }()
+	transport := &http.Transport{DialContext: toAgent.DialContext}
+	t.Cleanup(func() {
+		transport.CloseIdleConnections()
+		_ = agent.Close()
+		_ = api.Close()
+	})
+	return &http.Client{Transport: transport}, toAgent, toAPI
+}
+
+func ask(t *testing.T, client *http.Client, method, path string) (*http.Response, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "http://agent.example"+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, string(body)
+}
+
+// TestDeadConnection: the API server's end of a connection disappears without a word. That is noticed within
+// a minute. What can be asked again gets its answer over another connection, the rest a message.
+func TestDeadConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, _, toAPI := overPipes(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "answered") })
+		for _, test := range []struct {
+			method, body string
+			code         int
+		}{
+			{http.MethodGet, "answered", http.StatusOK},
+			{http.MethodPost, "look whether what you asked for was done", http.StatusBadGateway},
+		} {
+			if resp, body := ask(t, client, http.MethodGet, "/api/k8s/version"); resp.StatusCode != http.StatusOK {
+				t.Fatalf("before: %s %s", resp.Status, body)
+			}
+			dials := toAPI.dials.Load()
+			toAPI.lost.Load().gone.Store(true)
+			start := time.Now()
+			resp, body := ask(t, client, test.method, "/api/k8s/api/v1/namespaces")
+			if resp.StatusCode != test.code || !strings.Contains(body, test.body) {
+				t.Errorf("%s: answered %s %s", test.method, resp.Status, body)
+			}
+			if took := time.Since(start); took > time.Minute {
+				t.Errorf("%s: noticed after %s", test.method, took)
+			}
+			if again := toAPI.dials.Load() - dials; again != map[string]int32{http.MethodGet: 1}[test.method] {
+				t.Errorf("%s: %d further connections", test.method, again)
+			}
+		}
+	})
+}
+
+// TestWatchOutlivesEveryTimeout: a watch that is silent for a day gets its next event.
+func TestWatchOutlivesEveryTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, _, _ := overPipes(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			_, _ = io.WriteString(w, "first\n")
+			_ = http.NewResponseController(w).Flush()
+			time.Sleep(24 * time.Hour)
+			_, _ = io.WriteString(w, "second\n")
+		})
+		if resp, body := ask(t, client, http.MethodGet, "/api/k8s/api/v1/pods?watch=true"); resp.StatusCode != http.StatusOK || body != "first\nsecond\n" {
+			t.Errorf("answered %s %q", resp.Status, body)
+		}
+	})
+}
+
+// TestSlowHeaders: whoever does not get to the end of the headers is cut off, token or not.
+func TestSlowHeaders(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, toAgent, toAPI := overPipes(t, func(http.ResponseWriter, *http.Request) {})
+		conn, err := toAgent.DialContext(t.Context(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		dripped := make(chan struct{})
+		go func() {
+			defer close(dripped)
+			_, err := io.WriteString(conn, "GET /api/k8s/version HTTP/1.1\r\nAuthorization: Bearer "+token+"\r\nX-Slow: ")
+			for err == nil {
+				time.Sleep(time.Second)
+				_, err = io.WriteString(conn, "x")
+			}
+		}()
+		_, _ = io.Copy(io.Discard, conn)
+		<-dripped
+		if took := time.Since(start); took > time.Minute || toAPI.dials.Load() != 0 {
+			t.Errorf("cut off after %s; %d connections to the API server", took, toAPI.dials.Load())
+		}
+	})
+}
+
+// TestIdleConnectionsOutliveFrps: frps sends its next request over a connection that was idle for up to 60 s;
+// it would be lost if this end closed first.
+func TestIdleConnectionsOutliveFrps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, toAgent, _ := overPipes(t, func(http.ResponseWriter, *http.Request) {})
+		conn, err := toAgent.DialContext(t.Context(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		answers := bufio.NewReader(conn)
+		for range 2 {
+			if _, err := io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: agent.example\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			resp, err := http.ReadResponse(answers, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.Copy(io.Discard, resp.Body)
+			time.Sleep(90 * time.Second)
+		}
+	})
+}

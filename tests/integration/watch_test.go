@@ -1,0 +1,43 @@
+package integration
+
+import (
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+)
+
+// TestSilentWatch: the longest timeout on the way is 120 s (frps's wait for headers, the proxy's for idle
+// connections). A watch that is silent for longer gets its next event. A day of silence at the proxy alone is
+// in its unit tests.
+func TestSilentWatch(t *testing.T) {
+	t.Parallel()
+	w := connected(t)
+	ns := w.namespace()
+	client, err := kubernetes.NewForConfig(agent.Caller(w.cp, agentID, agentToken))
+	if err != nil {
+		t.Fatal(err)
+	}
+	watch, err := client.CoreV1().ConfigMaps(ns).Watch(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watch.Stop()
+	select {
+	case event, open := <-watch.ResultChan():
+		t.Fatalf("not silent: %+v, open: %v", event, open)
+	case <-time.After(125 * time.Second):
+	}
+	create(t, ns, "after", 1)
+	select {
+	case event, open := <-watch.ResultChan():
+		if !open || event.Type != "ADDED" {
+			t.Fatalf("got %+v, open: %v", event, open)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("no event")
+	}
+}
