@@ -74,9 +74,7 @@ func (s *server) handler(l listener) http.Handler {
 			writeProblem(w, http.StatusMethodNotAllowed, "use "+r.method)
 		})
 	}
-	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		writeProblem(w, http.StatusNotFound, "there is no such path: the Kubernetes API is under "+kube.Prefix+"/")
-	})
+	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if l == tunnel && belowKubernetes(r) {
 			r.Pattern = kube.Prefix + "/"
@@ -85,6 +83,18 @@ func (s *server) handler(l listener) http.Handler {
 		}
 		mux.ServeHTTP(w, r)
 	}))
+}
+
+// notFound answers for all other paths. kubectl asks for some of them where its server's URL lacks the prefix.
+func notFound(w http.ResponseWriter, r *http.Request) {
+	const message = "there is no such path: the Kubernetes API is under " + kube.Prefix + "/"
+	for _, root := range []string{"/api", "/apis", "/openapi"} {
+		if path, ok := strings.CutPrefix(r.URL.Path, root); ok && (path == "" || path[0] == '/') {
+			kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, message+": add that to the server's URL in the kubeconfig", 0)
+			return
+		}
+	}
+	writeProblem(w, http.StatusNotFound, message)
 }
 
 // kubernetes lets authenticated callers through to the API server while the gate is open. It and what it calls

@@ -1,0 +1,181 @@
+package integration
+
+import (
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	policyv1 "k8s.io/api/policy/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+)
+
+var update = flag.Bool("update", false, "write testdata/errors.txt anew, to be looked at")
+
+// TestWhatAPersonSees keeps what kubectl prints for each kind of error: testdata/errors.txt is for reading.
+func TestWhatAPersonSees(t *testing.T) {
+	t.Parallel()
+	w := connected(t)
+	ns := w.namespace()
+	view := viewer(t)
+	wrongToken, noPrefix := filepath.Join(w.group.Dir(), "wrong-token"), filepath.Join(w.group.Dir(), "no-prefix")
+	if err := agent.WriteCaller(wrongToken, w.cp, agentID, "wrong"); err != nil {
+		t.Fatal(err)
+	}
+	caller := agent.Caller(w.cp, agentID, agentToken)
+	caller.Host = strings.TrimSuffix(caller.Host, "/api/k8s")
+	if err := cluster.WriteKubeconfig(noPrefix, caller); err != nil {
+		t.Fatal(err)
+	}
+	protectedPod(t, w, ns)
+	away := newWorld(t) // its agent has never started
+	refused := leadingTo(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
+	unreachable := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + closedPort(t) })
+	silent := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + silence(t) })
+	for _, other := range []*world{refused, unreachable, silent} {
+		wantTunnel(t, other)
+	}
+	leaving := newWorld(t)
+	leaving.agent.Env = append(leaving.agent.Env, "PIPEOPS_DRAIN_TIMEOUT=10m")
+	if err := leaving.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	wantTunnel(t, leaving)
+	startSession(t, leaving, ns)
+	draining(t, leaving)
+
+	big := `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},"data":{"a":"` + strings.Repeat("x", 4<<20) + `"}}`
+	eviction := `{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"pod","namespace":"` + ns + `"}}`
+	cases := []struct {
+		what  string
+		w     *world
+		other string // kubeconfig, if not the world's own
+		stdin string
+		args  string
+	}{
+		{"401, the caller's token is wrong", w, wrongToken, "", "get pods"},
+		{"401, the caller's token is wrong, no discovery", w, wrongToken, "", "get --raw /api/v1/pods"},
+		{"403, the agent may not, says the API server", view, "", "", "get secrets"},
+		{"403, impersonation", w, "", "", "get pods --as admin"},
+		{"403, a closed path", w, "", "", "get --raw /api/v1/nodes/n/proxy/pods"},
+		{"403, the API server's own", w, "", "", "get --raw /metrics"},
+		{"404, an object that does not exist", w, "", "", "get configmap none"},
+		{"404, the server's URL lacks /api/k8s", w, noPrefix, "", "get pods"},
+		{"404, the server's URL lacks /api/k8s, no discovery", w, noPrefix, "", "get --raw /api/v1/pods"},
+		{"413, too large for the API server", w, "", big, "create -f -"},
+		{"429, not now, says the API server", w, "", eviction, "create --raw /api/v1/namespaces/" + ns + "/pods/pod/eviction -f -"},
+		{"502, the API server refuses the agent", refused, "", "", "get pods"},
+		{"502, the API server refuses the agent, no discovery", refused, "", "", "get --raw /api/v1/pods"},
+		{"502, the API server cannot be reached", unreachable, "", "", "get pods"},
+		{"502, the API server cannot be reached, no discovery", unreachable, "", "", "get --raw /api/v1/pods"},
+		{"503, the agent is away", away, "", "", "get pods"},
+		{"503, the agent is away, no discovery", away, "", "", "get --raw /api/v1/pods"},
+		{"503, the agent is shutting down", leaving, "", "", "get pods"},
+		{"503, the agent is shutting down, no discovery", leaving, "", "", "get --raw /api/v1/pods"},
+		{"504, the API server is silent, no discovery", silent, "", "", "get --raw /api/v1/pods"},
+	}
+	shown := make([]string, len(cases))
+	t.Run("kubectl", func(t *testing.T) {
+		for i, c := range cases {
+			t.Run(c.what, func(t *testing.T) {
+				t.Parallel() // kubectl tries ten times, a second apart
+				kubeconfig := c.w.caller
+				if c.other != "" {
+					kubeconfig = c.other
+				}
+				// Without a cache of discovery, as for who asks for the first time.
+				r := c.w.kubectl(kubeconfig, c.stdin, append(strings.Fields(c.args), "--cache-dir", t.TempDir())...)
+				if r.Code == 0 || r.Stdout != "" {
+					t.Errorf("no error: %+v", r)
+				}
+				shown[i] = fmt.Sprintf("# %s\n$ kubectl %s\n%s\n", c.what, c.args, r.Stderr)
+			})
+		}
+	})
+	got := strings.ReplaceAll(strings.Join(shown, ""), ns, "NAMESPACE")
+	got = regexp.MustCompile(`127\.0\.0\.1:\d+`).ReplaceAllString(got, "ADDRESS")
+	got = regexp.MustCompile(`(?m)^[EIW]\d{4} .*\n`).ReplaceAllString(got, "") // klog lines of kubectl, dated
+	const golden = "testdata/errors.txt"
+	if *update {
+		if err := os.MkdirAll(filepath.Dir(golden), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(golden, []byte(got), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("kubectl shows\n%s\nwant\n%s\n(go test ./integration -run %s -update writes it anew)", got, want, t.Name())
+	}
+}
+
+// viewer is a world whose agent may read, but no secrets.
+func viewer(t *testing.T) *world {
+	t.Helper()
+	config, err := api.ServiceAccount(t.Context(), "pipeops-system", "viewer", "view")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := leadingTo(t, func(c *rest.Config) { *c = *config })
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// protectedPod makes a pod that a PodDisruptionBudget keeps from being evicted. No controller runs that would
+// count, so its status is written here.
+func protectedPod(t *testing.T, w *world, ns string) {
+	t.Helper()
+	runningPod(t, &kubelet{}, ns)
+	w.must("label", "pod", "pod", "-n", ns, "app=protected")
+	none := intstr.FromInt32(0)
+	budgets := api.Client.PolicyV1().PodDisruptionBudgets(ns)
+	budget, err := budgets.Create(t.Context(), &policyv1.PodDisruptionBudget{
+		ObjectMeta: metav1.ObjectMeta{Name: "budget"},
+		Spec:       policyv1.PodDisruptionBudgetSpec{MaxUnavailable: &none, Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "protected"}}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	budget.Status.ObservedGeneration = budget.Generation
+	if _, err := budgets.UpdateStatus(t.Context(), budget, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// silence is the address of a listener that takes connections and says nothing.
+func silence(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	return listener.Addr().String()
+}
+
+// wantTunnel waits until the tunnel is up, whatever else is wrong.
+func wantTunnel(t *testing.T, w *world) {
+	t.Helper()
+	eventually(t, func() error {
+		_, answer, err := w.agent.Ready(t.Context())
+		if err == nil && !answer.Checks["tunnel"].OK {
+			err = fmt.Errorf("no tunnel: %+v", answer)
+		}
+		return err
+	})
+}
