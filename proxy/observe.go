@@ -61,7 +61,7 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 	route, method := routeLabel(r), methodLabel(r.Method)
 	s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(code)).Inc()
 	if d := &rec.description; d.Verb != "" {
-		s.metrics.kubeInFlight.WithLabelValues(lane(d)).Dec()
+		rec.inLane.Dec()
 		s.metrics.kube.WithLabelValues(d.Verb, strconv.Itoa(code), lane(d)).Inc()
 	}
 	if !s.log.Enabled(r.Context(), level) {
@@ -85,7 +85,8 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 // describe adds what a request for the Kubernetes API asks for.
 func (r *recorder) describe(request *http.Request) {
 	r.description = kube.Describe(request)
-	r.metrics.kubeInFlight.WithLabelValues(lane(&r.description)).Inc()
+	r.inLane = r.metrics.kubeInFlight.WithLabelValues(lane(&r.description))
+	r.inLane.Inc()
 }
 
 // lane tells apart what takes a moment, what stays, and what is a connection of its own.
@@ -150,6 +151,7 @@ type recorder struct {
 	code        int
 	bytes       int64
 	description kube.Description // empty but for requests for the Kubernetes API
+	inLane      prometheus.Gauge // where that one counts as being answered
 }
 
 // status is 499 for a caller who left before there was an answer, as nginx has it.

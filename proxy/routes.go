@@ -88,11 +88,9 @@ func (s *server) handler(l listener) http.Handler {
 // notFound answers for all other paths. kubectl asks for some of them where its server's URL lacks the prefix.
 func notFound(w http.ResponseWriter, r *http.Request) {
 	const message = "there is no such path: the Kubernetes API is under " + kube.Prefix + "/"
-	for _, root := range []string{"/api", "/apis", "/openapi"} {
-		if path, ok := strings.CutPrefix(r.URL.Path, root); ok && (path == "" || path[0] == '/') {
-			kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, message+": add that to the server's URL in the kubeconfig", 0)
-			return
-		}
+	if path := r.URL.Path; path == "/api" || path == "/apis" || strings.HasPrefix(path, "/api/v1/") || strings.HasPrefix(path, "/apis/") {
+		kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, message+": add that to the server's URL in the kubeconfig", 0)
+		return
 	}
 	writeProblem(w, http.StatusNotFound, message)
 }
