@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -18,36 +19,81 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// TestSmugglingShapes sends requests whose end two servers could see in different places, with a second
-// request hidden in them. The API server must see what the agent has seen, and the hidden one only where it
-// really is a request of its own, which then needs a token like any other.
-func TestSmugglingShapes(t *testing.T) {
-	var mu sync.Mutex
-	var seen []string
-	api := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+// recording is the agent's server before an API server that remembers the requests that came whole.
+type recording struct {
+	addr string
+
+	mu   sync.Mutex
+	seen []string
+}
+
+func record(t *testing.T) *recording {
+	t.Helper()
+	rec := &recording{}
+	api := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
 		if err != nil {
 			return // broken off: the caller's body was not one
 		}
-		mu.Lock()
-		defer mu.Unlock()
-		seen = append(seen, r.Method+" "+r.RequestURI+" "+string(body))
+		rec.mu.Lock()
+		defer rec.mu.Unlock()
+		rec.seen = append(rec.seen, r.Method+" "+r.RequestURI+" "+string(body))
 	}))
-	defer api.Close()
+	api.EnableHTTP2 = true
+	api.StartTLS()
+	t.Cleanup(api.Close)
 	m := newMetrics()
-	proxy, err := kube.New(&rest.Config{Host: api.URL}, m.latency, slog.New(slog.DiscardHandler))
+	proxy, err := kube.New(&rest.Config{Host: api.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, m.latency, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token = "agent-001", token
-	server := httptest.NewServer(newServer(cfg, proxy, m, slog.New(slog.DiscardHandler)).handler(tunnel))
-	defer server.Close()
+	server := httptest.NewUnstartedServer(nil)
+	server.Config = newHTTPServer(t.Context(), newServer(cfg, proxy, m, slog.New(slog.DiscardHandler)).handler(tunnel), slog.New(slog.DiscardHandler))
+	server.Start()
+	t.Cleanup(server.Close)
+	rec.addr = server.Listener.Addr().String()
+	return rec
+}
 
-	const (
-		auth   = "Authorization: Bearer " + token + "\r\n"
-		hidden = "GET /api/k8s/hidden HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" // without a token
-	)
+// send writes a request, says that no more will come if half, and returns all that is answered, and what the
+// API server has seen.
+func (rec *recording) send(t *testing.T, request string, half bool) (answers string, seen []string) {
+	t.Helper()
+	rec.mu.Lock()
+	rec.seen = nil
+	rec.mu.Unlock()
+	conn, err := net.Dial("tcp", rec.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	go func() { // the server may answer before it has read all
+		_, _ = io.WriteString(conn, request)
+		if half {
+			_ = conn.(*net.TCPConn).CloseWrite()
+		}
+	}()
+	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+	data, err := io.ReadAll(conn) // a reset after a refusal is as good as an end
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		t.Errorf("the connection stays open after %q", data)
+	}
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
+	return string(data), rec.seen
+}
+
+const auth = "Authorization: Bearer " + token + "\r\n"
+
+// TestSmugglingShapes sends requests whose end two servers could see in different places, with a second
+// request hidden in them. The API server must see what the agent has seen, and the hidden one only where it
+// really is a request of its own, which then needs a token like any other.
+func TestSmugglingShapes(t *testing.T) {
+	rec := record(t)
+	const hidden = "GET /api/k8s/hidden HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" // without a token
 	for name, test := range map[string]struct {
 		request string
 		want    []string // at the API server
@@ -68,27 +114,51 @@ func TestSmugglingShapes(t *testing.T) {
 		"after a failed upgrade":   {"GET /api/k8s/x HTTP/1.1\r\nHost: a\r\n" + auth + "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + hidden, []string{"GET /x "}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			mu.Lock()
-			seen = nil
-			mu.Unlock()
-			conn, err := net.Dial("tcp", server.Listener.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer func() { _ = conn.Close() }()
-			if _, err := io.WriteString(conn, test.request); err != nil {
-				t.Fatal(err)
-			}
 			// The server closes after the hidden request, or after what it has refused.
-			_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
-			answers, _ := io.ReadAll(conn) // a reset after a refusal is as good as an end
-			mu.Lock()
-			defer mu.Unlock()
+			answers, seen := rec.send(t, test.request, false)
 			if !slices.Equal(seen, test.want) {
 				t.Errorf("the API server saw %q, want %q; answers:\n%s", seen, test.want, answers)
 			}
-			if strings.Count(string(answers), "HTTP/1.1 200") > len(test.want) {
+			if strings.Count(answers, "HTTP/1.1 200") > len(test.want) {
 				t.Errorf("the hidden request was answered:\n%s", answers)
+			}
+		})
+	}
+}
+
+// TestHalfABody: a caller that ends before its body does has sent no request.
+func TestHalfABody(t *testing.T) {
+	rec := record(t)
+	for name, rest := range map[string]string{
+		"length":           "Content-Length: 10\r\n\r\n12345",
+		"chunk":            "Transfer-Encoding: chunked\r\n\r\na\r\n12345",
+		"no last chunk":    "Transfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n",
+		"no end":           "Transfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n",
+		"expects to go on": "Expect: 100-continue\r\nContent-Length: 10\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			answers, seen := rec.send(t, "POST /api/k8s/x HTTP/1.1\r\nHost: a\r\n"+auth+rest, true)
+			if len(seen) > 0 || strings.Contains(answers, "HTTP/1.1 2") {
+				t.Errorf("the API server saw %q; answers:\n%s", seen, answers)
+			}
+		})
+	}
+}
+
+// TestOverlong: headers and paths beyond net/http's 1 MiB, and what HTTP/2 counts as more than that, get 431.
+func TestOverlong(t *testing.T) {
+	rec := record(t)
+	for name, test := range map[string]struct{ path, headers, want string }{
+		"header":         {"/x", "X-A: " + strings.Repeat("a", 2<<20) + "\r\n", "431 Request Header Fields Too Large"},
+		"many headers":   {"/x", strings.Repeat("A: b\r\n", 60_000), "431 Request Header Fields Too Large"},
+		"path":           {"/" + strings.Repeat("a", 2<<20), "", "431 Request Header Fields Too Large"},
+		"query":          {"/x?" + strings.Repeat("a", 2<<20), "", "431 Request Header Fields Too Large"},
+		"long, but none": {"/x?" + strings.Repeat("a", 64<<10), "X-A: " + strings.Repeat("a", 64<<10) + "\r\n", "200 OK"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			answers, seen := rec.send(t, "GET /api/k8s"+test.path+" HTTP/1.1\r\nHost: a\r\n"+auth+test.headers+"Connection: close\r\n\r\n", false)
+			if status, _, _ := strings.Cut(answers, "\r\n"); status != "HTTP/1.1 "+test.want || (len(seen) > 0) != (test.want == "200 OK") {
+				t.Errorf("answered %q; the API server saw %d requests", status, len(seen))
 			}
 		})
 	}

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
 	"net/url"
 	"strings"
@@ -45,7 +46,7 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 	if err != nil {
 		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
 	}
-	p := &Proxy{target: target, log: log, lanes: lanes{latency: latency}, watches: watches{open: map[*watchBody]struct{}{}}}
+	p := &Proxy{target: target, log: log, lanes: lanes{latency: latency, connecting: make(chan struct{}, 1)}, watches: watches{open: map[*watchBody]struct{}{}}}
 	// Said, although it is the default: where a configuration says nothing of TLS, client-go hands out
 	// http.DefaultTransport, which knows nothing of DisableCompression.
 	config.NextProtos = []string{"h2", "http/1.1"}
@@ -60,7 +61,7 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 	p.rp = &httputil.ReverseProxy{
 		BufferPool:     &buffers{size: 32 << 10},
 		Rewrite:        p.rewrite,
-		Transport:      p.lanes,
+		Transport:      &p.lanes,
 		ModifyResponse: p.modify,
 		ErrorHandler:   p.fail,
 		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
@@ -78,14 +79,18 @@ type Observer interface{ Observe(seconds float64) }
 type lanes struct {
 	calls, upgrades http.RoundTripper
 	latency         Observer
+	connecting      chan struct{} // holds the one that looks for a connection
 }
 
-func (l lanes) RoundTrip(r *http.Request) (*http.Response, error) {
-	lane := l.calls
-	if r.Header.Get("Upgrade") != "" {
-		lane = l.upgrades
-	}
+func (l *lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 	start := time.Now()
+	lane := l.upgrades
+	if r.Header.Get("Upgrade") == "" {
+		lane = l.calls
+		release := l.queue(r.Context())
+		defer release()
+		r = r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { release() }}))
+	}
 	resp, err := lane.RoundTrip(r)
 	if err != nil && worthAnother(r, err) {
 		resp, err = lane.RoundTrip(r)
@@ -94,6 +99,26 @@ func (l lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 		l.latency.Observe(time.Since(start).Seconds())
 	}
 	return resp, err
+}
+
+// queue lets one request at a time look for a connection; it returns what lets the next. A connection cannot be
+// shared before it is made: without this, two thousand watches that begin at once, as after a restart of the API
+// server, dialled five thousand. Where connecting itself hangs, nobody waits for long.
+func (l *lanes) queue(ctx context.Context) (release func()) {
+	select {
+	case l.connecting <- struct{}{}:
+	default:
+		patience := time.NewTimer(10 * time.Second)
+		defer patience.Stop()
+		select {
+		case l.connecting <- struct{}{}:
+		case <-patience.C:
+			return func() {}
+		case <-ctx.Done():
+			return func() {}
+		}
+	}
+	return sync.OnceFunc(func() { <-l.connecting })
 }
 
 // worthAnother says whether a connection has died under a request that can be sent again on a new one: another
@@ -183,6 +208,10 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description) {
 	p.rp.ServeHTTP(w, r)
 }
 
+// maxHeaderSize is less than the 1 MiB that the API server allows, by what is added here. A server that gets
+// more closes the connection, and with it ends the watches of others.
+const maxHeaderSize = 1<<20 - 64<<10
+
 // admit returns the path at the API server, or answers a request that must not get there.
 func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
 	path, err := upstreamPath(r)
@@ -194,11 +223,19 @@ func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
 		WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward this path: "+why, 0)
 		return "", false
 	}
-	for name := range r.Header {
+	size := len(r.RequestURI)
+	for name, values := range r.Header {
 		if hasPrefixFold(name, "Impersonate-") {
 			WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid", 0)
 			return "", false
 		}
+		for _, value := range values {
+			size += len(name) + len(value) + 32 // as HTTP/2 counts
+		}
+	}
+	if size > maxHeaderSize {
+		WriteStatus(w, r, http.StatusRequestHeaderFieldsTooLarge, "RequestHeaderFieldsTooLarge", "the headers of the request are too large", 0)
+		return "", false
 	}
 	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
 		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {

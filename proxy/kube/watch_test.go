@@ -2,13 +2,20 @@ package kube
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"io"
+	"log"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"k8s.io/client-go/rest"
 )
@@ -153,4 +160,61 @@ func FuzzFramedEvents(f *testing.F) {
 			at = next
 		}
 	})
+}
+
+// TestManyWatchesFewConnections: watches share connections to the API server, as many as it allows on each, and
+// leave nothing behind.
+func TestManyWatchesFewConnections(t *testing.T) {
+	const watches, perConnection = 2000, 100
+	var connections atomic.Int32
+	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	}))
+	api.Config.ErrorLog = log.New(io.Discard, "", 0)                          // connections that are closed before they are made
+	api.Config.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: perConnection} // kube-apiserver's default
+	api.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	api.EnableHTTP2 = true
+	api.StartTLS()
+	defer api.Close()
+	server := front(t, api.URL)
+	before := runtime.NumGoroutine()
+	client := &http.Client{Transport: &http.Transport{}}
+	ctx, cancel := context.WithCancel(t.Context())
+	var group sync.WaitGroup
+	for range watches {
+		group.Go(func() {
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, server.URL+Prefix+"/api/v1/pods?watch=true", nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp, err := client.Do(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			t.Cleanup(func() { _ = resp.Body.Close() })
+		})
+	}
+	group.Wait()
+	// Some dials are begun at the same time, and not all of them are needed in the end.
+	if n := connections.Load(); n < watches/perConnection || n > 2*watches/perConnection {
+		t.Errorf("%d watches use %d connections", watches, n)
+	}
+	cancel()
+	for deadline := time.Now().Add(30 * time.Second); ; runtime.Gosched() {
+		// What is left are the ends of the connections that are kept for the next.
+		left := runtime.NumGoroutine() - before
+		if left < 5*int(connections.Load()) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d goroutines are left", left)
+		}
+	}
 }

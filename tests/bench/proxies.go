@@ -19,13 +19,15 @@ import (
 )
 
 const (
-	rounds      = 3
-	calls       = 20000 // at 32 connections
-	singleCalls = 3000  // at one
+	rounds      = 20   // of calls: short and many, because the machine's speed moves within seconds
+	transfers   = 3    // rounds with all the rest
+	calls       = 4000 // at 32 connections
+	singleCalls = 3000 // at one
 	idleWatches = 2000
+	settling    = 8 * time.Minute // a Go process that does nothing collects its garbage every two minutes
 )
 
-// figures are of one peer; the median of the rounds is printed.
+// figures are of one peer; the median of the rounds is printed, and the mean of their ratios.
 type figures struct {
 	cpu, rate           []float64 // µs of the proxy's CPU for each call, calls a second; 32 connections
 	p50, p99            []float64 // µs, 32 connections
@@ -33,7 +35,7 @@ type figures struct {
 	download, upload    []float64 // MB/s, 64 MiB
 	rss, downRSS, upRSS []float64 // MB: before, and how much more at most during each
 	watchKB             float64   // for each idle watch
-	afterRSS            float64   // MB over the first, when the watches have gone
+	idleRSS, afterRSS   float64   // MB before the watches, and long after
 }
 
 // proxies measures our proxy and its peers in turns, so that all of them see the same machine.
@@ -51,7 +53,13 @@ func proxies(ctx context.Context) error {
 	for round := range rounds {
 		for i, p := range peers {
 			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, rounds, p.name)
-			if err := measure(ctx, p, &all[i]); err != nil {
+			if err := measureCalls(ctx, p, &all[i]); err != nil {
+				return fmt.Errorf("%s: %w", p.name, err)
+			}
+			if round >= transfers {
+				continue
+			}
+			if err := measureTransfers(ctx, p, &all[i]); err != nil {
 				return fmt.Errorf("%s: %w", p.name, err)
 			}
 		}
@@ -62,18 +70,28 @@ func proxies(ctx context.Context) error {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
 	}
-	ours := median(all[0].cpu)
+	fmt.Fprintf(os.Stderr, "waiting for memory to go back: %s\n", settling)
+	select {
+	case <-time.After(settling):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	for i, p := range peers {
+		if all[i].afterRSS, err = memory(p.pid, "VmRSS"); err != nil {
+			return err
+		}
+	}
 	fmt.Println("| | CPU µs/call | ours / its | calls/s | p50, p99 ms (32) | p50, p99 ms (1) | 64 MiB down, up MB/s | RSS MB | more during down, up | KB/idle watch | MB left after |")
 	fmt.Println("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
 	for i, p := range peers {
 		f := &all[i]
-		cpu, ratio, rss, more, watch, after := "–", "–", "–", "–", "–", "–"
+		cpu, share, rss, more, watch, after := "–", "–", "–", "–", "–", "–"
 		if p.pid != 0 {
-			cpu, ratio = fmt.Sprintf("%.0f", median(f.cpu)), fmt.Sprintf("%.2f", ours/median(f.cpu))
+			cpu, share = fmt.Sprintf("%.0f", median(f.cpu)), fmt.Sprintf("%.2f", ratio(all[0].cpu, f.cpu))
 			rss, more = fmt.Sprintf("%.0f", f.rss[0]), fmt.Sprintf("%.1f, %.1f", median(f.downRSS), median(f.upRSS))
-			watch, after = fmt.Sprintf("%.0f", f.watchKB), fmt.Sprintf("%.0f", f.afterRSS)
+			watch, after = fmt.Sprintf("%.0f", f.watchKB), fmt.Sprintf("%.0f", f.afterRSS-f.idleRSS)
 		}
-		fmt.Printf("| %s | %s | %s | %.0f | %.2f, %.2f | %.2f, %.2f | %.0f, %.0f | %s | %s | %s | %s |\n", p.name, cpu, ratio, median(f.rate),
+		fmt.Printf("| %s | %s | %s | %.0f | %.2f, %.2f | %.2f, %.2f | %.0f, %.0f | %s | %s | %s | %s |\n", p.name, cpu, share, median(f.rate),
 			median(f.p50)/1e3, median(f.p99)/1e3, median(f.single50)/1e3, median(f.single99)/1e3, median(f.download), median(f.upload), rss, more, watch, after)
 	}
 	return nil
@@ -150,8 +168,8 @@ func load(ctx context.Context, p peer, conns, n int) ([]float64, float64, error)
 	return latencies, took, nil
 }
 
-func measure(ctx context.Context, p peer, f *figures) error {
-	if _, _, err := load(ctx, p, 32, 1000); err != nil { // warm
+func measureCalls(ctx context.Context, p peer, f *figures) error {
+	if _, _, err := load(ctx, p, 32, 200); err != nil { // warm
 		return err
 	}
 	before, err := cpuSeconds(p.pid)
@@ -169,7 +187,12 @@ func measure(ctx context.Context, p peer, f *figures) error {
 	f.cpu = append(f.cpu, (after-before)/calls*1e6)
 	f.rate = append(f.rate, calls/took)
 	f.p50, f.p99 = append(f.p50, latencies[calls/2]), append(f.p99, latencies[calls*99/100])
-	if latencies, _, err = load(ctx, p, 1, singleCalls); err != nil {
+	return nil
+}
+
+func measureTransfers(ctx context.Context, p peer, f *figures) error {
+	latencies, _, err := load(ctx, p, 1, singleCalls)
+	if err != nil {
 		return err
 	}
 	f.single50, f.single99 = append(f.single50, latencies[singleCalls/2]), append(f.single99, latencies[singleCalls*99/100])
@@ -258,17 +281,17 @@ func measureWatches(ctx context.Context, p peer, f *figures) error {
 	if err != nil {
 		return err
 	}
-	f.watchKB = (during - before) * 1e3 / idleWatches
-	cancel()
-	// Memory goes back to the system by and by; a look after a while is all that can be had from outside.
-	select {
-	case <-time.After(20 * time.Second):
-	case <-ctx.Done():
-		return ctx.Err()
+	f.idleRSS, f.watchKB = before, (during-before)*1e3/idleWatches
+	return nil
+}
+
+// ratio is the mean of the ratios of two peers in each round.
+func ratio(a, b []float64) float64 {
+	var sum float64
+	for i := range a {
+		sum += a[i] / b[i]
 	}
-	after, err := memory(p.pid, "VmRSS")
-	f.afterRSS = after - before
-	return err
+	return sum / float64(len(a))
 }
 
 // cpuSeconds is the time that a process has spent on the CPU. Source: proc(5), /proc/pid/stat.
