@@ -46,7 +46,7 @@ func (c *AdminClient) Status(ctx context.Context) ([]ProxyStatus, error) {
 	if err := json.Unmarshal(body, &byType); err != nil {
 		return nil, fmt.Errorf("frpc's admin API: status is not JSON: %w", err)
 	}
-	var all []ProxyStatus
+	all := []ProxyStatus{}
 	for _, list := range byType {
 		all = append(all, list...)
 	}

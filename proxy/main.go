@@ -126,6 +126,9 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 			}
 		}()
 	}
+	watching, stopWatching := context.WithCancel(ctx)
+	defer stopWatching()
+	go s.ready.watch(watching)
 	log.Info("serving", "listen_addr", cfg.Proxy.ListenAddr, "metrics_addr", cfg.Proxy.MetricsAddr,
 		"agent_id", cfg.Agent.ID, "version", version.Version)
 

@@ -20,7 +20,11 @@ type metrics struct {
 	kubeInFlight *prometheus.GaugeVec
 	latency      prometheus.Histogram
 	checks       *prometheus.GaugeVec
-	handler      http.Handler
+
+	tunnelUp, leaseEnd, lastHeartbeat prometheus.Gauge
+	frpcRestarts                      prometheus.Counter
+
+	handler http.Handler
 }
 
 func newMetrics() *metrics {
@@ -29,6 +33,9 @@ func newMetrics() *metrics {
 	}
 	gauges := func(name, help string, labels ...string) *prometheus.GaugeVec {
 		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "pipeops_agent_" + name, Help: help}, labels)
+	}
+	gauge := func(name, help string) prometheus.Gauge {
+		return prometheus.NewGauge(prometheus.GaugeOpts{Name: "pipeops_agent_" + name, Help: help})
 	}
 	m := &metrics{
 		requests: counters("http_requests_total", "HTTP requests answered.", "route", "method", "code"),
@@ -46,7 +53,13 @@ func newMetrics() *metrics {
 			Help:    "Time from a request to the API server until the headers of its answer.",
 			Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
 		}),
-		checks: gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
+		checks:        gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
+		tunnelUp:      gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
+		leaseEnd:      gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
+		lastHeartbeat: gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
+		frpcRestarts: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "pipeops_agent_frpc_restarts_total", Help: "How often frpc was seen to be away and back.",
+		}),
 	}
 	info := version.Get()
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
@@ -55,7 +68,8 @@ func newMetrics() *metrics {
 	})
 	build.Set(1)
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, build,
+	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.lastHeartbeat,
+		m.frpcRestarts, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
 	return m

@@ -38,7 +38,7 @@ func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) *rec
 	rec := &recorder{ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text()}
 	r.Header.Set("X-Request-Id", rec.requestID)
 	if l == tunnel {
-		rec.agentID = s.agentID
+		rec.agentID = s.agent.ID
 	}
 	if r.Body != http.NoBody {
 		rec.body = &counted{ReadCloser: r.Body, bytes: s.metrics.received}

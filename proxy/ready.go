@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -19,12 +21,16 @@ import (
 const checkAge = time.Second
 
 // readiness holds the named checks of /ready.
-type readiness struct{ checks []*check }
+type readiness struct {
+	checks []*check
+	tunnel *tunnelCheck
+}
 
 func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readiness {
-	r := &readiness{checks: []*check{
+	t := &tunnelCheck{runDir: runDir, up: m.tunnelUp, leaseEnd: m.leaseEnd, restarts: m.frpcRestarts}
+	r := &readiness{tunnel: t, checks: []*check{
 		{name: "kubernetes", age: checkAge, run: api.Check},
-		{name: "tunnel", age: checkAge, run: (&tunnelCheck{runDir: runDir}).run},
+		{name: "tunnel", age: checkAge, run: t.run},
 		{name: "shutdown", run: func(context.Context) error {
 			if g.isClosed() {
 				return errors.New("the agent is shutting down and takes nothing new")
@@ -70,28 +76,92 @@ func (c *check) result(ctx context.Context) error {
 	return c.last
 }
 
-// tunnelCheck looks at the way to frps.
+// watch runs the checks now and then, until ctx ends: metrics, and since when the tunnel is up, then hold
+// without anyone asking.
+func (r *readiness) watch(ctx context.Context) {
+	for {
+		for _, c := range r.checks {
+			_ = c.result(ctx)
+		}
+		select {
+		case <-time.After(5 * time.Second):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// tunnelCheck looks at the way to frps, and remembers what it has seen.
 type tunnelCheck struct {
-	runDir string
+	runDir       string
+	up, leaseEnd prometheus.Gauge
+	restarts     prometheus.Counter
 
 	loginAt time.Time
 	login   error
+
+	mu     sync.Mutex
+	last   tunnelStatus
+	frpcUp bool // frpc's admin API answered the last time
+	seen   bool // and once before
+}
+
+// run looks at the tunnel and says what is wrong with it. Calls must not overlap.
+func (t *tunnelCheck) run(ctx context.Context) error {
+	lease, err := frpc.ReadLease(t.runDir)
+	var proxies []frpc.ProxyStatus
+	frpcUp := false
+	if err == nil {
+		proxies, err = frpc.NewAdminClient(lease.Frpc.Admin).Status(ctx)
+		if frpcUp = err == nil; frpcUp {
+			err = t.judge(ctx, lease, proxies)
+		} else {
+			err = fmt.Errorf("%w: check that the frpc container runs, and its log", err)
+		}
+	}
+	t.remember(lease, proxies, frpcUp, err)
+	return err
+}
+
+func (t *tunnelCheck) remember(lease *frpc.Lease, proxies []frpc.ProxyStatus, frpcUp bool, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if frpcUp && !t.frpcUp && t.seen {
+		t.last.FrpcRestarts++
+		t.restarts.Inc()
+	}
+	t.frpcUp, t.seen = frpcUp, t.seen || frpcUp
+	if connected := err == nil; t.last.Since == nil || t.last.Connected != connected {
+		t.last.Connected, t.last.Since = connected, timeOrNil(time.Now())
+	}
+	t.last.Proxies, t.last.Detail = proxies, ""
+	t.up.Set(1)
+	if err != nil {
+		t.last.Detail = err.Error()
+		t.up.Set(0)
+	}
+	t.last.LeaseIssuedAt, t.last.LeaseExpiresAt = nil, nil
+	t.leaseEnd.Set(0)
+	if lease != nil {
+		t.last.LeaseIssuedAt, t.last.LeaseExpiresAt = timeOrNil(lease.IssuedAt), timeOrNil(lease.ExpiresAt)
+		if !lease.ExpiresAt.IsZero() {
+			t.leaseEnd.Set(float64(lease.ExpiresAt.Unix()))
+		}
+	}
+}
+
+func (t *tunnelCheck) status() tunnelStatus {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.last
 }
 
 // loginAge is how long the outcome of a trial login is good for. When a frps goes down, all of its agents
 // come back at once: their checks must not double that.
 const loginAge = 15 * time.Second
 
-// run asks frpc whether its proxy is running. If not, it finds out why. Calls must not overlap.
-func (t *tunnelCheck) run(ctx context.Context) error {
-	lease, err := frpc.ReadLease(t.runDir)
-	if err != nil {
-		return err
-	}
-	proxies, err := frpc.NewAdminClient(lease.Frpc.Admin).Status(ctx)
-	if err != nil {
-		return fmt.Errorf("%w: check that the frpc container runs, and its log", err)
-	}
+// judge looks for a running proxy among those that frpc has. If there is none, it finds out why.
+func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus) error {
 	for _, p := range proxies {
 		if p.Status == "running" {
 			t.loginAt = time.Time{}
@@ -121,8 +191,8 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		excluded := r.URL.Query()["exclude"]
 		for _, name := range excluded {
-			if names := s.ready.names(); !slices.Contains(names, name) {
-				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are %s", name, strings.Join(names, ", ")))
+			if s.ready.check(name) == nil {
+				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are %s", name, strings.Join(s.ready.names(), ", ")))
 				return
 			}
 		}
@@ -145,6 +215,16 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 		}
 		writeJSON(w, code, map[string]any{"status": status, "checks": checks})
 	}
+}
+
+// check finds a check by its name; nil if there is none.
+func (r *readiness) check(name string) *check {
+	for _, c := range r.checks {
+		if c.name == name {
+			return c
+		}
+	}
+	return nil
 }
 
 func (r *readiness) names() []string {

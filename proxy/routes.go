@@ -36,15 +36,19 @@ func (s *server) routes(l listener) []route {
 		{method: "GET", path: "/health", ops: true, handler: s.health},
 		{method: "GET", path: "/ready", ops: true, handler: s.getReady(l)},
 		{method: "GET", path: "/version", ops: true, handler: s.version},
+		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
+		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.heartbeat},
 		{method: "GET", path: "/metrics", ops: true, bearer: true, handler: s.metrics.handler.ServeHTTP},
 	}
 }
 
 // server holds what the handlers share.
 type server struct {
-	agentID string
+	agent   agentStatus
 	auth    *authenticator
 	kube    *kube.Proxy
+	cluster *clusterSummary
+	pulse   pulse
 	metrics *metrics
 	ready   *readiness
 	gate    *gate
@@ -52,7 +56,10 @@ type server struct {
 }
 
 func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, log *slog.Logger) *server {
-	s := &server{agentID: cfg.Agent.ID, auth: newAuthenticator(cfg.Agent.Token), kube: api, metrics: m, gate: newGate(), log: log}
+	s := &server{
+		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token), kube: api, cluster: &clusterSummary{api: api},
+		metrics: m, gate: newGate(), log: log,
+	}
 	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
 	return s
 }

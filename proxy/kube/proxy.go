@@ -326,27 +326,7 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 
 // Check asks the API server for its list of versions, which every accepted credential may read.
 func (p *Proxy) Check(ctx context.Context) error {
-	target := *p.target
-	target.Path, target.RawPath = strings.TrimRight(target.Path, "/")+"/api", ""
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
-	if err != nil {
-		return err
-	}
-	resp, err := p.lanes.calls.RoundTrip(req)
-	if err != nil {
-		_, _, message := explain(p.target.Host, err)
-		return errors.New(message)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20))
-	switch resp.StatusCode {
-	case http.StatusOK:
-		return nil
-	case http.StatusUnauthorized:
-		return errCredential
-	default:
-		return fmt.Errorf("the Kubernetes API server at %s answers %s to GET /api: look at its logs", p.target.Host, resp.Status)
-	}
+	return p.get(ctx, "/api", func(io.Reader) error { return nil })
 }
 
 func hasPrefixFold(s, prefix string) bool {

@@ -1,0 +1,228 @@
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// Summary is what the agent's own credential may read of the cluster. What could not be read is nil, and
+// Unavailable says why.
+type Summary struct {
+	Reachable   bool              `json:"reachable"`
+	Version     *string           `json:"version"`  // of the API server
+	Platform    *string           `json:"platform"` // its operating system and architecture
+	Nodes       *Nodes            `json:"nodes"`
+	Namespaces  *int64            `json:"namespaces"`
+	Deployments *int64            `json:"deployments"`
+	Services    *int64            `json:"services"`
+	Pods        *int64            `json:"pods"`
+	Unavailable map[string]string `json:"unavailable,omitempty"` // name of the field: why it is null
+}
+
+// Nodes sums up all nodes.
+type Nodes struct {
+	Total       int              `json:"total"`
+	Ready       int              `json:"ready"`    // those whose condition Ready is True
+	Versions    map[string]int64 `json:"versions"` // kubelet's version: number of nodes
+	Capacity    Resources        `json:"capacity"`
+	Allocatable Resources        `json:"allocatable"`
+}
+
+// Resources of all nodes together.
+type Resources struct {
+	CPU    int64 `json:"cpu_millicores"`
+	Memory int64 `json:"memory_bytes"`
+}
+
+// nodePage is how many nodes are asked for at a time: a thousand nodes cost two requests.
+const nodePage = 500
+
+// Summarize asks the API server for its version, for one page of one object of each resource that is counted,
+// and for the nodes page by page. That costs the same for a cluster of any size but for the nodes.
+func (p *Proxy) Summarize(ctx context.Context) Summary {
+	s := Summary{Unavailable: map[string]string{}}
+	var version struct{ GitVersion, Platform string }
+	err := p.get(ctx, "/version", func(body io.Reader) error { return json.NewDecoder(body).Decode(&version) })
+	if err != nil {
+		s.Unavailable["version"], s.Unavailable["platform"] = err.Error(), err.Error()
+	} else {
+		s.Version, s.Platform = &version.GitVersion, &version.Platform
+	}
+	// Whoever answers is there, even if what it answers is an error.
+	var answered *statusError
+	s.Reachable = err == nil || errors.As(err, &answered)
+	if !s.Reachable {
+		for _, field := range []string{"nodes", "namespaces", "deployments", "services", "pods"} {
+			s.Unavailable[field] = err.Error()
+		}
+		return s
+	}
+	for _, resource := range []struct {
+		field, path string
+		count       **int64
+	}{
+		{"namespaces", "/api/v1/namespaces", &s.Namespaces},
+		{"deployments", "/apis/apps/v1/deployments", &s.Deployments},
+		{"services", "/api/v1/services", &s.Services},
+		{"pods", "/api/v1/pods", &s.Pods},
+	} {
+		n, err := p.count(ctx, resource.path)
+		if err != nil {
+			s.Unavailable[resource.field] = err.Error()
+			continue
+		}
+		*resource.count = &n
+	}
+	if s.Nodes, err = p.nodes(ctx); err != nil {
+		s.Nodes, s.Unavailable["nodes"] = nil, err.Error()
+	}
+	return s
+}
+
+// count asks for one object, and for how many there are beside it.
+func (p *Proxy) count(ctx context.Context, path string) (int64, error) {
+	var list metav1.PartialObjectMetadataList
+	err := p.get(ctx, path+"?limit=1", func(body io.Reader) error { return json.NewDecoder(body).Decode(&list) })
+	n := int64(len(list.Items))
+	if list.RemainingItemCount != nil {
+		n += *list.RemainingItemCount
+	} else if err == nil && list.Continue != "" {
+		err = errors.New("the API server does not say how many there are")
+	}
+	return n, err
+}
+
+// node is what is read of a node.
+type node struct {
+	Status struct {
+		Conditions  []struct{ Type, Status string }
+		Capacity    map[string]resource.Quantity
+		Allocatable map[string]resource.Quantity
+		NodeInfo    struct{ KubeletVersion string }
+	}
+}
+
+func (p *Proxy) nodes(ctx context.Context) (*Nodes, error) {
+	nodes := &Nodes{Versions: map[string]int64{}}
+	for next := ""; ; {
+		var meta metav1.ListMeta
+		err := p.get(ctx, "/api/v1/nodes?limit="+strconv.Itoa(nodePage)+"&continue="+url.QueryEscape(next), func(body io.Reader) error {
+			return eachNode(body, &meta, nodes.add)
+		})
+		if err != nil || meta.Continue == "" {
+			return nodes, err
+		}
+		next = meta.Continue
+	}
+}
+
+func (n *Nodes) add(node *node) {
+	n.Total++
+	n.Versions[node.Status.NodeInfo.KubeletVersion]++
+	for _, condition := range node.Status.Conditions {
+		if condition.Type == "Ready" && condition.Status == "True" {
+			n.Ready++
+		}
+	}
+	n.Capacity.add(node.Status.Capacity)
+	n.Allocatable.add(node.Status.Allocatable)
+}
+
+func (r *Resources) add(list map[string]resource.Quantity) {
+	cpu, memory := list["cpu"], list["memory"]
+	r.CPU += cpu.MilliValue()
+	r.Memory += memory.Value()
+}
+
+// eachNode decodes a list of nodes with one of them in memory at a time.
+func eachNode(body io.Reader, meta *metav1.ListMeta, add func(*node)) error {
+	decoder := json.NewDecoder(body)
+	expect := func(want json.Delim) error {
+		got, err := decoder.Token()
+		if err == nil && got != want {
+			err = fmt.Errorf("%v stands where %v is expected", got, want)
+		}
+		return err
+	}
+	if err := expect('{'); err != nil {
+		return err
+	}
+	for decoder.More() {
+		key, err := decoder.Token()
+		if err != nil {
+			return err
+		}
+		switch key {
+		case "metadata":
+			err = decoder.Decode(meta)
+		case "items":
+			err = expect('[')
+			for err == nil && decoder.More() {
+				var item node
+				if err = decoder.Decode(&item); err == nil {
+					add(&item)
+				}
+			}
+			if err == nil {
+				err = expect(']')
+			}
+		default:
+			err = decoder.Decode(&json.RawMessage{})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return expect('}')
+}
+
+// statusError is an answer of the API server that is none of what was asked for.
+type statusError struct{ message string }
+
+func (e *statusError) Error() string { return e.message }
+
+// get asks the API server with the agent's own credential and hands the body of a 200 to read. Lists are asked
+// for without their objects' contents, except for nodes.
+func (p *Proxy) get(ctx context.Context, path string, read func(io.Reader) error) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimRight(p.target.String(), "/")+path, nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Accept", "application/json")
+	if strings.HasSuffix(path, "?limit=1") {
+		req.Header.Set("Accept", "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json")
+	}
+	resp, err := p.lanes.RoundTrip(req)
+	if err != nil {
+		_, _, message := explain(p.target.Host, err)
+		return errors.New(message)
+	}
+	defer func() {
+		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // what is read to its end leaves a connection for the next
+		_ = resp.Body.Close()
+	}()
+	switch resp.StatusCode {
+	case http.StatusOK:
+		if err := read(resp.Body); err != nil {
+			return fmt.Errorf("the answer of the Kubernetes API server at %s to GET %s cannot be read: %w", p.target.Host, req.URL.Path, err)
+		}
+		return nil
+	case http.StatusUnauthorized:
+		return &statusError{errCredential.Error()}
+	}
+	var status metav1.Status
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&status); err != nil || status.Message == "" {
+		status.Message = resp.Status
+	}
+	return &statusError{fmt.Sprintf("the Kubernetes API server at %s answers GET %s: %s", p.target.Host, req.URL.Path, status.Message)}
+}

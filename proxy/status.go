@@ -1,0 +1,133 @@
+package main
+
+import (
+	"context"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// status is the answer of GET /api/agent/status.
+type status struct {
+	Agent        agentStatus        `json:"agent"`
+	ControlPlane controlPlaneStatus `json:"control_plane"`
+	Tunnel       tunnelStatus       `json:"tunnel"`
+	Cluster      kube.Summary       `json:"cluster"`
+	Timestamp    time.Time          `json:"timestamp"` // when the cluster was looked at
+}
+
+type agentStatus struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name"`
+	Cluster   string    `json:"cluster"`
+	Instance  string    `json:"instance"`
+	Version   string    `json:"version"`
+	StartedAt time.Time `json:"started_at"`
+}
+
+// controlPlaneStatus is what is known of the control plane: its last heartbeat.
+type controlPlaneStatus struct {
+	Heartbeats    uint64     `json:"heartbeats"`     // since the start
+	LastHeartbeat *time.Time `json:"last_heartbeat"` // null: none since the start
+}
+
+// tunnelStatus is what frpc and the lease say.
+type tunnelStatus struct {
+	Connected      bool               `json:"connected"`
+	Since          *time.Time         `json:"since"`            // when Connected was first seen as it is
+	Detail         string             `json:"detail,omitempty"` // why it is not connected
+	FrpcRestarts   uint64             `json:"frpc_restarts"`    // seen since the start: frpc was away and came back
+	Proxies        []frpc.ProxyStatus `json:"proxies"`
+	LeaseIssuedAt  *time.Time         `json:"lease_issued_at"`
+	LeaseExpiresAt *time.Time         `json:"lease_expires_at"` // null: unknown, or no end
+}
+
+// statusAge is how long an answer is good for: polling oftener costs the API server nothing more.
+const statusAge = 5 * time.Second
+
+// clusterSummary shares what was last read of the cluster.
+type clusterSummary struct {
+	api *kube.Proxy
+
+	mu   sync.Mutex
+	at   time.Time
+	last kube.Summary
+}
+
+func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Since(c.at) > statusAge {
+		// No caller's leaving cuts short what others wait for.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+		defer cancel()
+		c.last = c.api.Summarize(ctx)
+		c.at = time.Now()
+	}
+	return c.last, c.at
+}
+
+// pulse counts the control plane's heartbeats.
+type pulse struct {
+	mu    sync.Mutex
+	count uint64
+	last  time.Time
+}
+
+func (p *pulse) beat() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.count++
+	p.last = time.Now()
+	return p.count
+}
+
+func (p *pulse) status() controlPlaneStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return controlPlaneStatus{Heartbeats: p.count, LastHeartbeat: timeOrNil(p.last)}
+}
+
+// timeOrNil makes null of a time that is not known.
+func timeOrNil(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	t = t.UTC()
+	return &t
+}
+
+func newAgentStatus(cfg *config.Config) agentStatus {
+	return agentStatus{
+		ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
+		Version: version.Version, StartedAt: time.Now().UTC(),
+	}
+}
+
+// getStatus answers GET /api/agent/status. What cannot be read is null, with a reason, and the rest is served.
+func (s *server) getStatus(w http.ResponseWriter, r *http.Request) {
+	summary, at := s.cluster.get(r.Context())
+	writeJSON(w, http.StatusOK, status{
+		Agent: s.agent, ControlPlane: s.pulse.status(), Tunnel: s.tunnelStatus(r.Context()), Cluster: summary, Timestamp: at.UTC(),
+	})
+}
+
+// tunnelStatus looks at the tunnel, unless that was done a moment ago.
+func (s *server) tunnelStatus(ctx context.Context) tunnelStatus {
+	_ = s.ready.check("tunnel").result(ctx) // what is wrong stands in the status
+	return s.ready.tunnel.status()
+}
+
+// heartbeat answers POST /api/agent/heartbeat, the control plane's pulse. A body is not looked at.
+func (s *server) heartbeat(w http.ResponseWriter, _ *http.Request) {
+	sequence := s.pulse.beat()
+	s.metrics.lastHeartbeat.SetToCurrentTime()
+	writeJSON(w, http.StatusOK, map[string]any{
+		"status": "alive", "agent": s.agent, "uptime_seconds": int64(time.Since(s.agent.StartedAt).Seconds()), "sequence": sequence,
+	})
+}
