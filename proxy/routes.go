@@ -38,6 +38,8 @@ func (s *server) routes(l listener) []route {
 		{method: "GET", path: "/version", ops: true, handler: s.version},
 		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
 		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.heartbeat},
+		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.message},
+		{method: "POST", path: "/api/runners/{runner_id}/command", bearer: true, handler: s.command},
 		{method: "GET", path: "/metrics", ops: true, bearer: true, handler: s.metrics.handler.ServeHTTP},
 	}
 }
@@ -49,6 +51,7 @@ type server struct {
 	kube    *kube.Proxy
 	cluster *clusterSummary
 	pulse   pulse
+	runners *runners
 	metrics *metrics
 	ready   *readiness
 	gate    *gate
@@ -58,7 +61,7 @@ type server struct {
 func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, log *slog.Logger) *server {
 	s := &server{
 		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token), kube: api, cluster: &clusterSummary{api: api},
-		metrics: m, gate: newGate(), log: log,
+		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(), log: log,
 	}
 	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
 	return s

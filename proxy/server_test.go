@@ -39,6 +39,7 @@ func newTest(t *testing.T, agentToken frpc.Secret) (s *server, log *bytes.Buffer
 	}
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token = "agent-001", agentToken
+	cfg.Runners.AllowedHosts = []string{"*.svc"}
 	s = newServer(cfg, proxy, m, logger)
 	return s, log, map[listener]http.Handler{tunnel: s.handler(tunnel), operations: s.handler(operations)}
 }

@@ -52,12 +52,14 @@ type Config struct {
 	Kubernetes struct {
 		Kubeconfig string
 		InCluster  bool
+		Namespace  string
 	}
 	Proxy struct {
 		ListenAddr   string
 		MetricsAddr  string
 		DrainTimeout time.Duration
 	}
+	Runners struct{ AllowedHosts []string }
 	RunDir  string
 	Logging struct {
 		Level  string

@@ -91,6 +91,8 @@ var settings = []setting{
 		set: text(func(c *Config) *string { return &c.Kubernetes.Kubeconfig })},
 	{key: "kubernetes.in_cluster", def: "false", kind: boolKind, doc: "Use the pod's ServiceAccount and nothing else.",
 		set: boolean(func(c *Config) *bool { return &c.Kubernetes.InCluster })},
+	{key: "kubernetes.namespace", env: "PIPEOPS_NAMESPACE", def: "pipeops-system", doc: "Namespace of the agent, where it keeps the registry of runners.",
+		set: checked(dnsLabel, func(c *Config) *string { return &c.Kubernetes.Namespace })},
 
 	{key: "proxy.listen_addr", env: "PIPEOPS_LISTEN_ADDR", def: "127.0.0.1:8080", doc: "Where frpc finds the proxy: everything is served here.",
 		set: checked(listenAddr, func(c *Config) *string { return &c.Proxy.ListenAddr })},
@@ -98,6 +100,9 @@ var settings = []setting{
 		set: checked(listenAddr, func(c *Config) *string { return &c.Proxy.MetricsAddr })},
 	{key: "proxy.drain_timeout", env: "PIPEOPS_DRAIN_TIMEOUT", def: "25s", doc: "How long running streams may go on after SIGTERM.",
 		set: duration(func(c *Config) *time.Duration { return &c.Proxy.DrainTimeout })},
+
+	{key: "runners.allowed_hosts", env: "PIPEOPS_RUNNERS_ALLOWED_HOSTS", def: "*.svc,*.svc.cluster.local", kind: listKind, doc: "Hosts that commands may be relayed to: names and IPs, or *.DOMAIN for all names below a domain.",
+		set: hosts(func(c *Config) *[]string { return &c.Runners.AllowedHosts })},
 
 	{key: "run_dir", env: "PIPEOPS_RUN_DIR", def: "/var/run/pipeops", doc: "Volume shared by the containers: frpc.toml and lease.json.",
 		set: text(func(c *Config) *string { return &c.RunDir })},
@@ -197,6 +202,20 @@ func domains(field func(*Config) *[]string) func(*Config, string) error {
 				return err
 			}
 			*field(c) = append(*field(c), domain)
+		}
+		return nil
+	}
+}
+
+// hosts sets a list of hosts, lower-case; each may begin with "*.".
+func hosts(field func(*Config) *[]string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		for item := range strings.SplitSeq(v, ",") {
+			item = strings.ToLower(strings.TrimSpace(item))
+			if _, err := host(strings.TrimPrefix(item, "*.")); err != nil {
+				return err
+			}
+			*field(c) = append(*field(c), item)
 		}
 		return nil
 	}

@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"net/url"
 	"strconv"
-	"strings"
 
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -59,7 +57,7 @@ func (p *Proxy) Summarize(ctx context.Context) Summary {
 		s.Version, s.Platform = &version.GitVersion, &version.Platform
 	}
 	// Whoever answers is there, even if what it answers is an error.
-	var answered *statusError
+	var answered *StatusError
 	s.Reachable = err == nil || errors.As(err, &answered)
 	if !s.Reachable {
 		for _, field := range []string{"nodes", "namespaces", "deployments", "services", "pods"} {
@@ -184,45 +182,4 @@ func eachNode(body io.Reader, meta *metav1.ListMeta, add func(*node)) error {
 		}
 	}
 	return expect('}')
-}
-
-// statusError is an answer of the API server that is none of what was asked for.
-type statusError struct{ message string }
-
-func (e *statusError) Error() string { return e.message }
-
-// get asks the API server with the agent's own credential and hands the body of a 200 to read. Lists are asked
-// for without their objects' contents, except for nodes.
-func (p *Proxy) get(ctx context.Context, path string, read func(io.Reader) error) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimRight(p.target.String(), "/")+path, nil)
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Accept", "application/json")
-	if strings.HasSuffix(path, "?limit=1") {
-		req.Header.Set("Accept", "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json")
-	}
-	resp, err := p.lanes.RoundTrip(req)
-	if err != nil {
-		_, _, message := explain(p.target.Host, err)
-		return errors.New(message)
-	}
-	defer func() {
-		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // what is read to its end leaves a connection for the next
-		_ = resp.Body.Close()
-	}()
-	switch resp.StatusCode {
-	case http.StatusOK:
-		if err := read(resp.Body); err != nil {
-			return fmt.Errorf("the answer of the Kubernetes API server at %s to GET %s cannot be read: %w", p.target.Host, req.URL.Path, err)
-		}
-		return nil
-	case http.StatusUnauthorized:
-		return &statusError{errCredential.Error()}
-	}
-	var status metav1.Status
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&status); err != nil || status.Message == "" {
-		status.Message = resp.Status
-	}
-	return &statusError{fmt.Sprintf("the Kubernetes API server at %s answers GET %s: %s", p.target.Host, req.URL.Path, status.Message)}
 }

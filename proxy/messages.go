@@ -1,0 +1,114 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	strictjson "sigs.k8s.io/json"
+)
+
+// maxMessage is the size of a message in bytes.
+const maxMessage = 64 << 10
+
+// message is the envelope of what the control plane tells the agent.
+type message struct {
+	ID        string          `json:"id"` // the same id twice does the work once
+	Type      string          `json:"type"`
+	Timestamp time.Time       `json:"timestamp"`
+	Data      json.RawMessage `json:"data"`
+}
+
+// messageTypes are the types that are known; each returns whether the message was one that it has had before.
+func (s *server) messageTypes() map[string]func(context.Context, message) (duplicate bool, err error) {
+	return map[string]func(context.Context, message) (bool, error){
+		"ping":              func(context.Context, message) (bool, error) { return false, nil },
+		"runner_assigned":   s.runnerAssigned,
+		"runner_unassigned": s.runnerUnassigned,
+	}
+}
+
+// invalidError is a message that says what cannot be done; the rest are failures of the agent or its cluster.
+type invalidError struct{ why string }
+
+func (e invalidError) Error() string { return e.why }
+
+// message answers POST /api/control-plane/message.
+func (s *server) message(w http.ResponseWriter, r *http.Request) {
+	body, ok := readJSON(w, r, maxMessage)
+	if !ok {
+		return
+	}
+	var m message
+	if err := decodeStrict(body, &m); err != nil {
+		writeProblem(w, http.StatusUnprocessableEntity, "the message is not an envelope of id, type, timestamp and data: "+err.Error())
+		return
+	}
+	types := s.messageTypes()
+	handle := types[m.Type]
+	switch {
+	case m.ID == "" || len(m.ID) > 128:
+		writeProblem(w, http.StatusUnprocessableEntity, "id: give 1 to 128 bytes")
+		return
+	case handle == nil:
+		writeProblem(w, http.StatusUnprocessableEntity, fmt.Sprintf("type: %.64q is not known: there are ping, runner_assigned and runner_unassigned", m.Type))
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 10*time.Second)
+	defer cancel()
+	duplicate, err := handle(ctx, m)
+	var invalid invalidError
+	switch {
+	case errors.As(err, &invalid):
+		writeProblem(w, http.StatusUnprocessableEntity, invalid.why)
+	case err != nil:
+		writeProblem(w, http.StatusBadGateway, err.Error())
+	default:
+		writeJSON(w, http.StatusOK, map[string]any{"status": "acknowledged", "id": m.ID, "type": m.Type, "duplicate": duplicate, "agent_id": s.agent.ID})
+	}
+}
+
+// readJSON reads a body of JSON, or answers why it cannot.
+func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool) {
+	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
+		writeProblem(w, http.StatusUnsupportedMediaType, "send the body as Content-Type: application/json")
+		return nil, false
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		writeProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", limit))
+	case err != nil:
+		writeProblem(w, http.StatusBadRequest, "the body cannot be read to its end")
+	case len(body) == 0:
+		writeProblem(w, http.StatusBadRequest, "the body is empty")
+	case !utf8.Valid(body):
+		writeProblem(w, http.StatusBadRequest, "the body is not UTF-8")
+	case !json.Valid(body):
+		writeProblem(w, http.StatusBadRequest, "the body is not JSON: it is cut short, or has a mistake")
+	default:
+		return body, true
+	}
+	return nil, false
+}
+
+// decodeStrict decodes JSON and refuses fields that are unknown or stand there twice. Its errors hold no values.
+func decodeStrict(data []byte, into any) error {
+	strict, err := strictjson.UnmarshalStrict(data, into)
+	var wrongType *json.UnmarshalTypeError
+	if errors.As(err, &wrongType) {
+		return fmt.Errorf("%s: a %s where a %s is expected", wrongType.Field, strings.Fields(wrongType.Value + " ")[0], wrongType.Type)
+	}
+	if err != nil {
+		return errors.New("a value cannot be read, such as a time that is not as RFC 3339 has it")
+	}
+	return errors.Join(strict...)
+}

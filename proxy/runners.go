@@ -1,0 +1,243 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// What a command may cost.
+const (
+	maxCommand       = 10 << 20 // bytes
+	maxCommandAnswer = 64 << 20 // bytes; more is cut off
+	commandHeaders   = 30 * time.Second
+	commandTotal     = 5 * time.Minute
+)
+
+// registryName is the Secret that holds the registry: a key for each runner, and processedKey. A runner's id begins with a letter
+// or digit, so that it is never that key.
+const (
+	registryName = "pipeops-agent-runners"
+	processedKey  = "_processed" // ids of the last messages that changed the registry
+	maxProcessed  = 256
+)
+
+var runnerIDPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+// runner is where commands for one runner go.
+type runner struct {
+	Endpoint   string      `json:"runner_endpoint"`
+	Token      frpc.Secret `json:"runner_token"`
+	AssignedAt time.Time   `json:"assigned_at,omitzero"`
+}
+
+// runners is the registry, kept in a Secret: it outlives pods, and replicas share it.
+type runners struct {
+	api       *kube.Proxy
+	namespace string
+	allowed   []string // hosts
+	relay     *httputil.ReverseProxy
+}
+
+func newRunners(api *kube.Proxy, namespace string, allowed []string, log *slog.Logger) *runners {
+	r := &runners{api: api, namespace: namespace, allowed: allowed}
+	r.relay = &httputil.ReverseProxy{
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			target := relayed(pr.In.Context())
+			pr.Out.URL, pr.Out.Host = target.url, ""
+			for _, name := range []string{"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect"} {
+				pr.Out.Header.Del(name)
+			}
+			pr.Out.Header.Set("Authorization", "Bearer "+target.token.Reveal()) // never the caller's
+		},
+		Transport: &http.Transport{ // no redirects, and no proxy of the environment's
+			DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
+			TLSHandshakeTimeout:   10 * time.Second,
+			ResponseHeaderTimeout: commandHeaders,
+			IdleConnTimeout:       time.Minute,
+			DisableCompression:    true,
+		},
+		FlushInterval: -1, // answers may be streams
+		ModifyResponse: func(resp *http.Response) error {
+			resp.Body = struct {
+				io.Reader
+				io.Closer
+			}{&limited{resp.Body, maxCommandAnswer}, resp.Body}
+			return nil
+		},
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+			var tooLarge *http.MaxBytesError
+			var timeout net.Error
+			target := relayed(r.Context())
+			switch {
+			case errors.As(err, &tooLarge):
+				writeProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the command is larger than %d bytes", tooLarge.Limit))
+			case errors.Is(err, context.Canceled):
+				panic(http.ErrAbortHandler) // the caller has gone
+			case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
+				writeProblem(w, http.StatusGatewayTimeout, fmt.Sprintf("the runner at %s does not answer: %v: look at its log; the command may have been run", target.url.Host, err))
+			default:
+				writeProblem(w, http.StatusBadGateway, fmt.Sprintf("the runner at %s cannot be reached: %v: check that it runs, and its endpoint", target.url.Host, err))
+			}
+		},
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	return r
+}
+
+// limited ends with an error where io.LimitReader would end as if that were all.
+type limited struct {
+	io.Reader
+
+	left int64
+}
+
+func (l *limited) Read(p []byte) (int, error) {
+	n, err := l.Reader.Read(p)
+	if l.left -= int64(n); l.left < 0 {
+		return 0, errors.New("the runner's answer is too large")
+	}
+	return n, err
+}
+
+// allow says why an endpoint may not be used, or returns it parsed.
+func (r *runners) allow(endpoint string) (*url.URL, error) {
+	u, err := url.Parse(endpoint)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" {
+		return nil, errors.New("is not an http or https URL without user and fragment")
+	}
+	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
+	if !slices.ContainsFunc(r.allowed, func(allowed string) bool {
+		domain, wild := strings.CutPrefix(allowed, "*")
+		return host == allowed || wild && len(host) > len(domain) && strings.HasSuffix(host, domain)
+	}) {
+		return nil, fmt.Errorf("names the host %.253q, which is not among runners.allowed_hosts (%s)", host, strings.Join(r.allowed, ", "))
+	}
+	return u, nil
+}
+
+// change applies a message to the registry, once.
+func (r *runners) change(ctx context.Context, messageID string, apply func(map[string][]byte) error) (duplicate bool, err error) {
+	err = r.api.ChangeSecret(ctx, r.namespace, registryName, func(data map[string][]byte) (bool, error) {
+		var processed []string
+		if stored := data[processedKey]; stored != nil {
+			if err := json.Unmarshal(stored, &processed); err != nil {
+				return false, fmt.Errorf("the key %s of Secret %s/%s is not a list: delete it", processedKey, r.namespace, registryName)
+			}
+		}
+		if duplicate = slices.Contains(processed, messageID); duplicate {
+			return false, nil
+		}
+		if err := apply(data); err != nil {
+			return false, err
+		}
+		processed = append(processed, messageID)
+		data[processedKey], _ = json.Marshal(processed[max(0, len(processed)-maxProcessed):]) // texts can be encoded
+		return true, nil
+	})
+	return duplicate, err
+}
+
+func (s *server) runnerAssigned(ctx context.Context, m message) (bool, error) {
+	var data struct {
+		RunnerID string `json:"runner_id"`
+		runner
+	}
+	if err := decodeStrict(m.Data, &data); err != nil {
+		return false, invalidError{"data is not runner_id, runner_endpoint, runner_token and assigned_at: " + err.Error()}
+	}
+	if !runnerIDPattern.MatchString(data.RunnerID) {
+		return false, invalidError{"data.runner_id: give 1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"}
+	}
+	if _, err := s.runners.allow(data.Endpoint); err != nil {
+		return false, invalidError{"data.runner_endpoint " + err.Error()}
+	}
+	if token := data.Token.Reveal(); token == "" || len(token) > 8<<10 || strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return false, invalidError{"data.runner_token: give 1 to 8192 printable ASCII characters"}
+	}
+	return s.runners.change(ctx, m.ID, func(registry map[string][]byte) (err error) {
+		registry[data.RunnerID], err = json.Marshal(data.runner)
+		return err
+	})
+}
+
+func (s *server) runnerUnassigned(ctx context.Context, m message) (bool, error) {
+	var data struct {
+		RunnerID string `json:"runner_id"`
+	}
+	if err := decodeStrict(m.Data, &data); err != nil {
+		return false, invalidError{"data is not runner_id: " + err.Error()}
+	}
+	if !runnerIDPattern.MatchString(data.RunnerID) {
+		return false, invalidError{"data.runner_id: give 1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"}
+	}
+	return s.runners.change(ctx, m.ID, func(registry map[string][]byte) error {
+		delete(registry, data.RunnerID)
+		return nil
+	})
+}
+
+// target is where a command goes.
+type target struct {
+	url   *url.URL
+	token frpc.Secret
+}
+
+type targetKey struct{}
+
+func relayed(ctx context.Context) target { return ctx.Value(targetKey{}).(target) }
+
+// command answers POST /api/runners/{runner_id}/command with what the runner answers.
+func (s *server) command(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("runner_id")
+	if !runnerIDPattern.MatchString(id) {
+		writeProblem(w, http.StatusBadRequest, "the runner's id is not one: letters, digits, dots, hyphens and underscores, a letter or digit first")
+		return
+	}
+	if !s.gate.enter() {
+		w.Header().Set("Retry-After", "1")
+		writeProblem(w, http.StatusServiceUnavailable, "this instance of the agent is shutting down: try again, the next one will answer")
+		return
+	}
+	defer s.gate.leave()
+	ctx, cancel := context.WithTimeout(r.Context(), commandTotal)
+	defer cancel()
+	// Read anew each time: another replica may have changed it.
+	registry, err := s.runners.api.ReadSecret(ctx, s.runners.namespace, registryName)
+	if err != nil {
+		writeProblem(w, http.StatusBadGateway, err.Error())
+		return
+	}
+	stored, known := registry.Data[id]
+	if !known {
+		writeProblem(w, http.StatusNotFound, fmt.Sprintf("no runner %q is assigned to this agent: send it a runner_assigned message", id))
+		return
+	}
+	var found runner
+	if err := json.Unmarshal(stored, &found); err != nil {
+		writeProblem(w, http.StatusBadGateway, fmt.Sprintf("the key %s of Secret %s/%s is not a runner: assign it again", id, s.runners.namespace, registryName))
+		return
+	}
+	endpoint, err := s.runners.allow(found.Endpoint) // the setting may have changed since
+	if err != nil {
+		writeProblem(w, http.StatusBadGateway, "the runner's endpoint "+err.Error())
+		return
+	}
+	r = r.WithContext(context.WithValue(ctx, targetKey{}, target{url: endpoint, token: found.Token}))
+	r.Body = http.MaxBytesReader(w, r.Body, maxCommand)
+	s.runners.relay.ServeHTTP(w, r)
+}
