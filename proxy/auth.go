@@ -3,56 +3,180 @@ package main
 import (
 	"crypto/sha256"
 	"crypto/subtle"
+	"fmt"
+	"log/slog"
 	"net/http"
+	"strconv"
 	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+const (
+	// tokenAge is how long a token from a file is used before the file is looked at again.
+	tokenAge = 2 * time.Second
+	// tokenOverlap is how long the token before is good for, so that callers can change theirs after the agent.
+	tokenOverlap = 5 * time.Minute
+	// Within failureWindow a source may fail maxFailures times before it is told to wait. At most maxSources are
+	// told apart.
+	failureWindow = time.Minute
+	maxFailures   = 20
+	maxSources    = 1000
 )
 
 // authenticator knows the token that callers must show.
 type authenticator struct {
-	hash  [sha256.Size]byte
-	empty bool
+	read     func() (frpc.Secret, error) // nil: the token never changes
+	failures *prometheus.CounterVec
+	log      *slog.Logger
+
+	mu       sync.Mutex
+	current  [sha256.Size]byte
+	empty    bool // there is no token: nobody is let in
+	previous [sha256.Size]byte
+	until    time.Time // previous is good until then
+	lookedAt time.Time
+	unread   bool // the file could not be read the last time
+
+	window  time.Time      // when the counting of failures began
+	sources map[string]int // failures of each
 }
 
-func newAuthenticator(token frpc.Secret) *authenticator {
-	return &authenticator{hash: sha256.Sum256([]byte(token.Reveal())), empty: token == ""}
+// newAuthenticator takes the token that callers must show, and what reads it anew, if it may change.
+func newAuthenticator(token frpc.Secret, read func() (frpc.Secret, error), m *metrics, log *slog.Logger) *authenticator {
+	return &authenticator{
+		read: read, failures: m.authFailures, log: log, lookedAt: time.Now(),
+		current: sha256.Sum256([]byte(token.Reveal())), empty: token == "",
+	}
 }
 
-// check says why the request's credential is not accepted, or "". Without a configured token nobody is let
-// in. The hashes are compared, in constant time, so that neither the token nor its length can be measured.
-func (a *authenticator) check(r *http.Request) string {
-	values := r.Header.Values("Authorization")
-	switch {
-	case a.empty:
-		return "the agent has no token configured, so it lets nobody in: set agent.token"
-	case len(values) == 0:
-		return "no credential: send \"Authorization: Bearer <agent token>\""
-	case len(values) > 1:
-		return "more than one Authorization header: send one"
+// refusal is why a request's credential is not accepted.
+type refusal struct {
+	reason string // a label
+	why    string // for the caller
+}
+
+// check returns nil for a request with the agent's token. The hashes are compared, in constant time, so that
+// neither the token nor its length can be measured.
+func (a *authenticator) check(r *http.Request) *refusal {
+	values := r.Header["Authorization"]
+	if len(values) == 0 {
+		return &refusal{"none", "no credential: send \"Authorization: Bearer <agent token>\""}
+	}
+	if len(values) > 1 {
+		return &refusal{"several", "more than one Authorization header: send one"}
 	}
 	scheme, token, _ := strings.Cut(values[0], " ")
 	if !strings.EqualFold(scheme, "Bearer") {
-		return "the credential is not a bearer token: send \"Authorization: Bearer <agent token>\""
+		return &refusal{"scheme", "the credential is not a bearer token: send \"Authorization: Bearer <agent token>\""}
 	}
 	hash := sha256.Sum256([]byte(strings.TrimLeft(token, " ")))
-	if subtle.ConstantTimeCompare(hash[:], a.hash[:]) != 1 {
-		return "the bearer token is not this agent's token: check the token in the kubeconfig or client"
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.refresh()
+	if a.empty {
+		return &refusal{"unconfigured", "the agent has no token configured, so it lets nobody in: set agent.token"}
 	}
-	return ""
+	current := subtle.ConstantTimeCompare(hash[:], a.current[:])
+	previous := subtle.ConstantTimeCompare(hash[:], a.previous[:])
+	if current == 1 || previous == 1 && time.Now().Before(a.until) {
+		return nil
+	}
+	return &refusal{"token", "the bearer token is not this agent's token: check the token in the kubeconfig or client"}
+}
+
+// refresh reads the token's file from time to time. While it cannot be read, the token stays as it was.
+func (a *authenticator) refresh() {
+	if a.read == nil || time.Since(a.lookedAt) < tokenAge {
+		return
+	}
+	a.lookedAt = time.Now()
+	token, err := a.read()
+	if err != nil {
+		if !a.unread {
+			a.log.Warn("the agent's token cannot be read anew: the one before stays", "error", err)
+		}
+		a.unread = true
+		return
+	}
+	a.unread = false
+	if hash := sha256.Sum256([]byte(token.Reveal())); hash != a.current {
+		a.previous, a.until, a.current = a.current, time.Now().Add(tokenOverlap), hash
+		a.log.Info("the agent's token has changed", "previous_valid_until", a.until.UTC())
+	}
+}
+
+// failed counts a refusal, and logs the first of a source in each window. It returns how long the source should
+// wait, 0 if it may try again at once. A right token is never told to wait: many callers share the address of
+// their gateway, and one of them must not lock out the others.
+func (a *authenticator) failed(r *http.Request, refused *refusal) time.Duration {
+	a.failures.WithLabelValues(refused.reason).Inc()
+	source := caller(r)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if time.Since(a.window) > failureWindow {
+		a.window, a.sources = time.Now(), map[string]int{}
+	}
+	if _, known := a.sources[source]; !known && len(a.sources) >= maxSources {
+		source = "others"
+	}
+	a.sources[source]++
+	switch n := a.sources[source]; {
+	case n == 1:
+		a.log.Warn("a caller is refused; more of the same from there are counted, not logged, for a minute", "caller", source, "reason", refused.why)
+	case n > maxFailures:
+		return time.Until(a.window.Add(failureWindow))
+	}
+	return 0
 }
 
 // challenge says what kind of credential is asked for. Source: RFC 6750.
 const challenge = `Bearer realm="pipeops-agent"`
 
+// authenticate lets those pass who show the agent's token, and has refuse answer the others.
+func (s *server) authenticate(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32)) bool {
+	refused := s.auth.check(r)
+	if refused == nil {
+		return true
+	}
+	if rec, ok := w.(*recorder); ok {
+		rec.refused = true
+	}
+	if wait := s.auth.failed(r, refused); wait > 0 {
+		refuse(w, r, http.StatusTooManyRequests, fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why), int32(wait.Seconds())+1)
+		return false
+	}
+	w.Header().Set("WWW-Authenticate", challenge)
+	refuse(w, r, http.StatusUnauthorized, refused.why, 0)
+	return false
+}
+
 // requireBearer lets next answer only those who show the agent's token.
 func (s *server) requireBearer(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if why := s.auth.check(r); why != "" {
-			w.Header().Set("WWW-Authenticate", challenge)
-			writeProblem(w, http.StatusUnauthorized, why)
-			return
+		if s.authenticate(w, r, refuseWithProblem) {
+			next(w, r)
 		}
-		next(w, r)
 	}
+}
+
+func refuseWithProblem(w http.ResponseWriter, _ *http.Request, code int, why string, retryAfter int32) {
+	if retryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
+	}
+	writeProblem(w, code, why)
+}
+
+func refuseWithStatus(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32) {
+	reason := metav1.StatusReasonUnauthorized
+	if code == http.StatusTooManyRequests {
+		reason = metav1.StatusReasonTooManyRequests
+	}
+	kube.WriteStatus(w, r, code, reason, "the agent refuses the request: "+why, retryAfter)
 }

@@ -23,6 +23,7 @@ type metrics struct {
 
 	tunnelUp, leaseEnd, lastHeartbeat prometheus.Gauge
 	frpcRestarts                      prometheus.Counter
+	authFailures                      *prometheus.CounterVec
 
 	handler http.Handler
 }
@@ -54,12 +55,16 @@ func newMetrics() *metrics {
 			Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
 		}),
 		checks:        gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
+		authFailures:  counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
 		tunnelUp:      gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
 		leaseEnd:      gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
 		lastHeartbeat: gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "pipeops_agent_frpc_restarts_total", Help: "How often frpc was seen to be away and back.",
 		}),
+	}
+	for _, reason := range []string{"none", "several", "scheme", "token", "unconfigured"} {
+		m.authFailures.WithLabelValues(reason) // 0 until there is one
 	}
 	info := version.Get()
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
@@ -69,7 +74,7 @@ func newMetrics() *metrics {
 	build.Set(1)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.lastHeartbeat,
-		m.frpcRestarts, build,
+		m.frpcRestarts, m.authFailures, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
 	return m

@@ -64,6 +64,9 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 		rec.inLane.Dec()
 		s.metrics.kube.WithLabelValues(d.Verb, strconv.Itoa(code), lane(d)).Inc()
 	}
+	if rec.refused {
+		level = slog.LevelDebug // the authenticator has said it once
+	}
 	if !s.log.Enabled(r.Context(), level) {
 		return
 	}
@@ -148,6 +151,7 @@ type recorder struct {
 	requestID   string
 	agentID     string   // empty on the operations listener
 	body        *counted // nil: the request has none
+	refused     bool     // for its credential
 	code        int
 	bytes       int64
 	description kube.Description // empty but for requests for the Kubernetes API

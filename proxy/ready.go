@@ -196,7 +196,7 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 				return
 			}
 		}
-		detailed := l == operations || s.auth.check(r) == ""
+		detailed := l == operations || s.auth.check(r) == nil
 		code, status := http.StatusOK, "ready"
 		checks := map[string]outcome{}
 		for _, c := range s.ready.checks {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -59,8 +60,12 @@ type server struct {
 }
 
 func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, log *slog.Logger) *server {
+	var read func() (frpc.Secret, error)
+	if cfg.Agent.TokenFile != "" {
+		read = func() (frpc.Secret, error) { return config.ReadSecret(cfg.Agent.TokenFile) }
+	}
 	s := &server{
-		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token), kube: api, cluster: &clusterSummary{api: api},
+		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, read, m, log), kube: api, cluster: &clusterSummary{api: api},
 		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(), log: log,
 	}
 	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
@@ -108,9 +113,7 @@ func notFound(w http.ResponseWriter, r *http.Request) {
 // kubernetes lets authenticated callers through to the API server while the gate is open. It and what it calls
 // keep their frames small: with them the stack of an idle watch stays at 8 KiB, else it is 16.
 func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
-	if why := s.auth.check(r); why != "" {
-		w.Header().Set("WWW-Authenticate", challenge)
-		kube.WriteStatus(w, r, http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "the agent refuses the request: "+why, 0)
+	if !s.authenticate(w, r, refuseWithStatus) {
 		return
 	}
 	rec := w.(*recorder) // observe has put it there

@@ -32,8 +32,8 @@ const (
 // or digit, so that it is never that key.
 const (
 	registryName = "pipeops-agent-runners"
-	processedKey  = "_processed" // ids of the last messages that changed the registry
-	maxProcessed  = 256
+	processedKey = "_processed" // ids of the last messages that changed the registry
+	maxProcessed = 256
 )
 
 var runnerIDPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)

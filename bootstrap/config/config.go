@@ -337,19 +337,25 @@ func (l *loader) secret(to *frpc.Secret, file, key, fileKey string) {
 		l.mistake(key, "contradicts %s: remove one of them", fileKey)
 		return
 	}
-	data, err := os.ReadFile(file)
+	secret, err := ReadSecret(file)
 	if err != nil {
 		l.mistake(fileKey, "%v", err)
-		return
+	}
+	*to = secret
+}
+
+// ReadSecret reads the file of a setting such as agent.token_file.
+func ReadSecret(file string) (frpc.Secret, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
 	}
 	value := strings.TrimSpace(string(data))
 	if value == "" {
-		l.mistake(fileKey, "%s is empty", file)
-		return
+		return "", fmt.Errorf("%s is empty", file)
 	}
 	if err := checkToken(value); err != nil {
-		l.mistake(fileKey, "%s: %v", file, err)
-		return
+		return "", fmt.Errorf("%s: %w", file, err)
 	}
-	*to = frpc.Secret(value)
+	return frpc.Secret(value), nil
 }

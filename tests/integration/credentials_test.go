@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"k8s.io/client-go/tools/clientcmd"
@@ -67,5 +69,42 @@ func TestCredentialsRotate(t *testing.T) {
 			}
 			answers(http.StatusOK)
 		})
+	}
+}
+
+// TestAgentTokenRotates: callers may show the new token soon after its file has changed, and the one before for
+// a while.
+func TestAgentTokenRotates(t *testing.T) {
+	w := newWorld(t)
+	file := filepath.Join(w.group.Dir(), "agent-token")
+	w.agent.Env = append(slices.DeleteFunc(w.agent.Env, func(v string) bool { return strings.HasPrefix(v, "PIPEOPS_AGENT_TOKEN=") }),
+		"PIPEOPS_AGENT_TOKEN_FILE="+file)
+	if err := os.WriteFile(file, []byte(agentToken+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	code := func(token string) int {
+		resp, _ := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + token}})
+		return resp.StatusCode
+	}
+	if old, next := code(agentToken), code("the-next-token"); old != http.StatusOK || next != http.StatusUnauthorized {
+		t.Fatalf("before: %d with the token, %d with the next", old, next)
+	}
+	if err := os.WriteFile(file, []byte("the-next-token\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if got := code("the-next-token"); got != http.StatusOK {
+			return fmt.Errorf("the new token: %d", got)
+		}
+		return nil
+	})
+	if got := code(agentToken); got != http.StatusOK {
+		t.Errorf("the token before: %d", got)
 	}
 }

@@ -1,0 +1,110 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+func bearer(token string) *http.Request {
+	r := httptest.NewRequest(http.MethodGet, "/metrics", nil)
+	r.Header.Set("Authorization", "Bearer "+token)
+	return r
+}
+
+// TestTokenChanges: a new token counts soon, the one before for a while more, and a file that cannot be read
+// changes nothing.
+func TestTokenChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file, broken := frpc.Secret("first"), error(nil)
+		log := &strings.Builder{}
+		a := newAuthenticator(file, func() (frpc.Secret, error) { return file, broken }, newMetrics(), slog.New(slog.NewTextHandler(log, nil)))
+		want := func(accepted ...string) {
+			t.Helper()
+			for _, token := range []string{"first", "second", "third", ""} {
+				want := false
+				for _, name := range accepted {
+					want = want || name == token
+				}
+				if got := a.check(bearer(token)) == nil; got != want {
+					t.Errorf("%q: accepted %v, want %v", token, got, want)
+				}
+			}
+		}
+		want("first")
+		file = "second"
+		time.Sleep(tokenAge + 1)
+		want("first", "second")
+		file, broken = "", errors.New("no such file")
+		time.Sleep(time.Minute)
+		want("first", "second")
+		file, broken = "second", nil
+		time.Sleep(tokenOverlap)
+		want("second")
+		file = "third"
+		time.Sleep(tokenAge + 1)
+		want("second", "third")
+		time.Sleep(tokenOverlap)
+		want("third")
+		if n := strings.Count(log.String(), "cannot be read anew"); n != 1 || strings.Contains(log.String(), "second") {
+			t.Errorf("the log says %d times that the file cannot be read:\n%s", n, log)
+		}
+	})
+}
+
+// TestFailuresAreLimited: whoever fails too often is told to wait and fills no log; others are not told, and the
+// right token is always let in.
+func TestFailuresAreLimited(t *testing.T) {
+	s, log, _ := newTest(t, token)
+	s.log = slog.New(slog.NewJSONHandler(log, nil)) // as in production: level info
+	s.auth.log = s.log
+	handler := s.handler(tunnel)
+	from := func(source, token string) *httptest.ResponseRecorder {
+		r := bearer(token)
+		r.Header.Set("X-Forwarded-For", source)
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		return w
+	}
+	for i := range 100 {
+		w := from("192.0.2.1", fmt.Sprint("wrong-", i))
+		want := http.StatusUnauthorized
+		if i >= maxFailures {
+			want = http.StatusTooManyRequests
+		}
+		if w.Code != want || (w.Header().Get("Retry-After") != "") != (want == http.StatusTooManyRequests) {
+			t.Fatalf("failure %d: answered %d %v", i, w.Code, w.Header())
+		}
+	}
+	if w := from("192.0.2.1", token); w.Code != http.StatusOK {
+		t.Errorf("the right token from there: answered %d", w.Code)
+	}
+	if w := from("192.0.2.2", "wrong"); w.Code != http.StatusUnauthorized {
+		t.Errorf("another source: answered %d", w.Code)
+	}
+	if n := strings.Count(log.String(), "a caller is refused"); n != 2 || strings.Count(log.String(), "\n") != 3 || strings.Contains(log.String(), "wrong-") {
+		t.Errorf("%d refusals are logged:\n%s", n, log)
+	}
+	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != 101 {
+		t.Errorf("%v failures are counted", n)
+	}
+	for i := range 3 * maxSources {
+		from(fmt.Sprintf("10.%d.%d.1", i/256, i%256), "wrong")
+	}
+	if n := len(s.auth.sources); n > maxSources+1 {
+		t.Errorf("%d sources are remembered", n)
+	}
+	if w := from("192.0.2.1", token); w.Code != http.StatusOK {
+		t.Errorf("the right token, after many sources: answered %d", w.Code)
+	}
+}
