@@ -71,7 +71,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		_, _ = fmt.Fprintln(stderr, "bootstrap:", err)
 		return exitUsage
 	}
-	log := cfg.Logger(stderr)
+	log, _ := cfg.Logger(stderr)
 	if err := writeLease(ctx, cfg, *timeout, log); err != nil {
 		log.Error("no lease", "error", err)
 		if mistakes := (*config.Error)(nil); errors.As(err, &mistakes) {

@@ -68,7 +68,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		_, _ = fmt.Fprintln(stderr, "proxy: no way to the Kubernetes API server:", err)
 		return exitUsage
 	}
-	log := cfg.Logger(stderr)
+	log, level := cfg.Logger(stderr)
+	go changeLevel(ctx, log, level)
 	metrics := newMetrics()
 	api, err := kube.New(restConfig, metrics.latency, log)
 	if err != nil {
@@ -82,11 +83,38 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return exitOK
 }
 
+// changeLevel sets the log level to debug at SIGUSR1, and back to what was configured at the next.
+func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
+	configured := level.Level()
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGUSR1)
+	defer signal.Stop(signals)
+	for {
+		select {
+		case <-signals:
+		case <-ctx.Done():
+			return
+		}
+		next := slog.LevelDebug
+		if level.Level() == slog.LevelDebug {
+			next = configured
+		}
+		// At the level that lets more through.
+		log.Log(ctx, max(level.Level(), next), "the log level changes", "level", next.String())
+		level.Set(next)
+	}
+}
+
 // newHTTPServer makes the server of one listener. Its requests end with ctx.
-func newHTTPServer(ctx context.Context, handler http.Handler, log *slog.Logger) *http.Server {
+func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
+	// On the tunnel listener they would cut watches, logs and exec.
+	var readTimeout, writeTimeout time.Duration
+	if l == operations {
+		readTimeout, writeTimeout = time.Minute, time.Minute
+	}
 	return &http.Server{
-		Handler: handler,
-		// No ReadTimeout and no WriteTimeout: they would cut watches, logs and exec.
+		Handler:     handler,
+		ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
 		ReadHeaderTimeout: 32 * time.Second,
 		// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
 		IdleTimeout: 120 * time.Second,
@@ -108,17 +136,17 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 	}()
 	failed := make(chan error, 2)
 	for _, l := range []struct {
+		listener
 		key, addr string
-		handler   http.Handler
 	}{
-		{"proxy.metrics_addr (PIPEOPS_METRICS_ADDR)", cfg.Proxy.MetricsAddr, s.handler(operations)},
-		{"proxy.listen_addr (PIPEOPS_LISTEN_ADDR)", cfg.Proxy.ListenAddr, s.handler(tunnel)},
+		{operations, "proxy.metrics_addr (PIPEOPS_METRICS_ADDR)", cfg.Proxy.MetricsAddr},
+		{tunnel, "proxy.listen_addr (PIPEOPS_LISTEN_ADDR)", cfg.Proxy.ListenAddr},
 	} {
 		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
 		if err != nil {
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
-		server := newHTTPServer(streams, l.handler, log)
+		server := newHTTPServer(streams, l.listener, s.handler(l.listener), log)
 		servers = append(servers, server)
 		go func() {
 			if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {

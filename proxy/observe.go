@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -87,7 +88,7 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 
 // describe adds what a request for the Kubernetes API asks for.
 func (r *recorder) describe(request *http.Request) {
-	r.description = kube.Describe(request)
+	r.description, r.streams = kube.Describe(request), true
 	r.inLane = r.metrics.kubeInFlight.WithLabelValues(lane(&r.description))
 	r.inLane.Inc()
 }
@@ -151,6 +152,7 @@ type recorder struct {
 	requestID   string
 	agentID     string   // empty on the operations listener
 	body        *counted // nil: the request has none
+	streams     bool     // an answer may begin before the request has ended
 	refused     bool     // for its credential
 	code        int
 	bytes       int64
@@ -170,9 +172,11 @@ func (r *recorder) WriteHeader(code int) {
 	if code >= 200 {
 		r.code = code
 		r.mark()
-		if code >= 400 && r.body != nil && !r.body.read {
-			// Else net/http would wait for the rest of the body before it sends a small refusal.
+		if r.body != nil && !r.body.read.Load() && (code >= 400 || !r.streams) {
+			// Nobody will read the rest of the body. Else net/http, or ReverseProxy, would wait for it before the
+			// answer is sent, and a caller could hold the connection for ever.
 			r.Header().Set("Connection", "close")
+			_ = http.NewResponseController(r.ResponseWriter).SetReadDeadline(time.Now())
 		}
 	}
 	r.ResponseWriter.WriteHeader(code)
@@ -217,13 +221,15 @@ type counted struct {
 	io.ReadCloser
 
 	bytes prometheus.Counter
-	read  bool // to its end
+	read  atomic.Bool // to its end
 }
 
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.ReadCloser.Read(p)
 	c.bytes.Add(float64(n))
-	c.read = c.read || err != nil
+	if err != nil {
+		c.read.Store(true)
+	}
 	return n, err
 }
 

@@ -96,6 +96,10 @@ func (s *server) handler(l listener) http.Handler {
 			s.kubernetes(w, r)
 			return
 		}
+		if r.Method == http.MethodConnect { // which a ServeMux answers on its own
+			notFound(w, r)
+			return
+		}
 		mux.ServeHTTP(w, r)
 	}))
 }

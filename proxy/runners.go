@@ -239,5 +239,8 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 	}
 	r = r.WithContext(context.WithValue(ctx, targetKey{}, target{url: endpoint, token: found.Token}))
 	r.Body = http.MaxBytesReader(w, r.Body, maxCommand)
+	if rec, ok := w.(*recorder); ok {
+		rec.streams = true
+	}
 	s.runners.relay.ServeHTTP(w, r)
 }

@@ -30,7 +30,11 @@ type recording struct {
 func record(t *testing.T) *recording {
 	t.Helper()
 	rec := &recording{}
-	api := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/refused" {
+			http.Error(w, "refused before the body is read", http.StatusForbidden)
+			return
+		}
 		body, err := io.ReadAll(r.Body)
 		if err != nil {
 			return // broken off: the caller's body was not one
@@ -50,7 +54,7 @@ func record(t *testing.T) *recording {
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token = "agent-001", token
 	server := httptest.NewUnstartedServer(nil)
-	server.Config = newHTTPServer(t.Context(), newServer(cfg, proxy, m, slog.New(slog.DiscardHandler)).handler(tunnel), slog.New(slog.DiscardHandler))
+	server.Config = newHTTPServer(t.Context(), tunnel, newServer(cfg, proxy, m, slog.New(slog.DiscardHandler)).handler(tunnel), slog.New(slog.DiscardHandler))
 	server.Start()
 	t.Cleanup(server.Close)
 	rec.addr = server.Listener.Addr().String()
@@ -142,6 +146,16 @@ func TestHalfABody(t *testing.T) {
 				t.Errorf("the API server saw %q; answers:\n%s", seen, answers)
 			}
 		})
+	}
+}
+
+// TestEarlyRefusal: what the API server says before it has the whole body reaches the caller, who need not send
+// the rest.
+func TestEarlyRefusal(t *testing.T) {
+	rec := record(t)
+	answers, _ := rec.send(t, "POST /api/k8s/refused HTTP/1.1\r\nHost: a\r\n"+auth+"Content-Length: 1000000000\r\n\r\nabc", false)
+	if !strings.HasPrefix(answers, "HTTP/1.1 403 ") || !strings.Contains(answers, "refused before") {
+		t.Errorf("answered %q", answers)
 	}
 }
 

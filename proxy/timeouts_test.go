@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -29,6 +31,7 @@ type pipes struct {
 	conns chan net.Conn
 	done  chan struct{}
 	dials atomic.Int32
+	hang  atomic.Bool           // connections that are dialled from now on say nothing
 	lost  atomic.Pointer[lossy] // the last connection that was dialled
 }
 
@@ -55,6 +58,7 @@ func (p *pipes) DialContext(ctx context.Context, _, _ string) (net.Conn, error) 
 	}
 	p.dials.Add(1)
 	conn := &lossy{Conn: client}
+	conn.gone.Store(p.hang.Load())
 	p.lost.Store(conn)
 	return conn, nil
 }
@@ -83,7 +87,7 @@ func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toA
 	api := &http.Server{Handler: handler, TLSConfig: &tls.Config{
 		Certificates: certificates.TLS.Certificates, NextProtos: []string{"h2"},
 		SessionTicketsDisabled: true, // it would write them while the client writes: a pipe has no room for that
-	}}
+	}, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 2}, ErrorLog: log.New(io.Discard, "", 0)}
 	go func() { _ = api.ServeTLS(toAPI, "", "") }()
 	m := newMetrics()
 	proxy, err := kube.New(&rest.Config{
@@ -94,8 +98,8 @@ func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toA
 	}
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token = "agent-001", token
-	log := slog.New(slog.DiscardHandler)
-	agent := newHTTPServer(t.Context(), newServer(cfg, proxy, m, log).handler(tunnel), log)
+	quiet := slog.New(slog.DiscardHandler)
+	agent := newHTTPServer(t.Context(), tunnel, newServer(cfg, proxy, m, quiet).handler(tunnel), quiet)
 	go func() { _ = agent.Serve(toAgent) }()
 	transport := &http.Transport{DialContext: toAgent.DialContext}
 	t.Cleanup(func() {
@@ -219,6 +223,77 @@ func TestIdleConnectionsOutliveFrps(t *testing.T) {
 			}
 			_, _ = io.Copy(io.Discard, resp.Body)
 			time.Sleep(90 * time.Second)
+		}
+	})
+}
+
+// TestHungDialHoldsNobody: while one request waits for a connection that never comes, another finds room on one
+// that there is.
+func TestHungDialHoldsNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, _, toAPI := overPipes(t, func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.RawQuery == "" {
+				return
+			}
+			_ = http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		})
+		var watches []context.CancelFunc
+		for range 2 { // all that one connection takes
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent.example/api/k8s/api/v1/pods?watch=true", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Authorization", "Bearer "+token)
+			resp, err := client.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = resp.Body.Close() }()
+			watches = append(watches, cancel)
+		}
+		toAPI.hang.Store(true)
+		waits := make(chan struct{})
+		go func() {
+			defer close(waits)
+			_, _ = ask(t, client, http.MethodGet, "/api/k8s/version")
+		}()
+		synctest.Wait()
+		watches[0]()
+		synctest.Wait()
+		start := time.Now()
+		resp, body := ask(t, client, http.MethodGet, "/api/k8s/version")
+		if took := time.Since(start); resp.StatusCode != http.StatusOK || took > time.Second {
+			t.Errorf("after %s: %s %s", took, resp.Status, body)
+		}
+		<-waits
+	})
+}
+
+// TestHalfARequest: a body that does not come holds neither the answer back nor, without a token, the
+// connection.
+func TestHalfARequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, toAgent, _ := overPipes(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "refused early", http.StatusForbidden) })
+		for request, want := range map[string]string{
+			"GET /health HTTP/1.1\r\nHost: a\r\n":                                    "HTTP/1.1 200 OK",
+			"POST /api/k8s/x HTTP/1.1\r\nHost: a\r\n":                                "HTTP/1.1 401 Unauthorized",
+			"POST /nowhere HTTP/1.1\r\nHost: a\r\n":                                  "HTTP/1.1 404 Not Found",
+			"POST /api/control-plane/message HTTP/1.1\r\nHost: a\r\n" + auth:         "HTTP/1.1 415 Unsupported Media Type",
+			"POST /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\nX-A: large\r\n" + auth: "HTTP/1.1 403 Forbidden",
+		} {
+			conn, err := toAgent.DialContext(t.Context(), "", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() { _, _ = fmt.Fprintf(conn, "%sContent-Length: %d\r\n\r\nabc", request, 1<<30) }()
+			start := time.Now()
+			answer, _ := io.ReadAll(conn)
+			if status, _, _ := strings.Cut(string(answer), "\r\n"); status != want || time.Since(start) > time.Minute {
+				t.Errorf("%.30q: after %s answered %q, want %q", request, time.Since(start), status, want)
+			}
 		}
 	})
 }

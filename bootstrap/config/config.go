@@ -107,15 +107,15 @@ func Load(path string, getenv func(string) string) (*Config, error) {
 	return c, nil
 }
 
-// Logger makes the logger that the configuration asks for.
-func (c *Config) Logger(w io.Writer) *slog.Logger {
-	var level slog.Level
+// Logger makes the logger that the configuration asks for, and what changes its level.
+func (c *Config) Logger(w io.Writer) (*slog.Logger, *slog.LevelVar) {
+	level := &slog.LevelVar{}
 	_ = level.UnmarshalText([]byte(c.Logging.Level)) // one of the four names: checked by Load
 	options := &slog.HandlerOptions{Level: level}
 	if c.Logging.Format == "text" {
-		return slog.New(slog.NewTextHandler(w, options))
+		return slog.New(slog.NewTextHandler(w, options)), level
 	}
-	return slog.New(slog.NewJSONHandler(w, options))
+	return slog.New(slog.NewJSONHandler(w, options)), level
 }
 
 // loader collects the mistakes, so that all of them are told at once.

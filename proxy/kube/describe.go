@@ -57,10 +57,23 @@ func Describe(r *http.Request) Description {
 			d.Verb = "deletecollection"
 		}
 	}
-	if r.Header.Get("Upgrade") != "" {
+	if isUpgrade(r) {
 		d.Verb = "connect"
 	}
 	return d
+}
+
+// isUpgrade is ReverseProxy's rule.
+func isUpgrade(r *http.Request) bool {
+	if r.Header.Get("Upgrade") == "" {
+		return false
+	}
+	for token := range strings.SplitSeq(strings.Join(r.Header.Values("Connection"), ","), ",") {
+		if strings.EqualFold(strings.TrimSpace(token), "upgrade") {
+			return true
+		}
+	}
+	return false
 }
 
 // name lets through what can be a group or a resource, and nothing else that a caller may put there.

@@ -41,6 +41,10 @@ func TestDescribe(t *testing.T) {
 	}
 	r := httptest.NewRequest(http.MethodGet, Prefix+"/api/v1/namespaces/a/pods/p/exec?command=rm", nil)
 	r.Header.Set("Upgrade", "websocket")
+	if got, want := Describe(r), (Description{Verb: "get", Resource: "pods", Subresource: "exec"}); got != want {
+		t.Errorf("Upgrade without Connection: got %+v, want %+v", got, want)
+	}
+	r.Header["Connection"] = []string{"keep-alive", "x, upgrade"}
 	if got, want := Describe(r), (Description{Verb: "connect", Resource: "pods", Subresource: "exec"}); got != want {
 		t.Errorf("exec: got %+v, want %+v", got, want)
 	}

@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httptrace"
@@ -14,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -141,6 +144,41 @@ func TestEmptyKubeconfigIsNoServiceAccount(t *testing.T) {
 			t.Errorf("%s: got %v, %v", kubeconfig, config, err)
 		}
 	}
+}
+
+// TestTurnedAway: an API server that closes a connection in order (GOAWAY) has not looked at the requests that it
+// turns away. They are sent again, with their bodies.
+func TestTurnedAway(t *testing.T) {
+	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		if rand.IntN(20) == 0 { // as kube-apiserver does with --goaway-chance
+			w.Header().Set("Connection", "close")
+		}
+		_, _ = w.Write(body)
+	}))
+	api.EnableHTTP2 = true
+	api.StartTLS()
+	defer api.Close()
+	server := front(t, api.URL)
+	var group sync.WaitGroup
+	for i := range 20 {
+		group.Go(func() {
+			for j := range 100 {
+				want := fmt.Sprintf("body %d of %d", j, i)
+				resp, err := http.Post(server.URL+Prefix+"/api/v1/pods", "text/plain", strings.NewReader(want))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				body, err := io.ReadAll(resp.Body)
+				_ = resp.Body.Close()
+				if err != nil || resp.StatusCode != http.StatusOK || string(body) != want {
+					t.Errorf("%s %v: %s", resp.Status, err, body)
+				}
+			}
+		})
+	}
+	group.Wait()
 }
 
 // TestThrottlingGoesThrough: the API server's 429 is the caller's to wait for. It is neither retried here nor

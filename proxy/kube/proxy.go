@@ -4,6 +4,7 @@ package kube
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -80,20 +81,18 @@ type lanes struct {
 	calls, upgrades http.RoundTripper
 	latency         Observer
 	connecting      chan struct{} // holds the one that looks for a connection
+	http1           atomic.Bool   // the API server speaks no HTTP/2: nothing is shared
 }
 
 func (l *lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 	start := time.Now()
-	lane := l.upgrades
-	if r.Header.Get("Upgrade") == "" {
-		lane = l.calls
-		release := l.queue(r.Context())
-		defer release()
-		r = r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { release() }}))
+	send := l.call
+	if r.Header.Get("Upgrade") != "" {
+		send = l.upgrades.RoundTrip
 	}
-	resp, err := lane.RoundTrip(r)
+	resp, err := send(r)
 	if err != nil && worthAnother(r, err) {
-		resp, err = lane.RoundTrip(r)
+		resp, err = send(r)
 	}
 	if err == nil {
 		l.latency.Observe(time.Since(start).Seconds())
@@ -101,14 +100,32 @@ func (l *lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// queue lets one request at a time look for a connection; it returns what lets the next. A connection cannot be
-// shared before it is made: without this, two thousand watches that begin at once, as after a restart of the API
-// server, dialled five thousand. Where connecting itself hangs, nobody waits for long.
+// call sends a request that is no upgrade.
+//
+// One request at a time looks for a connection. A connection cannot be shared before it is made: without this,
+// two thousand watches that begin at once, as after a restart of the API server, dialled five thousand.
+func (l *lanes) call(r *http.Request) (*http.Response, error) {
+	if l.http1.Load() {
+		return l.calls.RoundTrip(r)
+	}
+	release := l.queue(r.Context())
+	defer release()
+	resp, err := l.calls.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { release() },
+	})))
+	if err == nil && resp.ProtoMajor == 1 {
+		l.http1.Store(true)
+	}
+	return resp, err
+}
+
+// queue waits for its turn, and returns what lets the next have it. Whoever has to dial lets the next have it
+// after a moment, even if the dial hangs: the next may find a connection with room. Nobody waits for long.
 func (l *lanes) queue(ctx context.Context) (release func()) {
 	select {
 	case l.connecting <- struct{}{}:
 	default:
-		patience := time.NewTimer(10 * time.Second)
+		patience := time.NewTimer(5 * time.Second)
 		defer patience.Stop()
 		select {
 		case l.connecting <- struct{}{}:
@@ -118,7 +135,12 @@ func (l *lanes) queue(ctx context.Context) (release func()) {
 			return func() {}
 		}
 	}
-	return sync.OnceFunc(func() { <-l.connecting })
+	leave := sync.OnceFunc(func() { <-l.connecting })
+	moment := time.AfterFunc(100*time.Millisecond, leave)
+	return func() {
+		moment.Stop()
+		leave()
+	}
 }
 
 // worthAnother says whether a connection has died under a request that can be sent again on a new one: another
@@ -191,15 +213,20 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description) {
 		return
 	}
 	found := &request{path: path, Description: d}
-	if r.Body != nil && r.Body != http.NoBody {
-		found.body = &callerBody{ReadCloser: r.Body}
-		if r.Header.Get("Expect") != "" {
-			found.body.begin()
-		}
-	}
 	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
-	if found.body != nil {
-		r.Body = found.body
+	if r.Body != nil && r.Body != http.NoBody {
+		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable {
+			if !repeatable(r) {
+				WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, brokenBody, 0)
+				return
+			}
+		} else {
+			found.body = &callerBody{ReadCloser: r.Body}
+			if r.Header.Get("Expect") != "" {
+				found.body.begin()
+			}
+			r.Body = found.body
+		}
 	}
 	if d.Verb == "watch" {
 		p.watchRP.ServeHTTP(w, r)
@@ -211,6 +238,25 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description) {
 // maxHeaderSize is less than the 1 MiB that the API server allows, by what is added here. A server that gets
 // more closes the connection, and with it ends the watches of others.
 const maxHeaderSize = 1<<20 - 64<<10
+
+// maxRepeatable is the size in bytes of the bodies that are read before they are sent, so that the transport can
+// send them again: an API server that stops, or balances its connections, turns away requests that it has not
+// looked at (GOAWAY), and each of them would be an error else.
+const maxRepeatable = 256 << 10
+
+const brokenBody = "the body of the request cannot be read: its length or its chunks are wrong, or it has ended early"
+
+// repeatable reads the whole body.
+func repeatable(r *http.Request) bool {
+	data := make([]byte, r.ContentLength)
+	if _, err := io.ReadFull(r.Body, data); err != nil {
+		return false
+	}
+	_, _ = io.Copy(io.Discard, r.Body) // to its end, of which there is nothing left
+	r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
+	r.Body, _ = r.GetBody()
+	return true
+}
 
 // admit returns the path at the API server, or answers a request that must not get there.
 func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
@@ -265,7 +311,7 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 	out.Header.Del("X-Real-Ip")
 	out.Header.Del("Expect") // the caller has been told to continue
 	// The API server takes a token from this list too.
-	if protocols := withoutTokens(out.Header.Values("Sec-Websocket-Protocol")); protocols != "" {
+	if protocols := withoutTokens(out.Header.Values("Sec-Websocket-Protocol")); protocols != "" && out.Header.Get("Upgrade") != "" {
 		out.Header.Set("Sec-Websocket-Protocol", protocols)
 	} else {
 		out.Header.Del("Sec-Websocket-Protocol")
@@ -316,7 +362,7 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
 	}
 	if body := found(r.Context()).body; body != nil && body.broken.Load() {
-		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the body of the request cannot be read: its length or its chunks are wrong", 0)
+		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, brokenBody, 0)
 		return
 	}
 	code, reason, message := explain(p.target.Host, err)

@@ -128,7 +128,7 @@ func TestOnlyTheAgentsCredentialGoesUpstream(t *testing.T) {
 		"twice":     "Authorization: Bearer callers\r\nAuthorization: Basic eDp5\r\n",
 		"as hop":    "Authorization: Bearer callers\r\nConnection: Authorization, Audit-Id, X-Request-Id\r\n",
 		"audit id":  "Audit-Id: callers\r\n",
-		"protocols": "Sec-Websocket-Protocol: base64url.bearer.authorization.k8s.io.Y2FsbGVycw, v4.channel.k8s.io\r\n",
+		"protocols": "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-Websocket-Protocol: base64url.bearer.authorization.k8s.io.Y2FsbGVycw, v4.channel.k8s.io\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			resp := send(t, server, "GET "+Prefix+"/version HTTP/1.1\r\nHost: a\r\nX-Request-Id: the-request\r\nAccept: text/x\r\nConnection: close\r\n"+sent+"\r\n")
@@ -138,6 +138,7 @@ func TestOnlyTheAgentsCredentialGoesUpstream(t *testing.T) {
 			want := http.Header{"Authorization": {"Bearer agents-own"}, "Audit-Id": {"the-request"}, "Accept": {"text/x"}}
 			if name == "protocols" {
 				want["Sec-Websocket-Protocol"] = []string{"v4.channel.k8s.io"}
+				want["Connection"], want["Upgrade"] = []string{"Upgrade"}, []string{"websocket"}
 			}
 			u.header.Del("User-Agent")
 			if !reflect.DeepEqual(u.header, want) {

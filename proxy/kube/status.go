@@ -57,6 +57,11 @@ func explain(host string, err error) (code int, reason metav1.StatusReason, mess
 		dial = nil
 	}
 	switch {
+	case strings.Contains(err.Error(), "request header list larger"): // as HTTP/2 counts it
+		return http.StatusRequestHeaderFieldsTooLarge, "RequestHeaderFieldsTooLarge", "the headers of the request are too large"
+	case strings.Contains(err.Error(), "cannot retry err") || strings.Contains(err.Error(), "cannot rewind body"):
+		return http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable,
+			fmt.Sprintf("the Kubernetes API server at %s has closed the connection before it looked at the request, whose body is too large to be kept for another try: send it again", host)
 	case errors.Is(err, errCredential):
 		return http.StatusBadGateway, "BadGateway", err.Error()
 	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -157,5 +158,34 @@ func TestRunDirectoryIsPrivate(t *testing.T) {
 		if strings.Contains(string(data), agentToken) {
 			t.Errorf("%s holds the agent's token, which frpc has no need of", f.Name())
 		}
+	}
+}
+
+// TestLogLevelChanges: SIGUSR1 shows what level debug does, the next one hides it again.
+func TestLogLevelChanges(t *testing.T) {
+	w := connected(t)
+	probes := func() int { return strings.Count(w.agent.Proxy.Log(), `"level":"DEBUG","msg":"request"`) }
+	probe := func() { _, _ = get(t, http.DefaultClient, w.agent.Operations+"/health", nil) }
+	if probe(); probes() != 0 {
+		t.Fatal("probes are logged at level info")
+	}
+	for i, level := range []string{"DEBUG", "INFO"} {
+		if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGUSR1); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() error {
+			if !strings.Contains(w.agent.Proxy.Log(), `"the log level changes","level":"`+level+`"`) {
+				return fmt.Errorf("the level is not said to be %s", level)
+			}
+			return nil
+		})
+		before := probes()
+		probe()
+		eventually(t, func() error { // a line is written after its answer
+			if shown := probes() > before; shown != (i == 0) {
+				return fmt.Errorf("level %s: probes are shown: %v", level, shown)
+			}
+			return nil
+		})
 	}
 }

@@ -265,25 +265,34 @@ func TestTerminal(t *testing.T) {
 			defer close(shown)
 			_, _ = io.Copy(screen, terminal)
 		}()
-		// Typed again until it shows: a new size takes a moment to arrive, and so does the shell.
-		see := func(typed, want string) {
+		// Typed again until it shows: a new size takes a moment to arrive, and so does the shell. The size is changed
+		// again too: kubectl shows the first before it listens for the signal of the next.
+		see := func(typed, want string, rows, cols uint16) {
 			t.Helper()
 			eventually(t, func() error {
 				if strings.Contains(screen.String(), want) {
 					return nil
 				}
+				for _, size := range []uint16{cols - 1, cols} {
+					if err := pty.Setsize(terminal, &pty.Winsize{Rows: rows, Cols: size}); err != nil {
+						return err
+					}
+				}
 				_, err := io.WriteString(terminal, typed)
 				return fmt.Errorf("%q does not show (%w); the terminal shows:\n%s", want, err, screen)
 			})
 		}
-		see("stty size\n", "\n24 80\r\n")
-		if err := pty.Setsize(terminal, &pty.Winsize{Rows: 50, Cols: 132}); err != nil {
+		see("stty size\n", "\n24 80\r\n", 24, 80)
+		see("stty size\n", "\n50 132\r\n", 50, 132)
+		if _, err := io.WriteString(terminal, "sleep 1000\n"); err != nil { // once: another would sleep again
 			t.Fatal(err)
 		}
-		see("stty size\n", "\n50 132\r\n")
-		see("echo $((6*7)); sleep 1000\n", "\n42\r\n")
-		see("\x03", "^C")
-		see("exit 7\n", "exit")
+		see("", "sleep 1000", 50, 132)
+		see("\x03", "^C", 50, 132)
+		see("echo $((6*7))\n", "\n42\r\n", 50, 132)
+		if _, err := io.WriteString(terminal, "exit 7\n"); err != nil {
+			t.Fatal(err)
+		}
 		err = cmd.Wait()
 		<-shown
 		if code := cmd.ProcessState.ExitCode(); code != 7 {
