@@ -1,6 +1,7 @@
 package main
 
 import (
+	_ "embed"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -12,6 +13,16 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
+
+// openAPI describes the routes. Tests hold it to them.
+//
+//go:embed openapi.yaml
+var openAPI []byte
+
+func getOpenAPI(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/yaml")
+	_, _ = w.Write(openAPI)
+}
 
 // listener says where a request came in.
 type listener int
@@ -41,6 +52,7 @@ func (s *server) routes(l listener) []route {
 		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.heartbeat},
 		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.message},
 		{method: "POST", path: "/api/runners/{runner_id}/command", bearer: true, handler: s.command},
+		{method: "GET", path: "/openapi.yaml", handler: getOpenAPI},
 		{method: "GET", path: "/metrics", ops: true, bearer: true, handler: s.metrics.handler.ServeHTTP},
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"k8s.io/client-go/rest"
+	"sigs.k8s.io/yaml"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
@@ -96,6 +97,33 @@ func TestWithoutATokenNobodyGetsIn(t *testing.T) {
 		if w := do(handlers[tunnel], "GET", "/api/k8s/version", authorization); w.Code != 401 {
 			t.Errorf("%q: got %d", authorization, w.Code)
 		}
+	}
+}
+
+// TestRoutesAreDescribed: openapi.yaml has each route and no other. What they answer is held to it in the
+// integration tests.
+func TestRoutesAreDescribed(t *testing.T) {
+	var page struct{ Paths map[string]map[string]any }
+	if err := yaml.Unmarshal(openAPI, &page); err != nil {
+		t.Fatal(err)
+	}
+	s, _, _ := newTest(t, token)
+	want := map[string]bool{"/api/k8s/{path}": true} // any method
+	for _, r := range s.routes(tunnel) {
+		want[r.method+" "+r.path] = true
+	}
+	got := map[string]bool{}
+	for path, item := range page.Paths {
+		for method := range item {
+			if _, known := map[string]bool{"get": true, "put": true, "post": true, "delete": true, "patch": true}[method]; known {
+				got[strings.ToUpper(method)+" "+path] = true
+			} else {
+				got[path] = got[path] || path == "/api/k8s/{path}"
+			}
+		}
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("described %v\nserved    %v", got, want)
 	}
 }
 

@@ -71,6 +71,14 @@ func withRunners(t *testing.T) (*world, string) {
 	return w, ns
 }
 
+// serve serves handler on loopback and returns its URL.
+func serve(t *testing.T, handler http.Handler) string {
+	t.Helper()
+	server := httptest.NewServer(handler)
+	t.Cleanup(server.Close)
+	return server.URL
+}
+
 // TestRunners: a command gets to the runner with the runner's token and back as it is; the registry outlives
 // the proxy; what was unassigned stays so when an old message comes again.
 func TestRunners(t *testing.T) {

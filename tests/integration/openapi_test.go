@@ -1,0 +1,198 @@
+package integration
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/santhosh-tekuri/jsonschema/v6"
+	"sigs.k8s.io/yaml"
+)
+
+// openAPI is the page that the agent serves.
+type openAPI struct {
+	schemas *jsonschema.Compiler
+	paths   map[string]any
+}
+
+// resolve follows a reference within the page.
+func (o *openAPI) resolve(t *testing.T, page map[string]any, v any) map[string]any {
+	t.Helper()
+	node, _ := v.(map[string]any)
+	ref, isRef := node["$ref"].(string)
+	if !isRef {
+		return node
+	}
+	var found any = page
+	for part := range strings.SplitSeq(strings.TrimPrefix(ref, "#/"), "/") {
+		found = found.(map[string]any)[part]
+	}
+	return o.resolve(t, page, found)
+}
+
+// TestOpenAPI holds the page to the agent: its examples fit its schemas, every route answers as it says, and it
+// says nothing that no request here has shown.
+func TestOpenAPI(t *testing.T) {
+	w, _ := withRunners(t)
+	resp, text := get(t, http.DefaultClient, w.agent.Tunnel+"/openapi.yaml", nil)
+	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "application/yaml" {
+		t.Fatal(resp.Status, resp.Header)
+	}
+	data, err := yaml.YAMLToJSON([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := jsonschema.UnmarshalJSON(bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := parsed.(map[string]any)
+	api := &openAPI{schemas: jsonschema.NewCompiler(), paths: page["paths"].(map[string]any)}
+	api.schemas.AssertFormat()
+	if err := api.schemas.AddResource("page.json", page); err != nil {
+		t.Fatal(err)
+	}
+	validate := func(what string, schema map[string]any, value any) {
+		t.Helper()
+		ref, ok := schema["$ref"].(string)
+		if !ok {
+			return // text, or anything
+		}
+		compiled, err := api.schemas.Compile("page.json" + ref)
+		if err == nil {
+			err = compiled.Validate(value)
+		}
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+
+	// What the page says: route and code, with the content.
+	said := map[string]map[string]any{}
+	for path, item := range api.paths {
+		for method, operation := range item.(map[string]any) {
+			operation, ok := operation.(map[string]any)
+			if !ok || operation["responses"] == nil {
+				continue
+			}
+			if body := api.resolve(t, page, operation["requestBody"]); body != nil {
+				for _, content := range body["content"].(map[string]any) {
+					content := content.(map[string]any)
+					validate(path+" request", content["schema"].(map[string]any), content["example"])
+				}
+			}
+			for code, response := range operation["responses"].(map[string]any) {
+				content, _ := api.resolve(t, page, response)["content"].(map[string]any)
+				said[strings.ToUpper(method)+" "+path+" "+code] = content
+				for kind, content := range content {
+					content := content.(map[string]any)
+					if schema := content["schema"].(map[string]any); schema["$ref"] != nil {
+						validate(fmt.Sprintf("example of %s %s, %s", path, code, kind), schema, content["example"])
+					}
+				}
+			}
+		}
+	}
+
+	// What the agent does.
+	const command = "/api/runners/{runner_id}/command"
+	shown := map[string]bool{}
+	try := func(method, path, actual, token, body string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, w.agent.Tunnel+actual, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if token != "" {
+			req.Header.Set("Authorization", "Bearer "+token)
+		}
+		if body != "plain" {
+			req.Header.Set("Content-Type", "application/json")
+		}
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		answer, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := fmt.Sprintf("%s %s %d", method, path, resp.StatusCode)
+		content, ok := said[key]
+		if !ok {
+			t.Errorf("the page does not know %s: %s", key, answer)
+			return
+		}
+		shown[key] = true
+		kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+		schema, ok := content[kind].(map[string]any)
+		if !ok {
+			t.Errorf("%s: the page knows no %s", key, kind)
+			return
+		}
+		if strings.HasSuffix(kind, "json") {
+			value, err := jsonschema.UnmarshalJSON(bytes.NewReader(answer))
+			if err != nil {
+				t.Errorf("%s: %v", key, err)
+			}
+			validate(key, schema["schema"].(map[string]any), value)
+		}
+	}
+	for _, path := range []string{"/health", "/ready", "/version", "/openapi.yaml"} {
+		try(http.MethodGet, path, path, "", "")
+	}
+	try(http.MethodGet, "/ready", "/ready?exclude=nothing", "", "")
+	for _, path := range []string{"/metrics", "/api/agent/status"} {
+		try(http.MethodGet, path, path, agentToken, "")
+	}
+	try(http.MethodPost, "/api/agent/heartbeat", "/api/agent/heartbeat", agentToken, "")
+	const messages = "/api/control-plane/message"
+	for _, body := range []string{`{"id":"1","type":"ping"}`, `{`, strings.Repeat("x", 1<<20), "plain", `{"id":"1","type":"x"}`} {
+		try(http.MethodPost, messages, messages, agentToken, body)
+	}
+	tell(t, w.agent, "gone", "runner_assigned", assignment("gone", "http://"+closedPort(t)), false)
+	for runner, body := range map[string]string{"_": "", "none": "", "gone": ""} {
+		try(http.MethodPost, command, "/api/runners/"+runner+"/command", agentToken, body)
+	}
+	sink := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
+	tell(t, w.agent, "sink", "runner_assigned", assignment("sink", serve(t, sink)), false)
+	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, strings.Repeat("x", 11<<20))
+	noRight := viewer(t)
+	w.agent, noRight.agent = noRight.agent, w.agent
+	try(http.MethodPost, messages, messages, agentToken, `{"id":"2","type":"runner_unassigned","data":{"runner_id":"r"}}`)
+	for range 2 { // the first round is 401; then so many more that the next is 429
+		try(http.MethodGet, "/metrics", "/metrics", "wrong", "")
+		try(http.MethodGet, "/api/agent/status", "/api/agent/status", "wrong", "")
+		try(http.MethodPost, "/api/agent/heartbeat", "/api/agent/heartbeat", "wrong", "")
+		try(http.MethodPost, messages, messages, "wrong", "")
+		try(http.MethodPost, command, "/api/runners/r/command", "wrong", "")
+		for range 20 {
+			try(http.MethodGet, "/metrics", "/metrics", "wrong", "")
+		}
+	}
+	leaving := newWorld(t)
+	if err := leaving.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	wantTunnel(t, leaving)
+	ns := leaving.namespace()
+	runningPod(t, &kubelet{}, ns)
+	startSession(t, leaving, ns)
+	draining(t, leaving)
+	w.agent = leaving.agent
+	try(http.MethodGet, "/ready", "/ready", "", "")
+	try(http.MethodPost, command, "/api/runners/r/command", agentToken, "")
+
+	for key := range said {
+		// The runner's own answers are anything; half a minute of silence is in TestRunners.
+		if !shown[key] && !slices.Contains([]string{"POST " + command + " default", "POST " + command + " 504"}, key) {
+			t.Errorf("no request here shows %s", key)
+		}
+	}
+}
