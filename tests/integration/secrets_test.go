@@ -1,0 +1,99 @@
+package integration
+
+import (
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// TestSecretsStayInside drives every route with marked secrets, at the log level that says most, and finds none
+// of them in what the agent's own processes say: logs, metrics, status, errors, the OpenAPI page.
+func TestSecretsStayInside(t *testing.T) {
+	w, ns := withRunners(t)
+	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	runner := serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	const mark = "marked-secret"
+	lease, err := os.ReadFile(filepath.Join(w.agent.RunDir, "lease.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	secrets := []string{mark, agentToken, api.agent.BearerToken}
+	for line := range strings.Lines(string(lease)) { // frp's token, and the password of frpc's admin API
+		if key, value, ok := strings.Cut(line, ":"); ok && (strings.Contains(key, `"token"`) || strings.Contains(key, `"password"`)) {
+			secrets = append(secrets, strings.Trim(strings.TrimSpace(value), `",`))
+		}
+	}
+	if len(secrets) < 5 {
+		t.Fatalf("the lease holds no token and password:\n%s", lease)
+	}
+	var said strings.Builder
+	ask := func(method, path, body string, header http.Header) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, w.agent.Tunnel+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header = header
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		answer, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		said.WriteString(resp.Status + "\n")
+		_ = resp.Header.Write(&said)
+		said.Write(answer)
+	}
+	right := http.Header{"Authorization": {"Bearer " + agentToken}, "Content-Type": {"application/json"}, "Cookie": {mark}, "X-A": {mark}}
+	wrong := http.Header{"Authorization": {"Bearer " + mark}, "Cookie": {mark}}
+	paths := []struct{ method, path, body string }{
+		{http.MethodGet, "/health?q=" + mark, ""},
+		{http.MethodGet, "/ready?q=" + mark, ""},
+		{http.MethodGet, "/version", ""},
+		{http.MethodGet, "/openapi.yaml", ""},
+		{http.MethodGet, "/api/agent/status", ""},
+		{http.MethodPost, "/api/agent/heartbeat", `{"token":"` + mark + `"}`},
+		{http.MethodPost, "/api/control-plane/message", `{"id":"1","type":"runner_assigned","data":{"runner_id":"r","runner_endpoint":"` + runner + `/?token=` + mark + `","runner_token":"` + mark + `"}}`},
+		{http.MethodPost, "/api/control-plane/message", `{"id":"2","type":"runner_assigned","data":{"runner_id":"gone","runner_endpoint":"http://` + closedPort(t) + `/?token=` + mark + `","runner_token":"` + mark + `"}}`},
+		{http.MethodPost, "/api/control-plane/message", `{"id":"3","type":"runner_assigned","data":{"runner_id":"r","runner_endpoint":"http://user:` + mark + `@127.0.0.1/","runner_token":"` + mark + `"}}`},
+		{http.MethodPost, "/api/control-plane/message", `{"id":"4","type":"runner_assigned","data":{"runner_id":"r","runner_endpoint":5,"runner_token":["` + mark + `"]}}`},
+		{http.MethodPost, "/api/runners/r/command?q=" + mark, mark},
+		{http.MethodPost, "/api/runners/gone/command", mark},
+		{http.MethodPost, "/api/runners/none/command", mark},
+		{http.MethodPost, "/api/k8s/api/v1/namespaces/" + ns + "/pods/p/exec?command=" + mark, ""},
+		{http.MethodPut, "/api/k8s/" + mark + "/x?" + mark, mark},
+		{http.MethodGet, "/api/k8s/../" + mark, ""},
+	}
+	for _, p := range paths {
+		for _, header := range []http.Header{right, wrong, {}} {
+			ask(p.method, p.path, p.body, header)
+		}
+	}
+	ask(http.MethodGet, "/metrics", "", right)
+	said.WriteString(w.agent.Proxy.Log())
+	logs, err := filepath.Glob(filepath.Join(w.group.Dir(), "bootstrap*.log"))
+	if err != nil || len(logs) == 0 {
+		t.Fatal(err, "bootstrap has no log")
+	}
+	for _, name := range logs {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		said.Write(data)
+	}
+	for i, secret := range secrets {
+		if at := strings.Index(said.String(), secret); at >= 0 {
+			t.Errorf("secret %d of %d is told: …%.300s", i, len(secrets), said.String()[max(0, at-200):])
+		}
+	}
+}
