@@ -166,7 +166,7 @@ func (b *buffers) Get() []byte {
 
 func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
 
-// request is what ServeHTTP has found out of a request, for those who see it later.
+// request is what Serve has found out of a request, for those who see it later.
 type request struct {
 	path string // at the API server
 	body *callerBody
