@@ -107,8 +107,9 @@ func FuzzMessage(f *testing.F) {
 	f.Add(assigned(`{"runner_id":"r","runner_endpoint":"http://r.a.svc/x?y#z","runner_token":"t","assigned_at":"2026-01-02T03:04:05Z"}`))
 	f.Add(`{"id":"1","type":"runner_unassigned","data":{"runner_id":"r"}}`)
 	f.Add(`{"id":"\u0000","type":null,"data":[[[]]]}`)
+	_, log, handlers := newTest(f, token)
 	f.Fuzz(func(t *testing.T, body string) {
-		_, _, handlers := newTest(t, token)
+		log.Reset()
 		w := post(handlers[tunnel], messagePath, "application/json", body)
 		var answer map[string]any
 		if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || w.Code >= 500 && w.Code != http.StatusBadGateway {

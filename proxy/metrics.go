@@ -23,7 +23,8 @@ type metrics struct {
 
 	tunnelUp, leaseEnd, lastHeartbeat prometheus.Gauge
 	frpcRestarts                      prometheus.Counter
-	authFailures                      *prometheus.CounterVec
+	authFailures, commands            *prometheus.CounterVec
+	statusDuration                    prometheus.Histogram
 
 	handler http.Handler
 }
@@ -54,7 +55,13 @@ func newMetrics() *metrics {
 			Help:    "Time from a request to the API server until the headers of its answer.",
 			Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
 		}),
-		checks:        gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
+		checks:   gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
+		commands: counters("runner_commands_total", "Commands for runners answered.", "code"),
+		statusDuration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "pipeops_agent_cluster_read_duration_seconds",
+			Help:    "Time to read the cluster for a status; answers that share a reading are not counted.",
+			Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
+		}),
 		authFailures:  counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
 		tunnelUp:      gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
 		leaseEnd:      gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
@@ -74,7 +81,7 @@ func newMetrics() *metrics {
 	build.Set(1)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.lastHeartbeat,
-		m.frpcRestarts, m.authFailures, build,
+		m.frpcRestarts, m.authFailures, m.commands, m.statusDuration, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
 	return m

@@ -27,7 +27,7 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 	}
 	inFlight := s.metrics.inFlight.WithLabelValues(l.String())
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rec := s.record(w, r, l)
+		rec, r := s.record(w, r, l)
 		inFlight.Inc()
 		defer s.answered(rec, r, level, inFlight)
 		next.ServeHTTP(rec, r)
@@ -35,7 +35,7 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 }
 
 // record gives the request its id and returns what remembers how it is answered.
-func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) *recorder {
+func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*recorder, *http.Request) {
 	rec := &recorder{ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text()}
 	r.Header.Set("X-Request-Id", rec.requestID)
 	if l == tunnel {
@@ -43,9 +43,12 @@ func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) *rec
 	}
 	if r.Body != http.NoBody {
 		rec.body = &counted{ReadCloser: r.Body, bytes: s.metrics.received}
+		// In a copy: net/http looks at its own request's body to see whether the caller still sends, and then
+		// closes the connection gently, so that the answer is not lost.
+		r = r.WithContext(r.Context())
 		r.Body = rec.body
 	}
-	return rec
+	return rec, r
 }
 
 // answered counts and logs a request. It is deferred, and goes on with a panic.
@@ -143,6 +146,10 @@ func (l listener) String() string {
 	return "tunnel"
 }
 
+// unreadBody is how long the rest of a body that nobody wants may take: callers who still send then see the
+// answer, and not a connection that is reset.
+const unreadBody = 2 * time.Second
+
 // recorder remembers the status and counts the bytes of an answer.
 type recorder struct {
 	http.ResponseWriter
@@ -176,7 +183,7 @@ func (r *recorder) WriteHeader(code int) {
 			// Nobody will read the rest of the body. Else net/http, or ReverseProxy, would wait for it before the
 			// answer is sent, and a caller could hold the connection for ever.
 			r.Header().Set("Connection", "close")
-			_ = http.NewResponseController(r.ResponseWriter).SetReadDeadline(time.Now())
+			_ = http.NewResponseController(r.ResponseWriter).SetReadDeadline(time.Now().Add(unreadBody))
 		}
 	}
 	r.ResponseWriter.WriteHeader(code)

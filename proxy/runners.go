@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -203,6 +204,9 @@ func relayed(ctx context.Context) target { return ctx.Value(targetKey{}).(target
 
 // command answers POST /api/runners/{runner_id}/command with what the runner answers.
 func (s *server) command(w http.ResponseWriter, r *http.Request) {
+	rec := w.(*recorder) // observe has put it there
+	rec.streams = true
+	defer func() { s.metrics.commands.WithLabelValues(strconv.Itoa(rec.status())).Inc() }()
 	id := r.PathValue("runner_id")
 	if !runnerIDPattern.MatchString(id) {
 		writeProblem(w, http.StatusBadRequest, "the runner's id is not one: letters, digits, dots, hyphens and underscores, a letter or digit first")
@@ -239,8 +243,5 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 	}
 	r = r.WithContext(context.WithValue(ctx, targetKey{}, target{url: endpoint, token: found.Token}))
 	r.Body = http.MaxBytesReader(w, r.Body, maxCommand)
-	if rec, ok := w.(*recorder); ok {
-		rec.streams = true
-	}
 	s.runners.relay.ServeHTTP(w, r)
 }

@@ -27,7 +27,7 @@ import (
 const token = "hunter2"
 
 // newTest is a server before an API server that accepts all, its log, and its two listeners' handlers.
-func newTest(t *testing.T, agentToken frpc.Secret) (s *server, log *bytes.Buffer, handlers map[listener]http.Handler) {
+func newTest(t testing.TB, agentToken frpc.Secret) (s *server, log *bytes.Buffer, handlers map[listener]http.Handler) {
 	t.Helper()
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "from the API server") }))
 	t.Cleanup(api.Close)
@@ -235,6 +235,7 @@ func TestMetrics(t *testing.T) {
 func TestMetricsAreDocumented(t *testing.T) {
 	_, _, handlers := newTest(t, token)
 	do(handlers[tunnel], "GET", "/api/k8s/version", "Bearer "+token)
+	do(handlers[tunnel], "POST", "/api/runners/r/command", "Bearer "+token)
 	do(handlers[operations], "GET", "/ready")
 	served, documented := map[string]string{}, map[string]string{}
 	for _, m := range regexp.MustCompile(`(?m)^# TYPE (pipeops_agent_\S+) (\S+)$`).FindAllStringSubmatch(do(handlers[operations], "GET", "/metrics").Body.String(), -1) {

@@ -159,6 +159,32 @@ func TestEarlyRefusal(t *testing.T) {
 	}
 }
 
+// TestRefusalsReachWhoStillSends: whoever sends a large body that nobody wants gets the answer, and not a
+// connection that is reset.
+func TestRefusalsReachWhoStillSends(t *testing.T) {
+	rec := record(t)
+	for path, want := range map[string]int{
+		"/api/control-plane/message": http.StatusRequestEntityTooLarge, "/api/k8s/refused": http.StatusForbidden, "/nowhere": http.StatusNotFound,
+	} {
+		for range 50 {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+rec.addr+path, strings.NewReader(strings.Repeat("x", 1<<20)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Authorization", "Bearer "+token)
+			req.Header.Set("Content-Type", "application/json")
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatalf("%s: %v", path, err)
+			}
+			if _, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != want {
+				t.Errorf("%s: answered %s, %v", path, resp.Status, err)
+			}
+			_ = resp.Body.Close()
+		}
+	}
+}
+
 // TestOverlong: headers and paths beyond net/http's 1 MiB, and what HTTP/2 counts as more than that, get 431.
 func TestOverlong(t *testing.T) {
 	rec := record(t)

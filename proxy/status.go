@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
@@ -52,7 +54,8 @@ const statusAge = 5 * time.Second
 
 // clusterSummary shares what was last read of the cluster.
 type clusterSummary struct {
-	api *kube.Proxy
+	api      *kube.Proxy
+	duration prometheus.Histogram
 
 	mu   sync.Mutex
 	at   time.Time
@@ -66,8 +69,10 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 		// No caller's leaving cuts short what others wait for.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
 		defer cancel()
+		begin := time.Now()
 		c.last = c.api.Summarize(ctx)
 		c.at = time.Now()
+		c.duration.Observe(c.at.Sub(begin).Seconds())
 	}
 	return c.last, c.at
 }
