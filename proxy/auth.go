@@ -145,9 +145,7 @@ func (s *server) authenticate(w http.ResponseWriter, r *http.Request, refuse fun
 	if refused == nil {
 		return true
 	}
-	if rec, ok := w.(*recorder); ok {
-		rec.refused = true
-	}
+	w.(*recorder).refused = true // observe has put it there
 	if wait := s.auth.failed(r, refused); wait > 0 {
 		refuse(w, r, http.StatusTooManyRequests, fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why), int32(wait.Seconds())+1)
 		return false

@@ -2,6 +2,9 @@ package main
 
 import "sync"
 
+// shuttingDown is the answer to what comes while the gate is closed.
+const shuttingDown = "this instance of the agent is shutting down: try again, the next one will answer"
+
 // gate counts what runs, and lets nothing in once it is closed.
 type gate struct {
 	mu      sync.Mutex

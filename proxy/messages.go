@@ -51,8 +51,7 @@ func (s *server) message(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusUnprocessableEntity, "the message is not an envelope of id, type, timestamp and data: "+err.Error())
 		return
 	}
-	types := s.messageTypes()
-	handle := types[m.Type]
+	handle := s.messageTypes()[m.Type]
 	switch {
 	case m.ID == "" || len(m.ID) > 128:
 		writeProblem(w, http.StatusUnprocessableEntity, "id: give 1 to 128 bytes")

@@ -39,6 +39,11 @@ func newMetrics() *metrics {
 	gauge := func(name, help string) prometheus.Gauge {
 		return prometheus.NewGauge(prometheus.GaugeOpts{Name: "pipeops_agent_" + name, Help: help})
 	}
+	histogram := func(name, help string) prometheus.Histogram {
+		return prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "pipeops_agent_" + name, Help: help, Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
+		})
+	}
 	m := &metrics{
 		requests: counters("http_requests_total", "HTTP requests answered.", "route", "method", "code"),
 		inFlight: gauges("http_requests_in_flight", "HTTP requests being answered now, streams included.", "listener"),
@@ -48,24 +53,16 @@ func newMetrics() *metrics {
 		sent: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "pipeops_agent_http_sent_bytes_total", Help: "Bytes of response bodies and of upgraded connections, to callers.",
 		}),
-		kube:         counters("kubernetes_requests_total", "Requests for the Kubernetes API answered.", "verb", "code", "lane"),
-		kubeInFlight: gauges("kubernetes_requests_in_flight", "Requests for the Kubernetes API being answered now.", "lane"),
-		latency: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "pipeops_agent_kubernetes_upstream_duration_seconds",
-			Help:    "Time from a request to the API server until the headers of its answer.",
-			Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
-		}),
-		checks:   gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
-		commands: counters("runner_commands_total", "Commands for runners answered.", "code"),
-		statusDuration: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "pipeops_agent_cluster_read_duration_seconds",
-			Help:    "Time to read the cluster for a status; answers that share a reading are not counted.",
-			Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
-		}),
-		authFailures:  counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
-		tunnelUp:      gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
-		leaseEnd:      gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
-		lastHeartbeat: gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
+		kube:           counters("kubernetes_requests_total", "Requests for the Kubernetes API answered.", "verb", "code", "lane"),
+		kubeInFlight:   gauges("kubernetes_requests_in_flight", "Requests for the Kubernetes API being answered now.", "lane"),
+		latency:        histogram("kubernetes_upstream_duration_seconds", "Time from a request to the API server until the headers of its answer."),
+		checks:         gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
+		commands:       counters("runner_commands_total", "Commands for runners answered.", "code"),
+		statusDuration: histogram("cluster_read_duration_seconds", "Time to read the cluster for a status; answers that share a reading are not counted."),
+		authFailures:   counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
+		tunnelUp:       gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
+		leaseEnd:       gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
+		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "pipeops_agent_frpc_restarts_total", Help: "How often frpc was seen to be away and back.",
 		}),

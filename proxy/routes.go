@@ -126,8 +126,7 @@ func notFound(w http.ResponseWriter, r *http.Request) {
 	writeProblem(w, http.StatusNotFound, message)
 }
 
-// kubernetes lets authenticated callers through to the API server while the gate is open. It and what it calls
-// keep their frames small: with them the stack of an idle watch stays at 8 KiB, else it is 16.
+// kubernetes lets authenticated callers through to the API server while the gate is open.
 func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	if !s.authenticate(w, r, refuseWithStatus) {
 		return
@@ -136,7 +135,7 @@ func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	rec.describe(r)
 	if !s.gate.enter() {
 		kube.WriteStatus(w, r, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable,
-			"this instance of the agent is shutting down: try again, the next one will answer", 1)
+			shuttingDown, 1)
 		return
 	}
 	defer s.gate.leave()

@@ -29,8 +29,8 @@ const (
 	commandTotal     = 5 * time.Minute
 )
 
-// registryName is the Secret that holds the registry: a key for each runner, and processedKey. A runner's id begins with a letter
-// or digit, so that it is never that key.
+// registryName is the Secret that holds the registry: a key for each runner, and processedKey. A runner's id
+// begins with a letter or digit, so that it is never that key.
 const (
 	registryName = "pipeops-agent-runners"
 	processedKey = "_processed" // ids of the last messages that changed the registry
@@ -153,6 +153,13 @@ func (r *runners) change(ctx context.Context, messageID string, apply func(map[s
 	return duplicate, err
 }
 
+func checkRunnerID(id string) error {
+	if !runnerIDPattern.MatchString(id) {
+		return invalidError{"data.runner_id: give 1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"}
+	}
+	return nil
+}
+
 func (s *server) runnerAssigned(ctx context.Context, m message) (bool, error) {
 	var data struct {
 		RunnerID string `json:"runner_id"`
@@ -161,8 +168,8 @@ func (s *server) runnerAssigned(ctx context.Context, m message) (bool, error) {
 	if err := decodeStrict(m.Data, &data); err != nil {
 		return false, invalidError{"data is not runner_id, runner_endpoint, runner_token and assigned_at: " + err.Error()}
 	}
-	if !runnerIDPattern.MatchString(data.RunnerID) {
-		return false, invalidError{"data.runner_id: give 1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"}
+	if err := checkRunnerID(data.RunnerID); err != nil {
+		return false, err
 	}
 	if _, err := s.runners.allow(data.Endpoint); err != nil {
 		return false, invalidError{"data.runner_endpoint " + err.Error()}
@@ -183,8 +190,8 @@ func (s *server) runnerUnassigned(ctx context.Context, m message) (bool, error) 
 	if err := decodeStrict(m.Data, &data); err != nil {
 		return false, invalidError{"data is not runner_id: " + err.Error()}
 	}
-	if !runnerIDPattern.MatchString(data.RunnerID) {
-		return false, invalidError{"data.runner_id: give 1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"}
+	if err := checkRunnerID(data.RunnerID); err != nil {
+		return false, err
 	}
 	return s.runners.change(ctx, m.ID, func(registry map[string][]byte) error {
 		delete(registry, data.RunnerID)
@@ -214,7 +221,7 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 	}
 	if !s.gate.enter() {
 		w.Header().Set("Retry-After", "1")
-		writeProblem(w, http.StatusServiceUnavailable, "this instance of the agent is shutting down: try again, the next one will answer")
+		writeProblem(w, http.StatusServiceUnavailable, shuttingDown)
 		return
 	}
 	defer s.gate.leave()

@@ -33,16 +33,22 @@ func newTest(t testing.TB, agentToken frpc.Secret) (s *server, log *bytes.Buffer
 	t.Cleanup(api.Close)
 	log = &bytes.Buffer{}
 	logger := slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	s = serverBefore(t, &rest.Config{Host: api.URL}, agentToken, logger)
+	return s, log, map[listener]http.Handler{tunnel: s.handler(tunnel), operations: s.handler(operations)}
+}
+
+// serverBefore is a server before an API server.
+func serverBefore(t testing.TB, api *rest.Config, agentToken frpc.Secret, log *slog.Logger) *server {
+	t.Helper()
 	m := newMetrics()
-	proxy, err := kube.New(&rest.Config{Host: api.URL}, m.latency, logger)
+	proxy, err := kube.New(api, m.latency, log)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token = "agent-001", agentToken
 	cfg.Runners.AllowedHosts = []string{"*.svc"}
-	s = newServer(cfg, proxy, m, logger)
-	return s, log, map[listener]http.Handler{tunnel: s.handler(tunnel), operations: s.handler(operations)}
+	return newServer(cfg, proxy, m, log)
 }
 
 func do(handler http.Handler, method, target string, authorization ...string) *httptest.ResponseRecorder {

@@ -14,9 +14,6 @@ import (
 	"time"
 
 	"k8s.io/client-go/rest"
-
-	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
 // recording is the agent's server before an API server that remembers the requests that came whole.
@@ -46,15 +43,10 @@ func record(t *testing.T) *recording {
 	api.EnableHTTP2 = true
 	api.StartTLS()
 	t.Cleanup(api.Close)
-	m := newMetrics()
-	proxy, err := kube.New(&rest.Config{Host: api.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, m.latency, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := &config.Config{RunDir: t.TempDir()}
-	cfg.Agent.ID, cfg.Agent.Token = "agent-001", token
+	quiet := slog.New(slog.DiscardHandler)
+	s := serverBefore(t, &rest.Config{Host: api.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, token, quiet)
 	server := httptest.NewUnstartedServer(nil)
-	server.Config = newHTTPServer(t.Context(), tunnel, newServer(cfg, proxy, m, slog.New(slog.DiscardHandler)).handler(tunnel), slog.New(slog.DiscardHandler))
+	server.Config = newHTTPServer(t.Context(), tunnel, s.handler(tunnel), quiet)
 	server.Start()
 	t.Cleanup(server.Close)
 	rec.addr = server.Listener.Addr().String()

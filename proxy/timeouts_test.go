@@ -18,9 +18,6 @@ import (
 	"time"
 
 	"k8s.io/client-go/rest"
-
-	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
 // These tests take hours, on the clock of testing/synctest, which jumps ahead whenever all wait. It knows no
@@ -89,17 +86,11 @@ func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toA
 		SessionTicketsDisabled: true, // it would write them while the client writes: a pipe has no room for that
 	}, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 2}, ErrorLog: log.New(io.Discard, "", 0)}
 	go func() { _ = api.ServeTLS(toAPI, "", "") }()
-	m := newMetrics()
-	proxy, err := kube.New(&rest.Config{
-		Host: "https://api.example", Dial: toAPI.DialContext, TLSClientConfig: rest.TLSClientConfig{Insecure: true},
-	}, m.latency, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := &config.Config{RunDir: t.TempDir()}
-	cfg.Agent.ID, cfg.Agent.Token = "agent-001", token
 	quiet := slog.New(slog.DiscardHandler)
-	agent := newHTTPServer(t.Context(), tunnel, newServer(cfg, proxy, m, quiet).handler(tunnel), quiet)
+	s := serverBefore(t, &rest.Config{
+		Host: "https://api.example", Dial: toAPI.DialContext, TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+	}, token, quiet)
+	agent := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), quiet)
 	go func() { _ = agent.Serve(toAgent) }()
 	transport := &http.Transport{DialContext: toAgent.DialContext}
 	t.Cleanup(func() {
@@ -110,9 +101,10 @@ func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toA
 	return &http.Client{Transport: transport}, toAgent, toAPI
 }
 
-func ask(t *testing.T, client *http.Client, method, path string) (*http.Response, string) {
+// begin sends a request and returns when the answer begins.
+func begin(ctx context.Context, t *testing.T, client *http.Client, method, path string) *http.Response {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), method, "http://agent.example"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://agent.example"+path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,6 +113,12 @@ func ask(t *testing.T, client *http.Client, method, path string) (*http.Response
 	if err != nil {
 		t.Fatal(err)
 	}
+	return resp
+}
+
+func ask(t *testing.T, client *http.Client, method, path string) (*http.Response, string) {
+	t.Helper()
+	resp := begin(t.Context(), t, client, method, path)
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(resp.Body)
 	if err != nil {
@@ -242,15 +240,7 @@ func TestHungDialHoldsNobody(t *testing.T) {
 		for range 2 { // all that one connection takes
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent.example/api/k8s/api/v1/pods?watch=true", nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			req.Header.Set("Authorization", "Bearer "+token)
-			resp, err := client.Do(req)
-			if err != nil {
-				t.Fatal(err)
-			}
+			resp := begin(ctx, t, client, http.MethodGet, "/api/k8s/api/v1/pods?watch=true")
 			defer func() { _ = resp.Body.Close() }()
 			watches = append(watches, cancel)
 		}

@@ -83,7 +83,7 @@ var settings = []setting{
 	{key: "frp.tunnel.subdomain", env: "PIPEOPS_FRP_TUNNEL_SUBDOMAIN", doc: "Subdomain at frps. Default: the agent's id.",
 		set: checked(dnsLabel, func(c *Config) *string { return &c.FRP.Tunnel.Subdomain })},
 	{key: "frp.tunnel.custom_domains", env: "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS", kind: listKind, doc: "Domains at frps, instead of the subdomain.",
-		set: domains(func(c *Config) *[]string { return &c.FRP.Tunnel.CustomDomains })},
+		set: list(dnsName, func(c *Config) *[]string { return &c.FRP.Tunnel.CustomDomains })},
 	{key: "frp.tunnel.remote_port", env: "PIPEOPS_FRP_TUNNEL_REMOTE_PORT", kind: numberKind, doc: "Port at frps, for type tcp. Default: frps chooses.",
 		set: port(func(c *Config) *int { return &c.FRP.Tunnel.RemotePort })},
 
@@ -102,7 +102,7 @@ var settings = []setting{
 		set: duration(func(c *Config) *time.Duration { return &c.Proxy.DrainTimeout })},
 
 	{key: "runners.allowed_hosts", env: "PIPEOPS_RUNNERS_ALLOWED_HOSTS", def: "*.svc,*.svc.cluster.local", kind: listKind, doc: "Hosts that commands may be relayed to: names and IPs, or *.DOMAIN for all names below a domain.",
-		set: hosts(func(c *Config) *[]string { return &c.Runners.AllowedHosts })},
+		set: list(hostOrBelow, func(c *Config) *[]string { return &c.Runners.AllowedHosts })},
 
 	{key: "run_dir", env: "PIPEOPS_RUN_DIR", def: "/var/run/pipeops", doc: "Volume shared by the containers: frpc.toml and lease.json.",
 		set: text(func(c *Config) *string { return &c.RunDir })},
@@ -194,28 +194,15 @@ func proxyURL(field func(*Config) *frpc.Secret) func(*Config, string) error {
 	}
 }
 
-func domains(field func(*Config) *[]string) func(*Config, string) error {
+// list sets texts separated by commas, each as check returns it.
+func list(check func(string) (string, error), field func(*Config) *[]string) func(*Config, string) error {
 	return func(c *Config, v string) error {
-		for domain := range strings.SplitSeq(v, ",") {
-			domain, err := dnsName(strings.TrimSpace(domain))
+		for item := range strings.SplitSeq(v, ",") {
+			accepted, err := check(strings.TrimSpace(item))
 			if err != nil {
 				return err
 			}
-			*field(c) = append(*field(c), domain)
-		}
-		return nil
-	}
-}
-
-// hosts sets a list of hosts, lower-case; each may begin with "*.".
-func hosts(field func(*Config) *[]string) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		for item := range strings.SplitSeq(v, ",") {
-			item = strings.ToLower(strings.TrimSpace(item))
-			if _, err := host(strings.TrimPrefix(item, "*.")); err != nil {
-				return err
-			}
-			*field(c) = append(*field(c), item)
+			*field(c) = append(*field(c), accepted)
 		}
 		return nil
 	}
@@ -245,6 +232,13 @@ func host(v string) (string, error) {
 		return "", fmt.Errorf("%.100q is not a host: give a name or an IP alone, the port has a setting of its own", v)
 	}
 	return v, nil
+}
+
+// hostOrBelow takes a host, or "*." and the domain that hosts are below; in lower case.
+func hostOrBelow(v string) (string, error) {
+	v = strings.ToLower(v)
+	_, err := host(strings.TrimPrefix(v, "*."))
+	return v, err
 }
 
 // apiURL keeps the agent's token off the network in the clear.

@@ -280,7 +280,7 @@ func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
 		}
 	}
 	if size > maxHeaderSize {
-		WriteStatus(w, r, http.StatusRequestHeaderFieldsTooLarge, "RequestHeaderFieldsTooLarge", "the headers of the request are too large", 0)
+		WriteStatus(w, r, http.StatusRequestHeaderFieldsTooLarge, reasonLargeHeaders, largeHeaders, 0)
 		return "", false
 	}
 	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||

@@ -48,6 +48,11 @@ func WriteStatus(w http.ResponseWriter, r *http.Request, code int, reason metav1
 // errCredential is an API server that does not accept the agent's own credential.
 var errCredential = errors.New("the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted")
 
+const (
+	reasonLargeHeaders metav1.StatusReason = "RequestHeaderFieldsTooLarge"
+	largeHeaders       string              = "the headers of the request are too large"
+)
+
 // explain says which hop failed on the way to the API server, what happened and what to do.
 func explain(host string, err error) (code int, reason metav1.StatusReason, message string) {
 	var timeout net.Error
@@ -58,7 +63,7 @@ func explain(host string, err error) (code int, reason metav1.StatusReason, mess
 	}
 	switch {
 	case strings.Contains(err.Error(), "request header list larger"): // as HTTP/2 counts it
-		return http.StatusRequestHeaderFieldsTooLarge, "RequestHeaderFieldsTooLarge", "the headers of the request are too large"
+		return http.StatusRequestHeaderFieldsTooLarge, reasonLargeHeaders, largeHeaders
 	case strings.Contains(err.Error(), "cannot retry err") || strings.Contains(err.Error(), "cannot rewind body"):
 		return http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable,
 			fmt.Sprintf("the Kubernetes API server at %s has closed the connection before it looked at the request, whose body is too large to be kept for another try: send it again", host)

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -222,29 +223,10 @@ func fill(ctx context.Context, config *rest.Config, pods, morePods, nodes, moreN
 
 // inParallel calls do for each number, sixteen at a time, and returns one of the errors.
 func inParallel(from, to int, do func(int) error) error {
-	var next atomic.Int64
-	next.Store(int64(from))
-	failed := make(chan error, 16)
-	for range cap(failed) {
-		go func() {
-			for {
-				i := int(next.Add(1)) - 1
-				if i >= to {
-					failed <- nil
-					return
-				}
-				if err := do(i); err != nil {
-					failed <- err
-					return
-				}
-			}
-		}()
+	var group errgroup.Group
+	group.SetLimit(16)
+	for i := from; i < to; i++ {
+		group.Go(func() error { return do(i) })
 	}
-	var first error
-	for range cap(failed) {
-		if err := <-failed; err != nil && first == nil {
-			first = err
-		}
-	}
-	return first
+	return group.Wait()
 }

@@ -197,10 +197,19 @@ func eventuallyWithin(t *testing.T, timeout time.Duration, ready func() error) {
 	}
 }
 
-// get sends a request and returns the answer with its body.
+// get sends a GET and returns the answer with its body.
 func get(t *testing.T, client *http.Client, url string, header http.Header) (*http.Response, string) {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	return exchange(t, client, http.MethodGet, url, header, "")
+}
+
+// asItIs takes redirects for answers.
+var asItIs = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+
+// exchange sends a request and returns the answer with its body.
+func exchange(t *testing.T, client *http.Client, method, url string, header http.Header, body string) (*http.Response, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,9 +219,9 @@ func get(t *testing.T, client *http.Client, url string, header http.Header) (*ht
 		t.Fatal(err)
 	}
 	defer func() { _ = resp.Body.Close() }()
-	body, err := io.ReadAll(resp.Body)
+	answer, err := io.ReadAll(resp.Body)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return resp, string(body)
+	return resp, string(answer)
 }

@@ -104,25 +104,14 @@ func TestOpenAPI(t *testing.T) {
 	shown := map[string]bool{}
 	try := func(method, path, actual, token, body string) {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), method, w.agent.Tunnel+actual, strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
+		header := http.Header{}
 		if token != "" {
-			req.Header.Set("Authorization", "Bearer "+token)
+			header.Set("Authorization", "Bearer "+token)
 		}
 		if body != "plain" {
-			req.Header.Set("Content-Type", "application/json")
+			header.Set("Content-Type", "application/json")
 		}
-		resp, err := http.DefaultTransport.RoundTrip(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = resp.Body.Close() }()
-		answer, err := io.ReadAll(resp.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
+		resp, answer := exchange(t, asItIs, method, w.agent.Tunnel+actual, header, body)
 		key := fmt.Sprintf("%s %s %d", method, path, resp.StatusCode)
 		content, ok := said[key]
 		if !ok {
@@ -137,7 +126,7 @@ func TestOpenAPI(t *testing.T) {
 			return
 		}
 		if strings.HasSuffix(kind, "json") {
-			value, err := jsonschema.UnmarshalJSON(bytes.NewReader(answer))
+			value, err := jsonschema.UnmarshalJSON(strings.NewReader(answer))
 			if err != nil {
 				t.Errorf("%s: %v", key, err)
 			}

@@ -21,22 +21,8 @@ import (
 // post sends a body of JSON to the proxy of an agent.
 func post(t *testing.T, a *agent.Agent, path, body string) (*http.Response, string) {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, a.Tunnel+path, strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Authorization", "Bearer "+agentToken)
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := http.DefaultTransport.RoundTrip(req) // follows no redirects
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	answer, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return resp, string(answer)
+	header := http.Header{"Authorization": {"Bearer " + agentToken}, "Content-Type": {"application/json"}}
+	return exchange(t, asItIs, http.MethodPost, a.Tunnel+path, header, body)
 }
 
 // tell sends a message and expects it to be acknowledged.

@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -35,23 +34,10 @@ func TestSecretsStayInside(t *testing.T) {
 	var said strings.Builder
 	ask := func(method, path, body string, header http.Header) {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), method, w.agent.Tunnel+path, strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header = header
-		resp, err := http.DefaultTransport.RoundTrip(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = resp.Body.Close() }()
-		answer, err := io.ReadAll(resp.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
+		resp, answer := exchange(t, asItIs, method, w.agent.Tunnel+path, header, body)
 		said.WriteString(resp.Status + "\n")
 		_ = resp.Header.Write(&said)
-		said.Write(answer)
+		said.WriteString(answer)
 	}
 	right := http.Header{"Authorization": {"Bearer " + agentToken}, "Content-Type": {"application/json"}, "Cookie": {mark}, "X-A": {mark}}
 	wrong := http.Header{"Authorization": {"Bearer " + mark}, "Cookie": {mark}}

@@ -3,7 +3,6 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"strings"
 	"testing"
@@ -43,10 +42,6 @@ func (w *world) ask(method, path string) (*http.Response, string) {
 	w.t.Helper()
 	caller := agent.Caller(w.cp, agentID, agentToken)
 	url := strings.TrimSuffix(caller.Host, "/api/k8s") + path
-	req, err := http.NewRequestWithContext(w.t.Context(), method, url, nil)
-	if err != nil {
-		w.t.Fatal(err)
-	}
 	config, err := caller.TransportConfig()
 	if err != nil {
 		w.t.Fatal(err)
@@ -55,16 +50,7 @@ func (w *world) ask(method, path string) (*http.Response, string) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	resp, err := rt.RoundTrip(req)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return resp, string(body)
+	return exchange(w.t, &http.Client{Transport: rt}, method, url, nil, "")
 }
 
 func (w *world) status() agentStatus {
