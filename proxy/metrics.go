@@ -25,6 +25,7 @@ type metrics struct {
 	frpcRestarts                      prometheus.Counter
 	authFailures, commands            *prometheus.CounterVec
 	statusDuration                    prometheus.Histogram
+	statusRequests                    prometheus.Counter
 
 	handler http.Handler
 }
@@ -36,6 +37,9 @@ func newMetrics() *metrics {
 	gauges := func(name, help string, labels ...string) *prometheus.GaugeVec {
 		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "pipeops_agent_" + name, Help: help}, labels)
 	}
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: "pipeops_agent_" + name, Help: help})
+	}
 	gauge := func(name, help string) prometheus.Gauge {
 		return prometheus.NewGauge(prometheus.GaugeOpts{Name: "pipeops_agent_" + name, Help: help})
 	}
@@ -45,27 +49,22 @@ func newMetrics() *metrics {
 		})
 	}
 	m := &metrics{
-		requests: counters("http_requests_total", "HTTP requests answered.", "route", "method", "code"),
-		inFlight: gauges("http_requests_in_flight", "HTTP requests being answered now, streams included.", "listener"),
-		received: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "pipeops_agent_http_received_bytes_total", Help: "Bytes of request bodies and of upgraded connections, from callers.",
-		}),
-		sent: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "pipeops_agent_http_sent_bytes_total", Help: "Bytes of response bodies and of upgraded connections, to callers.",
-		}),
+		requests:       counters("http_requests_total", "HTTP requests answered.", "route", "method", "code"),
+		inFlight:       gauges("http_requests_in_flight", "HTTP requests being answered now, streams included.", "listener"),
+		received:       counter("http_received_bytes_total", "Bytes of request bodies and of upgraded connections, from callers."),
+		sent:           counter("http_sent_bytes_total", "Bytes of response bodies and of upgraded connections, to callers."),
 		kube:           counters("kubernetes_requests_total", "Requests for the Kubernetes API answered.", "verb", "code", "lane"),
 		kubeInFlight:   gauges("kubernetes_requests_in_flight", "Requests for the Kubernetes API being answered now.", "lane"),
 		latency:        histogram("kubernetes_upstream_duration_seconds", "Time from a request to the API server until the headers of its answer."),
 		checks:         gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
 		commands:       counters("runner_commands_total", "Commands for runners answered.", "code"),
 		statusDuration: histogram("cluster_read_duration_seconds", "Time to read the cluster for a status; answers that share a reading are not counted."),
+		statusRequests: counter("cluster_read_requests_total", "Requests to the API server that reading the cluster for a status took."),
 		authFailures:   counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
 		tunnelUp:       gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
 		leaseEnd:       gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
-		frpcRestarts: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "pipeops_agent_frpc_restarts_total", Help: "How often frpc was seen to be away and back.",
-		}),
+		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
 	}
 	for _, reason := range []string{"none", "several", "scheme", "token", "unconfigured"} {
 		m.authFailures.WithLabelValues(reason) // 0 until there is one
@@ -78,7 +77,7 @@ func newMetrics() *metrics {
 	build.Set(1)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.lastHeartbeat,
-		m.frpcRestarts, m.authFailures, m.commands, m.statusDuration, build,
+		m.frpcRestarts, m.authFailures, m.commands, m.statusDuration, m.statusRequests, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
 	return m

@@ -77,7 +77,7 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, log *slog.Logger
 		read = func() (frpc.Secret, error) { return config.ReadSecret(cfg.Agent.TokenFile) }
 	}
 	s := &server{
-		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, read, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration},
+		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, read, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
 		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(), log: log,
 	}
 	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)

@@ -56,6 +56,7 @@ const statusAge = 5 * time.Second
 type clusterSummary struct {
 	api      *kube.Proxy
 	duration prometheus.Histogram
+	requests prometheus.Counter
 
 	mu   sync.Mutex
 	at   time.Time
@@ -73,6 +74,7 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 		c.last = c.api.Summarize(ctx)
 		c.at = time.Now()
 		c.duration.Observe(c.at.Sub(begin).Seconds())
+		c.requests.Add(float64(c.last.Requests))
 	}
 	return c.last, c.at
 }

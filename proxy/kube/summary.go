@@ -25,6 +25,8 @@ type Summary struct {
 	Services    *int64            `json:"services"`
 	Pods        *int64            `json:"pods"`
 	Unavailable map[string]string `json:"unavailable,omitempty"` // name of the field: why it is null
+
+	Requests int `json:"-"` // that were made for it
 }
 
 // Nodes sums up all nodes.
@@ -49,8 +51,12 @@ const nodePage = 500
 // and for the nodes page by page. That costs the same for a cluster of any size but for the nodes.
 func (p *Proxy) Summarize(ctx context.Context) Summary {
 	s := Summary{Unavailable: map[string]string{}}
+	get := func(path string, read func(io.Reader) error) error {
+		s.Requests++
+		return p.get(ctx, path, read)
+	}
 	var version struct{ GitVersion, Platform string }
-	err := p.get(ctx, "/version", func(body io.Reader) error { return json.NewDecoder(body).Decode(&version) })
+	err := get("/version", func(body io.Reader) error { return json.NewDecoder(body).Decode(&version) })
 	if err != nil {
 		s.Unavailable["version"], s.Unavailable["platform"] = err.Error(), err.Error()
 	} else {
@@ -74,23 +80,26 @@ func (p *Proxy) Summarize(ctx context.Context) Summary {
 		{"services", "/api/v1/services", &s.Services},
 		{"pods", "/api/v1/pods", &s.Pods},
 	} {
-		n, err := p.count(ctx, resource.path)
+		n, err := count(get, resource.path)
 		if err != nil {
 			s.Unavailable[resource.field] = err.Error()
 			continue
 		}
 		*resource.count = &n
 	}
-	if s.Nodes, err = p.nodes(ctx); err != nil {
+	if s.Nodes, err = readNodes(get); err != nil {
 		s.Nodes, s.Unavailable["nodes"] = nil, err.Error()
 	}
 	return s
 }
 
+// getter asks for a path and hands the body of a 2xx to read.
+type getter func(path string, read func(io.Reader) error) error
+
 // count asks for one object, and for how many there are beside it.
-func (p *Proxy) count(ctx context.Context, path string) (int64, error) {
+func count(get getter, path string) (int64, error) {
 	var list metav1.PartialObjectMetadataList
-	err := p.get(ctx, path+"?limit=1", func(body io.Reader) error { return json.NewDecoder(body).Decode(&list) })
+	err := get(path+"?limit=1", func(body io.Reader) error { return json.NewDecoder(body).Decode(&list) })
 	n := int64(len(list.Items))
 	if list.RemainingItemCount != nil {
 		n += *list.RemainingItemCount
@@ -110,11 +119,11 @@ type node struct {
 	}
 }
 
-func (p *Proxy) nodes(ctx context.Context) (*Nodes, error) {
+func readNodes(get getter) (*Nodes, error) {
 	nodes := &Nodes{Versions: map[string]int64{}}
 	for next := ""; ; {
 		var meta metav1.ListMeta
-		err := p.get(ctx, "/api/v1/nodes?limit="+strconv.Itoa(nodePage)+"&continue="+url.QueryEscape(next), func(body io.Reader) error {
+		err := get("/api/v1/nodes?limit="+strconv.Itoa(nodePage)+"&continue="+url.QueryEscape(next), func(body io.Reader) error {
 			return eachNode(body, &meta, nodes.add)
 		})
 		if err != nil || meta.Continue == "" {
