@@ -216,7 +216,7 @@ func (l *loader) flatten(tree map[string]any, prefix string, values map[string]s
 			}
 			l.flatten(v, key+".", values)
 		case []any:
-			if s != nil && s.kind != listKind {
+			if s != nil && !holds[[]string](s) {
 				l.mistake(key, "is a list: give one value")
 				continue
 			}
@@ -236,13 +236,13 @@ func (l *loader) flatten(tree map[string]any, prefix string, values map[string]s
 		case string:
 			values[key] = v
 		case bool:
-			if s != nil && s.kind != boolKind {
+			if s != nil && !holds[bool](s) {
 				l.mistake(key, "YAML takes it for a boolean: put it in quotes")
 				continue
 			}
 			values[key] = strconv.FormatBool(v)
 		case json.Number:
-			if s != nil && s.kind != numberKind {
+			if s != nil && !holds[int](s) {
 				l.mistake(key, "YAML takes it for a number: put it in quotes")
 				continue
 			}
@@ -354,7 +354,7 @@ func ReadSecret(file string) (frpc.Secret, error) {
 	if value == "" {
 		return "", fmt.Errorf("%s is empty", file)
 	}
-	if err := checkToken(value); err != nil {
+	if _, err := checkToken(value); err != nil {
 		return "", fmt.Errorf("%s: %w", file, err)
 	}
 	return frpc.Secret(value), nil

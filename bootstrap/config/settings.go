@@ -14,143 +14,132 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 )
 
-// setting is one row of the configuration: its key in the file, its variable, its default and how a text
-// becomes its value. An empty value in the file or the environment is the same as none.
+// setting is one row of the configuration: its key in the file, its variable and its default.
 type setting struct {
-	key  string
-	env  string
-	def  string
-	doc  string
-	kind kind
-	set  func(c *Config, value string) error
+	key   string
+	env   string
+	def   string
+	doc   string
+	field func(c *Config) any            // points to the value, whose type says what YAML may give
+	check func(v string) (string, error) // gives a text, or each of a list, as it is kept; nil takes any
 }
-
-// kind is what YAML may give beside a text.
-type kind int
-
-const (
-	textKind kind = iota // a text alone: YAML makes a boolean of "no" and a number of "007"
-	boolKind
-	numberKind
-	listKind // or texts separated by commas
-)
 
 // settings is the whole configuration.
 var settings = []setting{
 	{key: "agent.id", env: "PIPEOPS_AGENT_ID", doc: "Id of the agent at the control plane. Required. Lower-case letters, digits and hyphens.",
-		set: checked(dnsLabel, func(c *Config) *string { return &c.Agent.ID })},
+		field: func(c *Config) any { return &c.Agent.ID }, check: dnsLabel},
 	{key: "agent.name", env: "PIPEOPS_AGENT_NAME", doc: "Name for people. Default: the id.",
-		set: text(func(c *Config) *string { return &c.Agent.Name })},
+		field: func(c *Config) any { return &c.Agent.Name }},
 	{key: "agent.cluster_name", env: "PIPEOPS_CLUSTER_NAME", doc: "Name of the cluster for people. Default: the id.",
-		set: text(func(c *Config) *string { return &c.Agent.ClusterName })},
+		field: func(c *Config) any { return &c.Agent.ClusterName }},
 	{key: "agent.instance", env: "PIPEOPS_INSTANCE", doc: "Tells the replicas of one agent apart. Default: the host name, which is the pod's name.",
-		set: checked(dnsName, func(c *Config) *string { return &c.Agent.Instance })},
+		field: func(c *Config) any { return &c.Agent.Instance }, check: dnsName},
 	{key: "agent.token", env: "PIPEOPS_AGENT_TOKEN", doc: "Token of the agent. Callers through the tunnel show the same token. Required, here or as a file.",
-		set: secret(func(c *Config) *frpc.Secret { return &c.Agent.Token })},
+		field: func(c *Config) any { return &c.Agent.Token }, check: checkToken},
 	{key: "agent.token_file", env: "PIPEOPS_AGENT_TOKEN_FILE", doc: "File that holds agent.token.",
-		set: text(func(c *Config) *string { return &c.Agent.TokenFile })},
+		field: func(c *Config) any { return &c.Agent.TokenFile }},
 	{key: "agent.api_url", env: "PIPEOPS_API_URL", def: "https://api.pipeops.io", doc: "URL of the control plane. https, or http to this host only.",
-		set: checked(apiURL, func(c *Config) *string { return &c.Agent.APIURL })},
+		field: func(c *Config) any { return &c.Agent.APIURL }, check: apiURL},
 	{key: "agent.ca_file", env: "PIPEOPS_API_CA_FILE", doc: "PEM file of the authorities that may sign the control plane's certificate. Default: the system's.",
-		set: text(func(c *Config) *string { return &c.Agent.CAFile })},
-	{key: "agent.debug", env: "PIPEOPS_DEBUG", def: "false", kind: boolKind, doc: "The same as logging.level debug.",
-		set: boolean(func(c *Config) *bool { return &c.Logging.Debug })},
+		field: func(c *Config) any { return &c.Agent.CAFile }},
+	{key: "agent.debug", env: "PIPEOPS_DEBUG", def: "false", doc: "The same as logging.level debug.",
+		field: func(c *Config) any { return &c.Logging.Debug }},
 
 	{key: "frp.server_addr", env: "PIPEOPS_FRP_SERVER_ADDR", def: "frp.pipeops.io", doc: "Host of frps. The lease may name another.",
-		set: checked(host, func(c *Config) *string { return &c.FRP.ServerAddr })},
-	{key: "frp.server_port", env: "PIPEOPS_FRP_SERVER_PORT", def: "7000", kind: numberKind, doc: "Port of frps. The lease may name another.",
-		set: port(func(c *Config) *int { return &c.FRP.ServerPort })},
+		field: func(c *Config) any { return &c.FRP.ServerAddr }, check: host},
+	{key: "frp.server_port", env: "PIPEOPS_FRP_SERVER_PORT", def: "7000", doc: "Port of frps. The lease may name another.",
+		field: func(c *Config) any { return &c.FRP.ServerPort }},
 	{key: "frp.token", env: "PIPEOPS_FRP_TOKEN", doc: "frp's shared token. Default: ask the control plane. If set, nobody is asked.",
-		set: secret(func(c *Config) *frpc.Secret { return &c.FRP.Token })},
+		field: func(c *Config) any { return &c.FRP.Token }, check: checkToken},
 	{key: "frp.token_file", env: "PIPEOPS_FRP_TOKEN_FILE", doc: "File that holds frp.token.",
-		set: text(func(c *Config) *string { return &c.FRP.TokenFile })},
-	{key: "frp.admin_port", env: "PIPEOPS_FRP_ADMIN_PORT", def: "7400", kind: numberKind, doc: "Port of frpc's admin API, on 127.0.0.1.",
-		set: port(func(c *Config) *int { return &c.FRP.AdminPort })},
+		field: func(c *Config) any { return &c.FRP.TokenFile }},
+	{key: "frp.admin_port", env: "PIPEOPS_FRP_ADMIN_PORT", def: "7400", doc: "Port of frpc's admin API, on 127.0.0.1.",
+		field: func(c *Config) any { return &c.FRP.AdminPort }},
 	{key: "frp.protocol", env: "PIPEOPS_FRP_PROTOCOL", def: "tcp", doc: "How frpc speaks to frps: tcp, kcp, quic, websocket or wss.",
-		set: oneOf(func(c *Config) *string { return &c.FRP.Protocol }, "tcp", "kcp", "quic", "websocket", "wss")},
+		field: func(c *Config) any { return &c.FRP.Protocol }, check: oneOf("tcp", "kcp", "quic", "websocket", "wss")},
 	{key: "frp.proxy_url", env: "PIPEOPS_FRP_PROXY_URL", doc: "HTTP or SOCKS5 proxy between frpc and frps.",
-		set: proxyURL(func(c *Config) *frpc.Secret { return &c.FRP.ProxyURL })},
+		field: func(c *Config) any { return &c.FRP.ProxyURL }, check: proxyURL},
 	{key: "frp.tls.ca_file", env: "PIPEOPS_FRP_TLS_CA_FILE", doc: "PEM file of the authorities that may sign frps's certificate. Without it frpc encrypts but verifies nothing.",
-		set: text(func(c *Config) *string { return &c.FRP.TLS.CAFile })},
+		field: func(c *Config) any { return &c.FRP.TLS.CAFile }},
 	{key: "frp.tls.server_name", env: "PIPEOPS_FRP_TLS_SERVER_NAME", doc: "Name in frps's certificate. Default: the server's address.",
-		set: text(func(c *Config) *string { return &c.FRP.TLS.ServerName })},
+		field: func(c *Config) any { return &c.FRP.TLS.ServerName }},
 	{key: "frp.tls.cert_file", env: "PIPEOPS_FRP_TLS_CERT_FILE", doc: "Client certificate for frps, PEM.",
-		set: text(func(c *Config) *string { return &c.FRP.TLS.CertFile })},
+		field: func(c *Config) any { return &c.FRP.TLS.CertFile }},
 	{key: "frp.tls.key_file", env: "PIPEOPS_FRP_TLS_KEY_FILE", doc: "Key of the client certificate, PEM.",
-		set: text(func(c *Config) *string { return &c.FRP.TLS.KeyFile })},
+		field: func(c *Config) any { return &c.FRP.TLS.KeyFile }},
 	{key: "frp.tunnel.type", env: "PIPEOPS_FRP_TUNNEL_TYPE", def: "http", doc: "Type of the frp proxy: http or tcp. The lease may name another.",
-		set: oneOf(func(c *Config) *string { return &c.FRP.Tunnel.Type }, "http", "tcp")},
+		field: func(c *Config) any { return &c.FRP.Tunnel.Type }, check: oneOf("http", "tcp")},
 	{key: "frp.tunnel.subdomain", env: "PIPEOPS_FRP_TUNNEL_SUBDOMAIN", doc: "Subdomain at frps. Default: the agent's id.",
-		set: checked(dnsLabel, func(c *Config) *string { return &c.FRP.Tunnel.Subdomain })},
-	{key: "frp.tunnel.custom_domains", env: "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS", kind: listKind, doc: "Domains at frps, instead of the subdomain.",
-		set: list(dnsName, func(c *Config) *[]string { return &c.FRP.Tunnel.CustomDomains })},
-	{key: "frp.tunnel.remote_port", env: "PIPEOPS_FRP_TUNNEL_REMOTE_PORT", kind: numberKind, doc: "Port at frps, for type tcp. Default: frps chooses.",
-		set: port(func(c *Config) *int { return &c.FRP.Tunnel.RemotePort })},
+		field: func(c *Config) any { return &c.FRP.Tunnel.Subdomain }, check: dnsLabel},
+	{key: "frp.tunnel.custom_domains", env: "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS", doc: "Domains at frps, instead of the subdomain.",
+		field: func(c *Config) any { return &c.FRP.Tunnel.CustomDomains }, check: dnsName},
+	{key: "frp.tunnel.remote_port", env: "PIPEOPS_FRP_TUNNEL_REMOTE_PORT", doc: "Port at frps, for type tcp. Default: frps chooses.",
+		field: func(c *Config) any { return &c.FRP.Tunnel.RemotePort }},
 
 	{key: "kubernetes.kubeconfig", env: "KUBECONFIG", doc: "Kubeconfig of the cluster. Default: in-cluster, else ~/.kube/config.",
-		set: text(func(c *Config) *string { return &c.Kubernetes.Kubeconfig })},
-	{key: "kubernetes.in_cluster", def: "false", kind: boolKind, doc: "Use the pod's ServiceAccount and nothing else.",
-		set: boolean(func(c *Config) *bool { return &c.Kubernetes.InCluster })},
+		field: func(c *Config) any { return &c.Kubernetes.Kubeconfig }},
+	{key: "kubernetes.in_cluster", def: "false", doc: "Use the pod's ServiceAccount and nothing else.",
+		field: func(c *Config) any { return &c.Kubernetes.InCluster }},
 	{key: "kubernetes.namespace", env: "PIPEOPS_NAMESPACE", def: "pipeops-system", doc: "Namespace of the agent, where it keeps the registry of runners.",
-		set: checked(dnsLabel, func(c *Config) *string { return &c.Kubernetes.Namespace })},
+		field: func(c *Config) any { return &c.Kubernetes.Namespace }, check: dnsLabel},
 
 	{key: "proxy.listen_addr", env: "PIPEOPS_LISTEN_ADDR", def: "127.0.0.1:8080", doc: "Where frpc finds the proxy: everything is served here.",
-		set: checked(listenAddr, func(c *Config) *string { return &c.Proxy.ListenAddr })},
+		field: func(c *Config) any { return &c.Proxy.ListenAddr }, check: listenAddr},
 	{key: "proxy.metrics_addr", env: "PIPEOPS_METRICS_ADDR", def: ":9090", doc: "Where the kubelet and Prometheus find the proxy: probes and metrics only.",
-		set: checked(listenAddr, func(c *Config) *string { return &c.Proxy.MetricsAddr })},
+		field: func(c *Config) any { return &c.Proxy.MetricsAddr }, check: listenAddr},
 	{key: "proxy.drain_timeout", env: "PIPEOPS_DRAIN_TIMEOUT", def: "25s", doc: "How long running streams may go on after SIGTERM.",
-		set: duration(func(c *Config) *time.Duration { return &c.Proxy.DrainTimeout })},
+		field: func(c *Config) any { return &c.Proxy.DrainTimeout }},
 
-	{key: "runners.allowed_hosts", env: "PIPEOPS_RUNNERS_ALLOWED_HOSTS", def: "*.svc,*.svc.cluster.local", kind: listKind, doc: "Hosts that commands may be relayed to: names and IPs, or *.DOMAIN for all names below a domain.",
-		set: list(hostOrBelow, func(c *Config) *[]string { return &c.Runners.AllowedHosts })},
+	{key: "runners.allowed_hosts", env: "PIPEOPS_RUNNERS_ALLOWED_HOSTS", def: "*.svc,*.svc.cluster.local", doc: "Hosts that commands may be relayed to: names and IPs, or *.DOMAIN for all names below a domain.",
+		field: func(c *Config) any { return &c.Runners.AllowedHosts }, check: hostOrBelow},
 
 	{key: "run_dir", env: "PIPEOPS_RUN_DIR", def: "/var/run/pipeops", doc: "Volume shared by the containers: frpc.toml and lease.json.",
-		set: text(func(c *Config) *string { return &c.RunDir })},
+		field: func(c *Config) any { return &c.RunDir }},
 	{key: "logging.level", env: "PIPEOPS_LOG_LEVEL", def: "info", doc: "debug, info, warn or error.",
-		set: oneOf(func(c *Config) *string { return &c.Logging.Level }, "debug", "info", "warn", "error")},
+		field: func(c *Config) any { return &c.Logging.Level }, check: oneOf("debug", "info", "warn", "error")},
 	{key: "logging.format", env: "PIPEOPS_LOG_FORMAT", def: "json", doc: "json or text.",
-		set: oneOf(func(c *Config) *string { return &c.Logging.Format }, "json", "text")},
+		field: func(c *Config) any { return &c.Logging.Format }, check: oneOf("json", "text")},
 }
 
-func text(field func(*Config) *string) func(*Config, string) error {
-	return func(c *Config, v string) error { *field(c) = v; return nil }
-}
-
-// checked sets a text that check has accepted, as check returns it.
-func checked(check func(string) (string, error), field func(*Config) *string) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		accepted, err := check(v)
-		if err != nil {
-			accepted = v // so that it does not count as missing too
+// set gives the setting a value from its text.
+func (s *setting) set(c *Config, v string) (err error) {
+	switch field := s.field(c).(type) {
+	case *string:
+		*field = v
+		if s.check != nil {
+			*field, err = s.check(v)
 		}
-		*field(c) = accepted
-		return err
-	}
-}
-
-func secret(field func(*Config) *frpc.Secret) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		*field(c) = frpc.Secret(v)
-		return checkToken(v)
-	}
-}
-
-func boolean(field func(*Config) *bool) func(*Config, string) error {
-	return func(c *Config, v string) error {
+	case *frpc.Secret:
+		_, err = s.check(v)
+		*field = frpc.Secret(v)
+	case *[]string:
+		for item := range strings.SplitSeq(v, ",") {
+			accepted, err := s.check(strings.TrimSpace(item))
+			if err != nil {
+				return err
+			}
+			*field = append(*field, accepted)
+		}
+	case *int:
+		*field, err = portNumber(v)
+	case *bool:
+		*field = v == "true"
 		if v != "true" && v != "false" {
 			return fmt.Errorf("%q is neither true nor false", v)
 		}
-		*field(c) = v == "true"
-		return nil
+	case *time.Duration:
+		*field, err = time.ParseDuration(v)
+		if err != nil || *field < 0 {
+			return fmt.Errorf("%q is not a duration: give one such as 25s or 2m", v)
+		}
 	}
+	return err
 }
 
-func port(field func(*Config) *int) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		n, err := portNumber(v)
-		*field(c) = n
-		return err
-	}
+// holds tells whether the setting's value is a T.
+func holds[T any](s *setting) bool {
+	_, ok := s.field(&Config{}).(*T)
+	return ok
 }
 
 func portNumber(v string) (int, error) {
@@ -161,51 +150,22 @@ func portNumber(v string) (int, error) {
 	return n, nil
 }
 
-func duration(field func(*Config) *time.Duration) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		d, err := time.ParseDuration(v)
-		if err != nil || d < 0 {
-			return fmt.Errorf("%q is not a duration: give one such as 25s or 2m", v)
-		}
-		*field(c) = d
-		return nil
-	}
-}
-
-func oneOf(field func(*Config) *string, names ...string) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		*field(c) = v
+func oneOf(names ...string) func(string) (string, error) {
+	return func(v string) (string, error) {
 		if !slices.Contains(names, v) {
-			return fmt.Errorf("%q is unknown: choose one of %s", v, strings.Join(names, ", "))
+			return v, fmt.Errorf("%q is unknown: choose one of %s", v, strings.Join(names, ", "))
 		}
-		return nil
+		return v, nil
 	}
 }
 
-func proxyURL(field func(*Config) *frpc.Secret) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		*field(c) = frpc.Secret(v)
-		u, err := url.Parse(v)
-		// The value is not repeated: it may hold a password.
-		if err != nil || u.Host == "" || !slices.Contains([]string{"http", "socks5", "ntlm"}, u.Scheme) {
-			return errors.New("is not a proxy's URL: give http://, socks5:// or ntlm:// with a host and port")
-		}
-		return nil
+// proxyURL does not repeat the value: it may hold a password.
+func proxyURL(v string) (string, error) {
+	u, err := url.Parse(v)
+	if err != nil || u.Host == "" || !slices.Contains([]string{"http", "socks5", "ntlm"}, u.Scheme) {
+		return v, errors.New("is not a proxy's URL: give http://, socks5:// or ntlm:// with a host and port")
 	}
-}
-
-// list sets texts separated by commas, each as check returns it.
-func list(check func(string) (string, error), field func(*Config) *[]string) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		for item := range strings.SplitSeq(v, ",") {
-			accepted, err := check(strings.TrimSpace(item))
-			if err != nil {
-				return err
-			}
-			*field(c) = append(*field(c), accepted)
-		}
-		return nil
-	}
+	return v, nil
 }
 
 var (
@@ -215,21 +175,21 @@ var (
 
 func dnsLabel(v string) (string, error) {
 	if !labelPattern.MatchString(v) {
-		return "", fmt.Errorf("%.100q is not a DNS label: give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends", v)
+		return v, fmt.Errorf("%.100q is not a DNS label: give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends", v)
 	}
 	return v, nil
 }
 
 func dnsName(v string) (string, error) {
 	if !namePattern.MatchString(v) {
-		return "", fmt.Errorf("%.100q is not a DNS name: give letters, digits, hyphens and dots", v)
+		return v, fmt.Errorf("%.100q is not a DNS name: give letters, digits, hyphens and dots", v)
 	}
 	return v, nil
 }
 
 func host(v string) (string, error) {
 	if net.ParseIP(v) == nil && !namePattern.MatchString(v) {
-		return "", fmt.Errorf("%.100q is not a host: give a name or an IP alone, the port has a setting of its own", v)
+		return v, fmt.Errorf("%.100q is not a host: give a name or an IP alone, the port has a setting of its own", v)
 	}
 	return v, nil
 }
@@ -245,15 +205,15 @@ func hostOrBelow(v string) (string, error) {
 func apiURL(v string) (string, error) {
 	u, err := url.Parse(v)
 	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Scheme != "https" && u.Scheme != "http" {
-		return "", errors.New("is not the URL of a control plane: give https:// with a host, a port if need be, and a path if need be")
+		return v, errors.New("is not the URL of a control plane: give https:// with a host, a port if need be, and a path if need be")
 	}
 	if u.Port() != "" {
 		if _, err := portNumber(u.Port()); err != nil {
-			return "", err
+			return v, err
 		}
 	}
 	if u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
-		return "", errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
+		return v, errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
 	}
 	return strings.TrimRight(v, "/"), nil
 }
@@ -264,17 +224,17 @@ func listenAddr(v string) (string, error) {
 		_, err = portNumber(port)
 	}
 	if err != nil {
-		return "", fmt.Errorf("%q is not an address to listen on: give host:port or :port", v)
+		return v, fmt.Errorf("%q is not an address to listen on: give host:port or :port", v)
 	}
 	return v, nil
 }
 
 // checkToken refuses what no HTTP header can carry, above all the line break at the end of a copied token.
-func checkToken(v string) error {
+func checkToken(v string) (string, error) {
 	for _, r := range v {
 		if r <= ' ' || r > '~' {
-			return errors.New("holds a space, a line break or a character outside ASCII: copy the token again")
+			return v, errors.New("holds a space, a line break or a character outside ASCII: copy the token again")
 		}
 	}
-	return nil
+	return v, nil
 }
