@@ -298,7 +298,7 @@ func (l *loader) complete() {
 	}
 	tunnel := &c.FRP.Tunnel
 	switch tunnel.Type {
-	case "http":
+	case "http", "https":
 		if tunnel.RemotePort != 0 {
 			l.mistake("frp.tunnel.remote_port", "is for frp.tunnel.type tcp only: remove it or change the type")
 		}

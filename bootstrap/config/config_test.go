@@ -81,6 +81,16 @@ func TestTokenFile(t *testing.T) {
 	}
 }
 
+func TestHTTPSTunnelIsNamedAsHTTP(t *testing.T) {
+	c, err := Load("", environment(map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_FRP_TUNNEL_TYPE": "https"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tunnel := c.FRP.Tunnel; tunnel.Type != "https" || tunnel.Subdomain != "a" {
+		t.Errorf("got %+v", tunnel)
+	}
+}
+
 // TestMistakes: each mistake gives its own line, which names key and variable and what to do.
 func TestMistakes(t *testing.T) {
 	empty := file(t, "\n")
