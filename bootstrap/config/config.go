@@ -39,15 +39,16 @@ type Config struct {
 		CAFile      string
 	}
 	FRP struct {
-		ServerAddr string
-		ServerPort int
-		Token      frpc.Secret // empty: ask the control plane
-		TokenFile  string
-		AdminPort  int
-		Protocol   string
-		ProxyURL   frpc.Secret
-		TLS        frpc.TLS
-		Tunnel     frpc.Tunnel // Type, Subdomain, CustomDomains and RemotePort
+		ServerAddr   string
+		ServerPort   int
+		Token        frpc.Secret // empty: ask the control plane
+		TokenFile    string
+		AdminPort    int
+		Protocol     string
+		ProxyURL     frpc.Secret
+		ProxyURLFile string
+		TLS          frpc.TLS
+		Tunnel       frpc.Tunnel // Type, Subdomain, CustomDomains and RemotePort
 	}
 	Kubernetes struct {
 		Kubeconfig string
@@ -271,11 +272,12 @@ func (l *loader) complete() {
 	if c.Agent.ID == "" && !l.told["agent.id"] && !l.noFile {
 		l.mistake("agent.id", "required: the id that the control plane gave this agent")
 	}
-	l.secret(&c.Agent.Token, c.Agent.TokenFile, "agent.token", "agent.token_file")
+	l.secret("agent.token")
 	if c.Agent.Token == "" && c.Agent.TokenFile == "" && !l.told["agent.token"] && !l.told["agent.token_file"] && !l.noFile {
 		l.mistake("agent.token", "required: the token that the control plane gave this agent, here or in the file that agent.token_file (PIPEOPS_AGENT_TOKEN_FILE) names")
 	}
-	l.secret(&c.FRP.Token, c.FRP.TokenFile, "frp.token", "frp.token_file")
+	l.secret("frp.token")
+	l.secret("frp.proxy_url")
 	if c.Agent.Name == "" {
 		c.Agent.Name = c.Agent.ID
 	}
@@ -329,32 +331,36 @@ func (l *loader) complete() {
 }
 
 // secret takes a secret from its file if one is named.
-func (l *loader) secret(to *frpc.Secret, file, key, fileKey string) {
-	if file == "" {
+func (l *loader) secret(key string) {
+	s, file := find(key), find(key+"_file")
+	path := file.get(l.config)
+	if path == "" {
 		return
 	}
-	if *to != "" {
-		l.mistake(key, "contradicts %s: remove one of them", fileKey)
+	if s.get(l.config) != "" {
+		l.mistake(key, "contradicts %s: remove one of them", file.key)
 		return
 	}
-	secret, err := ReadSecret(file)
+	value, err := readSecret(path, s.check)
 	if err != nil {
-		l.mistake(fileKey, "%v", err)
+		l.mistake(file.key, "%v", err)
 	}
-	*to = secret
+	*s.field(l.config).(*frpc.Secret) = value
 }
 
 // ReadSecret reads the file of a setting such as agent.token_file.
-func ReadSecret(file string) (frpc.Secret, error) {
+func ReadSecret(file string) (frpc.Secret, error) { return readSecret(file, checkToken) }
+
+func readSecret(file string, check func(string) (string, error)) (frpc.Secret, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("%w: create the file or correct its path", err)
 	}
 	value := strings.TrimSpace(string(data))
 	if value == "" {
-		return "", fmt.Errorf("%s is empty", file)
+		return "", fmt.Errorf("%s is empty: write the secret into it", file)
 	}
-	if _, err := checkToken(value); err != nil {
+	if _, err := check(value); err != nil {
 		return "", fmt.Errorf("%s: %w", file, err)
 	}
 	return frpc.Secret(value), nil

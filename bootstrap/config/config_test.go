@@ -70,14 +70,18 @@ func TestEnvironmentOverFileOverDefault(t *testing.T) {
 	}
 }
 
-func TestTokenFile(t *testing.T) {
-	path := file(t, "hunter2\n") // the line break at its end is not part of it
-	c, err := Load("", environment(map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": path}))
+func TestSecretFiles(t *testing.T) {
+	c, err := Load("", environment(map[string]string{
+		"PIPEOPS_AGENT_ID":           "a",
+		"PIPEOPS_AGENT_TOKEN_FILE":   file(t, "hunter2\n"), // the line break at its end is not part of it
+		"PIPEOPS_FRP_TOKEN_FILE":     file(t, "hunter3\n"),
+		"PIPEOPS_FRP_PROXY_URL_FILE": file(t, "http://u:hunter2@proxy:3128\n"),
+	}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Agent.Token.Reveal() != "hunter2" {
-		t.Errorf("got %q", c.Agent.Token.Reveal())
+	if c.Agent.Token != "hunter2" || c.FRP.Token != "hunter3" || c.FRP.ProxyURL != "http://u:hunter2@proxy:3128" {
+		t.Errorf("got %q, %q and %q", c.Agent.Token.Reveal(), c.FRP.Token.Reveal(), c.FRP.ProxyURL.Reveal())
 	}
 }
 
@@ -157,10 +161,10 @@ func TestMistakes(t *testing.T) {
 				"proxy.metrics_addr (PIPEOPS_METRICS_ADDR): is the same as proxy.listen_addr: choose another port",
 			}},
 		{"empty token file", "", map[string]string{"PIPEOPS_AGENT_TOKEN": "", "PIPEOPS_AGENT_TOKEN_FILE": empty}, []string{
-			"agent.token_file (PIPEOPS_AGENT_TOKEN_FILE): " + empty + " is empty",
+			"agent.token_file (PIPEOPS_AGENT_TOKEN_FILE): " + empty + " is empty: write the secret into it",
 		}},
 		{"missing token file", "", map[string]string{"PIPEOPS_FRP_TOKEN_FILE": "/nonexistent"}, []string{
-			"frp.token_file (PIPEOPS_FRP_TOKEN_FILE): open /nonexistent: no such file or directory",
+			"frp.token_file (PIPEOPS_FRP_TOKEN_FILE): open /nonexistent: no such file or directory: create the file or correct its path",
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {

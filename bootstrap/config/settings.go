@@ -59,6 +59,8 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.FRP.Protocol }, check: oneOf("tcp", "kcp", "quic", "websocket", "wss")},
 	{key: "frp.proxy_url", env: "PIPEOPS_FRP_PROXY_URL", doc: "HTTP or SOCKS5 proxy between frpc and frps.",
 		field: func(c *Config) any { return &c.FRP.ProxyURL }, check: proxyURL},
+	{key: "frp.proxy_url_file", env: "PIPEOPS_FRP_PROXY_URL_FILE", doc: "File that holds frp.proxy_url.",
+		field: func(c *Config) any { return &c.FRP.ProxyURLFile }},
 	{key: "frp.tls.ca_file", env: "PIPEOPS_FRP_TLS_CA_FILE", doc: "PEM file of the authorities that may sign frps's certificate. Without it frpc encrypts but verifies nothing.",
 		field: func(c *Config) any { return &c.FRP.TLS.CAFile }},
 	{key: "frp.tls.server_name", env: "PIPEOPS_FRP_TLS_SERVER_NAME", doc: "Name in frps's certificate. Default: the server's address.",
@@ -134,6 +136,25 @@ func (s *setting) set(c *Config, v string) (err error) {
 		}
 	}
 	return err
+}
+
+// get gives the value as a text, as set takes it; of a secret only that it is set.
+func (s *setting) get(c *Config) string {
+	switch field := s.field(c).(type) {
+	case *[]string:
+		return strings.Join(*field, ",")
+	case *int:
+		if *field == 0 { // not set: no port is 0
+			return ""
+		}
+		return strconv.Itoa(*field)
+	case *bool:
+		return strconv.FormatBool(*field)
+	case *string:
+		return *field
+	default: // frpc.Secret, time.Duration
+		return field.(fmt.Stringer).String()
+	}
 }
 
 // holds tells whether the setting's value is a T.
