@@ -3,7 +3,7 @@
 package config
 
 import (
-	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -99,7 +99,12 @@ func Load(path string, getenv func(string) string) (*Config, error) {
 		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
-		l.mistakes = append(l.mistakes, fmt.Sprintf("%s: unknown key: remove it or correct its name", key))
+		if name := keyName.FindString(key); name != key {
+			// What follows the name may be a secret.
+			l.mistakes = append(l.mistakes, name+": is not followed by a colon and a space: write NAME: VALUE")
+		} else {
+			l.mistakes = append(l.mistakes, key+": unknown key: remove it or correct its name")
+		}
 	}
 	l.complete()
 	if len(l.mistakes) > 0 {
@@ -145,10 +150,7 @@ func (l *loader) unreadable(format string, args ...any) {
 // readFile gives the file's values as text, by dotted key; lists are joined with commas.
 func (l *loader) readFile(path string) map[string]string {
 	values := map[string]string{}
-	name := path
-	if path == "" {
-		name = DefaultPath
-	}
+	name := cmp.Or(path, DefaultPath)
 	data, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) && path == "" {
 		return values
@@ -161,16 +163,10 @@ func (l *loader) readFile(path string) map[string]string {
 		l.unreadable("%s: holds a second document after ---: give one", name)
 		return values
 	}
-	asJSON, err := yaml.YAMLToJSONStrict(data)
-	if err != nil {
-		l.unreadable("%s: %s", name, explainYAML(err))
-		return values
-	}
-	decoder := json.NewDecoder(bytes.NewReader(asJSON))
-	decoder.UseNumber()
 	var tree any
-	if err := decoder.Decode(&tree); err != nil {
-		l.unreadable("%s: %v", name, err)
+	exactNumbers := func(d *json.Decoder) *json.Decoder { d.UseNumber(); return d }
+	if err := yaml.UnmarshalStrict(data, &tree, exactNumbers); err != nil {
+		l.unreadable("%s: %s", name, explainYAML(err))
 		return values
 	}
 	switch tree := tree.(type) {
@@ -187,6 +183,7 @@ var (
 	yamlSecond    = regexp.MustCompile(`(?m)^[^#\s-].*\n([^\n]*\n)*---(\s|$)`)
 	yamlDuplicate = regexp.MustCompile(`line \d+: key "[^"]*" already set`)
 	yamlLine      = regexp.MustCompile(`line \d+`)
+	keyName       = regexp.MustCompile(`^[\w.-]*`)
 )
 
 // explainYAML says where a file is wrong, and does not repeat what stands there: it may be a secret.
@@ -205,19 +202,23 @@ func (l *loader) flatten(tree map[string]any, prefix string, values map[string]s
 	for _, k := range slices.Sorted(maps.Keys(tree)) {
 		key := prefix + k
 		s := find(key)
-		if _, isMap := tree[k].(map[string]any); isSection(key) && !isMap && tree[k] != nil {
-			l.mistake(key, "is a section: give it keys")
+		if s == nil {
+			section, isMap := tree[k].(map[string]any)
+			switch {
+			case !isSection(key):
+				values[key] = "" // unknown
+			case isMap:
+				l.flatten(section, key+".", values)
+			case tree[k] != nil:
+				l.mistake(key, "is a section: give it keys")
+			}
 			continue
 		}
 		switch v := tree[k].(type) {
 		case map[string]any:
-			if s != nil {
-				l.mistake(key, "is a mapping: give one value")
-				continue
-			}
-			l.flatten(v, key+".", values)
+			l.mistake(key, "is a mapping: give one value")
 		case []any:
-			if s != nil && !holds[[]string](s) {
+			if !holds[[]string](s) {
 				l.mistake(key, "is a list: give one value")
 				continue
 			}
@@ -229,21 +230,21 @@ func (l *loader) flatten(tree map[string]any, prefix string, values map[string]s
 				}
 				items[i] = text
 			}
-			values[key] = strings.Join(items, ",")
-		case nil:
-			if s == nil && !isSection(key) {
-				values[key] = "" // unknown
+			if !l.told[key] {
+				values[key] = strings.Join(items, ",")
 			}
 		case string:
-			values[key] = v
+			if v != "" { // else none; only an empty list is a value
+				values[key] = v
+			}
 		case bool:
-			if s != nil && !holds[bool](s) {
+			if !holds[bool](s) {
 				l.mistake(key, "YAML takes it for a boolean: put it in quotes")
 				continue
 			}
 			values[key] = strconv.FormatBool(v)
 		case json.Number:
-			if s != nil && !holds[int](s) {
+			if !holds[int](s) {
 				l.mistake(key, "YAML takes it for a number: put it in quotes")
 				continue
 			}

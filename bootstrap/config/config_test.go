@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -95,96 +96,39 @@ func TestHTTPSTunnelIsNamedAsHTTP(t *testing.T) {
 	}
 }
 
-// TestMistakes: each mistake gives its own line, which names key and variable and what to do.
+// TestMistakes: each file of the folder, with the environment in its comments, gives exactly the errors in its
+// comments. {file} stands for its path.
 func TestMistakes(t *testing.T) {
-	empty := file(t, "\n")
-	for _, test := range []struct {
-		name, file string
-		env        map[string]string
-		want       []string
-	}{
-		{"nothing at all", "", map[string]string{"PIPEOPS_AGENT_ID": "", "PIPEOPS_AGENT_TOKEN": ""}, []string{
-			"agent.id (PIPEOPS_AGENT_ID): required: the id that the control plane gave this agent",
-			"agent.token (PIPEOPS_AGENT_TOKEN): required: the token that the control plane gave this agent, here or in the file that agent.token_file (PIPEOPS_AGENT_TOKEN_FILE) names",
-		}},
-		{"unknown keys", "agent: {idd: x}\nfrp: {tls: {ca: x}}\nextra: 1\n", nil, []string{
-			"agent.idd: unknown key: remove it or correct its name",
-			"extra: unknown key: remove it or correct its name",
-			"frp.tls.ca: unknown key: remove it or correct its name",
-		}},
-		{"duplicate key", "agent: {name: x, name: y}\n", nil, []string{`{file}: line 1: key "name" already set`}},
-		{"not YAML", "agent: {", nil, []string{"{file}: is not YAML, at or before line 1"}},
-		{"a secret that YAML trips over", "agent: {token: *hunter2}", nil, []string{"{file}: is not YAML: check its quotes, anchors and tags"}},
-		{"not a mapping", "- a\n", nil, []string{"{file}: is not a mapping of keys to values"}},
-		{"a section that is a value", "agent: x\n", nil, []string{"agent: is a section: give it keys"}},
-		{"second document", "agent: {name: a}\n---\nagent: {name: b}\n", nil, []string{"{file}: holds a second document after ---: give one"}},
-		{"texts of addresses", "", map[string]string{"PIPEOPS_FRP_SERVER_ADDR": "127.0.0.1:7000", "PIPEOPS_API_URL": "https://a:70000", "PIPEOPS_FRP_ADMIN_PORT": "9090"}, []string{
-			`agent.api_url (PIPEOPS_API_URL): "70000" is not a port: give a number from 1 to 65535 (from the environment)`,
-			`frp.server_addr (PIPEOPS_FRP_SERVER_ADDR): "127.0.0.1:7000" is not a host: give a name or an IP alone, the port has a setting of its own (from the environment)`,
-			"frp.admin_port (PIPEOPS_FRP_ADMIN_PORT): is a port of the proxy too: choose another",
-		}},
-		{"wrong shapes", "agent: {id: {a: b}, name: [x]}\nfrp: {tunnel: {custom_domains: [1]}}\n", nil, []string{
-			"agent.id (PIPEOPS_AGENT_ID): is a mapping: give one value",
-			"agent.name (PIPEOPS_AGENT_NAME): is a list: give one value",
-			"frp.tunnel.custom_domains (PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS): item 1 of the list is not a text: put it in quotes",
-		}},
-		{"wrong types", "agent: {debug: maybe}\nfrp: {server_port: 70000}\nproxy: {drain_timeout: \"25\"}\n", nil, []string{
-			`agent.debug (PIPEOPS_DEBUG): "maybe" is neither true nor false (from the file)`,
-			`frp.server_port (PIPEOPS_FRP_SERVER_PORT): "70000" is not a port: give a number from 1 to 65535 (from the file)`,
-			`proxy.drain_timeout (PIPEOPS_DRAIN_TIMEOUT): "25" is not a duration: give one such as 25s or 2m (from the file)`,
-		}},
-		{"texts that YAML takes for something else", "agent: {id: 007, name: no}\n", map[string]string{"PIPEOPS_AGENT_ID": ""}, []string{
-			"agent.id (PIPEOPS_AGENT_ID): YAML takes it for a number: put it in quotes",
-			"agent.name (PIPEOPS_AGENT_NAME): YAML takes it for a boolean: put it in quotes",
-		}},
-		{"unknown names", "", map[string]string{"PIPEOPS_LOG_LEVEL": "loud", "PIPEOPS_FRP_PROTOCOL": "udp", "PIPEOPS_AGENT_ID": "Not A Label", "PIPEOPS_LISTEN_ADDR": "8080"}, []string{
-			`agent.id (PIPEOPS_AGENT_ID): "Not A Label" is not a DNS label: give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends (from the environment)`,
-			`frp.protocol (PIPEOPS_FRP_PROTOCOL): "udp" is unknown: choose one of tcp, kcp, quic, websocket, wss (from the environment)`,
-			`proxy.listen_addr (PIPEOPS_LISTEN_ADDR): "8080" is not an address to listen on: give host:port or :port (from the environment)`,
-			`logging.level (PIPEOPS_LOG_LEVEL): "loud" is unknown: choose one of debug, info, warn, error (from the environment)`,
-		}},
-		{"token in the clear", "", map[string]string{"PIPEOPS_API_URL": "http://control.example"}, []string{
-			"agent.api_url (PIPEOPS_API_URL): would send the agent's token in the clear: give https:// (http:// is for this host only) (from the environment)",
-		}},
-		{"token with a line break", "", map[string]string{"PIPEOPS_AGENT_TOKEN": "hunter2\n"}, []string{
-			"agent.token (PIPEOPS_AGENT_TOKEN): holds a space, a line break or a character outside ASCII: copy the token again (from the environment)",
-		}},
-		{"password in a bad URL", "", map[string]string{"PIPEOPS_FRP_PROXY_URL": "hunter2@proxy"}, []string{
-			"frp.proxy_url (PIPEOPS_FRP_PROXY_URL): is not a proxy's URL: give http://, socks5:// or ntlm:// with a host and port (from the environment)",
-		}},
-		{"contradictions", "kubernetes: {in_cluster: true, kubeconfig: x}\nfrp: {tunnel: {type: tcp, subdomain: s}, tls: {cert_file: c}}\n",
-			map[string]string{"PIPEOPS_AGENT_TOKEN_FILE": empty, "PIPEOPS_METRICS_ADDR": "127.0.0.1:8080"}, []string{
-				"agent.token (PIPEOPS_AGENT_TOKEN): contradicts agent.token_file: remove one of them",
-				"frp.tls.cert_file (PIPEOPS_FRP_TLS_CERT_FILE): goes with frp.tls.key_file: set both or neither",
-				"frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE): tcp has no domains: remove frp.tunnel.subdomain and frp.tunnel.custom_domains or change the type",
-				"kubernetes.in_cluster: true contradicts kubernetes.kubeconfig (KUBECONFIG): remove one of them",
-				"proxy.metrics_addr (PIPEOPS_METRICS_ADDR): is the same as proxy.listen_addr: choose another port",
-			}},
-		{"empty token file", "", map[string]string{"PIPEOPS_AGENT_TOKEN": "", "PIPEOPS_AGENT_TOKEN_FILE": empty}, []string{
-			"agent.token_file (PIPEOPS_AGENT_TOKEN_FILE): " + empty + " is empty: write the secret into it",
-		}},
-		{"missing token file", "", map[string]string{"PIPEOPS_FRP_TOKEN_FILE": "/nonexistent"}, []string{
-			"frp.token_file (PIPEOPS_FRP_TOKEN_FILE): open /nonexistent: no such file or directory: create the file or correct its path",
-		}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			env := map[string]string{}
-			for _, values := range []map[string]string{required, test.env} {
-				for k, v := range values {
-					env[k] = v
+	const folder = "testdata/mistakes"
+	entries, err := os.ReadDir(folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range entries {
+		t.Run(entry.Name(), func(t *testing.T) {
+			path := filepath.Join(folder, entry.Name())
+			content, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			env, want := map[string]string{}, []string{}
+			for line := range strings.Lines(string(content)) {
+				line = strings.TrimSpace(line)
+				if assignment, ok := strings.CutPrefix(line, "# env: "); ok {
+					name, value, _ := strings.Cut(assignment, "=")
+					env[name] = value
+				}
+				if message, ok := strings.CutPrefix(line, "# error: "); ok {
+					want = append(want, strings.ReplaceAll(message, "{file}", path))
 				}
 			}
-			path := file(t, test.file)
-			_, err := Load(path, environment(env))
+			_, err = Load(path, environment(env))
 			var mistakes *Error
 			if !errors.As(err, &mistakes) {
 				t.Fatalf("got error %v", err)
 			}
-			for i, want := range test.want {
-				test.want[i] = strings.ReplaceAll(want, "{file}", path)
-			}
-			if !reflect.DeepEqual(mistakes.Mistakes, test.want) {
-				t.Errorf("got\n  %s\nwant\n  %s", strings.Join(mistakes.Mistakes, "\n  "), strings.Join(test.want, "\n  "))
+			if !slices.Equal(mistakes.Mistakes, want) {
+				t.Errorf("got\n  %s\nwant\n  %s", strings.Join(mistakes.Mistakes, "\n  "), strings.Join(want, "\n  "))
 			}
 			if strings.Contains(err.Error(), "hunter2") {
 				t.Error("the error holds a secret")

@@ -92,7 +92,7 @@ var settings = []setting{
 	{key: "proxy.drain_timeout", env: "PIPEOPS_DRAIN_TIMEOUT", def: "25s", doc: "How long running streams may go on after SIGTERM.",
 		field: func(c *Config) any { return &c.Proxy.DrainTimeout }},
 
-	{key: "runners.allowed_hosts", env: "PIPEOPS_RUNNERS_ALLOWED_HOSTS", def: "*.svc,*.svc.cluster.local", doc: "Hosts that commands may be relayed to: names and IPs, or *.DOMAIN for all names below a domain.",
+	{key: "runners.allowed_hosts", env: "PIPEOPS_RUNNERS_ALLOWED_HOSTS", def: "*.svc,*.svc.cluster.local", doc: "Hosts that commands may be relayed to: names and IPs, or *.DOMAIN for all names below a domain. [] in the file: nowhere.",
 		field: func(c *Config) any { return &c.Runners.AllowedHosts }, check: hostOrBelow},
 
 	{key: "run_dir", env: "PIPEOPS_RUN_DIR", def: "/var/run/pipeops", doc: "Volume shared by the containers: frpc.toml and lease.json.",
@@ -218,8 +218,10 @@ func host(v string) (string, error) {
 // hostOrBelow takes a host, or "*." and the domain that hosts are below; in lower case.
 func hostOrBelow(v string) (string, error) {
 	v = strings.ToLower(v)
-	_, err := host(strings.TrimPrefix(v, "*."))
-	return v, err
+	if _, err := host(strings.TrimPrefix(v, "*.")); err != nil {
+		return v, fmt.Errorf("%.100q is not a host: give a name or an IP, without a port, or *.DOMAIN", v)
+	}
+	return v, nil
 }
 
 // apiURL keeps the agent's token off the network in the clear.
