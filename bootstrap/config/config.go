@@ -79,23 +79,35 @@ func (e *Error) Error() string {
 // Load reads the file at path and the environment; environment over file over default. An empty path is
 // DefaultPath, which may be absent. The error, if any, is an *Error.
 func Load(path string, getenv func(string) string) (*Config, error) {
-	c := &Config{}
-	l := loader{config: c, told: map[string]bool{}}
+	l, err := load(path, getenv)
+	if err != nil {
+		return nil, err
+	}
+	return l.config, nil
+}
+
+func load(path string, getenv func(string) string) (*loader, error) {
+	l := &loader{config: &Config{}, origins: map[string]string{}, told: map[string]bool{}}
 	values := l.readFile(path)
-	for _, s := range settings {
-		value, origin := s.def, "default"
+	for i := range settings {
+		s := &settings[i]
+		value, source, name := s.def, "default", ""
+		if value == "" {
+			source = "not set"
+		}
 		if v, ok := values[s.key]; ok {
-			value, origin = v, "file"
+			value, source, name = v, "file", " "+cmp.Or(path, DefaultPath)
 			delete(values, s.key)
 		}
 		if v := getenv(s.env); s.env != "" && v != "" {
-			value, origin = v, "environment"
+			value, source, name = v, "environment", " "+s.env
 		}
+		l.origins[s.key] = source + name
 		if value == "" {
 			continue
 		}
-		if err := s.set(c, value); err != nil {
-			l.mistake(s.key, "%v (from the %s)", err, origin)
+		if err := s.set(l.config, value); err != nil {
+			l.mistake(s.key, "%v (from the %s)", err, source)
 		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
@@ -110,7 +122,7 @@ func Load(path string, getenv func(string) string) (*Config, error) {
 	if len(l.mistakes) > 0 {
 		return nil, &Error{Mistakes: l.mistakes}
 	}
-	return c, nil
+	return l, nil
 }
 
 // Logger makes the logger that the configuration asks for, and what changes its level.
@@ -127,6 +139,7 @@ func (c *Config) Logger(w io.Writer) (*slog.Logger, *slog.LevelVar) {
 // loader collects the mistakes, so that all of them are told at once.
 type loader struct {
 	config   *Config
+	origins  map[string]string // of each value, by key: for Describe
 	mistakes []string
 	told     map[string]bool // keys with a mistake: that they are missing need not be said too
 	noFile   bool            // the file could not be read, so nobody knows what is missing
@@ -279,21 +292,15 @@ func (l *loader) complete() {
 	}
 	l.secret("frp.token")
 	l.secret("frp.proxy_url")
-	if c.Agent.Name == "" {
-		c.Agent.Name = c.Agent.ID
+	l.derive("agent.name", c.Agent.ID, "agent.id")
+	l.derive("agent.cluster_name", c.Agent.ID, "agent.id")
+	host, err := os.Hostname()
+	if err != nil && c.Agent.Instance == "" {
+		l.mistake("agent.instance", "the host has no name (%v): set it", err)
 	}
-	if c.Agent.ClusterName == "" {
-		c.Agent.ClusterName = c.Agent.ID
-	}
-	if c.Agent.Instance == "" {
-		host, err := os.Hostname()
-		if err != nil {
-			l.mistake("agent.instance", "the host has no name (%v): set it", err)
-		}
-		c.Agent.Instance = host
-	}
+	l.derive("agent.instance", host, "the host name")
 	if c.Logging.Debug {
-		c.Logging.Level = "debug"
+		c.Logging.Level, l.origins["logging.level"] = "debug", "derived from agent.debug"
 	}
 
 	if (c.FRP.TLS.CertFile == "") != (c.FRP.TLS.KeyFile == "") {
@@ -305,8 +312,8 @@ func (l *loader) complete() {
 		if tunnel.RemotePort != 0 {
 			l.mistake("frp.tunnel.remote_port", "is for frp.tunnel.type tcp only: remove it or change the type")
 		}
-		if tunnel.Subdomain == "" && len(tunnel.CustomDomains) == 0 {
-			tunnel.Subdomain = c.Agent.ID
+		if len(tunnel.CustomDomains) == 0 {
+			l.derive("frp.tunnel.subdomain", c.Agent.ID, "agent.id")
 		}
 	case "tcp":
 		if tunnel.Subdomain != "" || len(tunnel.CustomDomains) > 0 {
@@ -328,6 +335,13 @@ func (l *loader) complete() {
 		}
 		tunnel.LocalIP = host
 		tunnel.LocalPort, _ = strconv.Atoi(port) // checked by its setting
+	}
+}
+
+// derive gives a setting without a value the one that follows from another.
+func (l *loader) derive(key, value, from string) {
+	if field := find(key).field(l.config).(*string); *field == "" {
+		*field, l.origins[key] = value, "derived from "+from
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -55,6 +56,23 @@ func TestSeedFile(t *testing.T) {
 	}
 	if c.Agent.ID != "agent-001" || c.Agent.Name != "production-k8s-cluster" || c.Agent.ClusterName != "prod-cluster" ||
 		c.Agent.Token.Reveal() != "your-agent-token" || c.FRP.Token.Reveal() != "your-frp-token" || !c.Kubernetes.InCluster {
+		t.Errorf("got %+v", c)
+	}
+}
+
+// TestSeedEnvironment: the variables that the project started with.
+func TestSeedEnvironment(t *testing.T) {
+	c, err := Load("", environment(map[string]string{
+		"PIPEOPS_AGENT_ID": "agent-001", "PIPEOPS_AGENT_NAME": "production-k8s-cluster", "PIPEOPS_AGENT_TOKEN": "your-agent-token",
+		"PIPEOPS_API_URL": "https://control.example", "PIPEOPS_FRP_SERVER_ADDR": "frp.example", "PIPEOPS_FRP_SERVER_PORT": "7001",
+		"PIPEOPS_FRP_TOKEN": "your-frp-token", "KUBECONFIG": "/path/to/kubeconfig",
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Agent.ID != "agent-001" || c.Agent.Name != "production-k8s-cluster" || c.Agent.Token != "your-agent-token" ||
+		c.Agent.APIURL != "https://control.example" || c.FRP.ServerAddr != "frp.example" || c.FRP.ServerPort != 7001 ||
+		c.FRP.Token != "your-frp-token" || c.Kubernetes.Kubeconfig != "/path/to/kubeconfig" {
 		t.Errorf("got %+v", c)
 	}
 }
@@ -133,6 +151,10 @@ func TestMistakes(t *testing.T) {
 			if strings.Contains(err.Error(), "hunter2") {
 				t.Error("the error holds a secret")
 			}
+			var out strings.Builder
+			if got := Describe(&out, path, environment(env)); !reflect.DeepEqual(got, err) || out.Len() > 0 {
+				t.Errorf("Describe gives the error %v, and writes %q", got, out.String())
+			}
 		})
 	}
 }
@@ -167,9 +189,95 @@ func TestSettingsAreDistinct(t *testing.T) {
 	}
 }
 
-var update = flag.Bool("update", false, "write the table of settings to the README")
+// TestDescribe: what is printed is a configuration file for the same configuration, but for the secrets.
+func TestDescribe(t *testing.T) {
+	tokenFile, proxyFile := file(t, "hunter2\n"), file(t, "http://u:hunter2@proxy:3128\n")
+	putBack := strings.NewReplacer(
+		`proxy_url: "[redacted]"`, `proxy_url: "http://u:hunter2@proxy:3128"`,
+		`token: "[redacted]"`, `token: "hunter2"`)
+	for name, test := range map[string]struct {
+		file string
+		env  map[string]string
+		want []string // lines, with their spaces folded
+	}{
+		"defaults": {"", required, []string{
+			`id: "a1" # environment PIPEOPS_AGENT_ID`,
+			`name: "a1" # derived from agent.id`,
+			`token: "[redacted]" # environment PIPEOPS_AGENT_TOKEN`,
+			`api_url: "https://api.pipeops.io" # default`,
+			`server_port: 7000 # default`,
+			`token: "" # not set`,
+			`subdomain: "a1" # derived from agent.id`,
+			`custom_domains: [] # not set`,
+			`remote_port: # not set`,
+			`allowed_hosts: ["*.svc", "*.svc.cluster.local"] # default`,
+		}},
+		"file and environment": {`
+agent: {id: a1, name: "B\u00fcro \"7\" # \x7f\t[redacted]", instance: pod-1, token: hunter2, api_url: "https://control.example/", debug: true}
+frp: {server_addr: "", token: hunter2, proxy_url: "http://u:hunter2@proxy:3128", tls: {cert_file: c, key_file: k}, tunnel: {type: https, custom_domains: [a.example, b.example]}}
+proxy: {drain_timeout: 90s}
+logging: {level: warn}
+`, map[string]string{"PIPEOPS_RUNNERS_ALLOWED_HOSTS": "*.SVC , 10.0.0.1"}, []string{
+			`token: "[redacted]" # file {file}`,
+			`api_url: "https://control.example" # file {file}`,
+			`server_addr: "frp.pipeops.io" # default`,
+			`proxy_url: "[redacted]" # file {file}`,
+			`subdomain: "" # not set`,
+			`custom_domains: ["a.example", "b.example"] # file {file}`,
+			`drain_timeout: "1m30s" # file {file}`,
+			`allowed_hosts: ["*.svc", "10.0.0.1"] # environment PIPEOPS_RUNNERS_ALLOWED_HOSTS`,
+			`level: "debug" # derived from agent.debug`,
+		}},
+		"secrets in files": {"frp: {tunnel: {type: tcp, remote_port: 6000}}\nrunners: {allowed_hosts: []}\n", map[string]string{
+			"PIPEOPS_AGENT_ID": "a1", "PIPEOPS_AGENT_TOKEN_FILE": tokenFile, "PIPEOPS_FRP_TOKEN_FILE": tokenFile, "PIPEOPS_FRP_PROXY_URL_FILE": proxyFile,
+		}, []string{
+			`token: # [redacted], from agent.token_file`,
+			`token_file: "` + tokenFile + `" # environment PIPEOPS_AGENT_TOKEN_FILE`,
+			`token: # [redacted], from frp.token_file`,
+			`proxy_url: # [redacted], from frp.proxy_url_file`,
+			`remote_port: 6000 # file {file}`,
+			`allowed_hosts: [] # file {file}`,
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := file(t, test.file)
+			want, err := Load(path, environment(test.env))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var out strings.Builder
+			if err := Describe(&out, path, environment(test.env)); err != nil {
+				t.Fatal(err)
+			}
+			if strings.Contains(out.String(), "hunter2") {
+				t.Error("a secret is printed")
+			}
+			got, err := Load(file(t, putBack.Replace(out.String())), environment(nil))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("got  %+v\nwant %+v", got, want)
+			}
+			var lines []string
+			for line := range strings.Lines(out.String()) {
+				lines = append(lines, strings.Join(strings.Fields(line), " "))
+			}
+			for _, line := range test.want {
+				if line = strings.ReplaceAll(line, "{file}", path); !slices.Contains(lines, line) {
+					t.Errorf("lacks the line %s", line)
+				}
+			}
+			if t.Failed() {
+				t.Log(out.String())
+			}
+		})
+	}
+}
 
-// TestDocumentation: the README shows the table of settings, and no other.
+var update = flag.Bool("update", false, "write the table of settings to the README, and the example")
+
+// TestDocumentation: the README's table and the example show the settings, and no others.
 func TestDocumentation(t *testing.T) {
 	const path, begin, end = "../README.md", "-update` -->\n", "<!-- end of settings -->"
 	data, err := os.ReadFile(path)
@@ -191,12 +299,48 @@ func TestDocumentation(t *testing.T) {
 	for _, s := range settings {
 		table += fmt.Sprintf("| %s | %s | %s | %s |\n", code(s.key), code(s.env), code(s.def), s.doc)
 	}
-	want := head + begin + table + end + tail
-	if *update {
-		if err := os.WriteFile(path, []byte(want), 0o600); err != nil {
-			t.Fatal(err)
+	example := asFile(func(name string, s *setting) string {
+		doc := "# " + s.doc
+		if s.env != "" {
+			doc += " (" + s.env + ")"
 		}
-	} else if want != string(data) {
-		t.Errorf("the table in %s is not that of settings.go: run with -update", path)
+		if placeholder := map[string]string{"agent.id": "agent-001", "agent.token": "your-agent-token"}[s.key]; placeholder != "" {
+			return doc + "\n" + name + ": " + s.yaml(placeholder)
+		}
+		return doc + "\n#" + strings.TrimSpace(name+": "+s.yaml(s.def))
+	})
+	for path, want := range map[string]string{
+		path:        head + begin + table + end + tail,
+		examplePath: "# Every setting, and its default behind a #.\n" + example,
+	} {
+		if *update {
+			if err := os.WriteFile(path, []byte(want), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		} else if data, _ := os.ReadFile(path); want != string(data) {
+			t.Errorf("%s does not show what settings.go holds: run with -update", path)
+		}
+	}
+}
+
+const examplePath = "../config.example.yaml"
+
+// TestExample: the example loads, and what it shows as defaults are the defaults.
+func TestExample(t *testing.T) {
+	got, err := Load(examplePath, environment(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(examplePath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole := regexp.MustCompile(`(?m)^( *)#(\w)`).ReplaceAllString(string(data), "$1$2")
+	want, err := Load(file(t, whole), environment(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
 }

@@ -15,6 +15,7 @@ import (
 )
 
 // setting is one row of the configuration: its key in the file, its variable and its default.
+// An empty text in the file or the environment is the same as none.
 type setting struct {
 	key   string
 	env   string
