@@ -82,14 +82,15 @@ func latency(ctx context.Context) error {
 		for w, workload := range workloads {
 			fmt.Printf("| %s | %s |", kind, workload.name)
 			for s := range settings {
+				var cells []string
 				for r := range rtts {
-					if base := ms[figure{kind, w, r, 0}]; s == 0 {
-						fmt.Printf(" %.3g", median(slices.Clone(base)))
-					} else {
-						fmt.Printf(" %.2f", ratio(ms[figure{kind, w, r, s}], base))
+					cell := fmt.Sprintf("%.2f", ratio(ms[figure{kind, w, r, s}], ms[figure{kind, w, r, 0}]))
+					if s == 0 {
+						cell = fmt.Sprintf("%.1f", median(slices.Clone(ms[figure{kind, w, r, s}])))
 					}
+					cells = append(cells, cell)
 				}
-				fmt.Print(" |")
+				fmt.Printf(" %s |", strings.Join(cells, ", "))
 			}
 			fmt.Println()
 		}
