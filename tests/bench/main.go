@@ -1,5 +1,6 @@
 // Command bench measures and prints Markdown. Its figures are for reading side by side within one run: they
 // move by a factor of two from machine to machine and from run to run, their ratios do not. Linux only.
+// With --latency it measures frpc's settings in place of all the rest.
 package main
 
 import (
@@ -7,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 )
 
@@ -24,7 +26,11 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	for _, measure := range []func(context.Context) error{start, status, proxies} {
+	measures := []func(context.Context) error{start, status, proxies}
+	if slices.Contains(os.Args, "--latency") {
+		measures = []func(context.Context) error{latency, frozen, restarted}
+	}
+	for _, measure := range measures {
 		if err := measure(ctx); err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
 			os.Exit(1)

@@ -29,9 +29,9 @@ const (
 	large = 64 << 20
 )
 
-// upstream stands in for the API server, so that it does not decide the figures: TLS, HTTP/2 and HTTP/1.1, an
-// answer of 2 KiB, one of 64 MiB, an upload, and watches that stay silent after one event.
-func upstream(addr string) error {
+// api stands in for the API server, so that it does not decide the figures: an answer of 2 KiB, one of 64 MiB,
+// an upload, and watches that stay silent after one event.
+func api() http.Handler {
 	part := bytes.Repeat([]byte("x"), small)
 	mux := http.NewServeMux()
 	mux.HandleFunc("/api/v1/small", func(w http.ResponseWriter, _ *http.Request) {
@@ -56,7 +56,12 @@ func upstream(addr string) error {
 		<-r.Context().Done()
 	})
 	mux.HandleFunc("/", func(http.ResponseWriter, *http.Request) {})
-	server := httptest.NewUnstartedServer(mux) // for its certificate
+	return mux
+}
+
+// upstream serves the api by TLS, HTTP/2 and HTTP/1.1.
+func upstream(addr string) error {
+	server := httptest.NewUnstartedServer(api()) // for its certificate
 	_ = server.Listener.Close()
 	var err error
 	if server.Listener, err = net.Listen("tcp", addr); err != nil {

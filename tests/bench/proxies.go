@@ -138,6 +138,11 @@ func call(ctx context.Context, c *http.Client, p peer, path string) error {
 func load(ctx context.Context, p peer, conns, n int) ([]float64, float64, error) {
 	c := client(conns)
 	defer c.CloseIdleConnections()
+	return loadBy(ctx, c, p, "/api/v1/small", conns, n)
+}
+
+// loadBy is load of any path by a client whose connections may be there already.
+func loadBy(ctx context.Context, c *http.Client, p peer, path string, conns, n int) ([]float64, float64, error) {
 	latencies := make([]float64, n)
 	var next atomic.Int64
 	var failed atomic.Value
@@ -151,7 +156,7 @@ func load(ctx context.Context, p peer, conns, n int) ([]float64, float64, error)
 					return
 				}
 				start := time.Now()
-				if err := call(ctx, c, p, "/api/v1/small"); err != nil {
+				if err := call(ctx, c, p, path); err != nil {
 					failed.Store(err)
 					return
 				}

@@ -1,0 +1,84 @@
+package main
+
+import (
+	"context"
+	"net"
+	"syscall"
+	"time"
+)
+
+// startDelay relays connections to target over a way that takes rtt to and fro and carries any amount. As over a
+// real one, target sees a connection after one and a half, together with its first bytes. It ends with ctx.
+func startDelay(ctx context.Context, target string, rtt time.Duration) (net.Addr, error) {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				made := time.Now().Add(rtt)
+				sent := late(conn, made, rtt/2)
+				sleepUntil(made.Add(rtt / 2))
+				server, err := (&net.Dialer{}).DialContext(ctx, "tcp", target)
+				if err != nil {
+					_ = conn.Close()
+					return
+				}
+				go carry(conn, server, late(server, made, rtt/2))
+				carry(server, conn, sent)
+			}()
+		}
+	}()
+	context.AfterFunc(ctx, func() { _ = listener.Close() })
+	return listener.Addr(), nil
+}
+
+// part is of a stream that is on its way.
+type part struct {
+	due  time.Time
+	data []byte
+}
+
+// late reads src to its end; what it reads is due later by d, and by d after from at the earliest.
+func late(src net.Conn, from time.Time, d time.Duration) <-chan part {
+	parts := make(chan part, 4096)
+	go func() {
+		defer close(parts)
+		for {
+			data := make([]byte, 32<<10)
+			n, err := src.Read(data)
+			if now := time.Now(); now.After(from) {
+				from = now
+			}
+			parts <- part{from.Add(d), data[:n]}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return parts
+}
+
+// carry writes the parts of src, and then its end, to dst, each when it is due.
+func carry(dst, src net.Conn, parts <-chan part) {
+	for p := range parts {
+		sleepUntil(p.due)
+		if _, err := dst.Write(p.data); err != nil {
+			_ = src.Close() // ends the reader
+		}
+	}
+	_ = dst.Close()
+}
+
+// sleepUntil is exact to a tenth of a millisecond; Go's timers are late by up to a whole one.
+func sleepUntil(due time.Time) {
+	for left := time.Until(due); left > 0; left = time.Until(due) {
+		ts := syscall.NsecToTimespec(int64(left))
+		_ = syscall.Nanosleep(&ts, nil) // a signal may end it early
+	}
+}
