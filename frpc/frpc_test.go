@@ -39,7 +39,7 @@ func lease() Lease {
 		IssuedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), ExpiresAt: time.Date(2026, 1, 3, 0, 0, 0, 0, time.UTC),
 		Permissions: []string{"read"},
 		Frpc: Config{
-			ServerAddr: "frp.example", ServerPort: 7000, ClientID: "a.1", Protocol: "tcp", Token: "t", Metadatas: map[string]Secret{"lease": "l"},
+			ServerAddr: "frp.example", ServerPort: 7000, ClientID: "a.1", Protocol: "tcp", AuthMethod: "token", Token: "t", Metadatas: map[string]Secret{"lease": "l"},
 			Admin: Admin{Port: 7400, User: "u", Password: "p"}, Tunnel: Tunnel{Name: "a.1", Type: "http", Subdomain: "a", LocalIP: "127.0.0.1", LocalPort: 8080},
 		},
 	}
@@ -159,7 +159,7 @@ func TestLoginFaults(t *testing.T) {
 	}()
 	c := lease().Frpc
 	c.ServerAddr, c.ServerPort = "127.0.0.1", listener.Addr().(*net.TCPAddr).Port
-	if err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "TLS failed") {
+	if err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "does not speak TLS as it should") {
 		t.Errorf("a server that speaks no TLS: %v", err)
 	}
 	web := httptest.NewUnstartedServer(http.NotFoundHandler())

@@ -1,6 +1,7 @@
 package frpc
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,9 @@ import (
 const (
 	ConfigFile = "frpc.toml"  // read by the stock frpc
 	LeaseFile  = "lease.json" // read by the proxy
+	TokenFile  = "frp.token"  // read by the stock frpc, where the method is oidc
+	CertFile   = "tls.crt"    // of a tunnel of type https: what the proxy shows to callers
+	KeyFile    = "tls.key"
 )
 
 // Lease is what the agent got for its tunnel, and all that frpc was told.
@@ -22,23 +26,62 @@ type Lease struct {
 	ExpiresAt   time.Time `json:"expires_at,omitzero"` // zero: the lease has no end
 	Permissions []string  `json:"permissions,omitempty"`
 	Frpc        Config    `json:"frpc"`
+	// Renewal is set while bootstrap cannot get the next lease.
+	Renewal *Renewal `json:"renewal,omitempty"`
+
+	Certificate, Key []byte `json:"-"` // PEM, for a tunnel of type https: files of their own
 }
 
-// Write puts frpc.toml and lease.json into dir, each with mode 0600 and replaced in one step: a reader sees
-// the old file or the new one, never a part. frpc.toml comes last, so that who sees it finds the lease too.
+// Renewal is why there is no next lease.
+type Renewal struct {
+	FailingSince time.Time `json:"failing_since"`
+	Error        string    `json:"error"`
+}
+
+// Write puts the files of the lease into dir, each with mode 0600 and replaced in one step: a reader sees the
+// old file or the new one, never a part. Those that are as they should be are left alone. frpc.toml comes last,
+// so that who sees it finds the others too.
 func (l Lease) Write(dir string) error {
 	toml, err := l.Frpc.TOML()
 	if err != nil {
 		return err
 	}
-	lease, err := json.MarshalIndent(l, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encode %s: %w", LeaseFile, err)
+	if l.Frpc.AuthMethod == "oidc" {
+		if err := writeFile(filepath.Join(dir, TokenFile), []byte(l.Frpc.Token.Reveal())); err != nil {
+			return err
+		}
 	}
-	if err := writeFile(filepath.Join(dir, LeaseFile), append(lease, '\n')); err != nil {
+	if l.Certificate != nil {
+		if err := writeFile(filepath.Join(dir, KeyFile), l.Key); err != nil {
+			return err
+		}
+		if err := writeFile(filepath.Join(dir, CertFile), l.Certificate); err != nil {
+			return err
+		}
+	}
+	if err := l.WriteState(dir); err != nil {
 		return err
 	}
 	return writeFile(filepath.Join(dir, ConfigFile), toml)
+}
+
+// WriteState writes lease.json alone.
+func (l Lease) WriteState(dir string) error {
+	data, err := json.MarshalIndent(l, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", LeaseFile, err)
+	}
+	return writeFile(filepath.Join(dir, LeaseFile), append(data, '\n'))
+}
+
+// Withdraw removes what frpc would log in with.
+func Withdraw(dir string) error {
+	for _, name := range []string{ConfigFile, TokenFile} {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // ReadLease reads lease.json from dir.
@@ -55,11 +98,25 @@ func ReadLease(dir string) (*Lease, error) {
 	if err := json.Unmarshal(data, &l); err != nil {
 		return nil, fmt.Errorf("%s is not a lease: %w", path, err)
 	}
+	if l.Frpc.Admin.Port == 0 {
+		return nil, fmt.Errorf("%s is not a lease: it does not name frpc's admin port", path)
+	}
 	return &l, nil
 }
 
-// writeFile replaces path by way of a temporary file beside it. os.CreateTemp makes that with mode 0600.
+// writeFile replaces path by way of a temporary file beside it, which is left behind only if this process is
+// killed, and removed by the next. os.CreateTemp makes it with mode 0600.
 func writeFile(path string, data []byte) error {
+	leftovers, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".*"))
+	if err != nil {
+		return err
+	}
+	for _, leftover := range leftovers {
+		_ = os.Remove(leftover)
+	}
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
+		return nil
+	}
 	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return err

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/md5" //nolint:gosec // frp's login is defined with MD5
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
@@ -13,20 +12,22 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"strconv"
 	"time"
 )
 
+// ErrCannotLogin is for a way to frps that Login cannot walk.
+var ErrCannotLogin = errors.New("see frpc's log for the reason")
+
 // Login walks the way that frpc takes to frps (TCP, TLS, login) and hangs up. It exists because frpc tells
 // why it is not logged in to nobody but its log. The error names the hop, the cause and the next step; nil
 // means that frps accepts the login. It speaks for protocol tcp without a proxy only: for the others it
-// returns an error that points to frpc's log. It does not know frpc's environment, where http_proxy would be
+// returns ErrCannotLogin. It does not know frpc's environment, where http_proxy would be
 // such a proxy.
 func Login(ctx context.Context, c Config) error {
 	addr := net.JoinHostPort(c.ServerAddr, strconv.Itoa(c.ServerPort))
 	if c.Protocol != "tcp" || c.ProxyURL != "" {
-		return fmt.Errorf("frpc is not logged in to frps at %s: see frpc's log for the reason", addr)
+		return fmt.Errorf("frpc is not logged in to frps at %s: %w", addr, ErrCannotLogin)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -46,9 +47,15 @@ func Login(ctx context.Context, c Config) error {
 	}
 	tlsConn := tls.Client(conn, tlsConfig)
 	if err := tlsConn.HandshakeContext(ctx); err != nil {
-		return fmt.Errorf("frps at %s: TLS failed: %w: check frp.tls.ca_file and frp.tls.server_name", addr, err)
+		if explained := ExplainTLS(err, "frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)", "frp.tls.server_name (PIPEOPS_FRP_TLS_SERVER_NAME)"); explained != nil {
+			return fmt.Errorf("frps at %s %w", addr, explained)
+		}
+		return fmt.Errorf("frps at %s does not speak TLS as it should: %w: check that frp.server_port (PIPEOPS_FRP_SERVER_PORT) is frps's bindPort, and the client certificate if it asks for one", addr, err)
 	}
 	refusal, err := exchangeLogin(tlsConn, c)
+	if alert := tls.AlertError(0); errors.As(err, &alert) { // with TLS 1.3 it comes after the handshake
+		return fmt.Errorf("frps at %s does not accept the agent's client certificate (%w): check frp.tls.cert_file and frp.tls.key_file (PIPEOPS_FRP_TLS_CERT_FILE, _KEY_FILE)", addr, alert)
+	}
 	if err != nil {
 		return fmt.Errorf("frps at %s does not answer a login: %w: check that frp.server_port is frps's bindPort", addr, err)
 	}
@@ -66,13 +73,9 @@ func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 	if t.CAFile == "" {
 		config.InsecureSkipVerify = true // as frpc does; bootstrap warns of it
 	} else {
-		pem, err := os.ReadFile(t.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("frp.tls.ca_file: %w", err)
-		}
-		config.RootCAs = x509.NewCertPool()
-		if !config.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("frp.tls.ca_file: %s holds no PEM certificate", t.CAFile)
+		var err error
+		if config.RootCAs, err = CertPool(t.CAFile); err != nil {
+			return nil, fmt.Errorf("frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE): %w", err)
 		}
 	}
 	if t.CertFile != "" {
@@ -90,10 +93,14 @@ func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 // pkg/auth/token.go (the key), and the yamux specification (frames of twelve bytes and their data).
 func exchangeLogin(conn io.ReadWriter, c Config) (refusal string, err error) {
 	now := time.Now().Unix()
-	key := md5.Sum([]byte(c.Token.Reveal() + strconv.FormatInt(now, 10))) //nolint:gosec // see above
+	key := c.Token.Reveal() // of oidc
+	if c.AuthMethod != "oidc" {
+		sum := md5.Sum([]byte(key + strconv.FormatInt(now, 10))) //nolint:gosec // see above
+		key = hex.EncodeToString(sum[:])
+	}
 	login, err := json.Marshal(map[string]any{
 		"version": "0.0.0", "hostname": "login-check", "user": c.User, "timestamp": now,
-		"privilege_key": hex.EncodeToString(key[:]), "metas": c.Metadatas,
+		"privilege_key": key, "metas": c.Metadatas,
 	})
 	if err != nil {
 		return "", err

@@ -3,6 +3,7 @@ package frpc
 import (
 	"fmt"
 	"log/slog"
+	"syscall"
 )
 
 // Secret is a text that prints as [redacted] with fmt and log/slog. JSON and TOML hold it in the clear:
@@ -25,3 +26,8 @@ func (s Secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(s.String()))
 
 // LogValue implements [slog.LogValuer].
 func (s Secret) LogValue() slog.Value { return slog.StringValue(s.String()) }
+
+// ForbidCoreDumps keeps this process's memory, and the secrets in it, from being written to a disk.
+func ForbidCoreDumps() {
+	_ = syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
+}

@@ -42,7 +42,7 @@ var hostile = map[string]string{
 // with gives a configuration that has value in every text.
 func with(value string) frpc.Config {
 	return frpc.Config{
-		ServerAddr: value, ServerPort: 7000, User: value, ClientID: value, Protocol: "tcp",
+		ServerAddr: value, ServerPort: 7000, User: value, ClientID: value, Protocol: "tcp", AuthMethod: "token",
 		ProxyURL: frpc.Secret(value), Token: frpc.Secret(value), LogLevel: value,
 		TLS:       frpc.TLS{CAFile: value, ServerName: value, CertFile: value, KeyFile: value},
 		Metadatas: map[string]frpc.Secret{"key": frpc.Secret(value), value: "value"},
@@ -89,20 +89,31 @@ func want(c frpc.Config) *v1.ClientConfig {
 		Metadatas: metadatas,
 		WebServer: v1.WebServerConfig{Addr: "127.0.0.1", Port: c.Admin.Port, User: c.Admin.User, Password: c.Admin.Password.Reveal()},
 	}}
+	if c.AuthMethod == "oidc" {
+		w.Auth = v1.AuthClientConfig{Method: "oidc", OIDC: v1.AuthOIDCClientConfig{
+			TokenSource: &v1.ValueSource{Type: "file", File: &v1.FileSource{Path: c.TokenFile}},
+		}}
+	}
 	w.Transport.Protocol = c.Protocol
 	w.Transport.ProxyURL = c.ProxyURL.Reveal()
+	w.Transport.PoolCount, w.Transport.TCPMuxKeepaliveInterval = 5, 10
 	w.Transport.TLS.TLSConfig = v1.TLSConfig{
 		CertFile: c.TLS.CertFile, KeyFile: c.TLS.KeyFile, TrustedCaFile: c.TLS.CAFile, ServerName: c.TLS.ServerName,
 	}
 	base := v1.ProxyBaseConfig{
 		Name: c.Tunnel.Name, Type: c.Tunnel.Type,
 		LoadBalancer: v1.LoadBalancerConfig{Group: c.Tunnel.Group, GroupKey: c.Tunnel.GroupKey.Reveal()},
+		HealthCheck:  v1.HealthCheckConfig{Type: "http", Path: frpc.HealthPath, IntervalSeconds: 1, TimeoutSeconds: 5, MaxFailed: 1},
 		ProxyBackend: v1.ProxyBackend{LocalIP: c.Tunnel.LocalIP, LocalPort: c.Tunnel.LocalPort},
 	}
 	var proxy v1.ProxyConfigurer
 	switch c.Tunnel.Type {
 	case "http":
 		proxy = &v1.HTTPProxyConfig{ProxyBaseConfig: base, DomainConfig: v1.DomainConfig{
+			SubDomain: c.Tunnel.Subdomain, CustomDomains: c.Tunnel.CustomDomains,
+		}}
+	case "https":
+		proxy = &v1.HTTPSProxyConfig{ProxyBaseConfig: base, DomainConfig: v1.DomainConfig{
 			SubDomain: c.Tunnel.Subdomain, CustomDomains: c.Tunnel.CustomDomains,
 		}}
 	case "tcp":
@@ -129,6 +140,11 @@ func TestFrpReadsBackWhatWasMeant(t *testing.T) {
 	for name, value := range hostile {
 		t.Run(name, func(t *testing.T) { check(t, with(value)) })
 	}
+	t.Run("https and oidc", func(t *testing.T) {
+		c := with("x")
+		c.Tunnel.Type, c.AuthMethod, c.TokenFile = "https", "oidc", "/a file"
+		check(t, c)
+	})
 	t.Run("tcp", func(t *testing.T) {
 		c := with("x")
 		c.Tunnel = frpc.Tunnel{Name: "n", Type: "tcp", RemotePort: 20001, LocalIP: "127.0.0.1", LocalPort: 1}
