@@ -3,9 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,7 +12,6 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -34,6 +31,8 @@ type authRequest struct {
 	ClusterName string `json:"cluster_name"`
 	Instance    string `json:"instance"`
 	Version     string `json:"version"`
+	// Certificate is what the proxy will show to callers of a tunnel of type https, PEM; none for the others.
+	Certificate string `json:"tls_certificate,omitempty"`
 }
 
 // authAnswer is the control plane's answer. Only frp_token is required.
@@ -47,36 +46,29 @@ type authAnswer struct {
 	Metadatas   map[string]frpc.Secret `json:"metadatas"`
 	Tunnel      frpc.Tunnel            `json:"tunnel"` // type, subdomain, custom_domains, remote_port, group and group_key
 	Permissions []string               `json:"permissions"`
+
+	// life is how long from now the lease is good for by the control plane's own clock, so that a wrong clock
+	// here does no harm; 0: it has no end.
+	life time.Duration
 }
 
 // controlPlane is a client of the control plane.
 type controlPlane struct {
-	url   string // api_url, without a slash at its end
-	token frpc.Secret
-	body  authRequest
-	http  *http.Client
+	cfg  *config.Config
+	http *http.Client
 }
 
 func newControlPlane(cfg *config.Config) (*controlPlane, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone() // HTTPS_PROXY and NO_PROXY apply
 	if cfg.Agent.CAFile != "" {
-		pem, err := os.ReadFile(cfg.Agent.CAFile)
+		pool, err := frpc.CertPool(cfg.Agent.CAFile)
 		if err != nil {
 			return nil, &config.Error{Mistakes: []string{fmt.Sprintf("agent.ca_file (PIPEOPS_API_CA_FILE): %v: correct the path or mount the file", err)}}
-		}
-		pool := x509.NewCertPool()
-		if !pool.AppendCertsFromPEM(pem) {
-			return nil, &config.Error{Mistakes: []string{fmt.Sprintf("agent.ca_file (PIPEOPS_API_CA_FILE): %s holds no PEM certificate", cfg.Agent.CAFile)}}
 		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
 	return &controlPlane{
-		url:   cfg.Agent.APIURL,
-		token: cfg.Agent.Token,
-		body: authRequest{
-			AgentID: cfg.Agent.ID, AgentName: cfg.Agent.Name, ClusterName: cfg.Agent.ClusterName,
-			Instance: cfg.Agent.Instance, Version: version.Version,
-		},
+		cfg: cfg,
 		http: &http.Client{
 			Transport: transport,
 			Timeout:   30 * time.Second,
@@ -90,51 +82,67 @@ func newControlPlane(cfg *config.Config) (*controlPlane, error) {
 type failure struct {
 	err        error
 	final      bool
+	refused    bool          // the control plane does not want this agent
 	retryAfter time.Duration // what the control plane asked for, if anything
 }
 
-// authenticate asks for a lease until it gets one, the failure is final, or ctx ends.
-func (c *controlPlane) authenticate(ctx context.Context, log *slog.Logger) (authAnswer, error) {
+func (f *failure) Error() string { return f.err.Error() }
+
+// persist asks until it gets a lease, the failure is final, or ctx ends.
+func persist(ctx context.Context, once source, log *slog.Logger, certificate []byte) (authAnswer, *failure) {
 	var last error
 	for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
-		answer, fail := c.attempt(ctx)
+		answer, fail := once(ctx, certificate)
 		switch {
 		case fail == nil:
 			return answer, nil
 		case fail.final:
-			return authAnswer{}, fail.err
+			return authAnswer{}, fail
 		case ctx.Err() != nil && last != nil:
 			fail.err = last // an attempt cut short says less than the one before
 		}
 		last = fail.err
 		if errors.Is(ctx.Err(), context.Canceled) {
-			return authAnswer{}, fmt.Errorf("stopped by a signal before there was a lease (%w)", fail.err)
+			return authAnswer{}, &failure{err: fmt.Errorf("stopped by a signal before there was a lease (%w)", fail.err)}
 		}
-		wait := max(delay/2+mathrand.N(delay), fail.retryAfter) //nolint:gosec // jitter is no secret
+		wait := max(jitter(delay), fail.retryAfter)
 		if deadline, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(deadline) < wait {
-			return authAnswer{}, fmt.Errorf("%w (gave up after --timeout)", fail.err)
+			return authAnswer{}, &failure{err: fmt.Errorf("%w (gave up after --timeout)", fail.err)}
 		}
 		log.Warn("no lease yet", "error", fail.err, "next_attempt_in", wait.String())
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-			return authAnswer{}, fmt.Errorf("stopped by a signal before there was a lease (%w)", fail.err)
+			return authAnswer{}, &failure{err: fmt.Errorf("stopped by a signal before there was a lease (%w)", fail.err)}
 		}
 	}
 }
 
-// attempt asks once. Its errors say which hop, what happened and what to do.
-func (c *controlPlane) attempt(ctx context.Context) (authAnswer, *failure) {
-	hop := "the control plane at " + c.url
-	body, err := json.Marshal(c.body)
+// jitter is a time around d, so that agents that failed together do not try again together.
+func jitter(d time.Duration) time.Duration {
+	return d/2 + mathrand.N(max(d, 1)) //nolint:gosec // no secret
+}
+
+// attempt asks once, with the token as it now is. Its errors say which hop, what happened and what to do.
+func (c *controlPlane) attempt(ctx context.Context, certificate []byte) (authAnswer, *failure) {
+	agent := c.cfg.Agent
+	hop := "the control plane at " + agent.APIURL
+	token, err := c.cfg.AgentToken()
+	if err != nil {
+		return authAnswer{}, &failure{err: fmt.Errorf("agent.token_file (PIPEOPS_AGENT_TOKEN_FILE): %w", err)}
+	}
+	body, err := json.Marshal(authRequest{
+		AgentID: agent.ID, AgentName: agent.Name, ClusterName: agent.ClusterName,
+		Instance: agent.Instance, Version: version.Version, Certificate: string(certificate),
+	})
 	if err != nil {
 		return authAnswer{}, &failure{err: err, final: true}
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+authPath, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, agent.APIURL+authPath, bytes.NewReader(body))
 	if err != nil {
 		return authAnswer{}, &failure{err: err, final: true}
 	}
-	req.Header.Set("Authorization", "Bearer "+c.token.Reveal())
+	req.Header.Set("Authorization", "Bearer "+token.Reveal())
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", "pipeops-agent-bootstrap/"+version.Version)
@@ -149,7 +157,7 @@ func (c *controlPlane) attempt(ctx context.Context) (authAnswer, *failure) {
 		return authAnswer{}, &failure{err: fmt.Errorf("%s broke off its answer: %w: try again, and look at what stands between", hop, err)}
 	}
 	if resp.StatusCode != http.StatusOK {
-		return authAnswer{}, c.refusal(hop, resp, data)
+		return authAnswer{}, c.refusal(hop, resp, data, token)
 	}
 	var answer authAnswer
 	switch err := json.Unmarshal(data, &answer); {
@@ -163,24 +171,33 @@ func (c *controlPlane) attempt(ctx context.Context) (authAnswer, *failure) {
 		err = fmt.Errorf("%s answers without frp_token: check agent.api_url (PIPEOPS_API_URL), or tell those who run it", hop)
 		return authAnswer{}, &failure{err: err, final: true}
 	}
+	if !answer.ExpiresAt.IsZero() {
+		now, err := http.ParseTime(resp.Header.Get("Date"))
+		if err != nil {
+			now = time.Now()
+		}
+		answer.life = max(answer.ExpiresAt.Sub(now), 1) // 0 is for no end
+	}
 	return answer, nil
 }
 
 // refusal says what an answer other than 200 means.
-func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte) *failure {
+func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte, token frpc.Secret) *failure {
 	said := resp.Status
-	if detail := c.detail(body); detail != "" {
+	if detail := detail(body, token); detail != "" {
 		said += ": " + detail
 	}
 	retryAfter := 0 * time.Second
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
 		retryAfter = time.Duration(seconds) * time.Second
+	} else if at, err := http.ParseTime(resp.Header.Get("Retry-After")); err == nil {
+		retryAfter = time.Until(at)
 	}
 	switch code := resp.StatusCode; {
 	case code == http.StatusUnauthorized:
-		return &failure{final: true, err: fmt.Errorf("%s refuses the agent's token (%s): check agent.token (PIPEOPS_AGENT_TOKEN), or get a new one from the control plane", hop, said)}
+		return &failure{final: true, refused: true, err: fmt.Errorf("%s refuses the agent's token (%s): check agent.token (PIPEOPS_AGENT_TOKEN), or get a new one from the control plane", hop, said)}
 	case code == http.StatusForbidden:
-		return &failure{final: true, err: fmt.Errorf("%s knows the token but does not let agent %q connect (%s): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked", hop, c.body.AgentID, said)}
+		return &failure{final: true, refused: true, err: fmt.Errorf("%s knows the token but does not let agent %q connect (%s): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked", hop, c.cfg.Agent.ID, said)}
 	case code >= 300 && code < 400:
 		return &failure{final: true, err: fmt.Errorf("%s redirects to %.200q, and the token is not sent there: set agent.api_url (PIPEOPS_API_URL) to that if it is right", hop, resp.Header.Get("Location"))}
 	case code == http.StatusRequestTimeout, code == http.StatusTooManyRequests, code >= 500:
@@ -191,13 +208,13 @@ func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte) *fa
 }
 
 // detail is what a JSON body says of an error, short, and never if it repeats the token.
-func (c *controlPlane) detail(body []byte) string {
+func detail(body []byte, token frpc.Secret) string {
 	var problem struct{ Detail, Message, Error string }
 	if json.Unmarshal(body, &problem) != nil {
 		return ""
 	}
 	for _, text := range []string{problem.Detail, problem.Message, problem.Error} {
-		if text != "" && !strings.Contains(text, c.token.Reveal()) {
+		if text != "" && !strings.Contains(text, token.Reveal()) {
 			return fmt.Sprintf("%.200s", text)
 		}
 	}
@@ -214,20 +231,14 @@ func contentType(resp *http.Response) string {
 // explain turns an error of the HTTP client into what happened and what to do.
 func explain(err error) error {
 	var dns *net.DNSError
-	var unknownCA x509.UnknownAuthorityError
-	var wrongName x509.HostnameError
-	var invalid x509.CertificateInvalidError
 	var noTLS tls.RecordHeaderError
 	var timeout net.Error
+	if explained := frpc.ExplainTLS(err, "agent.ca_file (PIPEOPS_API_CA_FILE)", "agent.api_url (PIPEOPS_API_URL)"); explained != nil {
+		return explained
+	}
 	switch {
 	case errors.As(err, &dns):
 		return fmt.Errorf("cannot be found: %w: check agent.api_url (PIPEOPS_API_URL) and the cluster's DNS", dns)
-	case errors.As(err, &unknownCA):
-		return fmt.Errorf("shows a certificate that nobody known has signed: %w: set agent.ca_file (PIPEOPS_API_CA_FILE) to its authority", unknownCA)
-	case errors.As(err, &wrongName):
-		return fmt.Errorf("shows a certificate for another name: %w: check agent.api_url (PIPEOPS_API_URL)", wrongName)
-	case errors.As(err, &invalid):
-		return fmt.Errorf("shows a certificate that is not valid: %w: check the clocks, or renew the certificate", invalid)
 	case errors.As(err, &noTLS), errors.Is(err, http.ErrSchemeMismatch):
 		return errors.New("does not speak TLS: check the port in agent.api_url (PIPEOPS_API_URL)")
 	case errors.As(err, &timeout) && timeout.Timeout():
@@ -238,60 +249,4 @@ func explain(err error) error {
 		}
 		return fmt.Errorf("cannot be reached: %w: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it", err)
 	}
-}
-
-// newLease joins the configuration and the control plane's answer; the answer wins.
-func newLease(cfg *config.Config, answer authAnswer) (frpc.Lease, error) {
-	if answer.AuthMethod != "" && answer.AuthMethod != "token" {
-		return frpc.Lease{}, fmt.Errorf("the control plane's lease has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
-	}
-	name := cfg.Agent.ID + "." + cfg.Agent.Instance
-	tunnel, configured := answer.Tunnel, cfg.FRP.Tunnel
-	if tunnel.Type == "" {
-		tunnel.Type = configured.Type
-	}
-	if tunnel.Type == configured.Type {
-		if tunnel.Subdomain == "" && len(tunnel.CustomDomains) == 0 {
-			tunnel.Subdomain, tunnel.CustomDomains = configured.Subdomain, configured.CustomDomains
-		}
-		if tunnel.RemotePort == 0 {
-			tunnel.RemotePort = configured.RemotePort
-		}
-	}
-	tunnel.LocalIP, tunnel.LocalPort = configured.LocalIP, configured.LocalPort
-	if tunnel.Type != "http" && tunnel.Type != "tcp" {
-		return frpc.Lease{}, fmt.Errorf("the control plane's lease has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
-	}
-	for _, port := range []int{answer.ServerPort, tunnel.RemotePort} {
-		if port < 0 || port > 65535 {
-			return frpc.Lease{}, fmt.Errorf("the control plane's lease has port %d, which is none: tell those who run it", port)
-		}
-	}
-	tunnel.Name = name
-	lease := frpc.Lease{
-		IssuedAt:    time.Now().UTC().Truncate(time.Second),
-		ExpiresAt:   answer.ExpiresAt,
-		Permissions: answer.Permissions,
-		Frpc: frpc.Config{
-			ServerAddr: cfg.FRP.ServerAddr,
-			ServerPort: cfg.FRP.ServerPort,
-			User:       answer.User,
-			ClientID:   name,
-			Protocol:   cfg.FRP.Protocol,
-			ProxyURL:   cfg.FRP.ProxyURL,
-			TLS:        cfg.FRP.TLS,
-			Token:      answer.FRPToken,
-			Metadatas:  answer.Metadatas,
-			LogLevel:   cfg.Logging.Level,
-			Admin:      frpc.Admin{Port: cfg.FRP.AdminPort, User: "pipeops", Password: frpc.Secret(rand.Text())},
-			Tunnel:     tunnel,
-		},
-	}
-	if answer.ServerAddr != "" {
-		lease.Frpc.ServerAddr = answer.ServerAddr
-	}
-	if answer.ServerPort != 0 {
-		lease.Frpc.ServerPort = answer.ServerPort
-	}
-	return lease, nil
 }

@@ -1,5 +1,5 @@
-// Command bootstrap authenticates the agent at the control plane and writes frpc.toml and lease.json to the
-// volume that it shares with frpc and the proxy.
+// Command bootstrap authenticates the agent at the control plane, writes frpc.toml and lease.json to the volume
+// that it shares with frpc and the proxy, and stays to renew the lease.
 package main
 
 import (
@@ -12,21 +12,39 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/frpc"
 )
 
 // Exit codes.
 const (
 	exitOK     = 0
-	exitFailed = 1 // no lease: the log's last line names the hop, the cause and the next step
+	exitFailed = 1 // no lease, or something is not as it should be: the last line names the hop, the cause and the next step
 	exitUsage  = 2 // the configuration or the command line is wrong
 )
 
+// terminationLog is where the kubelet looks for why a container has ended. It is there in a pod and nowhere else.
+const terminationLog = "/dev/termination-log"
+
+const usage = `bootstrap gets a tunnel lease from the control plane, writes frpc.toml and lease.json, and keeps the lease fresh.
+
+Usage:
+  bootstrap [flags]          get a lease, write the files, and renew it in time, until SIGTERM
+  bootstrap --once [flags]   get a lease, write the files, and exit
+  bootstrap --check          check the configuration and print it, each value with its origin
+  bootstrap ready            exit with 0 if the files are written, for a startup probe
+  bootstrap doctor [--json]  walk the way from the configuration to the API server, a line for each step
+
+`
+
 func main() {
+	frpc.ForbidCoreDumps()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
 	stop()
@@ -37,42 +55,62 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	flags := flag.NewFlagSet("bootstrap", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() {
-		_, _ = fmt.Fprint(stderr, "bootstrap gets a tunnel lease from the control plane and writes frpc.toml and lease.json.\n\nUsage: bootstrap --once [flags]\n\n")
+		_, _ = fmt.Fprint(stderr, usage)
 		flags.PrintDefaults()
 	}
 	configPath := flags.String("config", "", "YAML configuration `file` (default "+config.DefaultPath+", which may be absent)")
 	once := flags.Bool("once", false, "write the files and exit")
-	timeout := flags.Duration("timeout", 5*time.Minute, "how long to try to reach the control plane")
+	check := flags.Bool("check", false, "check the configuration, print it and exit")
+	asJSON := flags.Bool("json", false, "doctor: print JSON")
+	timeout := flags.Duration("timeout", 5*time.Minute, "how long to try to get the first lease")
 	showVersion := flags.Bool("version", false, "print the version as JSON and exit")
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+	command := ""
+	err := flags.Parse(args)
+	if err == nil && flags.NArg() > 0 { // flags may stand on both sides of it
+		command = flags.Arg(0)
+		err = flags.Parse(flags.Args()[1:])
+	}
+	complain := func(format string, args ...any) int {
+		_, _ = fmt.Fprintf(stderr, "bootstrap: "+format+"\n", args...)
+		return exitUsage
+	}
+	switch {
+	case errors.Is(err, flag.ErrHelp):
 		return exitOK
-	} else if err != nil {
+	case err != nil:
 		return exitUsage
-	}
-	if flags.NArg() > 0 {
-		_, _ = fmt.Fprintf(stderr, "bootstrap: unknown argument %q: see bootstrap --help\n", flags.Arg(0))
-		return exitUsage
-	}
-	if *showVersion {
+	case !slices.Contains([]string{"", "ready", "doctor"}, command):
+		return complain("unknown argument %q: see bootstrap --help", command)
+	case flags.NArg() > 0:
+		return complain("unknown argument %q: see bootstrap --help", flags.Arg(0))
+	case *timeout <= 0:
+		return complain("--timeout must be more than nothing: give one such as 5m")
+	case *showVersion:
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
-	}
-	if !*once {
-		_, _ = fmt.Fprintln(stderr, "bootstrap: renewing a lease is not built yet: run with --once")
-		return exitUsage
-	}
-
-	if *timeout <= 0 {
-		_, _ = fmt.Fprintln(stderr, "bootstrap: --timeout must be more than nothing: give one such as 5m")
-		return exitUsage
+	case *check:
+		if err := config.Describe(stdout, *configPath, getenv); err != nil {
+			return complain("%v", err)
+		}
+		return exitOK
+	case command == "doctor":
+		return doctor(ctx, *configPath, getenv, stdout, *asJSON)
 	}
 	cfg, err := config.Load(*configPath, getenv)
 	if err != nil {
-		_, _ = fmt.Fprintln(stderr, "bootstrap:", err)
-		return exitUsage
+		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
+		return complain("%v", err)
+	}
+	if command == "ready" {
+		if _, err := written(cfg); err != nil {
+			_, _ = fmt.Fprintln(stderr, "bootstrap: not ready:", err)
+			return exitFailed
+		}
+		return exitOK
 	}
 	log, _ := cfg.Logger(stderr)
-	if err := writeLease(ctx, cfg, *timeout, log); err != nil {
+	if err := serve(ctx, cfg, *timeout, *once, log); err != nil {
+		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0)
 		log.Error("no lease", "error", err)
 		if mistakes := (*config.Error)(nil); errors.As(err, &mistakes) {
 			return exitUsage
@@ -82,36 +120,44 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return exitOK
 }
 
-// writeLease gets a lease and writes its files.
-func writeLease(ctx context.Context, cfg *config.Config, timeout time.Duration, log *slog.Logger) error {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
+// written reads the lease whose files are complete.
+func written(cfg *config.Config) (*frpc.Lease, error) {
+	lease, err := frpc.ReadLease(cfg.RunDir)
+	if err == nil {
+		_, err = os.Stat(filepath.Join(cfg.RunDir, frpc.ConfigFile))
+	}
+	return lease, err
+}
+
+// serve gets a lease, writes its files, and unless once is set keeps it fresh until ctx ends.
+func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once bool, log *slog.Logger) error {
 	if cfg.FRP.TLS.CAFile == "" {
 		log.Warn("frpc will not verify frps: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)")
 	}
-	var answer authAnswer
-	if cfg.FRP.Token != "" {
-		answer.FRPToken = cfg.FRP.Token // the operator's own frps: nobody to ask
-	} else {
-		client, err := newControlPlane(cfg)
-		if err != nil {
-			return err
-		}
-		if answer, err = client.authenticate(ctx, log); err != nil {
-			return err
-		}
-	}
-	lease, err := newLease(cfg, answer)
+	ask, err := newSource(cfg)
 	if err != nil {
 		return err
 	}
-	if err := lease.Write(cfg.RunDir); err != nil {
-		return fmt.Errorf("the run directory cannot be written: %w: check run_dir (PIPEOPS_RUN_DIR) and the volume mounted there", err)
+	k := &keeper{cfg: cfg, ask: ask, log: log, backoff: backoffMin}
+	if old, err := written(cfg); err == nil && !once {
+		// This container was started again; frpc may run with what is there, so it stays until there is better.
+		k.lease, k.renewAt = *old, time.Now()
+		return k.run(ctx)
 	}
-	if !lease.ExpiresAt.IsZero() {
-		log = log.With("expires_at", lease.ExpiresAt)
+	if k.token, err = k.credential(); err != nil {
+		return err
 	}
-	log.Info("lease written", "run_dir", cfg.RunDir, "server_addr", lease.Frpc.ServerAddr,
-		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type)
-	return nil
+	first, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	lease, life, fail := obtain(first, cfg, func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
+		return persist(ctx, ask, log, certificate)
+	}, frpc.Lease{})
+	if fail != nil {
+		return fail.err
+	}
+	if err := write(cfg, lease, log); err != nil || once {
+		return err
+	}
+	k.adopt(lease, life, time.Now())
+	return k.run(ctx)
 }

@@ -171,9 +171,10 @@ func TestCommandLine(t *testing.T) {
 		code int
 		want string
 	}{
-		{[]string{"--help"}, exitOK, "Usage: bootstrap --once"},
+		{[]string{"--help"}, exitOK, "bootstrap --once [flags]"},
 		{[]string{"--version"}, exitOK, `"version":"dev"`},
-		{nil, exitUsage, "run with --once"},
+		{nil, exitUsage, "agent.id (PIPEOPS_AGENT_ID): required"},
+		{[]string{"--check"}, exitUsage, "agent.id (PIPEOPS_AGENT_ID): required"},
 		{[]string{"--nonsense"}, exitUsage, "flag provided but not defined"},
 		{[]string{"--once", "--timeout", "0"}, exitUsage, "--timeout must be more than nothing"},
 		{[]string{"--once", "extra"}, exitUsage, `unknown argument "extra"`},

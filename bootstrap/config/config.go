@@ -329,10 +329,7 @@ func (l *loader) complete() {
 	if c.Proxy.ListenAddr == c.Proxy.MetricsAddr {
 		l.mistake("proxy.metrics_addr", "is the same as proxy.listen_addr: choose another port")
 	}
-	if host, port, err := net.SplitHostPort(c.Proxy.ListenAddr); err == nil {
-		if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-			host = "127.0.0.1"
-		}
+	if host, port, err := net.SplitHostPort(Local(c.Proxy.ListenAddr)); err == nil {
 		tunnel.LocalIP = host
 		tunnel.LocalPort, _ = strconv.Atoi(port) // checked by its setting
 	}
@@ -343,6 +340,15 @@ func (l *loader) derive(key, value, from string) {
 	if field := find(key).field(l.config).(*string); *field == "" {
 		*field, l.origins[key] = value, "derived from "+from
 	}
+}
+
+// Local is where an address to listen on is reached from this host.
+func Local(listenAddr string) string {
+	host, port, err := net.SplitHostPort(listenAddr)
+	if ip := net.ParseIP(host); err == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
+		return net.JoinHostPort("127.0.0.1", port)
+	}
+	return listenAddr
 }
 
 // secret takes a secret from its file if one is named.
@@ -361,6 +367,22 @@ func (l *loader) secret(key string) {
 		l.mistake(file.key, "%v", err)
 	}
 	*s.field(l.config).(*frpc.Secret) = value
+}
+
+// AgentToken is the agent's token as it now is: read anew where it comes from a file.
+func (c *Config) AgentToken() (frpc.Secret, error) {
+	if c.Agent.TokenFile == "" {
+		return c.Agent.Token, nil
+	}
+	return ReadSecret(c.Agent.TokenFile)
+}
+
+// FRPToken is frp's token as it now is, empty where the control plane is asked for it.
+func (c *Config) FRPToken() (frpc.Secret, error) {
+	if c.FRP.TokenFile == "" {
+		return c.FRP.Token, nil
+	}
+	return ReadSecret(c.FRP.TokenFile)
 }
 
 // ReadSecret reads the file of a setting such as agent.token_file.

@@ -96,7 +96,7 @@ var settings = []setting{
 	{key: "runners.allowed_hosts", env: "PIPEOPS_RUNNERS_ALLOWED_HOSTS", def: "*.svc,*.svc.cluster.local", doc: "Hosts that commands may be relayed to: names and IPs, or *.DOMAIN for all names below a domain. [] in the file: nowhere.",
 		field: func(c *Config) any { return &c.Runners.AllowedHosts }, check: hostOrBelow},
 
-	{key: "run_dir", env: "PIPEOPS_RUN_DIR", def: "/var/run/pipeops", doc: "Volume shared by the containers: frpc.toml and lease.json.",
+	{key: "run_dir", env: "PIPEOPS_RUN_DIR", def: "/var/run/pipeops", doc: "Volume shared by the containers, in memory: frpc.toml, lease.json, frp.token, tls.crt and tls.key.",
 		field: func(c *Config) any { return &c.RunDir }},
 	{key: "logging.level", env: "PIPEOPS_LOG_LEVEL", def: "info", doc: "debug, info, warn or error.",
 		field: func(c *Config) any { return &c.Logging.Level }, check: oneOf("debug", "info", "warn", "error")},

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"time"
+
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// How long a certificate outlives its lease, at least and at most.
+const (
+	graceMin = time.Minute
+	graceMax = 10 * time.Minute
+)
+
+// forever is what X.509 has for a certificate without an end (RFC 5280, 4.1.2.5).
+var forever = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
+
+// certificate is what the proxy shows to callers of a tunnel of type https. It signs itself: the control plane
+// gets it with the request for the lease, and trusts it and no other. The key never leaves the run directory.
+type certificate struct{ cert, key []byte } // PEM
+
+// newCertificate makes one for a lease that ends at end; zero for one without an end.
+func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certificate, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber: serial, Subject: pkix.Name{CommonName: agentID}, DNSNames: certificateNames(agentID, tunnel),
+		NotBefore: time.Now().Add(-24 * time.Hour), // clocks differ
+		NotAfter:  forever,
+		KeyUsage:  x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	if !end.IsZero() {
+		template.NotAfter = end.Add((graceMin + graceMax) / 2)
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return &certificate{
+		cert: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
+		key:  pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}),
+	}, nil
+}
+
+// certificateNames are the names that callers may ask for.
+func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
+	names := []string{agentID}
+	if tunnel.Subdomain != "" && tunnel.Subdomain != agentID {
+		names = append(names, tunnel.Subdomain)
+	}
+	return append(names, tunnel.CustomDomains...)
+}
+
+// fits says whether the certificate has the names of the lease and lives about as long.
+func (c *certificate) fits(agentID string, lease frpc.Lease) bool {
+	if c == nil {
+		return false
+	}
+	block, _ := pem.Decode(c.cert)
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return false
+	}
+	for _, name := range certificateNames(agentID, lease.Frpc.Tunnel) {
+		if cert.VerifyHostname(name) != nil {
+			return false
+		}
+	}
+	if lease.ExpiresAt.IsZero() {
+		return cert.NotAfter.Equal(forever)
+	}
+	grace := cert.NotAfter.Sub(lease.ExpiresAt)
+	return grace >= graceMin && grace <= graceMax
+}

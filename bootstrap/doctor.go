@@ -1,0 +1,280 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// finding is what doctor says of one step of the way.
+type finding struct {
+	Step   string `json:"step"`
+	Result string `json:"result"` // ok, failed or skipped
+	Detail string `json:"detail"` // what was found, or what to do
+}
+
+// skipped is why a step was not taken.
+type skipped string
+
+func (s skipped) Error() string { return string(s) }
+
+// doctor walks the way from the configuration to the API server, and says of each step whether it works. It
+// writes no file; the lease that it asks for is not used.
+func doctor(ctx context.Context, configPath string, getenv func(string) string, stdout io.Writer, asJSON bool) int {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	p := &patient{}
+	cfg, err := config.Load(configPath, getenv)
+	findings := []finding{}
+	code := exitOK
+	for _, step := range []struct {
+		name string
+		take func(context.Context) (string, error)
+	}{
+		{"configuration", func(context.Context) (string, error) { p.cfg = cfg; return "valid", err }},
+		{"dns", p.dns},
+		{"control plane", p.controlPlane},
+		{"authentication", p.authentication},
+		{"frps", p.frps},
+		{"tunnel", p.tunnel},
+		{"proxy", p.proxy},
+		{"kubernetes", p.kubernetes},
+		{"permissions", p.permissions},
+	} {
+		f := finding{Step: step.name, Result: "skipped", Detail: "the configuration comes first"}
+		if cfg != nil || step.name == "configuration" {
+			detail, err := step.take(ctx)
+			f.Result, f.Detail = "ok", detail
+			if why := skipped(""); errors.As(err, &why) {
+				f.Result, f.Detail = "skipped", string(why)
+			} else if err != nil {
+				f.Result, f.Detail, code = "failed", err.Error(), exitFailed
+			}
+		}
+		findings = append(findings, f)
+		if !asJSON {
+			_, _ = fmt.Fprintf(stdout, "%-8s %-15s %s\n", f.Result, f.Step, f.Detail)
+		}
+	}
+	if asJSON {
+		encoder := json.NewEncoder(stdout)
+		encoder.SetIndent("", "  ")
+		_ = encoder.Encode(findings)
+	}
+	return code
+}
+
+// patient is what doctor looks at, and what it has learned so far.
+type patient struct {
+	cfg     *config.Config
+	reached bool        // the control plane answers
+	lease   *frpc.Lease // from the control plane
+}
+
+const ownToken = skipped("frp.token is set: no control plane is asked")
+
+func (p *patient) dns(ctx context.Context) (string, error) {
+	if p.cfg.FRP.Token != "" {
+		return "", ownToken
+	}
+	u, err := url.Parse(p.cfg.Agent.APIURL)
+	if err != nil {
+		return "", err
+	}
+	if proxy, err := http.ProxyFromEnvironment(&http.Request{URL: u}); err == nil && proxy != nil {
+		return "", skipped("HTTPS_PROXY is set: the proxy at " + proxy.Host + " finds " + u.Hostname())
+	}
+	addrs, err := net.DefaultResolver.LookupHost(ctx, u.Hostname())
+	if err != nil {
+		return "", fmt.Errorf("%w: check agent.api_url (PIPEOPS_API_URL) and the cluster's DNS", err)
+	}
+	return u.Hostname() + " is " + strings.Join(addrs, ", "), nil
+}
+
+// controlPlane asks without a token: any answer will do.
+func (p *patient) controlPlane(ctx context.Context) (string, error) {
+	if p.cfg.FRP.Token != "" {
+		return "", ownToken
+	}
+	client, err := newControlPlane(p.cfg)
+	if err != nil {
+		return "", err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.cfg.Agent.APIURL+"/", nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := client.http.Do(req)
+	if err != nil {
+		return "", fmt.Errorf("the control plane at %s %w", p.cfg.Agent.APIURL, explain(err))
+	}
+	_ = resp.Body.Close()
+	p.reached = true
+	detail := p.cfg.Agent.APIURL + " answers"
+	if resp.TLS != nil {
+		detail += " over TLS with " + frpc.DescribeCertificate(resp.TLS.PeerCertificates[0])
+	}
+	return detail, nil
+}
+
+func (p *patient) authentication(ctx context.Context) (string, error) {
+	if p.cfg.FRP.Token == "" && !p.reached {
+		return "", skipped("the control plane comes first")
+	}
+	ask, err := newSource(p.cfg)
+	if err != nil {
+		return "", err
+	}
+	lease, _, fail := obtain(ctx, p.cfg, ask, frpc.Lease{})
+	if fail != nil {
+		return "", fail
+	}
+	p.lease = &lease
+	if p.cfg.FRP.Token != "" {
+		return "", ownToken
+	}
+	end := "without an end"
+	if !lease.ExpiresAt.IsZero() {
+		end = "until " + lease.ExpiresAt.Format(time.RFC3339)
+	}
+	return fmt.Sprintf("the control plane gives a lease %s for a tunnel of type %s", end, lease.Frpc.Tunnel.Type), nil
+}
+
+func (p *patient) frps(ctx context.Context) (string, error) {
+	if p.lease == nil {
+		return "", skipped("a lease comes first")
+	}
+	c := p.lease.Frpc
+	addr := fmt.Sprintf("%s:%d", c.ServerAddr, c.ServerPort)
+	err := frpc.Login(ctx, c)
+	if errors.Is(err, frpc.ErrCannotLogin) {
+		return "", skipped(addr + " cannot be tried with protocol " + c.Protocol + " or through a proxy: see the tunnel below")
+	}
+	if err != nil {
+		return "", err
+	}
+	verified := "verified"
+	if c.TLS.CAFile == "" {
+		verified = "NOT verified: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)"
+	}
+	return addr + " accepts the login; its certificate is " + verified, nil
+}
+
+func (p *patient) tunnel(ctx context.Context) (string, error) {
+	lease, err := written(p.cfg)
+	if err != nil {
+		return "", err
+	}
+	proxies, err := frpc.NewAdminClient(lease.Frpc.Admin).Status(ctx)
+	if err != nil {
+		return "", fmt.Errorf("%w: check that the frpc container runs, and its log", err)
+	}
+	if len(proxies) == 0 {
+		return "", errors.New("frpc is not logged in to frps: see the line of frps, and frpc's log")
+	}
+	t := proxies[0]
+	if t.Status != "running" {
+		return "", fmt.Errorf("%s of type %s: %s %s: see frpc's log", t.Name, t.Type, t.Status, t.Err)
+	}
+	return fmt.Sprintf("%s of type %s is running at %s", t.Name, t.Type, t.RemoteAddr), nil
+}
+
+func (p *patient) proxy(ctx context.Context) (string, error) {
+	var version struct{ Version string }
+	if err := p.call(ctx, http.MethodGet, p.cfg.Proxy.MetricsAddr, "/version", nil, &version); err != nil {
+		return "", fmt.Errorf("%w: check that the proxy container runs, and its log", err)
+	}
+	return "version " + version.Version + " serves at " + config.Local(p.cfg.Proxy.MetricsAddr), nil
+}
+
+func (p *patient) kubernetes(ctx context.Context) (string, error) {
+	var ready struct {
+		Checks map[string]struct {
+			OK     bool
+			Detail string
+		}
+	}
+	if err := p.call(ctx, http.MethodGet, p.cfg.Proxy.MetricsAddr, "/ready?exclude=tunnel&exclude=shutdown", nil, &ready); err != nil {
+		return "", skipped("the proxy comes first")
+	}
+	if check := ready.Checks["kubernetes"]; !check.OK {
+		return "", errors.New(check.Detail)
+	}
+	return "the API server answers the agent's credential", nil
+}
+
+// permissions asks the API server, by way of the proxy, for what the agent needs for more than what callers ask.
+func (p *patient) permissions(ctx context.Context) (string, error) {
+	var may, mayNot []string
+	for _, access := range []struct {
+		what       string
+		attributes map[string]string
+	}{
+		{"list pods", map[string]string{"verb": "list", "resource": "pods"}},
+		{"list nodes", map[string]string{"verb": "list", "resource": "nodes"}},
+		{"keep runners", map[string]string{"verb": "update", "resource": "secrets", "name": "pipeops-agent-runners", "namespace": p.cfg.Kubernetes.Namespace}},
+	} {
+		review := map[string]any{
+			"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+			"spec": map[string]any{"resourceAttributes": access.attributes},
+		}
+		var answer struct{ Status struct{ Allowed bool } }
+		err := p.call(ctx, http.MethodPost, p.cfg.Proxy.ListenAddr, "/api/k8s/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review, &answer)
+		switch {
+		case err != nil:
+			return "", skipped("the proxy and the API server come first")
+		case answer.Status.Allowed:
+			may = append(may, access.what)
+		default:
+			mayNot = append(mayNot, access.what)
+		}
+	}
+	detail := "may " + strings.Join(may, ", ")
+	if len(may) == 0 {
+		detail = "may do nothing of what was asked for"
+	}
+	if len(mayNot) > 0 {
+		detail += "; may not " + strings.Join(mayNot, ", ") + ": grant it to the agent's ServiceAccount if it should"
+	}
+	return detail, nil
+}
+
+// call asks the proxy, with the agent's token.
+func (p *patient) call(ctx context.Context, method, addr, path string, body, answer any) error {
+	token, err := p.cfg.AgentToken()
+	if err != nil {
+		return err
+	}
+	var data []byte
+	if body != nil {
+		if data, err = json.Marshal(body); err != nil {
+			return err
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+config.Local(addr)+path, bytes.NewReader(data))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Authorization", "Bearer "+token.Reveal())
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return fmt.Errorf("the proxy does not answer: %w", err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer); err != nil || resp.StatusCode >= 400 && resp.StatusCode != http.StatusServiceUnavailable {
+		return fmt.Errorf("the proxy answers %s to %s %s", resp.Status, method, path)
+	}
+	return nil
+}

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"crypto/tls"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// serveTLS runs a control plane for localhost whose certificate ends at end, and returns its URL and the file of
+// the authority that has signed it.
+func serveTLS(t *testing.T, name string, end time.Time) (url, caFile string) {
+	t.Helper()
+	certificate, err := newCertificate(name, frpc.Tunnel{}, end)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair(certificate.cert, certificate.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(answer(200, "application/json", `{"frp_token":"f"}`))
+	server.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
+	server.Config.ErrorLog = nil
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	caFile = filepath.Join(t.TempDir(), "ca.crt")
+	if err := os.WriteFile(caFile, certificate.cert, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return strings.Replace(server.URL, "127.0.0.1", "localhost", 1), caFile
+}
+
+// TestNoConnection: what is between the agent and the control plane, and what a person reads of it.
+func TestNoConnection(t *testing.T) {
+	good, goodCA := serveTLS(t, "localhost", time.Time{})
+	wrongName, wrongNameCA := serveTLS(t, "other.example", time.Time{})
+	expired, expiredCA := serveTLS(t, "localhost", time.Now().Add(-time.Hour))
+	plain := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(plain.Close)
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // the kernel accepts, and nobody says a word
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = silent.Close() })
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = closed.Close()
+	for _, test := range []struct {
+		name, url, caFile string
+		code              int
+		want              []string
+	}{
+		{"none", good, goodCA, exitOK, nil},
+		{"dns", "https://control.invalid", "", exitFailed, []string{
+			"the control plane at https://control.invalid cannot be found: lookup control.invalid", "check agent.api_url (PIPEOPS_API_URL) and the cluster's DNS"}},
+		{"refused", "https://" + closed.Addr().String(), "", exitFailed, []string{"cannot be reached: dial tcp " + closed.Addr().String() + ": connect: connection refused: check agent.api_url"}},
+		{"timeout", "https://" + silent.Addr().String(), "", exitFailed, []string{"does not answer: context deadline exceeded: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it"}},
+		{"no TLS", strings.Replace(plain.URL, "http:", "https:", 1), "", exitFailed, []string{"does not speak TLS: check the port in agent.api_url"}},
+		{"unknown authority", good, "", exitFailed, []string{
+			`presents a certificate that nobody known has signed (subject "CN=localhost" for localhost, issued by "CN=localhost", valid from `, "set agent.ca_file (PIPEOPS_API_CA_FILE) to the file of its authority"}},
+		{"wrong name", wrongName, wrongNameCA, exitFailed, []string{
+			`presents a certificate for another name than localhost (subject "CN=other.example" for other.example, `, "check agent.api_url (PIPEOPS_API_URL)"}},
+		{"expired", expired, expiredCA, exitFailed, []string{
+			"presents a certificate that is not valid at ", `(subject "CN=localhost" for localhost, `, "renew it, or correct the clock of this host or its"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			env := environment(t, test.url)
+			env["PIPEOPS_API_CA_FILE"] = test.caFile
+			code, lastError, output := bootstrap(t, env, "--once", "--timeout", "1s")
+			if code != test.code {
+				t.Errorf("exit code %d, want %d:\n%s", code, test.code, output)
+			}
+			for _, want := range test.want {
+				if !strings.Contains(lastError, want) {
+					t.Errorf("the last line says %q\nwant %q", lastError, want)
+				}
+			}
+		})
+	}
+}
+
+// TestRunDirectory: what is wrong with the volume, and what a leftover of a killed bootstrap does: nothing.
+func TestRunDirectory(t *testing.T) {
+	server := httptest.NewServer(answer(200, "application/json", `{"frp_token":"f"}`))
+	defer server.Close()
+	env := environment(t, server.URL)
+	dir := env["PIPEOPS_RUN_DIR"]
+	leftover := filepath.Join(dir, "."+frpc.ConfigFile+".123")
+	for name, content := range map[string]string{leftover: "half a fi", filepath.Join(dir, frpc.LeaseFile): "{", filepath.Join(dir, frpc.ConfigFile): "serverAd"} {
+		if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if code, _, output := bootstrap(t, env, "ready"); code != exitFailed || !strings.Contains(output, "is not a lease") {
+		t.Errorf("half-written files are taken for ready: %d %s", code, output)
+	}
+	if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
+		t.Fatal(output)
+	}
+	if _, err := os.Stat(leftover); err == nil {
+		t.Error("the leftover is still there")
+	}
+	if code, _, output := bootstrap(t, env, "ready"); code != exitOK {
+		t.Errorf("not ready: %s", output)
+	}
+	if err := os.Remove(filepath.Join(dir, frpc.ConfigFile)); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, output := bootstrap(t, env, "ready"); code != exitFailed || !strings.Contains(output, frpc.ConfigFile+": no such file") {
+		t.Errorf("ready without frpc.toml: %s", output)
+	}
+	env["PIPEOPS_RUN_DIR"] = leftover // not there
+	if code, lastError, _ := bootstrap(t, env, "--once"); code != exitFailed || !strings.Contains(lastError, "the run directory cannot be written") || !strings.Contains(lastError, "check run_dir (PIPEOPS_RUN_DIR)") {
+		t.Errorf("exit code %d: %s", code, lastError)
+	}
+}

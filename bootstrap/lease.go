@@ -1,0 +1,146 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// source is who gives a lease: the control plane, or the operator's own token for their own frps. The
+// certificate is that of a tunnel of type https, PEM, or empty.
+type source func(ctx context.Context, certificate []byte) (authAnswer, *failure)
+
+// newSource finds out who is to be asked.
+func newSource(cfg *config.Config) (source, error) {
+	if cfg.FRP.Token == "" {
+		client, err := newControlPlane(cfg)
+		if err != nil {
+			return nil, err
+		}
+		return client.attempt, nil
+	}
+	return func(context.Context, []byte) (authAnswer, *failure) {
+		token, err := cfg.FRPToken()
+		if err != nil {
+			return authAnswer{}, &failure{err: fmt.Errorf("frp.token_file (PIPEOPS_FRP_TOKEN_FILE): %w", err)}
+		}
+		return authAnswer{FRPToken: token}, nil
+	}, nil
+}
+
+// obtain gets a lease, and for a tunnel of type https one whose certificate the control plane has been shown. What
+// the certificate must be follows from the lease, which is not known when it is asked for: so a certificate is
+// made for what was last known, and if it does not fit, the one that does is shown in a second request.
+func obtain(ctx context.Context, cfg *config.Config, ask source, last frpc.Lease) (frpc.Lease, time.Duration, *failure) {
+	guess := last
+	if guess.Frpc.Tunnel.Type == "" {
+		guess.Frpc.Tunnel, guess.ExpiresAt = cfg.FRP.Tunnel, time.Now().Add(24*time.Hour)
+	} else if !guess.ExpiresAt.IsZero() {
+		guess.ExpiresAt = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
+	}
+	var shown *certificate
+	for range 3 {
+		if guess.Frpc.Tunnel.Type == "https" {
+			var err error
+			if shown, err = newCertificate(cfg.Agent.ID, guess.Frpc.Tunnel, guess.ExpiresAt); err != nil {
+				return frpc.Lease{}, 0, &failure{err: err, final: true}
+			}
+		}
+		var pem []byte
+		if shown != nil {
+			pem = shown.cert
+		}
+		answer, fail := ask(ctx, pem)
+		if fail != nil {
+			return frpc.Lease{}, 0, fail
+		}
+		lease, err := newLease(cfg, answer, last.Frpc.Admin)
+		if err != nil {
+			return frpc.Lease{}, 0, &failure{err: err, final: true}
+		}
+		if lease.Frpc.Tunnel.Type != "https" {
+			return lease, answer.life, nil
+		}
+		if shown.fits(cfg.Agent.ID, lease) {
+			lease.Certificate, lease.Key = shown.cert, shown.key
+			return lease, answer.life, nil
+		}
+		guess = lease
+	}
+	return frpc.Lease{}, 0, &failure{final: true, err: errors.New("the control plane's lease has another tunnel or another end each time: tell those who run it")}
+}
+
+// newLease joins the configuration and the control plane's answer; the answer wins. admin is what frpc was told
+// before, if it was: it may still run.
+func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lease, error) {
+	if answer.AuthMethod == "" {
+		answer.AuthMethod = "token"
+	}
+	if answer.AuthMethod != "token" && answer.AuthMethod != "oidc" {
+		return frpc.Lease{}, fmt.Errorf("the control plane's lease has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
+	}
+	name := cfg.Agent.ID + "." + cfg.Agent.Instance
+	tunnel, configured := answer.Tunnel, cfg.FRP.Tunnel
+	if tunnel.Type == "" {
+		tunnel.Type = configured.Type
+	}
+	if (tunnel.Type == "tcp") == (configured.Type == "tcp") {
+		if tunnel.Subdomain == "" && len(tunnel.CustomDomains) == 0 {
+			tunnel.Subdomain, tunnel.CustomDomains = configured.Subdomain, configured.CustomDomains
+		}
+		if tunnel.RemotePort == 0 {
+			tunnel.RemotePort = configured.RemotePort
+		}
+	}
+	tunnel.LocalIP, tunnel.LocalPort = configured.LocalIP, configured.LocalPort
+	if !slices.Contains([]string{"http", "https", "tcp"}, tunnel.Type) {
+		return frpc.Lease{}, fmt.Errorf("the control plane's lease has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
+	}
+	for _, port := range []int{answer.ServerPort, tunnel.RemotePort} {
+		if port < 0 || port > 65535 {
+			return frpc.Lease{}, fmt.Errorf("the control plane's lease has port %d, which is none: tell those who run it", port)
+		}
+	}
+	tunnel.Name = name
+	lease := frpc.Lease{
+		IssuedAt:    time.Now().UTC().Truncate(time.Second),
+		ExpiresAt:   answer.ExpiresAt,
+		Permissions: answer.Permissions,
+		Frpc: frpc.Config{
+			ServerAddr: cfg.FRP.ServerAddr,
+			ServerPort: cfg.FRP.ServerPort,
+			User:       answer.User,
+			ClientID:   name,
+			Protocol:   cfg.FRP.Protocol,
+			ProxyURL:   cfg.FRP.ProxyURL,
+			TLS:        cfg.FRP.TLS,
+			AuthMethod: answer.AuthMethod,
+			Token:      answer.FRPToken,
+			Metadatas:  answer.Metadatas,
+			LogLevel:   cmp.Or(map[string]string{"debug": "debug", "error": "error"}[cfg.Logging.Level], "warn"), // info has two lines for each look at it
+			Admin:      frpc.Admin{Port: cfg.FRP.AdminPort, User: "pipeops", Password: admin.Password},
+			Tunnel:     tunnel,
+		},
+	}
+	if admin.Password == "" {
+		lease.Frpc.Admin.Password = frpc.Secret(rand.Text())
+	}
+	if answer.AuthMethod == "oidc" {
+		lease.Frpc.TokenFile = filepath.Join(cfg.RunDir, frpc.TokenFile)
+	}
+	if answer.ServerAddr != "" {
+		lease.Frpc.ServerAddr = answer.ServerAddr
+	}
+	if answer.ServerPort != 0 {
+		lease.Frpc.ServerPort = answer.ServerPort
+	}
+	return lease, nil
+}
