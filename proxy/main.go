@@ -19,6 +19,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -30,6 +31,7 @@ const (
 )
 
 func main() {
+	frpc.ForbidCoreDumps()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	// A second signal ends the process at once.
 	context.AfterFunc(ctx, stop)
@@ -145,6 +147,9 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
 		if err != nil {
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
+		}
+		if l.listener == tunnel {
+			listener = newTLSListener(listener, cfg.RunDir)
 		}
 		server := newHTTPServer(streams, l.listener, s.handler(l.listener), log)
 		servers = append(servers, server)

@@ -21,11 +21,11 @@ type metrics struct {
 	latency      prometheus.Histogram
 	checks       *prometheus.GaugeVec
 
-	tunnelUp, leaseEnd, lastHeartbeat prometheus.Gauge
-	frpcRestarts                      prometheus.Counter
-	authFailures, commands            *prometheus.CounterVec
-	statusDuration                    prometheus.Histogram
-	statusRequests                    prometheus.Counter
+	tunnelUp, leaseEnd, renewalFailing, lastHeartbeat prometheus.Gauge
+	frpcRestarts                                      prometheus.Counter
+	authFailures, commands                            *prometheus.CounterVec
+	statusDuration                                    prometheus.Histogram
+	statusRequests                                    prometheus.Counter
 
 	handler http.Handler
 }
@@ -63,6 +63,7 @@ func newMetrics() *metrics {
 		authFailures:   counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
 		tunnelUp:       gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
 		leaseEnd:       gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
+		renewalFailing: gauge("tunnel_lease_renewal_failing", "1 if bootstrap has tried to renew the lease and could not, else 0."),
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
 	}
@@ -76,7 +77,7 @@ func newMetrics() *metrics {
 	})
 	build.Set(1)
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.lastHeartbeat,
+	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.renewalFailing, m.lastHeartbeat,
 		m.frpcRestarts, m.authFailures, m.commands, m.statusDuration, m.statusRequests, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})

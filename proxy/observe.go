@@ -68,8 +68,8 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 		rec.inLane.Dec()
 		s.metrics.kube.WithLabelValues(d.Verb, strconv.Itoa(code), lane(d)).Inc()
 	}
-	if rec.refused {
-		level = slog.LevelDebug // the authenticator has said it once
+	if rec.refused || route == "/ready" {
+		level = slog.LevelDebug // the authenticator has said it once; frpc asks every second
 	}
 	if !s.log.Enabled(r.Context(), level) {
 		return

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,10 +29,10 @@ type readiness struct {
 }
 
 func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readiness {
-	t := &tunnelCheck{runDir: runDir, up: m.tunnelUp, leaseEnd: m.leaseEnd, restarts: m.frpcRestarts}
+	t := &tunnelCheck{runDir: runDir, up: m.tunnelUp, leaseEnd: m.leaseEnd, renewalFailing: m.renewalFailing, restarts: m.frpcRestarts}
 	r := &readiness{tunnel: t, checks: []*check{
 		{name: "kubernetes", age: checkAge, run: api.Check},
-		{name: "tunnel", age: checkAge, run: t.run},
+		{name: "tunnel", age: checkAge, run: t.run, note: t.leaseProblem},
 		{name: "shutdown", run: func(context.Context) error {
 			if g.isClosed() {
 				return errors.New("the agent is shutting down and takes nothing new")
@@ -49,6 +51,7 @@ type check struct {
 	name   string
 	age    time.Duration // how long an outcome is good for
 	run    func(context.Context) error
+	note   func() string // what to say though it passes; may be nil
 	passed interface{ Set(float64) }
 
 	mu   sync.Mutex
@@ -93,44 +96,50 @@ func (r *readiness) watch(ctx context.Context) {
 
 // tunnelCheck looks at the way to frps, and remembers what it has seen.
 type tunnelCheck struct {
-	runDir       string
-	up, leaseEnd prometheus.Gauge
-	restarts     prometheus.Counter
+	runDir                       string
+	up, leaseEnd, renewalFailing prometheus.Gauge
+	restarts                     prometheus.Counter
 
 	loginAt time.Time
 	login   error
 
-	mu     sync.Mutex
-	last   tunnelStatus
-	frpcUp bool // frpc's admin API answered the last time
-	seen   bool // and once before
+	mu       sync.Mutex
+	last     tunnelStatus
+	frpcUp   bool // frpc has answered once
+	frpcAway bool // and was gone at the last look
 }
 
 // run looks at the tunnel and says what is wrong with it. Calls must not overlap.
 func (t *tunnelCheck) run(ctx context.Context) error {
 	lease, err := frpc.ReadLease(t.runDir)
 	var proxies []frpc.ProxyStatus
-	frpcUp := false
 	if err == nil {
 		proxies, err = frpc.NewAdminClient(lease.Frpc.Admin).Status(ctx)
-		if frpcUp = err == nil; frpcUp {
+		if err == nil {
 			err = t.judge(ctx, lease, proxies)
 		} else {
 			err = fmt.Errorf("%w: check that the frpc container runs, and its log", err)
 		}
+		if problem := leaseProblem(lease); problem != "" && err != nil {
+			err = fmt.Errorf("%w; %s", err, problem)
+		}
 	}
-	t.remember(lease, proxies, frpcUp, err)
+	t.remember(lease, proxies, err)
 	return err
 }
 
-func (t *tunnelCheck) remember(lease *frpc.Lease, proxies []frpc.ProxyStatus, frpcUp bool, err error) {
+func (t *tunnelCheck) remember(lease *frpc.Lease, proxies []frpc.ProxyStatus, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if frpcUp && !t.frpcUp && t.seen {
-		t.last.FrpcRestarts++
-		t.restarts.Inc()
+	if proxies != nil { // frpc answers
+		if t.frpcAway {
+			t.last.FrpcRestarts++
+			t.restarts.Inc()
+		}
+		t.frpcUp, t.frpcAway = true, false
+	} else if t.frpcUp && errors.Is(err, syscall.ECONNREFUSED) { // nobody listens: it has ended
+		t.frpcAway = true
 	}
-	t.frpcUp, t.seen = frpcUp, t.seen || frpcUp
 	if connected := err == nil; t.last.Since == nil || t.last.Connected != connected {
 		t.last.Connected, t.last.Since = connected, timeOrNil(time.Now())
 	}
@@ -142,13 +151,33 @@ func (t *tunnelCheck) remember(lease *frpc.Lease, proxies []frpc.ProxyStatus, fr
 	}
 	t.last.LeaseIssuedAt, t.last.LeaseExpiresAt = nil, nil
 	t.leaseEnd.Set(0)
+	t.renewalFailing.Set(0)
+	t.last.LeaseProblem = ""
 	if lease != nil {
+		t.last.LeaseProblem = leaseProblem(lease)
+		if lease.Renewal != nil {
+			t.renewalFailing.Set(1)
+		}
 		t.last.LeaseIssuedAt, t.last.LeaseExpiresAt = timeOrNil(lease.IssuedAt), timeOrNil(lease.ExpiresAt)
 		if !lease.ExpiresAt.IsZero() {
 			t.leaseEnd.Set(float64(lease.ExpiresAt.Unix()))
 		}
 	}
 }
+
+// leaseProblem says that there is no next lease, since when, and why; empty if all is well.
+func leaseProblem(lease *frpc.Lease) string {
+	switch ended := !lease.ExpiresAt.IsZero() && time.Now().After(lease.ExpiresAt); {
+	case lease.Renewal != nil:
+		return fmt.Sprintf("the lease cannot be renewed since %s: %s", lease.Renewal.FailingSince.Format(time.RFC3339), lease.Renewal.Error)
+	case ended:
+		return fmt.Sprintf("the lease ended at %s, and frps will refuse the next login: check that the bootstrap container runs, and its log", lease.ExpiresAt.Format(time.RFC3339))
+	default:
+		return ""
+	}
+}
+
+func (t *tunnelCheck) leaseProblem() string { return t.status().LeaseProblem }
 
 func (t *tunnelCheck) status() tunnelStatus {
 	t.mu.Lock()
@@ -170,6 +199,9 @@ func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []fr
 		if p.Err != "" {
 			return fmt.Errorf("frps refuses the tunnel (%s: %s): check the agent's id, and that no other agent has the same", p.Status, p.Err)
 		}
+		if p.Status == "check failed" {
+			return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer it: check proxy.listen_addr (PIPEOPS_LISTEN_ADDR), the same for bootstrap and the proxy")
+		}
 	}
 	if time.Since(t.loginAt) > loginAge {
 		t.login = frpc.Login(ctx, lease.Frpc)
@@ -189,7 +221,12 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 		Detail string `json:"detail,omitempty"`
 	}
 	return func(w http.ResponseWriter, r *http.Request) {
-		excluded := r.URL.Query()["exclude"]
+		query, err := url.ParseQuery(r.URL.RawQuery)
+		if err != nil {
+			writeProblem(w, http.StatusBadRequest, "the query cannot be read: give ?exclude=NAME, joined by &")
+			return
+		}
+		excluded := query["exclude"]
 		for _, name := range excluded {
 			if s.ready.check(name) == nil {
 				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are %s", name, strings.Join(s.ready.names(), ", ")))
@@ -205,11 +242,15 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 			}
 			err := c.result(r.Context())
 			o := outcome{OK: err == nil}
-			if err != nil {
+			switch {
+			case err != nil:
+				o.Detail = err.Error()
 				code, status = http.StatusServiceUnavailable, "not ready"
-				if detailed {
-					o.Detail = err.Error()
-				}
+			case c.note != nil:
+				o.Detail = c.note()
+			}
+			if !detailed {
+				o.Detail = ""
 			}
 			checks[c.name] = o
 		}

@@ -47,6 +47,8 @@ type tunnelStatus struct {
 	Proxies        []frpc.ProxyStatus `json:"proxies"`
 	LeaseIssuedAt  *time.Time         `json:"lease_issued_at"`
 	LeaseExpiresAt *time.Time         `json:"lease_expires_at"` // null: unknown, or no end
+	// LeaseProblem is that there is no next lease, since when, and why.
+	LeaseProblem string `json:"lease_problem,omitempty"`
 }
 
 // statusAge is how long an answer is good for: polling oftener costs the API server nothing more.
