@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/client-go/rest"
@@ -28,12 +29,14 @@ type Agent struct {
 	RunDir     string
 	Operations string // URL of the operations listener
 	Tunnel     string // URL of the tunnel listener
+	Bootstrap  *process.Process
 	Frpc       *process.Process
 	Proxy      *process.Process
 
 	group    *process.Group
 	id       string
-	starts   int
+	starts   *atomic.Int32 // of processes
+	restarts *atomic.Int32 // of frpc
 	frpcArgs []string
 }
 
@@ -51,7 +54,7 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 	}
 	listen, metrics := loopback(ports[0]), loopback(ports[1])
 	return &Agent{
-		group: group, id: id, RunDir: dir,
+		group: group, id: id, RunDir: dir, starts: &atomic.Int32{}, restarts: &atomic.Int32{},
 		Tunnel: "http://" + listen, Operations: "http://" + metrics,
 		frpcArgs: []string{"-c", filepath.Join(dir, frpc.ConfigFile)},
 		Env: []string{
@@ -64,14 +67,10 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 	}, nil
 }
 
-// Start runs bootstrap to its end and starts frpc and the proxy.
+// Start starts bootstrap, and when it is ready frpc and the proxy.
 func (a *Agent) Start() error {
-	bootstrap, err := a.Bootstrap()
-	if err != nil {
+	if err := a.StartBootstrap(); err != nil {
 		return err
-	}
-	if bootstrap.ExitCode() != 0 {
-		return bootstrap.Failed()
 	}
 	if err := a.StartFrpc(); err != nil {
 		return err
@@ -79,10 +78,63 @@ func (a *Agent) Start() error {
 	return a.StartProxy()
 }
 
-// Bootstrap starts bootstrap --once with further arguments.
-func (a *Agent) Bootstrap(args ...string) (*process.Process, error) {
-	return a.start("bootstrap", a.Env, append([]string{"--once"}, args...)...)
+// StartBootstrap starts bootstrap and waits until its files are there, as a startup probe does.
+func (a *Agent) StartBootstrap() (err error) {
+	if a.Bootstrap, err = a.start("bootstrap", a.Env); err != nil {
+		return err
+	}
+	err = process.Poll(context.Background(), 30*time.Second, a.Bootstrap.Done(), func() error {
+		probe, err := a.Command("ready")
+		if err == nil && probe.ExitCode() != 0 {
+			err = errors.New(probe.Log())
+		}
+		return err
+	})
+	select {
+	case <-a.Bootstrap.Done():
+		return a.Bootstrap.Failed()
+	default:
+		return err
+	}
 }
+
+// Once starts bootstrap --once with further arguments.
+func (a *Agent) Once(args ...string) (*process.Process, error) {
+	return a.Command(append([]string{"--once"}, args...)...)
+}
+
+// Command starts bootstrap with other arguments.
+func (a *Agent) Command(args ...string) (*process.Process, error) {
+	return a.start("bootstrap", a.Env, args...)
+}
+
+// RestartFrpc starts frpc again whenever it ends, as a kubelet does, until ctx ends.
+func (a *Agent) RestartFrpc(ctx context.Context) {
+	frpc := a.Frpc
+	go func() {
+		for {
+			select {
+			case <-frpc.Done():
+			case <-ctx.Done():
+				return
+			}
+			next, err := a.start("frpc", nil, a.frpcArgs...)
+			if err != nil {
+				return
+			}
+			frpc = next
+			a.restarts.Add(1)
+			select {
+			case <-time.After(500 * time.Millisecond): // it may end at once, again and again
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+}
+
+// FrpcRestarts is how often RestartFrpc has done so.
+func (a *Agent) FrpcRestarts() int { return int(a.restarts.Load()) }
 
 // StartFrpc starts the stock frpc, as it is.
 func (a *Agent) StartFrpc() (err error) {
@@ -101,8 +153,8 @@ func (a *Agent) start(name string, env []string, args ...string) (*process.Proce
 	if err != nil {
 		return nil, err
 	}
-	a.starts++ // each run has a log of its own
-	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.id, a.starts), env, binary, args...)
+	run := a.starts.Add(1) // each has a log of its own
+	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.id, run), env, binary, args...)
 }
 
 // Readiness is the answer of GET /ready.

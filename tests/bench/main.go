@@ -26,7 +26,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	measures := []func(context.Context) error{start, status, proxies}
+	measures := []func(context.Context) error{start, recovery, status, proxies}
 	if slices.Contains(os.Args, "--latency") {
 		measures = []func(context.Context) error{latency, frozen, restarted}
 	}

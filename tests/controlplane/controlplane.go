@@ -15,7 +15,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -24,14 +23,18 @@ import (
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// leaseTime is how long an agent may log in with a lease.
-const leaseTime = 24 * time.Hour
-
 // Options are what a control plane is started with.
 type Options struct {
 	Group  *process.Group
 	Agents map[string]string // token by agent id
 	Log    *slog.Logger
+	OIDC   bool // leases hold a token of OpenID Connect, instead of frp's shared token
+}
+
+// Terms are what the leases that are given from now on say.
+type Terms struct {
+	Life       time.Duration // how long an agent may log in; 0: for ever
+	TunnelType string        // http or https; empty: what the agent wants
 }
 
 // ControlPlane is a running control plane. All its addresses are on 127.0.0.1.
@@ -42,15 +45,22 @@ type ControlPlane struct {
 	CA         []byte `json:"-"`           // the same
 	FrpsPort   int    `json:"frps_port"`
 
-	options   Options
-	frpToken  string // frp's shared token
-	vhostPort int
-	frpsArgs  []string
-	servers   []*http.Server
+	options      Options
+	frpToken     string  // frp's shared token
+	issuer       *issuer // nil: frp's shared token it is
+	dir          string
+	pluginURL    string
+	vhostPort    int // of tunnels of type http
+	vhostTLSPort int // https
+	frpsArgs     []string
+	servers      []*http.Server
 
 	mu       sync.Mutex
 	agents   map[string]string
+	revoked  map[string]bool
+	terms    Terms
 	leases   map[string]lease   // by the credential in metadatas
+	tunnels  map[string]string  // by agent id: the type of the tunnel that frps was last let to open
 	refusals map[string]refusal // by agent id: why frps was last told to refuse it
 	fault    http.Handler       // answers instead of the authentication endpoint, for tests
 	frps     *process.Process
@@ -58,10 +68,15 @@ type ControlPlane struct {
 
 // lease is what one instance of an agent got.
 type lease struct {
-	agentID  string
-	groupKey string
-	expires  time.Time
+	agentID     string
+	instance    string
+	groupKey    string
+	expires     time.Time // zero: never
+	tunnel      frpc.Tunnel
+	certificate string // PEM: what the agent shows to callers of a tunnel of type https
 }
+
+func (l lease) ended() bool { return !l.expires.IsZero() && time.Now().After(l.expires) }
 
 type refusal struct {
 	at     time.Time
@@ -75,8 +90,9 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 		return nil, err
 	}
 	c := &ControlPlane{
-		CAFile: filepath.Join(dir, "ca.crt"), options: options, frpToken: rand.Text(),
-		agents: maps.Clone(options.Agents), leases: map[string]lease{}, refusals: map[string]refusal{},
+		CAFile: filepath.Join(dir, "ca.crt"), options: options, frpToken: rand.Text(), dir: dir,
+		agents: maps.Clone(options.Agents), revoked: map[string]bool{}, terms: Terms{Life: 24 * time.Hour},
+		leases: map[string]lease{}, tunnels: map[string]string{}, refusals: map[string]refusal{},
 	}
 	cert, err := writeCertificates(dir)
 	if err != nil {
@@ -92,18 +108,21 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 	if c.APIURL, err = c.serve(ctx, api, tlsConfig); err != nil {
 		return nil, err
 	}
-	pluginURL, err := c.serve(ctx, http.HandlerFunc(c.plugin), nil)
-	if err != nil {
+	if c.pluginURL, err = c.serve(ctx, http.HandlerFunc(c.plugin), nil); err != nil {
 		return nil, err
 	}
-	if err := c.configureFrps(dir, pluginURL); err != nil {
+	if options.OIDC {
+		if c.issuer, err = newIssuer(); err != nil {
+			return nil, err
+		}
+		if c.issuer.url, err = c.serve(ctx, c.issuer, nil); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.MoveFrps(ctx); err != nil {
 		return nil, err
 	}
-	if err := c.StartFrps(ctx); err != nil {
-		return nil, err
-	}
-	gateway := c.gateway(net.JoinHostPort("127.0.0.1", strconv.Itoa(c.vhostPort)))
-	if c.GatewayURL, err = c.serve(ctx, gateway, tlsConfig); err != nil {
+	if c.GatewayURL, err = c.serve(ctx, c.gateway(), tlsConfig); err != nil {
 		return nil, err
 	}
 	return c, nil
@@ -143,6 +162,20 @@ func (c *ControlPlane) SetAgent(id, token string) {
 	c.agents[id] = token
 }
 
+// Revoke refuses an agent from now on, or no longer.
+func (c *ControlPlane) Revoke(id string, revoked bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.revoked[id] = revoked
+}
+
+// SetTerms changes what the next leases say.
+func (c *ControlPlane) SetTerms(terms Terms) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.terms = terms
+}
+
 // RevokeLeases makes frps refuse every lease that was given until now.
 func (c *ControlPlane) RevokeLeases() {
 	c.mu.Lock()
@@ -167,8 +200,9 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var request struct {
-		AgentID  string `json:"agent_id"`
-		Instance string `json:"instance"`
+		AgentID     string `json:"agent_id"`
+		Instance    string `json:"instance"`
+		Certificate string `json:"tls_certificate"`
 	}
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<20)).Decode(&request); err != nil {
 		writeJSON(w, http.StatusBadRequest, map[string]string{"error": err.Error()})
@@ -183,21 +217,54 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusUnauthorized, map[string]string{"error": "unknown agent or wrong token"})
 		return
 	}
+	if c.revoked[request.AgentID] {
+		writeJSON(w, http.StatusForbidden, map[string]string{"error": "the agent was revoked"})
+		return
+	}
 	credential := rand.Text()
-	l := lease{agentID: request.AgentID, expires: time.Now().Add(leaseTime).UTC().Truncate(time.Second), groupKey: rand.Text()}
-	for _, other := range c.leases { // the instances of one agent share the key of their group
-		if other.agentID == l.agentID {
-			l.groupKey = other.groupKey
+	l := lease{agentID: request.AgentID, instance: request.Instance, groupKey: rand.Text(), certificate: request.Certificate}
+	for id, other := range c.leases {
+		if other.agentID != l.agentID {
+			continue
+		}
+		l.groupKey = other.groupKey // the instances of one agent share the key of their group
+		if c.issuer != nil && other.instance == l.instance {
+			credential = id // the token says until when; what stands in frpc.toml stays
 		}
 	}
+	if c.terms.Life != 0 {
+		l.expires = time.Now().Add(c.terms.Life).UTC().Truncate(time.Second)
+	}
+	l.tunnel = frpc.Tunnel{Type: c.terms.TunnelType, Group: l.agentID, GroupKey: frpc.Secret(l.groupKey)}
+	if l.tunnel.Type == "" {
+		l.tunnel.Type = "http"
+		if l.certificate != "" {
+			l.tunnel.Type = "https"
+		}
+	}
+	if l.tunnel.Type == "https" {
+		l.tunnel.CustomDomains = []string{l.agentID + "." + tlsDomain}
+	} else {
+		l.tunnel.Subdomain = l.agentID
+	}
+	answer := map[string]any{
+		"frp_token": c.frpToken, "auth_method": "token", "server_addr": "127.0.0.1", "server_port": c.FrpsPort,
+		"metadatas": map[string]string{"agent_id": l.agentID, "lease": credential}, "tunnel": l.tunnel,
+	}
+	if !l.expires.IsZero() {
+		answer["expires_at"] = l.expires
+	}
+	if c.issuer != nil {
+		jwt, err := c.issuer.token(l.agentID, l.expires)
+		if err != nil {
+			writeJSON(w, http.StatusInternalServerError, map[string]string{"error": err.Error()})
+			return
+		}
+		answer["frp_token"], answer["auth_method"] = jwt, "oidc"
+	}
 	c.leases[credential] = l
-	c.options.Log.Info("lease given", "agent_id", request.AgentID, "instance", request.Instance, "expires_at", l.expires)
-	writeJSON(w, http.StatusOK, map[string]any{
-		"frp_token": c.frpToken, "expires_at": l.expires, "auth_method": "token",
-		"server_addr": "127.0.0.1", "server_port": c.FrpsPort,
-		"metadatas": map[string]string{"agent_id": l.agentID, "lease": credential},
-		"tunnel":    frpc.Tunnel{Type: "http", Subdomain: l.agentID, Group: l.agentID, GroupKey: frpc.Secret(l.groupKey)},
-	})
+	c.options.Log.Info("lease given", "agent_id", request.AgentID, "instance", request.Instance, "expires_at", l.expires, "tunnel_type", l.tunnel.Type)
+	writeJSON(w, http.StatusOK, answer)
 }
 
 func writeJSON(w http.ResponseWriter, code int, body any) {

@@ -12,36 +12,54 @@ import (
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// domain is below which frps looks for agents. It never leaves the gateway, so it need not resolve.
-const domain = "agents.internal"
+// Below which frps looks for agents, by the type of their tunnel. They never leave the gateway, so they need not
+// resolve. frps lets no custom domain be below its own, so there are two.
+const (
+	domain    = "agents.internal"     // http, as a subdomain
+	tlsDomain = "agents-tls.internal" // https, as a custom domain, because the agent's certificate must name all of it
+)
 
-// configureFrps writes frps's configuration: TLS only, one vhost port for the gateway, our plugin.
-func (c *ControlPlane) configureFrps(dir, pluginURL string) error {
-	var err error
-	if c.FrpsPort, err = process.FreePort(); err != nil {
+// MoveFrps stops frps if it runs, and starts it at another port.
+func (c *ControlPlane) MoveFrps(ctx context.Context) error {
+	c.StopFrps()
+	if err := c.configureFrps(); err != nil {
 		return err
 	}
-	if c.vhostPort, err = process.FreePort(); err != nil {
-		return err
+	return c.StartFrps(ctx)
+}
+
+// configureFrps writes frps's configuration: TLS only, vhost ports for the gateway, our plugin.
+func (c *ControlPlane) configureFrps() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, port := range []*int{&c.FrpsPort, &c.vhostPort, &c.vhostTLSPort} {
+		var err error
+		if *port, err = process.FreePort(); err != nil {
+			return err
+		}
+	}
+	auth := map[string]any{"method": "token", "token": c.frpToken}
+	if c.issuer != nil {
+		auth = map[string]any{"method": "oidc", "oidc": map[string]any{"issuer": c.issuer.url, "audience": audience}}
 	}
 	config := map[string]any{
 		"bindAddr": "127.0.0.1", "bindPort": c.FrpsPort,
-		"vhostHTTPPort": c.vhostPort, "subDomainHost": domain,
+		"vhostHTTPPort": c.vhostPort, "vhostHTTPSPort": c.vhostTLSPort, "subDomainHost": domain,
 		"vhostHTTPTimeout": 120, // a wait for headers; kubectl allows calls that long
-		"auth":             map[string]any{"method": "token", "token": c.frpToken},
+		"auth":             auth,
 		"log":              map[string]any{"disablePrintColor": true},
 		"transport": map[string]any{"tls": map[string]any{
-			"force": true, "certFile": filepath.Join(dir, "server.crt"), "keyFile": filepath.Join(dir, "server.key"),
+			"force": true, "certFile": filepath.Join(c.dir, "server.crt"), "keyFile": filepath.Join(c.dir, "server.key"),
 		}},
 		"httpPlugins": []any{map[string]any{
-			"name": "control-plane", "addr": pluginURL, "path": "/", "ops": []string{"Login", "NewProxy"},
+			"name": "control-plane", "addr": c.pluginURL, "path": "/", "ops": []string{"Login", "NewProxy"},
 		}},
 	}
 	data, err := json.Marshal(config)
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(dir, "frps.json")
+	path := filepath.Join(c.dir, "frps.json")
 	c.frpsArgs = []string{"-c", path}
 	return os.WriteFile(path, data, 0o600)
 }

@@ -2,11 +2,15 @@ package controlplane
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httputil"
+	"strconv"
 	"strings"
 	"time"
 
@@ -19,16 +23,19 @@ import (
 const agentHeader = "Pipeops-Agent"
 
 // gateway leads /agents/{id}/… to the agent of that id, by way of frps's vhost port. It is HTTPS, because
-// kubectl sends no token over http, and leaves authentication to the agent.
-func (c *ControlPlane) gateway(vhost string) http.Handler {
+// kubectl sends no token over http, and leaves authentication to the agent. Where the tunnel is of type https, it
+// speaks TLS with the agent itself, and trusts what the agent has shown to the authentication endpoint alone.
+func (c *ControlPlane) gateway() http.Handler {
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			id, path, _ := cutAgent(pr.In.URL.Path)
 			_, rawPath, _ := cutAgent(pr.In.URL.EscapedPath())
-			pr.Out.URL.Scheme, pr.Out.URL.Host = "http", vhost
+			pr.Out.URL.Scheme, pr.Out.URL.Host, pr.Out.Host = "http", id+"."+domain, id+"."+domain
+			if c.tunnelType(id) == "https" {
+				pr.Out.URL.Scheme, pr.Out.URL.Host = "https", id+"."+tlsDomain
+			}
 			pr.Out.URL.Path, pr.Out.URL.RawPath = path, rawPath
 			pr.Out.URL.RawQuery = pr.In.URL.RawQuery
-			pr.Out.Host = id + "." + domain
 			// The gateway tells callers to continue; a second 100 from behind would race with its own.
 			pr.Out.Header.Del("Expect")
 			// Else frps's transport asks for gzip on its own, has the API server compress, and unpacks it again.
@@ -45,7 +52,10 @@ func (c *ControlPlane) gateway(vhost string) http.Handler {
 		},
 		ErrorHandler: c.unavailable,
 		ErrorLog:     slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
-		Transport:    &http.Transport{MaxIdleConnsPerHost: 100, DisableCompression: true, IdleConnTimeout: 50 * time.Second},
+		Transport: &http.Transport{
+			MaxIdleConnsPerHost: 100, DisableCompression: true, IdleConnTimeout: 50 * time.Second,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dial(ctx, &c.vhostPort) }, DialTLSContext: c.dialAgent,
+		},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id, _, ok := cutAgent(r.URL.Path)
@@ -59,6 +69,46 @@ func (c *ControlPlane) gateway(vhost string) http.Handler {
 		}
 		rp.ServeHTTP(w, r)
 	})
+}
+
+func (c *ControlPlane) tunnelType(id string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.tunnels[id]
+}
+
+// dial connects to one of the ports of frps.
+func (c *ControlPlane) dial(ctx context.Context, port *int) (net.Conn, error) {
+	c.mu.Lock()
+	addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(*port))
+	c.mu.Unlock()
+	return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+}
+
+// dialAgent speaks TLS with an agent, which frps finds by the name in the handshake.
+func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn, error) {
+	name, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	trusted := x509.NewCertPool()
+	c.mu.Lock()
+	for _, l := range c.leases {
+		if l.agentID+"."+tlsDomain == name && !l.ended() {
+			trusted.AppendCertsFromPEM([]byte(l.certificate))
+		}
+	}
+	c.mu.Unlock()
+	conn, err := c.dial(ctx, &c.vhostTLSPort)
+	if err != nil {
+		return nil, err
+	}
+	tlsConn := tls.Client(conn, &tls.Config{ServerName: name, RootCAs: trusted, MinVersion: tls.VersionTLS12})
+	if err := tlsConn.HandshakeContext(ctx); err != nil {
+		_ = conn.Close()
+		return nil, fmt.Errorf("%w: %w", errNoAgent, err)
+	}
+	return tlsConn, nil
 }
 
 // errNoAgent stands for an answer that no agent gave: frps answers 404 for a tunnel that is not up, which kubectl

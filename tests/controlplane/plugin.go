@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
@@ -54,18 +55,19 @@ func (c *ControlPlane) decide(request pluginRequest) error {
 	switch {
 	case !ok:
 		err = errors.New("the control plane has given no such lease, or has revoked it")
-	case time.Now().After(l.expires):
+	case l.ended():
 		err = fmt.Errorf("the lease ended at %s", l.expires.Format(time.RFC3339))
 	case request.Op == "Login":
 		return nil
 	case request.Op != "NewProxy":
 		err = fmt.Errorf("op %q is not expected", request.Op)
-	case in.ProxyType != "http" || in.Subdomain != l.agentID || len(in.CustomDomains) > 0 || in.Group != l.agentID ||
-		in.GroupKey != l.groupKey || !strings.HasPrefix(in.ProxyName, l.agentID+"."):
+	case in.ProxyType != l.tunnel.Type || in.Subdomain != l.tunnel.Subdomain || !slices.Equal(in.CustomDomains, l.tunnel.CustomDomains) ||
+		in.Group != l.agentID || in.GroupKey != l.groupKey || !strings.HasPrefix(in.ProxyName, l.agentID+"."):
 		err = fmt.Errorf("the lease of agent %q is not for this tunnel", l.agentID)
 	}
 	if err == nil {
 		delete(c.refusals, l.agentID)
+		c.tunnels[l.agentID] = in.ProxyType
 		return nil
 	}
 	if _, known := c.agents[metas["agent_id"]]; known {

@@ -129,7 +129,7 @@ func TestFrpcAdmin(t *testing.T) {
 // TestRunDirectoryIsPrivate: the files hold credentials.
 func TestRunDirectoryIsPrivate(t *testing.T) {
 	w := newWorld(t)
-	bootstrap, err := w.agent.Bootstrap()
+	bootstrap, err := w.agent.Once()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,9 +1,11 @@
 package integration
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -52,6 +54,12 @@ func TestWhatAPersonSees(t *testing.T) {
 	wantTunnel(t, leaving)
 	startSession(t, leaving, ns)
 	draining(t, leaving)
+	eventually(t, func() error { // frpc withdraws the tunnel: until then it is the agent that says so
+		if resp, _ := leaving.ask(http.MethodGet, "/health"); resp.StatusCode != http.StatusServiceUnavailable {
+			return errors.New("the tunnel is still up")
+		}
+		return nil
+	})
 
 	big := `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},"data":{"a":"` + strings.Repeat("x", 4<<20) + `"}}`
 	eviction := `{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"pod","namespace":"` + ns + `"}}`

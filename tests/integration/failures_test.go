@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -42,16 +43,17 @@ func TestBootstrapFailures(t *testing.T) {
 		{"unreachable", []string{"PIPEOPS_API_URL=https://" + closed}, []string{"--timeout", "3s"}, 1,
 			"the control plane at https://" + closed + " cannot be reached: dial tcp " + closed + ": connect: connection refused: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it"},
 		{"unknown authority", []string{"PIPEOPS_API_CA_FILE="}, []string{"--timeout", "3s"}, 1,
-			"shows a certificate that nobody known has signed"},
+			"presents a certificate that nobody known has signed"},
 		{"wrong path", []string{"PIPEOPS_API_URL=" + w.cp.APIURL + "/v9"}, nil, 1,
 			"does not know the request (404 Not Found, text/plain; charset=utf-8): check agent.api_url (PIPEOPS_API_URL)"},
 		{"no volume", []string{"PIPEOPS_RUN_DIR=/nonexistent"}, nil, 1,
 			"the run directory cannot be written"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			a := *w.agent
-			a.Env = append(append([]string{}, a.Env...), test.env...)
-			p, err := a.Bootstrap(test.args...)
+			before := w.agent.Env
+			w.agent.Env = slices.Concat(before, test.env)
+			defer func() { w.agent.Env = before }()
+			p, err := w.agent.Once(test.args...)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -85,12 +87,12 @@ func TestTunnelFailures(t *testing.T) {
 		{"frps refuses the lease", func(w *world) { w.cp.RevokeLeases() }, nil,
 			"frps at 127.0.0.1:%d refuses the login: the control plane has given no such lease, or has revoked it: check frp.token, or restart the pod to get a new lease from the control plane"},
 		{"frps unverified", func(*world) {}, []string{"PIPEOPS_FRP_TLS_SERVER_NAME=other.example"},
-			"frps at 127.0.0.1:%d: TLS failed: tls: failed to verify certificate: x509: certificate is valid for localhost, not other.example: check frp.tls.ca_file and frp.tls.server_name"},
+			"frps at 127.0.0.1:%d presents a certificate for another name than other.example (subject \"CN=localhost\" for localhost, 127.0.0.1, issued by \"CN=development control plane\", valid from "},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			w := newWorld(t)
 			w.agent.Env = append(w.agent.Env, test.env...)
-			bootstrap, err := w.agent.Bootstrap()
+			bootstrap, err := w.agent.Once()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -245,7 +247,7 @@ func wantReady(t *testing.T, a *agent.Agent, check, detail string) {
 	t.Helper()
 	eventually(t, func() error {
 		code, answer, err := a.Ready(t.Context())
-		if err == nil && (code != http.StatusServiceUnavailable || answer.Checks[check].Detail != detail) {
+		if err == nil && (code != http.StatusServiceUnavailable || !strings.HasPrefix(answer.Checks[check].Detail, detail)) {
 			err = fmt.Errorf("/ready answers %d %+v\nwant the check %s to say %q", code, answer, check, detail)
 		}
 		return err

@@ -72,6 +72,7 @@ type world struct {
 	group *process.Group
 	cp    *controlplane.ControlPlane
 	agent *agent.Agent
+	token string // of the caller of ask and begin
 
 	env    []string // of kubectl, beside the kubeconfig
 	direct string   // kubeconfig: the agent's credential, straight to the API server
@@ -79,7 +80,7 @@ type world struct {
 }
 
 // newWorld starts a control plane and prepares an agent, which is not started.
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, options ...func(*controlplane.Options)) *world {
 	t.Helper()
 	group, err := process.NewGroup()
 	if err != nil {
@@ -91,10 +92,12 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = log.Close() })
-	w := &world{t: t, group: group, direct: api.kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
-	w.cp, err = controlplane.Start(t.Context(), controlplane.Options{
-		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.NewTextHandler(log, nil)),
-	})
+	w := &world{t: t, group: group, token: agentToken, direct: api.kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
+	o := controlplane.Options{Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.NewTextHandler(log, nil))}
+	for _, option := range options {
+		option(&o)
+	}
+	w.cp, err = controlplane.Start(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"k8s.io/client-go/transport"
+	"k8s.io/client-go/rest"
 
 	"github.com/pipeops/vm-agent/tests/agent"
 )
@@ -25,8 +25,10 @@ type agentStatus struct {
 		Since        *time.Time
 		Detail       string
 		FrpcRestarts int `json:"frpc_restarts"`
-		Proxies      []struct{ Name, Status string }
+		Proxies      []struct{ Name, Type, Status string }
 		LeaseExpires *time.Time `json:"lease_expires_at"`
+
+		LeaseProblem string `json:"lease_problem"`
 	}
 	Cluster struct {
 		Reachable                               bool
@@ -40,17 +42,33 @@ type agentStatus struct {
 // ask sends a request to the agent's API by way of the gateway.
 func (w *world) ask(method, path string) (*http.Response, string) {
 	w.t.Helper()
-	caller := agent.Caller(w.cp, agentID, agentToken)
-	url := strings.TrimSuffix(caller.Host, "/api/k8s") + path
-	config, err := caller.TransportConfig()
+	client, base := w.client()
+	return exchange(w.t, client, method, base+path, nil, "")
+}
+
+// begin does too, and returns when the answer begins.
+func (w *world) begin(path string) *http.Response {
+	w.t.Helper()
+	client, base := w.client()
+	req, err := http.NewRequestWithContext(w.t.Context(), http.MethodGet, base+path, nil)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	rt, err := transport.New(config)
+	resp, err := client.Do(req)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return exchange(w.t, &http.Client{Transport: rt}, method, url, nil, "")
+	return resp
+}
+
+func (w *world) client() (client *http.Client, base string) {
+	w.t.Helper()
+	caller := agent.Caller(w.cp, agentID, w.token)
+	client, err := rest.HTTPClientFor(caller)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return client, strings.TrimSuffix(caller.Host, "/api/k8s")
 }
 
 func (w *world) status() agentStatus {

@@ -118,6 +118,9 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 		case <-a.Frpc.Done():
 			say("frpc has ended; starting it again, as a kubelet would")
 			err = a.StartFrpc()
+		case <-a.Bootstrap.Done():
+			say("bootstrap has ended; starting it again, as a kubelet would")
+			err = a.StartBootstrap()
 		case <-a.Proxy.Done():
 			say("the proxy has ended; starting it again, as a kubelet would")
 			err = a.StartProxy()

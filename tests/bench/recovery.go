@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// recovery measures what the tunnel's keeper costs, and how long callers miss the tunnel when something happens to
+// it. All parts are real; the control plane is on this machine.
+func recovery(ctx context.Context) error {
+	group, err := process.NewGroup()
+	if err != nil {
+		return err
+	}
+	defer group.Close()
+	c, err := cluster.Start(ctx, group)
+	if err != nil {
+		return err
+	}
+	config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
+	if err != nil {
+		return err
+	}
+	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
+	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+		return err
+	}
+	const id = "agent-001"
+	cp, err := controlplane.Start(ctx, controlplane.Options{Group: group, Agents: map[string]string{id: "first"}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return err
+	}
+	defer cp.Close()
+	a, err := agent.New(group, cp, id, "", kubeconfig)
+	if err != nil {
+		return err
+	}
+	tokenFile := filepath.Join(group.Dir(), "token")
+	if err := os.WriteFile(tokenFile, []byte("first"), 0o600); err != nil {
+		return err
+	}
+	a.Env = append(a.Env, "PIPEOPS_AGENT_TOKEN=", "PIPEOPS_AGENT_TOKEN_FILE="+tokenFile)
+
+	var written []float64
+	for range 11 {
+		begin := time.Now()
+		once, err := a.Once()
+		if err != nil {
+			return err
+		}
+		if once.ExitCode() != 0 {
+			return once.Failed()
+		}
+		written = append(written, float64(time.Since(begin).Milliseconds()))
+	}
+	if err := os.Remove(filepath.Join(a.RunDir, frpc.ConfigFile)); err != nil {
+		return err
+	}
+	if err := a.Start(); err != nil {
+		return err
+	}
+	a.RestartFrpc(ctx)
+	if err := a.WaitReady(ctx); err != nil {
+		return err
+	}
+
+	// One caller asks for a small object again and again; another has asked for a watch before.
+	token := "first"
+	ask := func(path string) (*http.Response, error) {
+		caller := agent.Caller(cp, id, token)
+		client, err := rest.HTTPClientFor(caller)
+		if err != nil {
+			return nil, err
+		}
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, caller.Host+path, nil)
+		if err != nil {
+			return nil, err
+		}
+		return client.Do(req)
+	}
+	fmt.Printf("| what | figure |\n| --- | --- |\n")
+	fmt.Printf("| bootstrap, from its start to its end with frpc.toml written | %.0f ms |\n", median(written))
+	// happening does something and tells how long callers miss the tunnel, and whether done says that all is over.
+	happening := func(what string, do func() error, done func() (bool, error)) error {
+		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true")
+		if err != nil {
+			return err
+		}
+		cut := make(chan time.Time, 1)
+		go func() {
+			_, _ = io.Copy(io.Discard, watch.Body)
+			cut <- time.Now()
+		}()
+		if err := do(); err != nil {
+			return err
+		}
+		begin := time.Now()
+		var lost, asked int
+		var missed time.Duration
+		released := false
+		for over := false; !over || time.Since(begin) < 5*time.Second; {
+			at := time.Now()
+			resp, err := ask("/api/v1/namespaces/default")
+			asked++
+			if err != nil || resp.StatusCode != http.StatusOK {
+				lost++
+				missed = time.Since(begin)
+			}
+			if err == nil {
+				_, _ = io.Copy(io.Discard, resp.Body)
+				_ = resp.Body.Close()
+			}
+			if over, err = done(); err != nil {
+				return err
+			}
+			if !over && !released && time.Since(begin) > 10*time.Second { // its caller has had enough of it
+				released = true
+				_ = watch.Body.Close()
+			}
+			if time.Since(begin) > time.Minute {
+				return fmt.Errorf("%s: not over after a minute", what)
+			}
+			time.Sleep(max(0, 20*time.Millisecond-time.Since(at)))
+		}
+		running := "ran on"
+		select {
+		case <-cut:
+			if running = "cut"; released {
+				running = "ran on until its caller left"
+			}
+		default:
+		}
+		_ = watch.Body.Close()
+		fmt.Printf("| %s: the last refused call came after | %.1f s |\n", what, missed.Seconds())
+		fmt.Printf("| … of %d calls, one every 20 ms, were told to try again | %d |\n", asked, lost)
+		fmt.Printf("| … a watch that ran | %s |\n", running)
+		return nil
+	}
+	always := func() (bool, error) { return true, nil }
+	if err := happening("frps killed, and started again at once", func() error { return syscall.Kill(cp.FrpsPid(), syscall.SIGKILL) }, always); err != nil {
+		return err
+	}
+	restarts := a.FrpcRestarts()
+	if err := happening("the agent's token changed", func() error {
+		cp.SetAgent(id, "second")
+		if err := os.WriteFile(tokenFile+".new", []byte("second"), 0o600); err != nil {
+			return err
+		}
+		token = "second"
+		return os.Rename(tokenFile+".new", tokenFile)
+	}, func() (bool, error) { return a.FrpcRestarts() > restarts, nil }); err != nil {
+		return err
+	}
+	rss, err := memory(a.Bootstrap.Pid(), "VmRSS")
+	if err != nil {
+		return err
+	}
+	fmt.Printf("| RSS of bootstrap, waiting | %.1f MB |\n\n", rss)
+	if log := a.Bootstrap.Log(); !strings.Contains(log, "restarting frpc") {
+		return fmt.Errorf("bootstrap has not restarted frpc:\n%s", log)
+	}
+	return nil
+}

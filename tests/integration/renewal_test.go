@@ -1,0 +1,318 @@
+package integration
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+)
+
+// renewing is a connected agent with leases of the given life, whose frpc is started again as a kubelet does.
+func renewing(t *testing.T, terms controlplane.Terms, options ...func(*controlplane.Options)) *world {
+	t.Helper()
+	w := newWorld(t, options...)
+	w.cp.SetTerms(terms)
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.agent.RestartFrpc(t.Context())
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+func (w *world) lease() *frpc.Lease {
+	w.t.Helper()
+	lease, err := frpc.ReadLease(w.agent.RunDir)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return lease
+}
+
+// renewed waits until there is another lease than the one before.
+func (w *world) renewed(before *frpc.Lease) *frpc.Lease {
+	w.t.Helper()
+	var now *frpc.Lease
+	eventuallyWithin(w.t, time.Minute, func() error {
+		if now = w.lease(); now.ExpiresAt.Equal(before.ExpiresAt) {
+			return fmt.Errorf("the lease until %s is not renewed", before.ExpiresAt)
+		}
+		return nil
+	})
+	return now
+}
+
+// answers asks through the tunnel until there is an answer.
+func (w *world) answers() {
+	w.t.Helper()
+	eventually(w.t, func() error {
+		if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s: %s", resp.Status, body)
+		}
+		return nil
+	})
+}
+
+// stream opens a watch through the tunnel, and says when it ends.
+func (w *world) stream() <-chan struct{} {
+	w.t.Helper()
+	ended := make(chan struct{})
+	watch := w.begin("/api/k8s/api/v1/namespaces/default/configmaps?watch=true")
+	go func() {
+		defer close(ended)
+		buffer := make([]byte, 4096)
+		for {
+			if _, err := watch.Body.Read(buffer); err != nil {
+				return
+			}
+		}
+	}()
+	w.t.Cleanup(func() { _ = watch.Body.Close(); <-ended })
+	return ended
+}
+
+func runs(ended <-chan struct{}) bool {
+	select {
+	case <-ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// TestRenewalWaitsForStreams: frpc knows its credential from its start, so it is started again with the new one
+// when nothing runs through the tunnel, and else when the old one ends.
+func TestRenewalWaitsForStreams(t *testing.T) {
+	t.Parallel()
+	w := renewing(t, controlplane.Terms{Life: 40 * time.Second})
+	first := w.lease()
+	watch := w.stream()
+	second := w.renewed(first)
+	if !runs(watch) || w.agent.FrpcRestarts() != 0 || time.Now().After(first.ExpiresAt) {
+		t.Fatalf("the watch was cut by the renewal; frpc was started again %d times", w.agent.FrpcRestarts())
+	}
+	if first.Frpc.Admin.Password != second.Frpc.Admin.Password {
+		t.Error("frpc, which still runs, has another password than lease.json says")
+	}
+	<-watch
+	if left := time.Until(first.ExpiresAt); left > 10*time.Second {
+		t.Errorf("the watch was cut %s before the old credential ends", left)
+	}
+	w.answers()
+	// Without a stream it is at once.
+	third := w.renewed(second)
+	eventually(t, func() error {
+		if w.agent.FrpcRestarts() < 2 {
+			return fmt.Errorf("frpc was started again %d times", w.agent.FrpcRestarts())
+		}
+		return nil
+	})
+	if time.Now().After(second.ExpiresAt.Add(-6*time.Second)) || third.Renewal != nil {
+		t.Errorf("frpc was started again late: the lease before ends at %s", second.ExpiresAt)
+	}
+	w.answers()
+}
+
+// TestRenewalWithOpenIDConnect: frpc reads the token at every login, so nothing is ever cut. The tunnel is of type
+// https, and its certificate changes too.
+func TestRenewalWithOpenIDConnect(t *testing.T) {
+	t.Parallel()
+	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"}, func(o *controlplane.Options) { o.OIDC = true })
+	first := w.lease()
+	certificate := w.file(frpc.CertFile)
+	token := w.file(frpc.TokenFile)
+	watch := w.stream()
+	second := w.renewed(w.renewed(first))
+	if !runs(watch) || w.agent.FrpcRestarts() != 0 || time.Now().Before(first.ExpiresAt) {
+		t.Fatalf("the watch was cut, frpc was started again %d times", w.agent.FrpcRestarts())
+	}
+	if w.file(frpc.CertFile) == certificate || w.file(frpc.TokenFile) == token {
+		t.Error("the certificate or the token is still the first")
+	}
+	// The first token has ended; frpc logs in again by itself, with the one that now stands in the file.
+	w.cp.StopFrps()
+	if err := w.cp.StartFrps(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.answers()
+	if w.agent.FrpcRestarts() != 0 || second.Frpc.AuthMethod != "oidc" {
+		t.Errorf("frpc was started again %d times", w.agent.FrpcRestarts())
+	}
+}
+
+func (w *world) file(name string) string {
+	w.t.Helper()
+	data, err := os.ReadFile(filepath.Join(w.agent.RunDir, name))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return string(data)
+}
+
+// TestControlPlaneAway: the tunnel stays, /ready and status say why the lease is not renewed, and it comes back by
+// itself.
+func TestControlPlaneAway(t *testing.T) {
+	t.Parallel()
+	w := renewing(t, controlplane.Terms{Life: 20 * time.Second})
+	w.cp.Fail(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
+	watch := w.stream()
+	first := w.lease()
+	want := "the lease cannot be renewed since "
+	eventuallyWithin(t, time.Minute, func() error {
+		code, ready, err := w.agent.Ready(t.Context())
+		if err == nil && (code != http.StatusOK || !strings.HasPrefix(ready.Checks["tunnel"].Detail, want) || time.Now().Before(first.ExpiresAt)) {
+			err = fmt.Errorf("/ready answers %d %+v", code, ready)
+		}
+		return err
+	})
+	if status := w.status(); !strings.HasPrefix(status.Tunnel.LeaseProblem, want) || !strings.Contains(status.Tunnel.LeaseProblem, "503 Service Unavailable") {
+		t.Errorf("status: %+v", status.Tunnel)
+	}
+	wantMetric(t, w.agent, "pipeops_agent_tunnel_lease_renewal_failing 1")
+	if !runs(watch) {
+		t.Error("the watch was cut")
+	}
+	w.cp.Fail(nil)
+	w.renewed(first)
+	eventually(t, func() error {
+		if _, ready, err := w.agent.Ready(t.Context()); err != nil || strings.HasPrefix(ready.Checks["tunnel"].Detail, want) {
+			return fmt.Errorf("%+v, %w", ready, err)
+		}
+		return nil
+	})
+	w.answers()
+}
+
+// TestRevokedAgent: its tunnel is closed, and bootstrap ends with the reason. Let in again, it comes back.
+func TestRevokedAgent(t *testing.T) {
+	t.Parallel()
+	w := renewing(t, controlplane.Terms{Life: 15 * time.Second})
+	w.cp.Revoke(agentID, true)
+	if code := w.agent.Bootstrap.ExitCode(); code != 1 {
+		t.Errorf("bootstrap ends with %d", code)
+	}
+	const want = `knows the token but does not let agent \"agent-001\" connect (403 Forbidden: the agent was revoked): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked; the tunnel is closed`
+	lines := strings.Split(strings.TrimSpace(w.agent.Bootstrap.Log()), "\n")
+	if last := lines[len(lines)-1]; !strings.Contains(last, want) {
+		t.Errorf("its last line is %s\nwant %s", last, want)
+	}
+	eventually(t, func() error {
+		if resp, _ := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusServiceUnavailable {
+			return fmt.Errorf("the tunnel answers %s", resp.Status)
+		}
+		return nil
+	})
+	wantReady(t, w.agent, "tunnel", "frpc's admin API at ")
+	if _, err := os.Stat(filepath.Join(w.agent.RunDir, frpc.ConfigFile)); err == nil {
+		t.Error("frpc.toml is still there")
+	}
+	w.cp.Revoke(agentID, false)
+	if err := w.agent.StartBootstrap(); err != nil {
+		t.Fatal(err)
+	}
+	w.answers()
+}
+
+// TestLeaseIsRefused: a control plane that has forgotten its leases, or has moved frps, does not strand the agent
+// until its lease ends.
+func TestLeaseIsRefused(t *testing.T) {
+	for name, happen := range map[string]func(w *world) error{
+		"leases forgotten": func(w *world) error {
+			w.cp.RevokeLeases()
+			w.cp.StopFrps()
+			return w.cp.StartFrps(w.t.Context())
+		},
+		"frps moved": func(w *world) error { return w.cp.MoveFrps(w.t.Context()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := renewing(t, controlplane.Terms{Life: time.Hour})
+			if err := happen(w); err != nil {
+				t.Fatal(err)
+			}
+			eventuallyWithin(t, time.Minute, func() error {
+				if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
+					return fmt.Errorf("%s: %s", resp.Status, body)
+				}
+				return nil
+			})
+		})
+	}
+}
+
+// TestOddLeases: leases that have ended before they come, or end at once, or never, and a tunnel that becomes another.
+func TestOddLeases(t *testing.T) {
+	for name, life := range map[string]time.Duration{"past": -time.Hour, "one second": time.Second} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.cp.SetTerms(controlplane.Terms{Life: life})
+			if err := w.agent.StartBootstrap(); err != nil {
+				t.Fatal(err)
+			}
+			first := w.lease()
+			if next := w.renewed(first); next.IssuedAt.Sub(first.IssuedAt) < 10*time.Second {
+				t.Errorf("the control plane is asked again after %s", next.IssuedAt.Sub(first.IssuedAt))
+			}
+			if !strings.Contains(w.agent.Bootstrap.Log(), "the lease has ended before it could be used") {
+				t.Errorf("bootstrap does not say so:\n%s", w.agent.Bootstrap.Log())
+			}
+		})
+	}
+	t.Run("http becomes https", func(t *testing.T) {
+		t.Parallel()
+		w := renewing(t, controlplane.Terms{Life: 15 * time.Second, TunnelType: "http"})
+		w.cp.SetTerms(controlplane.Terms{Life: time.Hour, TunnelType: "https"})
+		w.renewed(w.lease())
+		eventually(t, func() error {
+			if resp, body := w.ask(http.MethodGet, "/api/agent/status"); resp.StatusCode != http.StatusOK || !strings.Contains(body, `"type":"https"`) {
+				return fmt.Errorf("%s: %s", resp.Status, body)
+			}
+			return nil
+		})
+		w.answers()
+	})
+}
+
+// TestTokenIsRotated: the agent's token changes in its file; the next lease comes at once, and callers get in with it.
+func TestTokenIsRotated(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	file := filepath.Join(w.group.Dir(), "token")
+	write := func(token string) {
+		t.Helper()
+		if err := os.WriteFile(file+".new", []byte(token), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(agentToken)
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_AGENT_TOKEN=", "PIPEOPS_AGENT_TOKEN_FILE="+file)
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.agent.RestartFrpc(t.Context())
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	first := w.lease()
+	watch := w.stream()
+	w.cp.SetAgent(agentID, "another-token")
+	write("another-token")
+	w.renewed(first)
+	if !runs(watch) {
+		t.Error("the watch was cut")
+	}
+	w.token = "another-token"
+	w.answers()
+}
