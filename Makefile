@@ -40,7 +40,7 @@ test: build tools ## Run the unit and integration tests: no root, no internet bu
 
 .PHONY: bench
 bench: build tools ## Measure; the figures and what they mean are in tests/bench/README.md
-	@cd tests && go build -o $(BIN)/bench ./bench && exec $(BIN)/bench
+	@cd tests && go build -o $(BIN)/bench ./bench && exec $(BIN)/bench $(PARTS)
 
 .PHONY: verify
 verify: $(BIN)/golangci-lint $(BIN)/govulncheck ## Check format, vet, lint, races, modules and known vulnerabilities

@@ -1,6 +1,6 @@
 // Command bench measures and prints Markdown. Its figures are for reading side by side within one run: they
 // move by a factor of two from machine to machine and from run to run, their ratios do not. Linux only.
-// With --latency it measures frpc's settings in place of all the rest.
+// Its arguments name the parts to measure; without any it leaves out latency, which takes as long as all others.
 package main
 
 import (
@@ -13,27 +13,28 @@ import (
 )
 
 func main() {
-	if len(os.Args) > 2 { // one of the processes that it measures with
-		var err error
-		switch os.Args[1] {
-		case "upstream":
-			err = upstream(os.Args[2])
-		case "bare":
-			err = bare(os.Args[2], os.Args[3])
-		}
-		fmt.Fprintln(os.Stderr, "bench:", err)
-		os.Exit(1)
+	switch { // the processes that it measures with run until they fail
+	case len(os.Args) > 2 && os.Args[1] == "upstream":
+		fail(upstream(os.Args[2]))
+	case len(os.Args) > 3 && os.Args[1] == "bare":
+		fail(bare(os.Args[2], os.Args[3]))
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	measures := []func(context.Context) error{start, recovery, status, proxies}
-	if slices.Contains(os.Args, "--latency") {
-		measures = []func(context.Context) error{latency, frozen, restarted}
-	}
-	for _, measure := range measures {
-		if err := measure(ctx); err != nil {
-			fmt.Fprintln(os.Stderr, "bench:", err)
-			os.Exit(1)
+	for _, part := range []struct {
+		name    string
+		measure func(context.Context) error
+	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"latency", latency}, {"latency", frozen}, {"latency", restarted}} {
+		if len(os.Args) == 1 && part.name == "latency" || len(os.Args) > 1 && !slices.Contains(os.Args, part.name) {
+			continue
+		}
+		if err := part.measure(ctx); err != nil {
+			fail(err)
 		}
 	}
+}
+
+func fail(err error) {
+	fmt.Fprintln(os.Stderr, "bench:", err)
+	os.Exit(1)
 }

@@ -98,7 +98,7 @@ func recovery(ctx context.Context) error {
 	fmt.Printf("| bootstrap, from its start to its end with frpc.toml written | %.0f ms |\n", median(written))
 	// happening does something and tells how long callers miss the tunnel, and whether done says that all is over.
 	happening := func(what string, do func() error, done func() (bool, error)) error {
-		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true")
+		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true") //nolint:bodyclose // below, on every way out but errors that end it all
 		if err != nil {
 			return err
 		}

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -160,7 +161,9 @@ func TestEveryWayToFrps(t *testing.T) {
 				trusted.AppendCertsFromPEM([]byte(w.file(frpc.CertFile)))
 				transport.TLSClientConfig = &tls.Config{RootCAs: trusted, MinVersion: tls.VersionTLS12}
 			}
-			transport.Dial = func(string, string) (net.Conn, error) { return net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port)) }
+			transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return (&net.Dialer{}).DialContext(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", port))
+			}
 			resp, body := exchange(t, &http.Client{Transport: transport}, http.MethodGet, base+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + agentToken}}, "")
 			if resp.StatusCode != http.StatusOK || !strings.Contains(body, "gitVersion") || resp.Header.Get("Pipeops-Agent") != agentID {
 				t.Errorf("%s: %s", resp.Status, body)
