@@ -45,6 +45,7 @@ type keeper struct {
 	log *slog.Logger
 
 	lease   frpc.Lease    // what the files hold
+	ends    time.Time     // when it ends by the clock of this host, which may differ from the control plane's; zero: never
 	token   frpc.Secret   // what the lease was asked for with
 	renewAt time.Time     // when to ask for the next; zero: this one has no end
 	backoff time.Duration // after the attempt that failed last
@@ -74,12 +75,13 @@ func (k *keeper) adopt(lease frpc.Lease, life time.Duration, now time.Time) {
 	before, err := k.lease.Frpc.TOML()
 	after, err2 := lease.Frpc.TOML()
 	if k.lease.Frpc.Tunnel.Type != "" && (err != nil || err2 != nil || string(before) != string(after)) && !k.stale {
-		k.stale, k.staleUntil = true, k.lease.ExpiresAt
+		k.stale, k.staleUntil = true, k.ends
 	}
-	k.lease = lease
+	k.lease, k.ends = lease, time.Time{}
 	k.backoff, k.notYet = backoffMin, now.Add(renewalMin)
 	k.renewAt = time.Time{}
 	if life > 0 {
+		k.ends = now.Add(life)
 		// At two thirds of its life, more or less, so that agents which started together part ways.
 		k.renewAt = now.Add(max(renewalMin, life*6/10+jitter(life/10)))
 		if life <= time.Second {
@@ -199,7 +201,9 @@ func (k *keeper) renew(ctx context.Context) *failure {
 	wait := max(jitter(k.backoff), fail.retryAfter)
 	k.backoff, k.notYet = min(2*k.backoff, backoffMax), now.Add(wait)
 	k.renewAt = k.notYet
-	k.log.Warn("the lease is not renewed; the tunnel stays as it is", "error", fail, "next_attempt_in", wait.String(), "expires_at", k.lease.ExpiresAt)
+	if !fail.refused {
+		k.log.Warn("the lease is not renewed; the tunnel stays as it is", "error", fail, "next_attempt_in", wait.String(), "expires_at", k.lease.ExpiresAt)
+	}
 	since := now.UTC()
 	if k.lease.Renewal != nil {
 		since = k.lease.Renewal.FailingSince

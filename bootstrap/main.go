@@ -141,7 +141,7 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	k := &keeper{cfg: cfg, ask: ask, log: log, backoff: backoffMin}
 	if old, err := written(cfg); err == nil && !once {
 		// This container was started again; frpc may run with what is there, so it stays until there is better.
-		k.lease, k.renewAt = *old, time.Now()
+		k.lease, k.ends, k.renewAt = *old, old.ExpiresAt, time.Now()
 		return k.run(ctx)
 	}
 	if k.token, err = k.credential(); err != nil {
