@@ -64,7 +64,7 @@ func TestBadMessages(t *testing.T) {
 		"user":              {"application/json", assigned(`{` + strings.Replace(good, `r.a.svc`, `u:p@r.a.svc`, 1) + `}`), 422, "without user"},
 		"other host":        {"application/json", assigned(`{` + strings.Replace(good, `r.a.svc`, `169.254.169.254`, 1) + `}`), 422, "not among runners.allowed_hosts"},
 		"host of a kind":    {"application/json", assigned(`{` + strings.Replace(good, `r.a.svc`, `evilsvc`, 1) + `}`), 422, "not among runners.allowed_hosts"},
-		"host alone":        {"application/json", assigned(`{` + strings.Replace(good, `r.a.svc`, `.svc`, 1) + `}`), 422, "not among runners.allowed_hosts"},
+		"host alone":        {"application/json", assigned(`{` + strings.Replace(good, `r.a.svc`, `.svc`, 1) + `}`), 422, "neither a DNS name nor an IP"},
 		"token":             {"application/json", assigned(`{` + strings.Replace(good, `s3cret`, `s3cret\r\nX: y`, 1) + `}`), 422, "data.runner_token: give"},
 		"no token":          {"application/json", assigned(`{` + strings.Replace(good, `s3cret`, ``, 1) + `}`), 422, "data.runner_token: give"},
 		"unassign no id":    {"application/json", `{"id":"1","type":"runner_unassigned","data":{}}`, 422, "data.runner_id: give"},

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
@@ -21,8 +22,10 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// What a command may cost.
+// What a runner and its commands may cost.
 const (
+	maxEndpoint      = 2 << 10  // bytes
+	maxToken         = 8 << 10  // bytes
 	maxCommand       = 10 << 20 // bytes
 	maxCommandAnswer = 64 << 20 // bytes; more is cut off
 	commandHeaders   = 30 * time.Second
@@ -115,16 +118,37 @@ func (l *limited) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// allow says why an endpoint may not be used, or returns it parsed.
+// namePattern is what DNS names are made of. No last label begins with a digit: some resolvers would read an IP.
+var namePattern = regexp.MustCompile(`^([a-z0-9_-]+\.)*[a-z][a-z0-9_-]*$`)
+
+// allow says why an endpoint may not be used, or returns it parsed. What the dialer could take for another host
+// than is compared here, such as one with a zone, is refused.
 func (r *runners) allow(endpoint string) (*url.URL, error) {
+	if len(endpoint) > maxEndpoint {
+		return nil, fmt.Errorf("is longer than %d bytes", maxEndpoint)
+	}
 	u, err := url.Parse(endpoint)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" {
 		return nil, errors.New("is not an http or https URL without user and fragment")
 	}
-	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
+	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) {
+		return nil, errors.New("names a port that is not among 1 to 65535")
+	}
+	host := strings.ToLower(u.Hostname())
+	ip, err := netip.ParseAddr(host)
+	if err != nil {
+		host = strings.TrimSuffix(host, ".")
+	}
+	if ip.Zone() != "" || err != nil && !namePattern.MatchString(host) {
+		return nil, fmt.Errorf("names the host %.253q, which is neither a DNS name nor an IP", host)
+	}
 	if !slices.ContainsFunc(r.allowed, func(allowed string) bool {
+		if ip.IsValid() { // it has many notations, and is below no domain
+			exact, _ := netip.ParseAddr(allowed)
+			return exact.Unmap() == ip.Unmap()
+		}
 		domain, wild := strings.CutPrefix(allowed, "*")
-		return host == allowed || wild && len(host) > len(domain) && strings.HasSuffix(host, domain)
+		return host == allowed || wild && strings.HasSuffix(host, domain)
 	}) {
 		return nil, fmt.Errorf("names the host %.253q, which is not among runners.allowed_hosts (%s)", host, strings.Join(r.allowed, ", "))
 	}
@@ -153,6 +177,11 @@ func (r *runners) change(ctx context.Context, messageID string, apply func(map[s
 	return duplicate, err
 }
 
+// printable says whether s is 1 to limit printable ASCII characters without spaces.
+func printable(s string, limit int) bool {
+	return s != "" && len(s) <= limit && !strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c > '~' })
+}
+
 func checkRunnerID(id string) error {
 	if !runnerIDPattern.MatchString(id) {
 		return invalidError{"data.runner_id: give 1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"}
@@ -174,8 +203,8 @@ func (s *server) runnerAssigned(ctx context.Context, m message) (bool, error) {
 	if _, err := s.runners.allow(data.Endpoint); err != nil {
 		return false, invalidError{"data.runner_endpoint " + err.Error()}
 	}
-	if token := data.Token.Reveal(); token == "" || len(token) > 8<<10 || strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return false, invalidError{"data.runner_token: give 1 to 8192 printable ASCII characters"}
+	if !printable(data.Token.Reveal(), maxToken) {
+		return false, invalidError{fmt.Sprintf("data.runner_token: give 1 to %d printable ASCII characters, no spaces", maxToken)}
 	}
 	return s.runners.change(ctx, m.ID, func(registry map[string][]byte) (err error) {
 		registry[data.RunnerID], err = json.Marshal(data.runner)
