@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"fmt"
@@ -19,7 +20,7 @@ import (
 )
 
 const (
-	// tokenAge is how long a token from a file is used before the file is looked at again.
+	// tokenAge is how often the token's file is read.
 	tokenAge = 2 * time.Second
 	// tokenOverlap is how long the token before is good for, so that callers can change theirs after the agent.
 	tokenOverlap = 5 * time.Minute
@@ -32,7 +33,6 @@ const (
 
 // authenticator knows the token that callers must show.
 type authenticator struct {
-	read     func() (frpc.Secret, error) // nil: the token never changes
 	failures *prometheus.CounterVec
 	log      *slog.Logger
 
@@ -41,18 +41,46 @@ type authenticator struct {
 	empty    bool // there is no token: nobody is let in
 	previous [sha256.Size]byte
 	until    time.Time // previous is good until then
-	lookedAt time.Time
-	unread   bool // the file could not be read the last time
 
 	window  time.Time      // when the counting of failures began
 	sources map[string]int // failures of each
 }
 
-// newAuthenticator takes the token that callers must show, and what reads it anew, if it may change.
-func newAuthenticator(token frpc.Secret, read func() (frpc.Secret, error), m *metrics, log *slog.Logger) *authenticator {
+// newAuthenticator takes the token that callers must show.
+func newAuthenticator(token frpc.Secret, m *metrics, log *slog.Logger) *authenticator {
 	return &authenticator{
-		read: read, failures: m.authFailures, log: log, lookedAt: time.Now(),
+		failures: m.authFailures, log: log,
 		current: sha256.Sum256([]byte(token.Reveal())), empty: token == "",
+	}
+}
+
+// follow reads the token anew from time to time, until ctx ends: not when somebody asks, or a token that was
+// replaced while nobody did would be good until its own next use, and for a while from there. While it cannot be
+// read, the token stays as it was.
+func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, error)) {
+	unread := false
+	for {
+		select {
+		case <-time.After(tokenAge):
+		case <-ctx.Done():
+			return
+		}
+		token, err := read()
+		if err != nil && !unread {
+			a.log.Warn("the agent's token cannot be read anew: the one before stays", "error", err)
+		}
+		if unread = err != nil; !unread {
+			a.change(token)
+		}
+	}
+}
+
+func (a *authenticator) change(token frpc.Secret) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if hash := sha256.Sum256([]byte(token.Reveal())); hash != a.current {
+		a.previous, a.until, a.current = a.current, time.Now().Add(tokenOverlap), hash
+		a.log.Info("the agent's token has changed", "previous_valid_until", a.until.UTC())
 	}
 }
 
@@ -79,7 +107,6 @@ func (a *authenticator) check(r *http.Request) *refusal {
 	hash := sha256.Sum256([]byte(strings.TrimLeft(token, " ")))
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.refresh()
 	if a.empty {
 		return &refusal{"unconfigured", "the agent has no token configured, so it lets nobody in: set agent.token"}
 	}
@@ -89,27 +116,6 @@ func (a *authenticator) check(r *http.Request) *refusal {
 		return nil
 	}
 	return &refusal{"token", "the bearer token is not this agent's token: check the token in the kubeconfig or client"}
-}
-
-// refresh reads the token's file from time to time. While it cannot be read, the token stays as it was.
-func (a *authenticator) refresh() {
-	if a.read == nil || time.Since(a.lookedAt) < tokenAge {
-		return
-	}
-	a.lookedAt = time.Now()
-	token, err := a.read()
-	if err != nil {
-		if !a.unread {
-			a.log.Warn("the agent's token cannot be read anew: the one before stays", "error", err)
-		}
-		a.unread = true
-		return
-	}
-	a.unread = false
-	if hash := sha256.Sum256([]byte(token.Reveal())); hash != a.current {
-		a.previous, a.until, a.current = a.current, time.Now().Add(tokenOverlap), hash
-		a.log.Info("the agent's token has changed", "previous_valid_until", a.until.UTC())
-	}
 }
 
 // failed counts a refusal, and logs the first of a source in each window. It returns how long the source should

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,40 +25,54 @@ func bearer(token string) *http.Request {
 	return r
 }
 
-// TestTokenChanges: a new token counts soon, the one before for a while more, and a file that cannot be read
-// changes nothing.
+// TestTokenChanges: a new token counts soon, the one before for a while more, whether anybody asks meanwhile or
+// not, and a file that cannot be read changes nothing.
 func TestTokenChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		file, broken := frpc.Secret("first"), error(nil)
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		var mu sync.Mutex
+		content, broken := frpc.Secret("first"), error(nil)
+		read := func() (frpc.Secret, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			return content, broken
+		}
+		write := func(token frpc.Secret, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			content, broken = token, err
+		}
 		log := &strings.Builder{}
-		a := newAuthenticator(file, func() (frpc.Secret, error) { return file, broken }, newMetrics(), slog.New(slog.NewTextHandler(log, nil)))
+		a := newAuthenticator("first", newMetrics(), slog.New(slog.NewTextHandler(log, nil)))
+		go a.follow(ctx, read)
 		want := func(accepted ...string) {
 			t.Helper()
-			for _, token := range []string{"first", "second", "third", ""} {
-				want := false
-				for _, name := range accepted {
-					want = want || name == token
-				}
+			for _, token := range []string{"first", "second", "third", "fourth", ""} {
+				want := slices.Contains(accepted, token)
 				if got := a.check(bearer(token)) == nil; got != want {
 					t.Errorf("%q: accepted %v, want %v", token, got, want)
 				}
 			}
 		}
 		want("first")
-		file = "second"
+		write("second", nil)
 		time.Sleep(tokenAge + 1)
 		want("first", "second")
-		file, broken = "", errors.New("no such file")
+		write("", errors.New("no such file"))
 		time.Sleep(time.Minute)
 		want("first", "second")
-		file, broken = "second", nil
+		write("second", nil)
 		time.Sleep(tokenOverlap)
 		want("second")
-		file = "third"
+		write("third", nil)
 		time.Sleep(tokenAge + 1)
 		want("second", "third")
 		time.Sleep(tokenOverlap)
 		want("third")
+		write("fourth", nil)
+		time.Sleep(tokenAge + tokenOverlap) // and nobody asks
+		want("fourth")
 		if n := strings.Count(log.String(), "cannot be read anew"); n != 1 || strings.Contains(log.String(), "second") {
 			t.Errorf("the log says %d times that the file cannot be read:\n%s", n, log)
 		}

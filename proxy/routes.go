@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	_ "embed"
 	"log/slog"
 	"net/http"
@@ -72,13 +73,12 @@ type server struct {
 }
 
 func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, log *slog.Logger) *server {
-	var read func() (frpc.Secret, error)
-	if cfg.Agent.TokenFile != "" {
-		read = func() (frpc.Secret, error) { return config.ReadSecret(cfg.Agent.TokenFile) }
-	}
 	s := &server{
-		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, read, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
+		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
 		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(), log: log,
+	}
+	if cfg.Agent.TokenFile != "" { // as long as the process, and so while it drains
+		go s.auth.follow(context.Background(), func() (frpc.Secret, error) { return config.ReadSecret(cfg.Agent.TokenFile) })
 	}
 	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
 	return s
