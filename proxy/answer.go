@@ -22,13 +22,10 @@ func writeJSON(w http.ResponseWriter, code int, body any) {
 }
 
 func write(w http.ResponseWriter, code int, contentType string, body any) {
-	data, err := json.Marshal(body)
-	if err != nil {
-		http.Error(w, "the answer cannot be encoded: "+err.Error(), http.StatusInternalServerError)
-		return
-	}
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(code)
-	_, _ = w.Write(append(data, '\n'))
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false) // people read it, browsers do not
+	_ = encoder.Encode(body)
 }

@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"log/slog"
 	"net/http"
+	"path"
 	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -96,11 +97,13 @@ func (s *server) handler(l listener) http.Handler {
 			handler = s.requireBearer(handler)
 		}
 		mux.HandleFunc(r.method+" "+r.path, handler)
+		allow := strings.Replace(r.method, "GET", "GET, HEAD", 1)
 		mux.HandleFunc(r.path, func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Allow", r.method)
-			writeProblem(w, http.StatusMethodNotAllowed, "use "+r.method)
+			w.Header().Set("Allow", allow)
+			writeProblem(w, http.StatusMethodNotAllowed, "use "+allow)
 		})
 	}
+	notFound := notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if l == tunnel && belowKubernetes(r) {
@@ -108,7 +111,9 @@ func (s *server) handler(l listener) http.Handler {
 			s.kubernetes(w, r)
 			return
 		}
-		if r.Method == http.MethodConnect { // which a ServeMux answers on its own
+		// A ServeMux answers CONNECT on its own, and paths that are not clean with a redirect that knows nothing of
+		// the gateway's prefix.
+		if p := r.URL.EscapedPath(); r.Method == http.MethodConnect || path.Clean(p) != p {
 			notFound(w, r)
 			return
 		}
@@ -117,13 +122,19 @@ func (s *server) handler(l listener) http.Handler {
 }
 
 // notFound answers for all other paths. kubectl asks for some of them where its server's URL lacks the prefix.
-func notFound(w http.ResponseWriter, r *http.Request) {
-	const message = "there is no such path: the Kubernetes API is under " + kube.Prefix + "/"
-	if path := r.URL.Path; path == "/api" || path == "/apis" || strings.HasPrefix(path, "/api/v1/") || strings.HasPrefix(path, "/apis/") {
-		kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound, message+": add that to the server's URL in the kubeconfig", 0)
-		return
+func notFound(l listener) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		const prefix = "the Kubernetes API is under " + kube.Prefix + "/"
+		switch p := r.URL.Path; {
+		case l == operations:
+			writeProblem(w, http.StatusNotFound, "there is no such path: /health, /ready, /version and /metrics are served here")
+		case p == "/api" || p == "/apis" || strings.HasPrefix(p, "/api/v1/") || strings.HasPrefix(p, "/apis/"):
+			kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound,
+				"there is no such path: "+prefix+": add that to the server's URL in the kubeconfig", 0)
+		default:
+			writeProblem(w, http.StatusNotFound, "there is no such path: /openapi.yaml lists all; "+prefix)
+		}
 	}
-	writeProblem(w, http.StatusNotFound, message)
 }
 
 // kubernetes lets authenticated callers through to the API server while the gate is open.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"reflect"
 	"regexp"
@@ -87,6 +88,9 @@ func TestBearer(t *testing.T) {
 			if w.Code != test.want {
 				t.Errorf("%s, %s: got %d, want %d", test.name, path, w.Code, test.want)
 			}
+			if strings.Contains(w.Body.String(), `\u003c`) {
+				t.Errorf("%s, %s: not for reading: %s", test.name, path, w.Body)
+			}
 			if (w.Header().Get("WWW-Authenticate") != "") != (test.want == 401) || w.Header().Get("Pipeops-Agent") != "agent-001" {
 				t.Errorf("%s, %s: headers %v", test.name, path, w.Header())
 			}
@@ -144,11 +148,14 @@ func TestErrorsOutsideKubernetesAreProblems(t *testing.T) {
 		{tunnel, "GET", "/nothing", 404, ""},
 		{tunnel, "GET", "/api/k8sx/version", 404, ""},
 		{tunnel, "GET", "/api%2Fk8s/version", 404, ""},
-		{tunnel, "POST", "/health", 405, "GET"},
-		{tunnel, "DELETE", "/metrics", 405, "GET"},
+		{tunnel, "POST", "/health", 405, "GET, HEAD"},
+		{tunnel, "DELETE", "/metrics", 405, "GET, HEAD"},
+		{tunnel, "GET", "/api/agent/heartbeat", 405, "POST"},
 		{tunnel, "GET", "/metrics", 401, ""},
 		{tunnel, "GET", "/ready?exclude=nonsense", 400, ""},
+		{tunnel, "POST", "/api/agent/heartbeat/", 404, ""},
 		{operations, "GET", "/api/k8s/version", 404, ""},
+		{operations, "GET", "/api/v1/pods", 404, ""},
 	} {
 		w := do(handlers[test.l], test.method, test.target)
 		var p problem
@@ -158,6 +165,24 @@ func TestErrorsOutsideKubernetesAreProblems(t *testing.T) {
 		if w.Code != test.code || p.Status != test.code || p.Detail == "" || w.Header().Get("Allow") != test.allow ||
 			w.Header().Get("Content-Type") != "application/problem+json" {
 			t.Errorf("%s %s: got %d %v %s", test.method, test.target, w.Code, w.Header(), w.Body)
+		}
+	}
+}
+
+// TestPathsAreNotRedirected: a Location would lead out of the gateway's prefix.
+func TestPathsAreNotRedirected(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	for _, target := range []string{
+		"//api/agent/heartbeat", "/api//k8s/version", "/api/runners//command", "/api/runners/../command", "/./health", "//health", "//", "/..", "/health//",
+	} {
+		for l, handler := range handlers {
+			r := httptest.NewRequest(http.MethodPost, "/", nil)
+			r.RequestURI, r.URL = target, &url.URL{Path: target}
+			w := httptest.NewRecorder()
+			handler.ServeHTTP(w, r)
+			if w.Code != http.StatusNotFound || w.Header().Get("Content-Type") != "application/problem+json" || strings.Contains(w.Body.String(), "/api/k8s") != (l == tunnel) {
+				t.Errorf("%s, %s: answered %d %v %s", l, target, w.Code, w.Header(), w.Body)
+			}
 		}
 	}
 }

@@ -34,15 +34,12 @@ func WriteStatus(w http.ResponseWriter, r *http.Request, code int, reason metav1
 		status.Details = &metav1.StatusDetails{RetryAfterSeconds: retryAfter}
 		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
 	}
-	body, err := json.Marshal(status)
-	if err != nil {
-		http.Error(w, message, code)
-		return
-	}
 	w.Header().Set("Content-Type", "application/json") // kubectl decodes a Status from no other type
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(code)
-	_, _ = w.Write(body)
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false) // people read it, browsers do not
+	_ = encoder.Encode(status)
 }
 
 // errCredential is an API server that does not accept the agent's own credential.
