@@ -8,6 +8,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"os"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -17,6 +18,9 @@ import (
 
 // maxMessage is the size of a message in bytes.
 const maxMessage = 64 << 10
+
+// messageTime is how long all of a message may take to come, as its headers may.
+const messageTime = 32 * time.Second
 
 // message is the envelope of what the control plane tells the agent.
 type message struct {
@@ -60,7 +64,7 @@ func (s *server) message(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusUnprocessableEntity, fmt.Sprintf("type: %.64q is not known: there are ping, runner_assigned and runner_unassigned", m.Type))
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(r.Context(), registryTime)
 	defer cancel()
 	duplicate, err := handle(ctx, m)
 	var invalid invalidError
@@ -68,7 +72,7 @@ func (s *server) message(w http.ResponseWriter, r *http.Request) {
 	case errors.As(err, &invalid):
 		writeProblem(w, http.StatusUnprocessableEntity, invalid.why)
 	case err != nil:
-		writeProblem(w, http.StatusBadGateway, err.Error())
+		registryFailed(ctx, w, err)
 	default:
 		writeJSON(w, http.StatusOK, map[string]any{"status": "acknowledged", "id": m.ID, "type": m.Type, "duplicate": duplicate, "agent_id": s.agent.ID})
 	}
@@ -80,13 +84,14 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool
 		writeProblem(w, http.StatusUnsupportedMediaType, "send the body as Content-Type: application/json")
 		return nil, false
 	}
+	w.(*recorder).body.within(messageTime) // observe has put it there
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
 		writeProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", limit))
 	case err != nil:
-		writeProblem(w, http.StatusBadRequest, "the body cannot be read to its end")
+		unreadable(w, err, messageTime)
 	case len(body) == 0:
 		writeProblem(w, http.StatusBadRequest, "the body is empty")
 	case !utf8.Valid(body):
@@ -97,6 +102,15 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool
 		return body, true
 	}
 	return nil, false
+}
+
+// unreadable answers a body that does not come to its end.
+func unreadable(w http.ResponseWriter, err error, limit time.Duration) {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		writeProblem(w, http.StatusRequestTimeout, fmt.Sprintf("the body has not come to its end within %s", limit))
+		return
+	}
+	writeProblem(w, http.StatusBadRequest, "the body cannot be read to its end: its length or its chunks are wrong")
 }
 
 // decodeStrict decodes JSON and refuses fields that are unknown or stand there twice. Its errors hold no values.

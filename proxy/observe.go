@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"crypto/rand"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -42,7 +43,7 @@ func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*re
 		rec.agentID = s.agent.ID
 	}
 	if r.Body != http.NoBody {
-		rec.body = &counted{ReadCloser: r.Body, bytes: s.metrics.received}
+		rec.body = &counted{ReadCloser: r.Body, bytes: s.metrics.received, control: http.NewResponseController(w)}
 		// In a copy: net/http looks at its own request's body to see whether the caller still sends, and then
 		// closes the connection gently, so that the answer is not lost.
 		r = r.WithContext(r.Context())
@@ -179,7 +180,7 @@ func (r *recorder) WriteHeader(code int) {
 	if code >= 200 {
 		r.code = code
 		r.mark()
-		if r.body != nil && !r.body.read.Load() && (code >= 400 || !r.streams) {
+		if r.body != nil && r.body.end.Load() == nil && (code >= 400 || !r.streams) {
 			// Nobody will read the rest of the body. Else net/http, or ReverseProxy, would wait for it before the
 			// answer is sent, and a caller could hold the connection for ever.
 			r.Header().Set("Connection", "close")
@@ -227,17 +228,37 @@ func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
 type counted struct {
 	io.ReadCloser
 
-	bytes prometheus.Counter
-	read  atomic.Bool // to its end
+	bytes   prometheus.Counter
+	control *http.ResponseController
+	end     atomic.Pointer[error] // what reading it has ended with: io.EOF if all has come
+}
+
+// within gives the caller so long to send all of it. Else there is no limit: it may be a stream.
+func (c *counted) within(limit time.Duration) {
+	if c != nil {
+		_ = c.control.SetReadDeadline(time.Now().Add(limit))
+	}
 }
 
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.ReadCloser.Read(p)
 	c.bytes.Add(float64(n))
 	if err != nil {
-		c.read.Store(true)
+		c.end.Store(&err)
+	}
+	if errors.Is(err, io.EOF) {
+		// From here net/http reads, and would take the end of the limit for the caller's leaving.
+		_ = c.control.SetReadDeadline(time.Time{})
 	}
 	return n, err
+}
+
+// failure is why the body could not be read to its end.
+func (c *counted) failure() error {
+	if c == nil || c.end.Load() == nil || errors.Is(*c.end.Load(), io.EOF) {
+		return nil
+	}
+	return *c.end.Load()
 }
 
 // countedConn counts the bytes of an upgraded connection.

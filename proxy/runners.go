@@ -9,9 +9,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
 	"net/netip"
 	"net/url"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -24,13 +26,16 @@ import (
 
 // What a runner and its commands may cost.
 const (
-	maxEndpoint      = 2 << 10  // bytes
-	maxToken         = 8 << 10  // bytes
-	maxCommand       = 10 << 20 // bytes
-	maxCommandAnswer = 64 << 20 // bytes; more is cut off
-	commandHeaders   = 30 * time.Second
+	maxEndpoint      = 2 << 10          // bytes
+	maxToken         = 8 << 10          // bytes
+	maxCommand       = 10 << 20         // bytes
+	maxCommandAnswer = 64 << 20         // bytes; more is cut off
+	commandHeaders   = 30 * time.Second // from the command's last byte
 	commandTotal     = 5 * time.Minute
 )
+
+// registryTime is how long the registry may take to be read or changed.
+const registryTime = 10 * time.Second
 
 // registryName is the Secret that holds the registry: a key for each runner, and processedKey. A runner's id
 // begins with a letter or digit, so that it is never that key.
@@ -77,30 +82,49 @@ func newRunners(api *kube.Proxy, namespace string, allowed []string, log *slog.L
 		},
 		FlushInterval: -1, // answers may be streams
 		ModifyResponse: func(resp *http.Response) error {
+			if resp.StatusCode < 200 || resp.StatusCode > 599 {
+				return fmt.Errorf("its status is %d", resp.StatusCode)
+			}
 			resp.Body = struct {
 				io.Reader
 				io.Closer
 			}{&limited{resp.Body, maxCommandAnswer}, resp.Body}
 			return nil
 		},
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-			var tooLarge *http.MaxBytesError
-			var timeout net.Error
-			target := relayed(r.Context())
-			switch {
-			case errors.As(err, &tooLarge):
-				writeProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the command is larger than %d bytes", tooLarge.Limit))
-			case errors.Is(err, context.Canceled):
-				panic(http.ErrAbortHandler) // the caller has gone
-			case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
-				writeProblem(w, http.StatusGatewayTimeout, fmt.Sprintf("the runner at %s does not answer: %v: look at its log; the command may have been run", target.url.Host, err))
-			default:
-				writeProblem(w, http.StatusBadGateway, fmt.Sprintf("the runner at %s cannot be reached: %v: check that it runs, and its endpoint", target.url.Host, err))
-			}
-		},
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorHandler: commandFailed,
+		ErrorLog:     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	return r
+}
+
+// commandFailed answers for a runner that did not. r is the request as rewritten.
+func commandFailed(w http.ResponseWriter, r *http.Request, err error) {
+	var tooLarge *http.MaxBytesError
+	var timeout net.Error
+	late := errors.As(err, &timeout) && timeout.Timeout()
+	target, cause := relayed(r.Context()), context.Cause(r.Context())
+	unread := w.(*recorder).body.failure() // observe has put it there
+	code, what, do := http.StatusBadGateway, "broke off or gave no valid answer", "it may have done the command: look at its log"
+	switch {
+	case errors.As(err, &tooLarge):
+		writeProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the command is larger than %d bytes", tooLarge.Limit))
+		return
+	case errors.Is(cause, context.Canceled) && !errors.Is(unread, os.ErrDeadlineExceeded):
+		panic(http.ErrAbortHandler) // the caller has gone
+	case unread != nil:
+		unreadable(w, unread, commandTotal)
+		return
+	case errors.Is(cause, kube.ErrShutdown):
+		late, what, err = true, "has not answered", errors.New("the agent has stopped")
+	case !target.connected:
+		what, do = "cannot be reached", "check that it runs, and its endpoint"
+	case late:
+		what = "does not answer"
+	}
+	if late {
+		code = http.StatusGatewayTimeout
+	}
+	writeProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", target.url.Host, what, err, do))
 }
 
 // limited ends with an error where io.LimitReader would end as if that were all.
@@ -177,6 +201,20 @@ func (r *runners) change(ctx context.Context, messageID string, apply func(map[s
 	return duplicate, err
 }
 
+// registryFailed answers for an API server that did not let the registry be read or changed. ctx had the time
+// for it.
+func registryFailed(ctx context.Context, w http.ResponseWriter, err error) {
+	var refused *kube.StatusError
+	switch {
+	case ctx.Err() != nil:
+		writeProblem(w, http.StatusGatewayTimeout, err.Error())
+	case errors.As(err, &refused) && (refused.Code == http.StatusUnprocessableEntity || refused.Code == http.StatusRequestEntityTooLarge):
+		writeProblem(w, http.StatusInsufficientStorage, "the registry of runners is full: unassign those that are gone: "+err.Error())
+	default:
+		writeProblem(w, http.StatusBadGateway, err.Error())
+	}
+}
+
 // printable says whether s is 1 to limit printable ASCII characters without spaces.
 func printable(s string, limit int) bool {
 	return s != "" && len(s) <= limit && !strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c > '~' })
@@ -230,13 +268,14 @@ func (s *server) runnerUnassigned(ctx context.Context, m message) (bool, error) 
 
 // target is where a command goes.
 type target struct {
-	url   *url.URL
-	token frpc.Secret
+	url       *url.URL
+	token     frpc.Secret
+	connected bool // the runner may have got something of the command
 }
 
 type targetKey struct{}
 
-func relayed(ctx context.Context) target { return ctx.Value(targetKey{}).(target) }
+func relayed(ctx context.Context) *target { return ctx.Value(targetKey{}).(*target) }
 
 // command answers POST /api/runners/{runner_id}/command with what the runner answers.
 func (s *server) command(w http.ResponseWriter, r *http.Request) {
@@ -254,12 +293,15 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer s.gate.leave()
+	rec.body.within(commandTotal)
 	ctx, cancel := context.WithTimeout(r.Context(), commandTotal)
 	defer cancel()
 	// Read anew each time: another replica may have changed it.
-	registry, err := s.runners.api.ReadSecret(ctx, s.runners.namespace, registryName)
+	reading, cancelReading := context.WithTimeout(ctx, registryTime)
+	defer cancelReading()
+	registry, err := s.runners.api.ReadSecret(reading, s.runners.namespace, registryName)
 	if err != nil {
-		writeProblem(w, http.StatusBadGateway, err.Error())
+		registryFailed(reading, w, err)
 		return
 	}
 	stored, known := registry.Data[id]
@@ -277,7 +319,10 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusBadGateway, "the runner's endpoint "+err.Error())
 		return
 	}
-	r = r.WithContext(context.WithValue(ctx, targetKey{}, target{url: endpoint, token: found.Token}))
+	endpoint.RawQuery = strings.Trim(endpoint.RawQuery+"&"+r.URL.RawQuery, "&")
+	to := &target{url: endpoint, token: found.Token}
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { to.connected = true }})
+	r = r.WithContext(context.WithValue(ctx, targetKey{}, to))
 	r.Body = http.MaxBytesReader(w, r.Body, maxCommand)
 	s.runners.relay.ServeHTTP(w, r)
 }

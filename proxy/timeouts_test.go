@@ -77,6 +77,12 @@ func (l *lossy) Write(b []byte) (int, error) {
 // overPipes starts the agent's server before an API server, and returns a client and the way to each.
 func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toAgent, toAPI *pipes) {
 	t.Helper()
+	_, client, toAgent, toAPI = serverOverPipes(t, handler)
+	return client, toAgent, toAPI
+}
+
+func serverOverPipes(t *testing.T, handler http.HandlerFunc) (s *server, client *http.Client, toAgent, toAPI *pipes) {
+	t.Helper()
 	toAgent, toAPI = newPipes(), newPipes()
 	certificates := httptest.NewUnstartedServer(nil)
 	certificates.StartTLS()
@@ -87,7 +93,7 @@ func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toA
 	}, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 2}, ErrorLog: log.New(io.Discard, "", 0)}
 	go func() { _ = api.ServeTLS(toAPI, "", "") }()
 	quiet := slog.New(slog.DiscardHandler)
-	s := serverBefore(t, &rest.Config{
+	s = serverBefore(t, &rest.Config{
 		Host: "https://api.example", Dial: toAPI.DialContext, TLSClientConfig: rest.TLSClientConfig{Insecure: true},
 	}, token, quiet)
 	agent := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), quiet)
@@ -98,7 +104,7 @@ func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toA
 		_ = agent.Close()
 		_ = api.Close()
 	})
-	return &http.Client{Transport: transport}, toAgent, toAPI
+	return s, &http.Client{Transport: transport}, toAgent, toAPI
 }
 
 // begin sends a request and returns when the answer begins.
