@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"mime"
 	"net/http"
 	"os"
+	"reflect"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -26,7 +28,7 @@ const messageTime = 32 * time.Second
 type message struct {
 	ID        string          `json:"id"` // the same id twice does the work once
 	Type      string          `json:"type"`
-	Timestamp time.Time       `json:"timestamp"`
+	Timestamp *string         `json:"timestamp"`
 	Data      json.RawMessage `json:"data"`
 }
 
@@ -51,14 +53,17 @@ func (s *server) message(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var m message
-	if err := decodeStrict(body, &m); err != nil {
-		writeProblem(w, http.StatusUnprocessableEntity, "the message is not an envelope of id, type, timestamp and data: "+err.Error())
-		return
+	err := decodeStrict("", body, &m)
+	if err == nil {
+		err = checkTime("timestamp", m.Timestamp)
 	}
 	handle := s.messageTypes()[m.Type]
 	switch {
-	case m.ID == "" || len(m.ID) > 128:
-		writeProblem(w, http.StatusUnprocessableEntity, "id: give 1 to 128 bytes")
+	case err != nil:
+		writeProblem(w, http.StatusUnprocessableEntity, err.Error())
+		return
+	case !printable(m.ID, 128):
+		writeProblem(w, http.StatusUnprocessableEntity, "id: give 1 to 128 printable ASCII characters, no spaces")
 		return
 	case handle == nil:
 		writeProblem(w, http.StatusUnprocessableEntity, fmt.Sprintf("type: %.64q is not known: there are ping, runner_assigned and runner_unassigned", m.Type))
@@ -96,10 +101,11 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool
 		writeProblem(w, http.StatusBadRequest, "the body is empty")
 	case !utf8.Valid(body):
 		writeProblem(w, http.StatusBadRequest, "the body is not UTF-8")
-	case !json.Valid(body):
-		writeProblem(w, http.StatusBadRequest, "the body is not JSON: it is cut short, or has a mistake")
 	default:
-		return body, true
+		if err = json.Unmarshal(body, new(json.RawMessage)); err == nil {
+			return body, true
+		}
+		writeProblem(w, http.StatusBadRequest, "the body cannot be read as JSON: "+err.Error())
 	}
 	return nil, false
 }
@@ -113,15 +119,27 @@ func unreadable(w http.ResponseWriter, err error, limit time.Duration) {
 	writeProblem(w, http.StatusBadRequest, "the body cannot be read to its end: its length or its chunks are wrong")
 }
 
-// decodeStrict decodes JSON and refuses fields that are unknown or stand there twice. Its errors hold no values.
-func decodeStrict(data []byte, into any) error {
+// decodeStrict decodes what stands in a field, or a whole message if that is "", and refuses fields that are
+// unknown or stand there twice. Its errors name the field and hold no values.
+func decodeStrict(field string, data []byte, into any) error {
 	strict, err := strictjson.UnmarshalStrict(data, into)
 	var wrongType *json.UnmarshalTypeError
-	if errors.As(err, &wrongType) {
-		return fmt.Errorf("%s: a %s where a %s is expected", wrongType.Field, strings.Fields(wrongType.Value + " ")[0], wrongType.Type)
+	switch name := cmp.Or(field, "the message"); {
+	case errors.As(err, &wrongType) && wrongType.Type.Kind() == reflect.String:
+		inner := wrongType.Field[strings.LastIndexByte(wrongType.Field, '.')+1:] // without names of Go's
+		return invalidError{strings.Trim(field+"."+inner, ".") + ": give a string"}
+	case err != nil: // it is JSON, so it is another type or not there at all
+		return invalidError{name + ": give an object"}
+	case len(strict) > 0:
+		return invalidError{name + ": " + strict[0].Error()}
 	}
-	if err != nil {
-		return errors.New("a value cannot be read, such as a time that is not as RFC 3339 has it")
+	return nil
+}
+
+// checkTime refuses what is not a time as RFC 3339 has it.
+func checkTime(field string, value *string) error {
+	if value != nil && new(time.Time).UnmarshalText([]byte(*value)) != nil {
+		return invalidError{field + ": give a time as RFC 3339 has it, such as 2026-01-02T03:04:05Z"}
 	}
-	return errors.Join(strict...)
+	return nil
 }

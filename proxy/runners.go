@@ -51,7 +51,7 @@ var runnerIDPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 type runner struct {
 	Endpoint   string      `json:"runner_endpoint"`
 	Token      frpc.Secret `json:"runner_token"`
-	AssignedAt time.Time   `json:"assigned_at,omitzero"`
+	AssignedAt *string     `json:"assigned_at,omitempty"`
 }
 
 // runners is the registry, kept in a Secret: it outlives pods, and replicas share it.
@@ -232,8 +232,8 @@ func (s *server) runnerAssigned(ctx context.Context, m message) (bool, error) {
 		RunnerID string `json:"runner_id"`
 		runner
 	}
-	if err := decodeStrict(m.Data, &data); err != nil {
-		return false, invalidError{"data is not runner_id, runner_endpoint, runner_token and assigned_at: " + err.Error()}
+	if err := decodeStrict("data", m.Data, &data); err != nil {
+		return false, err
 	}
 	if err := checkRunnerID(data.RunnerID); err != nil {
 		return false, err
@@ -243,6 +243,9 @@ func (s *server) runnerAssigned(ctx context.Context, m message) (bool, error) {
 	}
 	if !printable(data.Token.Reveal(), maxToken) {
 		return false, invalidError{fmt.Sprintf("data.runner_token: give 1 to %d printable ASCII characters, no spaces", maxToken)}
+	}
+	if err := checkTime("data.assigned_at", data.AssignedAt); err != nil {
+		return false, err
 	}
 	return s.runners.change(ctx, m.ID, func(registry map[string][]byte) (err error) {
 		registry[data.RunnerID], err = json.Marshal(data.runner)
@@ -254,8 +257,8 @@ func (s *server) runnerUnassigned(ctx context.Context, m message) (bool, error) 
 	var data struct {
 		RunnerID string `json:"runner_id"`
 	}
-	if err := decodeStrict(m.Data, &data); err != nil {
-		return false, invalidError{"data is not runner_id: " + err.Error()}
+	if err := decodeStrict("data", m.Data, &data); err != nil {
+		return false, err
 	}
 	if err := checkRunnerID(data.RunnerID); err != nil {
 		return false, err

@@ -207,7 +207,7 @@ func TestSlowBodies(t *testing.T) {
 }
 
 // runnerOverPipes starts a runner, which the agent reaches over pipes from now on.
-func runnerOverPipes(t *testing.T, s *server, handler http.HandlerFunc) *pipes {
+func runnerOverPipes(t *testing.T, s *server, handler http.HandlerFunc) {
 	t.Helper()
 	toRunner := newPipes()
 	server := &http.Server{Handler: handler}
@@ -218,7 +218,6 @@ func runnerOverPipes(t *testing.T, s *server, handler http.HandlerFunc) *pipes {
 		transport.CloseIdleConnections()
 		_ = server.Close()
 	})
-	return toRunner
 }
 
 // TestSilentRunners: 30 s count from the command's last byte, and all must be done in 5 minutes.

@@ -102,6 +102,7 @@ func TestRunners(t *testing.T) {
 	tell(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), true)
 	echoed := `POST /run?x=y ["Bearer token-of-r1"] [] {"do":"it"}`
 	want(command, `{"do":"it"}`, http.StatusTeapot, echoed)
+	want(command+"?a=b", "", http.StatusTeapot, "POST /run?x=y&a=b ")
 	want(command, "redirect", http.StatusTemporaryRedirect, "")
 	want(command, strings.Repeat("x", 11<<20), http.StatusRequestEntityTooLarge, "larger than 10485760 bytes")
 	want("/api/runners/R1/command", "{}", http.StatusNotFound, "no runner")
@@ -194,6 +195,38 @@ func TestReplicasShareTheRegistry(t *testing.T) {
 	if err := json.Unmarshal(secret.Data["_processed"], &processed); err != nil || len(processed) != 2*each {
 		t.Errorf("%v: %d messages are remembered", err, len(processed))
 	}
+}
+
+// fillRegistry leaves the registry 1,000 bytes.
+func fillRegistry(t *testing.T, ns string) {
+	t.Helper()
+	secrets := api.Client.CoreV1().Secrets(ns)
+	registry, err := secrets.Get(t.Context(), "pipeops-agent-runners", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	room := 1 << 20
+	for _, value := range registry.Data {
+		room -= len(value)
+	}
+	registry.Data["filler"] = make([]byte, room-1000)
+	if _, err := secrets.Update(t.Context(), registry, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestFullRegistry: who assigns one runner too many is told so, and others can still be taken out.
+func TestFullRegistry(t *testing.T) {
+	w, ns := withRunners(t)
+	large := assignment("r1", "http://r.a.svc/"+strings.Repeat("x", 2000))
+	tell(t, w.agent, "m1", "runner_assigned", large, false)
+	fillRegistry(t, ns)
+	resp, body := post(t, w.agent, "/api/control-plane/message", `{"id":"m2","type":"runner_assigned","data":`+strings.Replace(large, "r1", "r2", 1)+`}`)
+	if resp.StatusCode != http.StatusInsufficientStorage || !strings.Contains(body, "the registry of runners is full") {
+		t.Errorf("%s %s", resp.Status, body)
+	}
+	tell(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
+	tell(t, w.agent, "m2", "runner_assigned", strings.Replace(large, "r1", "r2", 1), false)
 }
 
 // TestRegistryNeedsARight: without it nothing is acknowledged.
