@@ -1,6 +1,8 @@
 package integration
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,7 +21,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// TestRunCommand does what a new user does: make run, kubectl, Ctrl-C. KUBECONFIG leads it to the tests'
+// TestRunCommand does what a new user does: make run, kubectl, curl, Ctrl-C. KUBECONFIG leads it to the tests'
 // cluster.
 func TestRunCommand(t *testing.T) {
 	w := &world{t: t}
@@ -43,6 +45,22 @@ func TestRunCommand(t *testing.T) {
 	w.caller = found[1]
 	if got := w.must("get", "namespace", "kube-system", "-o", "name"); got != "namespace/kube-system\n" {
 		t.Errorf("kubectl: got %q", got)
+	}
+	curl := regexp.MustCompile(`curl --cacert (\S+) -H "Authorization: Bearer \$\(cat (\S+)\)" (\S+)`).FindStringSubmatch(run.Log())
+	if curl == nil {
+		t.Fatalf("it prints no way to the agent's own API:\n%s", run.Log())
+	}
+	ca, caErr := os.ReadFile(curl[1])
+	token, err := os.ReadFile(curl[2])
+	if info, statErr := os.Stat(curl[2]); errors.Join(caErr, err, statErr) != nil || info.Mode() != 0o600 {
+		t.Fatal(caErr, err, statErr, info)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
+	defer client.CloseIdleConnections()
+	if resp, body := get(t, client, curl[3], http.Header{"Authorization": {"Bearer " + string(token)}}); resp.StatusCode != http.StatusOK || !strings.Contains(body, `"connected":true`) {
+		t.Errorf("curl: %s %s", resp.Status, body)
 	}
 	if err := syscall.Kill(run.Pid(), syscall.SIGINT); err != nil {
 		t.Fatal(err)

@@ -80,10 +80,15 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	a.Env = append(a.Env, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc,*.svc.cluster.local") // runners of the user's own, to try
 	if err := a.Start(); err != nil {
 		return err
 	}
 	if err := a.WaitReady(ctx); err != nil {
+		return err
+	}
+	tokenFile := filepath.Join(group.Dir(), "token")
+	if err := os.WriteFile(tokenFile, []byte(token), 0o600); err != nil {
 		return err
 	}
 	caller := filepath.Join(group.Dir(), "kubeconfig")
@@ -104,6 +109,9 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 		say("  %s get namespaces", kubectl)
 	}
 	say("  %s auth can-i --list", kubectl)
+	base := cp.GatewayURL + "/agents/" + agentID
+	say("\nThe agent's own API is at %s (runners may be on 127.0.0.1; /openapi.yaml lists its routes):\n", base)
+	say("  curl --cacert %s -H \"Authorization: Bearer $(cat %s)\" %s/api/agent/status", cp.CAFile, tokenFile, base)
 	say("\nProbes and metrics: %s/ready and /metrics. Ctrl-C stops everything and removes its files.", a.Operations)
 
 	for {
