@@ -12,7 +12,6 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
-	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -79,7 +78,7 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, log *slog.Logger
 		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(), log: log,
 	}
 	if cfg.Agent.TokenFile != "" { // as long as the process, and so while it drains
-		go s.auth.follow(context.Background(), func() (frpc.Secret, error) { return config.ReadSecret(cfg.Agent.TokenFile) })
+		go s.auth.follow(context.Background(), cfg.AgentToken)
 	}
 	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
 	return s

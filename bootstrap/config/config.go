@@ -374,7 +374,7 @@ func (c *Config) AgentToken() (frpc.Secret, error) {
 	if c.Agent.TokenFile == "" {
 		return c.Agent.Token, nil
 	}
-	return ReadSecret(c.Agent.TokenFile)
+	return readSecret(c.Agent.TokenFile, checkToken)
 }
 
 // FRPToken is frp's token as it now is, empty where the control plane is asked for it.
@@ -382,12 +382,10 @@ func (c *Config) FRPToken() (frpc.Secret, error) {
 	if c.FRP.TokenFile == "" {
 		return c.FRP.Token, nil
 	}
-	return ReadSecret(c.FRP.TokenFile)
+	return readSecret(c.FRP.TokenFile, checkToken)
 }
 
-// ReadSecret reads the file of a setting such as agent.token_file.
-func ReadSecret(file string) (frpc.Secret, error) { return readSecret(file, checkToken) }
-
+// readSecret reads the file of a setting such as agent.token_file.
 func readSecret(file string, check func(string) (string, error)) (frpc.Secret, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
