@@ -68,8 +68,8 @@ func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
 	return append(names, tunnel.CustomDomains...)
 }
 
-// fits says whether the certificate has the names of the lease and lives about as long.
-func (c *certificate) fits(agentID string, lease frpc.Lease) bool {
+// fits says whether the certificate has the names of the tunnel and lives about until end.
+func (c *certificate) fits(agentID string, tunnel frpc.Tunnel, end time.Time) bool {
 	if c == nil {
 		return false
 	}
@@ -78,14 +78,14 @@ func (c *certificate) fits(agentID string, lease frpc.Lease) bool {
 	if err != nil {
 		return false
 	}
-	for _, name := range certificateNames(agentID, lease.Frpc.Tunnel) {
+	for _, name := range certificateNames(agentID, tunnel) {
 		if cert.VerifyHostname(name) != nil {
 			return false
 		}
 	}
-	if lease.ExpiresAt.IsZero() {
+	if end.IsZero() {
 		return cert.NotAfter.Equal(forever)
 	}
-	grace := cert.NotAfter.Sub(lease.ExpiresAt)
+	grace := cert.NotAfter.Sub(end)
 	return grace >= graceMin && grace <= graceMax
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -13,7 +14,6 @@ import (
 	"net"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
@@ -47,9 +47,8 @@ type authAnswer struct {
 	Tunnel      frpc.Tunnel            `json:"tunnel"` // type, subdomain, custom_domains, remote_port, group and group_key
 	Permissions []string               `json:"permissions"`
 
-	// life is how long from now the lease is good for by the control plane's own clock, so that a wrong clock
-	// here does no harm; 0: it has no end.
-	life time.Duration
+	// ends is ExpiresAt by the clock of this host, which may differ from the control plane's; zero: no end.
+	ends time.Time
 }
 
 // controlPlane is a client of the control plane.
@@ -90,30 +89,24 @@ func (f *failure) Error() string { return f.err.Error() }
 
 // persist asks until it gets a lease, the failure is final, or ctx ends.
 func persist(ctx context.Context, once source, log *slog.Logger, certificate []byte) (authAnswer, *failure) {
-	var last error
+	stopped := errors.New("stopped by a signal before there was a lease")
 	for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
 		answer, fail := once(ctx, certificate)
-		switch {
-		case fail == nil:
-			return answer, nil
-		case fail.final:
-			return authAnswer{}, fail
-		case ctx.Err() != nil && last != nil:
-			fail.err = last // an attempt cut short says less than the one before
+		if fail == nil || fail.final {
+			return answer, fail
 		}
-		last = fail.err
 		if errors.Is(ctx.Err(), context.Canceled) {
-			return authAnswer{}, &failure{err: fmt.Errorf("stopped by a signal before there was a lease (%w)", fail.err)}
+			return authAnswer{}, &failure{err: stopped}
 		}
 		wait := max(jitter(delay), fail.retryAfter)
-		if deadline, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(deadline) < wait {
-			return authAnswer{}, &failure{err: fmt.Errorf("%w (gave up after --timeout)", fail.err)}
+		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
+			return authAnswer{}, &failure{err: fmt.Errorf("%w (gave up after --timeout)", fail)}
 		}
-		log.Warn("no lease yet", "error", fail.err, "next_attempt_in", wait.String())
+		log.Warn("no lease yet", "error", fail, "next_attempt_in", wait.String())
 		select {
 		case <-time.After(wait):
-		case <-ctx.Done():
-			return authAnswer{}, &failure{err: fmt.Errorf("stopped by a signal before there was a lease (%w)", fail.err)}
+		case <-ctx.Done(): // there was time to wait, so it is a signal
+			return authAnswer{}, &failure{err: stopped}
 		}
 	}
 }
@@ -157,7 +150,7 @@ func (c *controlPlane) attempt(ctx context.Context, certificate []byte) (authAns
 		return authAnswer{}, &failure{err: fmt.Errorf("%s broke off its answer: %w: try again, and look at what stands between", hop, err)}
 	}
 	if resp.StatusCode != http.StatusOK {
-		return authAnswer{}, c.refusal(hop, resp, data, token)
+		return authAnswer{}, c.refusal(hop, resp, data)
 	}
 	var answer authAnswer
 	switch err := json.Unmarshal(data, &answer); {
@@ -171,25 +164,26 @@ func (c *controlPlane) attempt(ctx context.Context, certificate []byte) (authAns
 		err = fmt.Errorf("%s answers without frp_token: check agent.api_url (PIPEOPS_API_URL), or tell those who run it", hop)
 		return authAnswer{}, &failure{err: err, final: true}
 	}
-	if !answer.ExpiresAt.IsZero() {
-		now, err := http.ParseTime(resp.Header.Get("Date"))
-		if err != nil {
-			now = time.Now()
+	if answer.ExpiresAt.Year() > 9000 { // never, as some say it
+		answer.ExpiresAt = time.Time{}
+	}
+	if answer.ends = answer.ExpiresAt; !answer.ends.IsZero() {
+		if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
+			answer.ends = time.Now().Add(answer.ExpiresAt.Sub(date)).UTC().Truncate(time.Second)
 		}
-		answer.life = max(answer.ExpiresAt.Sub(now), 1) // 0 is for no end
 	}
 	return answer, nil
 }
 
 // refusal says what an answer other than 200 means.
-func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte, token frpc.Secret) *failure {
+func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte) *failure {
 	said := resp.Status
-	if detail := detail(body, token); detail != "" {
+	if detail := detail(body); detail != "" {
 		said += ": " + detail
 	}
 	retryAfter := 0 * time.Second
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
-		retryAfter = time.Duration(seconds) * time.Second
+		retryAfter = time.Duration(min(seconds, 24*60*60)) * time.Second
 	} else if at, err := http.ParseTime(resp.Header.Get("Retry-After")); err == nil {
 		retryAfter = time.Until(at)
 	}
@@ -207,18 +201,13 @@ func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte, tok
 	}
 }
 
-// detail is what a JSON body says of an error, short, and never if it repeats the token.
-func detail(body []byte, token frpc.Secret) string {
+// detail is what a JSON body says of an error, short.
+func detail(body []byte) string {
 	var problem struct{ Detail, Message, Error string }
 	if json.Unmarshal(body, &problem) != nil {
 		return ""
 	}
-	for _, text := range []string{problem.Detail, problem.Message, problem.Error} {
-		if text != "" && !strings.Contains(text, token.Reveal()) {
-			return fmt.Sprintf("%.200s", text)
-		}
-	}
-	return ""
+	return fmt.Sprintf("%.200s", cmp.Or(problem.Detail, problem.Message, problem.Error))
 }
 
 func contentType(resp *http.Response) string {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -136,9 +139,20 @@ func (p *patient) authentication(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	lease, _, fail := obtain(ctx, p.cfg, ask, frpc.Lease{})
+	// The certificate that is in use: the control plane would trust another one in its place.
+	var certificate []byte
+	if now, err := written(p.cfg); err == nil && now.Frpc.Tunnel.Type == "https" {
+		if certificate, err = os.ReadFile(filepath.Join(p.cfg.RunDir, frpc.CertFile)); err != nil {
+			return "", err
+		}
+	}
+	answer, fail := ask(ctx, certificate)
 	if fail != nil {
 		return "", fail
+	}
+	lease, err := newLease(p.cfg, answer, frpc.Admin{})
+	if err != nil {
+		return "", redact(p.cfg, &failure{err: err})
 	}
 	p.lease = &lease
 	if p.cfg.FRP.Token != "" {
@@ -194,6 +208,18 @@ func (p *patient) proxy(ctx context.Context) (string, error) {
 	var version struct{ Version string }
 	if err := p.call(ctx, http.MethodGet, p.cfg.Proxy.MetricsAddr, "/version", nil, &version); err != nil {
 		return "", fmt.Errorf("%w: check that the proxy container runs, and its log", err)
+	}
+	if lease, err := written(p.cfg); err == nil && lease.Frpc.Tunnel.Type == "https" {
+		trusted, err := frpc.CertPool(filepath.Join(p.cfg.RunDir, frpc.CertFile))
+		if err != nil {
+			return "", fmt.Errorf("the tunnel's certificate: %w: restart the bootstrap container", err)
+		}
+		dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: local.Timeout}, Config: &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}}
+		conn, err := dialer.DialContext(ctx, "tcp", config.Local(p.cfg.Proxy.ListenAddr))
+		if err != nil {
+			return "", fmt.Errorf("the proxy does not speak TLS with the tunnel's certificate: %w: see its log", err)
+		}
+		_ = conn.Close()
 	}
 	return "version " + version.Version + " serves at " + config.Local(p.cfg.Proxy.MetricsAddr), nil
 }
@@ -268,7 +294,7 @@ func (p *patient) call(ctx context.Context, method, addr, path string, body, ans
 	}
 	req.Header.Set("Authorization", "Bearer "+token.Reveal())
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := local.Do(req)
 	if err != nil {
 		return fmt.Errorf("the proxy does not answer: %w", err)
 	}

@@ -2,10 +2,12 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"slices"
@@ -24,7 +26,8 @@ const (
 	loggedOutWait = 15 * time.Second // how long frpc may try by itself before the next lease is asked for
 	backoffMin    = time.Second
 	backoffMax    = time.Minute
-	loggedOutMax  = 5 * time.Minute // between two leases that are asked for because frpc is logged out
+	waitMax       = 90 * time.Second // between two attempts, whatever the control plane asks for
+	loggedOutMax  = 5 * time.Minute  // between two leases that are asked for because frpc is logged out
 )
 
 // frpcState is what a look at frpc finds.
@@ -45,16 +48,14 @@ type keeper struct {
 	log *slog.Logger
 
 	lease   frpc.Lease    // what the files hold
-	ends    time.Time     // when it ends by the clock of this host, which may differ from the control plane's; zero: never
 	token   frpc.Secret   // what the lease was asked for with
 	renewAt time.Time     // when to ask for the next; zero: this one has no end
 	backoff time.Duration // after the attempt that failed last
 	notYet  time.Time     // no attempt before this
 
-	stale      bool      // frpc may run with an frpc.toml from before
-	staleUntil time.Time // whose credential is refused from then on; zero: never
-	outSince   time.Time // since when frpc is logged out
-	outWait    time.Duration
+	outSince time.Time // since when frpc is logged out
+	outWait  time.Duration
+	unheard  bool // frpc could not be told to end, and that was said
 }
 
 // write puts the lease's files into the run directory.
@@ -70,23 +71,29 @@ func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 	return nil
 }
 
-// adopt makes lease the one that is kept. life is how long it is good for, 0: for ever.
-func (k *keeper) adopt(lease frpc.Lease, life time.Duration, now time.Time) {
-	before, err := k.lease.Frpc.TOML()
-	after, err2 := lease.Frpc.TOML()
-	if k.lease.Frpc.Tunnel.Type != "" && (err != nil || err2 != nil || string(before) != string(after)) && !k.stale {
-		k.stale, k.staleUntil = true, k.ends
+// inherit notes in the next lease that frpc may still run with what it was told before.
+func (k *keeper) inherit(next *frpc.Lease) {
+	before, _ := k.lease.Frpc.TOML() // it was written once
+	after, _ := next.Frpc.TOML()     // it will be
+	next.Stale = k.lease.Stale
+	if next.Stale == nil && k.lease.Frpc.Tunnel.Type != "" && !bytes.Equal(before, after) {
+		next.Stale = &frpc.Stale{Until: k.lease.ExpiresAt}
 	}
-	k.lease, k.ends = lease, time.Time{}
+}
+
+// adopt makes lease, which has been written, the one that is kept.
+func (k *keeper) adopt(lease frpc.Lease, now time.Time) {
+	k.lease = lease
 	k.backoff, k.notYet = backoffMin, now.Add(renewalMin)
 	k.renewAt = time.Time{}
-	if life > 0 {
-		k.ends = now.Add(life)
-		// At two thirds of its life, more or less, so that agents which started together part ways.
-		k.renewAt = now.Add(max(renewalMin, life*6/10+jitter(life/10)))
-		if life <= time.Second {
-			k.log.Warn("the lease has ended before it could be used: check the clock of the control plane, or the life of its leases", "expires_at", lease.ExpiresAt)
-		}
+	if lease.ExpiresAt.IsZero() {
+		return
+	}
+	// At two thirds of its life, more or less, so that agents which started together part ways.
+	life := lease.ExpiresAt.Sub(now)
+	k.renewAt = now.Add(max(renewalMin, life/10*6+jitter(life/10)))
+	if life <= time.Second {
+		k.log.Warn("the lease has ended before it could be used: check the clock of the control plane, or the life of its leases", "expires_at", lease.ExpiresAt)
 	}
 }
 
@@ -99,18 +106,15 @@ func (k *keeper) run(ctx context.Context) error {
 		k.see(look(ctx, admin), now)
 		if k.due(now) {
 			if fail := k.renew(ctx); fail != nil && fail.refused {
-				if err := frpc.Withdraw(k.cfg.RunDir); err != nil {
-					k.log.Error("frpc.toml is still there", "error", err)
-				}
-				_ = admin.Stop(ctx) // if it runs
-				return fmt.Errorf("%w; the tunnel is closed", fail)
+				return closeTunnel(ctx, k.cfg.RunDir, fail)
 			}
 		}
-		if why := k.restart(now); why != "" || k.stale && k.idle(ctx) {
-			k.log.Info("restarting frpc, so that it logs in with the new lease", "because", cmp.Or(why, "nothing runs through the tunnel"))
-			if err := admin.Stop(ctx); err == nil {
-				k.stale = false
-			}
+		why := k.restart(now)
+		if why == "" && k.lease.Stale != nil && k.idle(ctx) {
+			why = "nothing runs through the tunnel"
+		}
+		if why != "" {
+			k.stop(ctx, admin, why)
 		}
 		select {
 		case <-time.After(lookInterval):
@@ -118,6 +122,59 @@ func (k *keeper) run(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// stop ends frpc. The kubelet starts it again.
+func (k *keeper) stop(ctx context.Context, admin *frpc.AdminClient, why string) {
+	err := admin.Stop(ctx)
+	if err == nil {
+		k.log.Info("frpc is started again, so that it logs in with the new lease", "because", why)
+		k.fresh()
+	} else if !k.unheard {
+		k.log.Warn("frpc must log in with the new lease and cannot be told to: restart its container", "because", why, "error", err)
+	}
+	k.unheard = err != nil
+}
+
+// fresh notes that frpc runs, or will run, with the files as they are.
+func (k *keeper) fresh() {
+	if k.lease.Stale != nil {
+		k.lease.Stale = nil
+		k.writeState()
+	}
+}
+
+func (k *keeper) writeState() {
+	if err := k.lease.WriteState(k.cfg.RunDir); err != nil {
+		k.log.Warn("lease.json cannot be written", "error", err)
+	}
+}
+
+// closeTunnel takes away what frpc would log in with, ends it, and makes sure that it has ended. It returns the
+// refusal, with what has become of the tunnel.
+func closeTunnel(ctx context.Context, runDir string, refusal *failure) error {
+	lease, err := frpc.ReadLease(runDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return refusal // there was none
+	}
+	if gone := frpc.Withdraw(runDir); err == nil {
+		err = gone
+	}
+	for attempt := 0; err == nil; attempt++ {
+		admin := frpc.NewAdminClient(lease.Frpc.Admin)
+		if look(ctx, admin) == away {
+			return fmt.Errorf("%w; the tunnel is closed", refusal)
+		}
+		if stopErr := admin.Stop(ctx); attempt == 10 {
+			err = cmp.Or(stopErr, errors.New("it still runs"))
+		}
+		select {
+		case <-time.After(500 * time.Millisecond):
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	return fmt.Errorf("%w; the tunnel may still be open, because frpc could not be ended (%w): delete the pod", refusal, err)
 }
 
 // look asks frpc for its state.
@@ -139,7 +196,7 @@ func look(ctx context.Context, admin *frpc.AdminClient) frpcState {
 func (k *keeper) see(state frpcState, now time.Time) {
 	switch state {
 	case away:
-		k.stale = false
+		k.fresh()
 	case connected:
 		k.outSince, k.outWait = time.Time{}, loggedOutWait
 	case loggedOut:
@@ -162,7 +219,7 @@ func (k *keeper) due(now time.Time) bool {
 	if !k.renewAt.IsZero() && !now.Before(k.renewAt) {
 		return true
 	}
-	if !k.outSince.IsZero() && !k.stale && k.cfg.FRP.Token == "" && now.Sub(k.outSince) >= k.outWait {
+	if !k.outSince.IsZero() && k.lease.Stale == nil && k.cfg.FRP.Token == "" && now.Sub(k.outSince) >= k.outWait {
 		k.outSince, k.outWait = now, min(2*k.outWait, loggedOutMax)
 		return true
 	}
@@ -183,22 +240,22 @@ func (k *keeper) renew(ctx context.Context) *failure {
 	if err != nil {
 		token = k.token
 	}
-	lease, life, fail := obtain(ctx, k.cfg, k.ask, k.lease)
-	now := time.Now()
-	if fail == nil {
-		if err := write(k.cfg, lease, k.log); err != nil {
-			fail = &failure{err: err}
-		}
-	}
-	if fail == nil {
-		k.token = token
-		k.adopt(lease, life, now)
-		return nil
-	}
+	lease, fail := obtain(ctx, k.cfg, k.ask, k.lease)
 	if ctx.Err() != nil {
 		return nil // stopped
 	}
-	wait := max(jitter(k.backoff), fail.retryAfter)
+	now := time.Now()
+	if fail == nil {
+		k.inherit(&lease)
+		err := write(k.cfg, lease, k.log)
+		if err == nil {
+			k.token = token
+			k.adopt(lease, now)
+			return nil
+		}
+		fail = &failure{err: err}
+	}
+	wait := min(max(jitter(k.backoff), fail.retryAfter), waitMax)
 	k.backoff, k.notYet = min(2*k.backoff, backoffMax), now.Add(wait)
 	k.renewAt = k.notYet
 	if !fail.refused {
@@ -209,25 +266,27 @@ func (k *keeper) renew(ctx context.Context) *failure {
 		since = k.lease.Renewal.FailingSince
 	}
 	k.lease.Renewal = &frpc.Renewal{FailingSince: since, Error: fail.Error()}
-	if err := k.lease.WriteState(k.cfg.RunDir); err != nil {
-		k.log.Warn("lease.json cannot be written", "error", err)
-	}
+	k.writeState()
 	return fail
 }
 
 // restart says why frpc must log in with the new lease now, empty if it need not.
 func (k *keeper) restart(now time.Time) string {
+	stale := k.lease.Stale
 	switch {
-	case !k.stale:
+	case stale == nil:
 		return ""
 	case !k.outSince.IsZero():
 		return "it is logged out"
-	case !k.staleUntil.IsZero() && now.After(k.staleUntil.Add(-5*time.Second)):
+	case !stale.Until.IsZero() && now.After(stale.Until.Add(-5*time.Second)):
 		return "its old credential ends; what runs through the tunnel is cut"
 	default:
 		return ""
 	}
 }
+
+// local is a client of the other containers of the pod, past every proxy.
+var local = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
 
 // idle says whether nothing runs through the tunnel, by the proxy's own count. If the proxy does not say, something
 // may.
@@ -238,7 +297,7 @@ func (k *keeper) idle(ctx context.Context) bool {
 	if err != nil {
 		return false
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := local.Do(req)
 	if err != nil {
 		return false
 	}

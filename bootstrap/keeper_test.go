@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -31,14 +32,14 @@ func newKeeper(t *testing.T, ask source) *keeper {
 	t.Helper()
 	k := &keeper{cfg: configuration(t, environment(t, "https://control.example")), ask: ask, log: slog.New(slog.DiscardHandler), backoff: backoffMin}
 	k.token = token
-	lease, life, fail := obtain(t.Context(), k.cfg, ask, frpc.Lease{})
+	lease, fail := obtain(t.Context(), k.cfg, ask, frpc.Lease{})
 	if fail != nil {
 		t.Fatal(fail)
 	}
 	if err := write(k.cfg, lease, k.log); err != nil {
 		t.Fatal(err)
 	}
-	k.adopt(lease, life, time.Now())
+	k.adopt(lease, time.Now())
 	return k
 }
 
@@ -47,7 +48,7 @@ func giving() source {
 	n := 0
 	return func(context.Context, []byte) (authAnswer, *failure) {
 		n++
-		return authAnswer{FRPToken: frpc.Secret(fmt.Sprint("lease ", n)), ExpiresAt: time.Now().Add(time.Hour), life: time.Hour}, nil
+		return authAnswer{FRPToken: frpc.Secret(fmt.Sprint("lease ", n)), ends: time.Now().Add(time.Hour)}, nil
 	}
 }
 
@@ -56,7 +57,7 @@ func TestWhenToRenew(t *testing.T) {
 	k := newKeeper(t, giving())
 	start := time.Now()
 	at := func(d time.Duration) time.Time { return start.Add(d) }
-	if k.stale || k.due(start) || k.due(at(30*time.Minute)) {
+	if k.lease.Stale != nil || k.due(start) || k.due(at(30*time.Minute)) {
 		t.Error("the first lease is renewed at once")
 	}
 	if !k.due(at(45 * time.Minute)) {
@@ -91,29 +92,32 @@ func TestWhenToRestart(t *testing.T) {
 	}
 	again := first
 	again.ExpiresAt = first.ExpiresAt.Add(time.Hour) // as with oidc, where only the token's file changes
-	k.adopt(again, time.Hour, now)
-	if k.stale {
+	k.inherit(&again)
+	if again.Stale != nil {
 		t.Error("frpc.toml is the same, but frpc is to be restarted")
 	}
-	k.lease = first
 	if fail := k.renew(t.Context()); fail != nil {
 		t.Fatal(fail)
 	}
-	if !k.stale || k.restart(now) != "" || k.restart(first.ExpiresAt.Add(-time.Minute)) != "" {
-		t.Errorf("stale %v: restarted before the old credential ends", k.stale)
+	if k.lease.Stale == nil || k.restart(now) != "" || k.restart(first.ExpiresAt.Add(-time.Minute)) != "" {
+		t.Errorf("stale %v: restarted before the old credential ends", k.lease.Stale)
 	}
 	if k.restart(first.ExpiresAt.Add(time.Second)) == "" {
 		t.Error("not restarted when the old credential ends")
 	}
-	if fail := k.renew(t.Context()); fail != nil || k.staleUntil.Sub(first.ExpiresAt).Abs() > time.Second {
-		t.Errorf("frpc may still run with the first credential, which ends at %s, not at %s (%v)", first.ExpiresAt, k.staleUntil, fail)
+	if fail := k.renew(t.Context()); fail != nil || !k.lease.Stale.Until.Equal(first.ExpiresAt) {
+		t.Errorf("frpc may still run with the first credential, which ends at %s, not at %s (%v)", first.ExpiresAt, k.lease.Stale.Until, fail)
+	}
+	// bootstrap is killed, and started again: what frpc runs with is not forgotten.
+	if old, err := frpc.ReadLease(k.cfg.RunDir); err != nil || old.Stale == nil || !old.Stale.Until.Equal(first.ExpiresAt) {
+		t.Errorf("lease.json does not say that frpc runs with the first credential: %+v, %v", old, err)
 	}
 	k.see(loggedOut, now)
 	if k.restart(now) == "" {
 		t.Error("not restarted though it is logged out")
 	}
 	k.see(away, now)
-	if k.stale || k.restart(now) != "" {
+	if k.lease.Stale != nil || k.restart(now) != "" {
 		t.Error("restarted though it has not started yet")
 	}
 }
@@ -124,7 +128,7 @@ func TestFailedRenewal(t *testing.T) {
 	k := newKeeper(t, giving())
 	first := k.lease
 	k.ask = func(context.Context, []byte) (authAnswer, *failure) {
-		return authAnswer{}, &failure{err: errors.New("it is away"), retryAfter: 30 * time.Second}
+		return authAnswer{}, &failure{err: errors.New("it is away"), retryAfter: 24 * time.Hour}
 	}
 	for range 10 {
 		if fail := k.renew(t.Context()); fail == nil {
@@ -132,7 +136,7 @@ func TestFailedRenewal(t *testing.T) {
 		}
 	}
 	wait := time.Until(k.notYet)
-	if k.due(time.Now().Add(29*time.Second)) || wait < 25*time.Second || wait > 3*backoffMax/2 || !k.due(k.notYet) {
+	if k.due(time.Now().Add(waitMax-time.Second)) || wait > waitMax || !k.due(k.notYet) {
 		t.Errorf("the next attempt is in %s", wait)
 	}
 	lease, err := frpc.ReadLease(k.cfg.RunDir)
@@ -179,12 +183,12 @@ func TestCertificateOfTheLease(t *testing.T) {
 	ask := func(_ context.Context, certificate []byte) (authAnswer, *failure) {
 		shown = append(shown, certificate)
 		return authAnswer{
-			FRPToken: "f", ExpiresAt: end, life: 3 * time.Hour,
+			FRPToken: "f", ExpiresAt: end, ends: end.Add(-100 * time.Hour), // this host's clock is another
 			Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"a.agents.example"}},
 		}, nil
 	}
 	cfg := configuration(t, environment(t, "https://control.example"))
-	lease, _, fail := obtain(t.Context(), cfg, ask, frpc.Lease{})
+	lease, fail := obtain(t.Context(), cfg, ask, frpc.Lease{})
 	if fail != nil {
 		t.Fatal(fail)
 	}
@@ -192,31 +196,28 @@ func TestCertificateOfTheLease(t *testing.T) {
 	if len(shown) != 2 || shown[0] != nil || string(shown[1]) != string(lease.Certificate) {
 		t.Fatalf("the control plane was shown %q", shown)
 	}
-	if c := (&certificate{lease.Certificate, lease.Key}); !c.fits("agent-001", lease) {
+	fits := func(c []byte, tunnel frpc.Tunnel, end time.Time) bool {
+		return (&certificate{cert: c}).fits("agent-001", tunnel, end)
+	}
+	tunnel := lease.Frpc.Tunnel
+	if !fits(lease.Certificate, tunnel, end) {
 		t.Error("the certificate does not fit its own lease")
 	}
 	if err := lease.Write(cfg.RunDir); err != nil {
 		t.Fatal(err)
 	}
-	// The next is asked for with the right certificate at once.
-	end = time.Now().Add(3 * time.Hour).Truncate(time.Second)
-	lease.IssuedAt = end.Add(-3 * time.Hour)
-	next, _, fail := obtain(t.Context(), cfg, ask, lease)
+	// The next is asked for with the right certificate at once, where the clocks agree.
+	lease.IssuedAt, lease.ExpiresAt = end.Add(-3*time.Hour), end
+	next, fail := obtain(t.Context(), cfg, ask, lease)
 	if fail != nil || len(shown) != 3 || string(next.Key) == string(lease.Key) {
 		t.Errorf("%v, asked %d times; the key is new: %v", fail, len(shown), string(next.Key) != string(lease.Key))
 	}
-	for _, other := range []frpc.Lease{
-		{ExpiresAt: end.Add(time.Hour), Frpc: lease.Frpc},
-		{ExpiresAt: end.Add(-time.Hour), Frpc: lease.Frpc},
-		{Frpc: lease.Frpc}, // without an end
-		{ExpiresAt: end, Frpc: frpc.Config{Tunnel: frpc.Tunnel{CustomDomains: []string{"b.agents.example"}}}},
-	} {
-		if (&certificate{next.Certificate, next.Key}).fits("agent-001", other) {
-			t.Errorf("fits %+v", other)
-		}
+	if fits(next.Certificate, tunnel, end.Add(time.Hour)) || fits(next.Certificate, tunnel, end.Add(-time.Hour)) || fits(next.Certificate, tunnel, time.Time{}) ||
+		fits(next.Certificate, frpc.Tunnel{CustomDomains: []string{"b.agents.example"}}, end) {
+		t.Error("fits another end, or another tunnel")
 	}
-	forever, err := newCertificate("agent-001", lease.Frpc.Tunnel, time.Time{})
-	if err != nil || !forever.fits("agent-001", frpc.Lease{Frpc: lease.Frpc}) {
+	forever, err := newCertificate("agent-001", tunnel, time.Time{})
+	if err != nil || !forever.fits("agent-001", tunnel, time.Time{}) {
 		t.Errorf("a lease without an end: %v", err)
 	}
 	if matches, _ := filepath.Glob(filepath.Join(cfg.RunDir, "*")); len(matches) != 4 {
@@ -224,19 +225,75 @@ func TestCertificateOfTheLease(t *testing.T) {
 	}
 }
 
-// TestClockOfTheControlPlaneCounts: a wrong clock here must not renew all the time, or too late.
+// TestClockOfTheControlPlaneCounts: a wrong clock here must not renew all the time, or too late; and what some take
+// for a time that never comes is none.
 func TestClockOfTheControlPlaneCounts(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		now := time.Now().Add(-100 * time.Hour).UTC().Truncate(time.Second)
-		w.Header().Set("Date", now.Format(http.TimeFormat))
-		_, _ = fmt.Fprintf(w, `{"frp_token":"f","expires_at":%q}`, now.Add(time.Hour).Format(time.RFC3339))
-	}))
-	defer server.Close()
-	client, err := newControlPlane(configuration(t, environment(t, server.URL)))
+	for _, want := range []time.Duration{time.Hour, 73 * 365 * 24 * time.Hour, 0} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			now := time.Now().Add(-100 * time.Hour).UTC().Truncate(time.Second)
+			w.Header().Set("Date", now.Format(http.TimeFormat))
+			end := now.Add(want)
+			if want == 0 {
+				end = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
+			}
+			_, _ = fmt.Fprintf(w, `{"frp_token":"f","expires_at":%q}`, end.Format(time.RFC3339))
+		}))
+		k := newKeeper(t, giving())
+		client, err := newControlPlane(configuration(t, environment(t, server.URL)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.ask = client.attempt
+		begin := time.Now()
+		if fail := k.renew(t.Context()); fail != nil {
+			t.Fatal(fail)
+		}
+		server.Close()
+		if want == 0 {
+			if !k.lease.ExpiresAt.IsZero() || !k.renewAt.IsZero() {
+				t.Errorf("the year 9999 is taken for a time: %s", k.lease.ExpiresAt)
+			}
+			continue
+		}
+		if got := k.lease.ExpiresAt.Sub(begin); (got-want).Abs() > 5*time.Second || k.renewAt.Sub(begin) < want/2 || k.renewAt.Sub(begin) > want*4/5 {
+			t.Errorf("a lease of %s ends after %s, and is renewed after %s", want, got, k.renewAt.Sub(begin))
+		}
+	}
+}
+
+// TestMaliciousLease: what a control plane, or who is taken for one, might say. A clear error, and the files stay.
+func TestMaliciousLease(t *testing.T) {
+	k := newKeeper(t, giving())
+	before, err := frpc.ReadLease(k.cfg.RunDir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if answer, fail := client.attempt(t.Context(), nil); fail != nil || answer.life != time.Hour {
-		t.Errorf("%v: the lease lives for %s", fail, answer.life)
+	for name, test := range map[string]struct {
+		answer authAnswer
+		want   string
+	}{
+		"address":  {authAnswer{FRPToken: "f", ServerAddr: "a b\nc{{.}}"}, "names the host \"a b\\nc{{.}}\", which is none"},
+		"domain":   {authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"x.café.example"}}}, "names the host"},
+		"ip":       {authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"192.0.2.1"}}}, "names the host"},
+		"token":    {authAnswer{FRPToken: "f", AuthMethod: token}, "auth_method \"[redacted]\""},
+		"no UTF-8": {authAnswer{FRPToken: "\xff"}, "not valid UTF-8"},
+	} {
+		k.ask = func(context.Context, []byte) (authAnswer, *failure) { return test.answer, nil }
+		fail := k.renew(t.Context())
+		if fail == nil || !strings.Contains(fail.Error(), test.want) || strings.Contains(fail.Error(), token) {
+			t.Errorf("%s: %v, want %q", name, fail, test.want)
+		}
+		if after, err := frpc.ReadLease(k.cfg.RunDir); err != nil || !reflect.DeepEqual(after.Frpc, before.Frpc) {
+			t.Errorf("%s: the lease is %+v, %v", name, after, err)
+		}
+	}
+	// frpc refuses keys that are not the type's.
+	for _, tunnel := range []frpc.Tunnel{
+		{Type: "tcp", Subdomain: "s", CustomDomains: []string{"d.example"}, RemotePort: 16001}, {Type: "http", Subdomain: "s", RemotePort: 16001},
+	} {
+		lease, err := newLease(k.cfg, authAnswer{FRPToken: "f", Tunnel: tunnel}, frpc.Admin{})
+		if got := lease.Frpc.Tunnel; err != nil || (got.RemotePort != 0) == (got.Subdomain != "") || len(got.CustomDomains) > 0 {
+			t.Errorf("%+v, %v", got, err)
+		}
 	}
 }

@@ -6,8 +6,10 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
@@ -25,7 +27,10 @@ func newSource(cfg *config.Config) (source, error) {
 		if err != nil {
 			return nil, err
 		}
-		return client.attempt, nil
+		return func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
+			answer, fail := client.attempt(ctx, certificate)
+			return answer, redact(cfg, fail)
+		}, nil
 	}
 	return func(context.Context, []byte) (authAnswer, *failure) {
 		token, err := cfg.FRPToken()
@@ -39,43 +44,50 @@ func newSource(cfg *config.Config) (source, error) {
 // obtain gets a lease, and for a tunnel of type https one whose certificate the control plane has been shown. What
 // the certificate must be follows from the lease, which is not known when it is asked for: so a certificate is
 // made for what was last known, and if it does not fit, the one that does is shown in a second request.
-func obtain(ctx context.Context, cfg *config.Config, ask source, last frpc.Lease) (frpc.Lease, time.Duration, *failure) {
-	guess := last
-	if guess.Frpc.Tunnel.Type == "" {
-		guess.Frpc.Tunnel, guess.ExpiresAt = cfg.FRP.Tunnel, time.Now().Add(24*time.Hour)
-	} else if !guess.ExpiresAt.IsZero() {
-		guess.ExpiresAt = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
+func obtain(ctx context.Context, cfg *config.Config, ask source, last frpc.Lease) (frpc.Lease, *failure) {
+	tunnel, end := last.Frpc.Tunnel, time.Time{}
+	switch {
+	case tunnel.Type == "": // the first
+		tunnel, end = cfg.FRP.Tunnel, time.Now().Add(24*time.Hour)
+	case !last.ExpiresAt.IsZero():
+		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
 	}
 	var shown *certificate
 	for range 3 {
-		if guess.Frpc.Tunnel.Type == "https" {
-			var err error
-			if shown, err = newCertificate(cfg.Agent.ID, guess.Frpc.Tunnel, guess.ExpiresAt); err != nil {
-				return frpc.Lease{}, 0, &failure{err: err, final: true}
-			}
-		}
 		var pem []byte
-		if shown != nil {
+		if tunnel.Type == "https" {
+			var err error
+			if shown, err = newCertificate(cfg.Agent.ID, tunnel, end); err != nil {
+				return frpc.Lease{}, &failure{err: fmt.Errorf("the tunnel's certificate cannot be made: %w", err), final: true}
+			}
 			pem = shown.cert
 		}
 		answer, fail := ask(ctx, pem)
 		if fail != nil {
-			return frpc.Lease{}, 0, fail
+			return frpc.Lease{}, fail
 		}
 		lease, err := newLease(cfg, answer, last.Frpc.Admin)
 		if err != nil {
-			return frpc.Lease{}, 0, &failure{err: err, final: true}
+			return frpc.Lease{}, redact(cfg, &failure{err: err, final: true})
 		}
-		if lease.Frpc.Tunnel.Type != "https" {
-			return lease, answer.life, nil
+		tunnel, end = lease.Frpc.Tunnel, answer.ExpiresAt
+		if tunnel.Type != "https" {
+			return lease, nil
 		}
-		if shown.fits(cfg.Agent.ID, lease) {
+		if shown.fits(cfg.Agent.ID, tunnel, end) {
 			lease.Certificate, lease.Key = shown.cert, shown.key
-			return lease, answer.life, nil
+			return lease, nil
 		}
-		guess = lease
 	}
-	return frpc.Lease{}, 0, &failure{final: true, err: errors.New("the control plane's lease has another tunnel or another end each time: tell those who run it")}
+	return frpc.Lease{}, &failure{final: true, err: errors.New("the control plane's lease has another tunnel or another end each time: tell those who run it")}
+}
+
+// redact takes the agent's token out of what the control plane has said, in which it may stand.
+func redact(cfg *config.Config, fail *failure) *failure {
+	if token, err := cfg.AgentToken(); fail != nil && err == nil && token != "" && strings.Contains(fail.Error(), token.Reveal()) {
+		fail.err = errors.New(strings.ReplaceAll(fail.Error(), token.Reveal(), token.String()))
+	}
+	return fail
 }
 
 // newLease joins the configuration and the control plane's answer; the answer wins. admin is what frpc was told
@@ -104,6 +116,17 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 	if !slices.Contains([]string{"http", "https", "tcp"}, tunnel.Type) {
 		return frpc.Lease{}, fmt.Errorf("the control plane's lease has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
 	}
+	// frpc takes no key that is not the type's.
+	if tunnel.Type == "tcp" {
+		tunnel.Subdomain, tunnel.CustomDomains = "", nil
+	} else {
+		tunnel.RemotePort = 0
+	}
+	for _, host := range slices.Concat([]string{answer.ServerAddr, tunnel.Subdomain}, tunnel.CustomDomains) {
+		if host != "" && (config.CheckHost(host) != nil || host != answer.ServerAddr && net.ParseIP(host) != nil) {
+			return frpc.Lease{}, fmt.Errorf("the control plane's lease names the host %.100q, which is none: tell those who run it", host)
+		}
+	}
 	for _, port := range []int{answer.ServerPort, tunnel.RemotePort} {
 		if port < 0 || port > 65535 {
 			return frpc.Lease{}, fmt.Errorf("the control plane's lease has port %d, which is none: tell those who run it", port)
@@ -112,7 +135,7 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 	tunnel.Name = name
 	lease := frpc.Lease{
 		IssuedAt:    time.Now().UTC().Truncate(time.Second),
-		ExpiresAt:   answer.ExpiresAt,
+		ExpiresAt:   answer.ends,
 		Permissions: answer.Permissions,
 		Frpc: frpc.Config{
 			ServerAddr: cfg.FRP.ServerAddr,
@@ -126,12 +149,12 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 			Token:      answer.FRPToken,
 			Metadatas:  answer.Metadatas,
 			LogLevel:   cmp.Or(map[string]string{"debug": "debug", "error": "error"}[cfg.Logging.Level], "warn"), // info has two lines for each look at it
-			Admin:      frpc.Admin{Port: cfg.FRP.AdminPort, User: "pipeops", Password: admin.Password},
+			Admin:      admin,
 			Tunnel:     tunnel,
 		},
 	}
 	if admin.Password == "" {
-		lease.Frpc.Admin.Password = frpc.Secret(rand.Text())
+		lease.Frpc.Admin = frpc.Admin{Port: cfg.FRP.AdminPort, User: "pipeops", Password: frpc.Secret(rand.Text())}
 	}
 	if answer.AuthMethod == "oidc" {
 		lease.Frpc.TokenFile = filepath.Join(cfg.RunDir, frpc.TokenFile)

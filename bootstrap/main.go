@@ -83,6 +83,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return complain("unknown argument %q: see bootstrap --help", command)
 	case flags.NArg() > 0:
 		return complain("unknown argument %q: see bootstrap --help", flags.Arg(0))
+	case (*once || *check) && command != "" || *asJSON && command != "doctor":
+		return complain("these do not go together: see bootstrap --help")
 	case *timeout <= 0:
 		return complain("--timeout must be more than nothing: give one such as 5m")
 	case *showVersion:
@@ -111,7 +113,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	log, _ := cfg.Logger(stderr)
 	if err := serve(ctx, cfg, *timeout, *once, log); err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0)
-		log.Error("no lease", "error", err)
+		log.Error("bootstrap ends", "error", err)
 		if mistakes := (*config.Error)(nil); errors.As(err, &mistakes) {
 			return exitUsage
 		}
@@ -141,7 +143,7 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	k := &keeper{cfg: cfg, ask: ask, log: log, backoff: backoffMin}
 	if old, err := written(cfg); err == nil && !once {
 		// This container was started again; frpc may run with what is there, so it stays until there is better.
-		k.lease, k.ends, k.renewAt = *old, old.ExpiresAt, time.Now()
+		k.lease, k.renewAt = *old, time.Now()
 		return k.run(ctx)
 	}
 	if k.token, err = k.credential(); err != nil {
@@ -149,15 +151,18 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	}
 	first, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	lease, life, fail := obtain(first, cfg, func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
+	lease, fail := obtain(first, cfg, func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
 		return persist(ctx, ask, log, certificate)
 	}, frpc.Lease{})
+	if fail != nil && fail.refused {
+		return closeTunnel(ctx, cfg.RunDir, fail) // there may be one from before
+	}
 	if fail != nil {
-		return fail.err
+		return fail
 	}
 	if err := write(cfg, lease, log); err != nil || once {
 		return err
 	}
-	k.adopt(lease, life, time.Now())
+	k.adopt(lease, time.Now())
 	return k.run(ctx)
 }

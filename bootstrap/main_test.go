@@ -122,11 +122,12 @@ func TestAttempts(t *testing.T) {
 		want    string
 	}{
 		{"first 503, then a lease", []http.HandlerFunc{answer(503, "", ""), answer(200, "application/json", lease)}, 2, exitOK, ""},
+		{"first 503 that repeats the token, then a lease", []http.HandlerFunc{answer(503, "application/json", `{"error":"`+token+`"}`), answer(200, "application/json", lease)}, 2, exitOK, ""},
 		{"first 429, then a lease", []http.HandlerFunc{answer(429, "", ""), answer(200, "application/json", lease)}, 2, exitOK, ""},
 		{"broken connection, then a lease", []http.HandlerFunc{func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, answer(200, "application/json", lease)}, 2, exitOK, ""},
 		{"401", []http.HandlerFunc{answer(401, "application/json", `{"detail":"no such token"}`)}, 1, exitFailed, "refuses the agent's token (401 Unauthorized: no such token): check agent.token (PIPEOPS_AGENT_TOKEN)"},
 		{"403", []http.HandlerFunc{answer(403, "application/json", `{"message":"revoked"}`)}, 1, exitFailed, `does not let agent "agent-001" connect (403 Forbidden: revoked): check agent.id (PIPEOPS_AGENT_ID)`},
-		{"an error that repeats the token", []http.HandlerFunc{answer(401, "application/json", `{"error":"bad token `+token+`"}`)}, 1, exitFailed, "refuses the agent's token (401 Unauthorized): check"},
+		{"an error that repeats the token", []http.HandlerFunc{answer(401, "application/json", `{"error":"bad token `+token+`"}`)}, 1, exitFailed, "refuses the agent's token (401 Unauthorized: bad token [redacted]): check"},
 		{"404", []http.HandlerFunc{answer(404, "text/html", "<html>")}, 1, exitFailed, "does not know the request (404 Not Found, text/html): check agent.api_url (PIPEOPS_API_URL)"},
 		{"redirect", []http.HandlerFunc{func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, other.URL, http.StatusFound) }}, 1, exitFailed, "redirects to \"" + other.URL + "\", and the token is not sent there"},
 		{"HTML", []http.HandlerFunc{answer(200, "text/html", "<html>")}, 1, exitFailed, "answers with something that is no lease (text/html, invalid character"},

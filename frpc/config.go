@@ -70,7 +70,7 @@ const HealthPath = "/ready?exclude=kubernetes&exclude=tunnel"
 // TOML renders frpc.toml. It fails only on text that is not UTF-8, which TOML cannot hold; the error names the key.
 func (c Config) TOML() ([]byte, error) {
 	w := tomlWriter{}
-	w.buf.WriteString("# Written by the PipeOps agent's bootstrap at every start: changes are lost. Holds secrets.\n")
+	w.buf.WriteString("# Written by the PipeOps agent's bootstrap, at its start and with every lease: changes are lost. Holds secrets.\n")
 	w.text("serverAddr", c.ServerAddr)
 	w.number("serverPort", c.ServerPort)
 	w.text("user", c.User)

@@ -23,11 +23,13 @@ const (
 // Lease is what the agent got for its tunnel, and all that frpc was told.
 type Lease struct {
 	IssuedAt    time.Time `json:"issued_at"`
-	ExpiresAt   time.Time `json:"expires_at,omitzero"` // zero: the lease has no end
+	ExpiresAt   time.Time `json:"expires_at,omitzero"` // by the clock of this host; zero: the lease has no end
 	Permissions []string  `json:"permissions,omitempty"`
 	Frpc        Config    `json:"frpc"`
 	// Renewal is set while bootstrap cannot get the next lease.
 	Renewal *Renewal `json:"renewal,omitempty"`
+	// Stale is set while frpc may run with an frpc.toml from before.
+	Stale *Stale `json:"stale,omitempty"`
 
 	Certificate, Key []byte `json:"-"` // PEM, for a tunnel of type https: files of their own
 }
@@ -36,6 +38,11 @@ type Lease struct {
 type Renewal struct {
 	FailingSince time.Time `json:"failing_since"`
 	Error        string    `json:"error"`
+}
+
+// Stale is until when the credential that frpc was started with is good.
+type Stale struct {
+	Until time.Time `json:"until,omitzero"` // by the clock of this host; zero: for ever
 }
 
 // Write puts the files of the lease into dir, each with mode 0600 and replaced in one step: a reader sees the
@@ -89,7 +96,7 @@ func ReadLease(dir string) (*Lease, error) {
 	path := filepath.Join(dir, LeaseFile)
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s does not exist: bootstrap has not run, or run_dir is not the volume it writes to", path)
+		return nil, fmt.Errorf("%w: bootstrap has not run, or run_dir is not the volume it writes to", err)
 	}
 	if err != nil {
 		return nil, err

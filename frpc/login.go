@@ -50,6 +50,9 @@ func Login(ctx context.Context, c Config) error {
 		if explained := ExplainTLS(err, "frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)", "frp.tls.server_name (PIPEOPS_FRP_TLS_SERVER_NAME)"); explained != nil {
 			return fmt.Errorf("frps at %s %w", addr, explained)
 		}
+		if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
+			return fmt.Errorf("frps at %s takes the connection and does not answer: %w: check that it runs, and what stands between", addr, err)
+		}
 		return fmt.Errorf("frps at %s does not speak TLS as it should: %w: check that frp.server_port (PIPEOPS_FRP_SERVER_PORT) is frps's bindPort, and the client certificate if it asks for one", addr, err)
 	}
 	refusal, err := exchangeLogin(tlsConn, c)

@@ -149,7 +149,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
 		if l.listener == tunnel {
-			listener = newTLSListener(listener, cfg.RunDir)
+			listener = newTLSListener(listener, cfg.RunDir, log)
 		}
 		server := newHTTPServer(streams, l.listener, s.handler(l.listener), log)
 		servers = append(servers, server)

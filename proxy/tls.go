@@ -2,7 +2,7 @@ package main
 
 import (
 	"crypto/tls"
-	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -22,8 +22,8 @@ type tlsListener struct {
 }
 
 // newTLSListener takes the certificate from the run directory, anew whenever bootstrap has written another.
-func newTLSListener(listener net.Listener, runDir string) net.Listener {
-	files := &certificateFiles{cert: filepath.Join(runDir, frpc.CertFile), key: filepath.Join(runDir, frpc.KeyFile)}
+func newTLSListener(listener net.Listener, runDir string, log *slog.Logger) net.Listener {
+	files := &certificateFiles{cert: filepath.Join(runDir, frpc.CertFile), key: filepath.Join(runDir, frpc.KeyFile), log: log}
 	// HTTP/1.1 alone: an HTTP/2 connection cannot be upgraded.
 	return &tlsListener{listener, &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: files.get}}
 }
@@ -97,6 +97,7 @@ func (c *unread) Read(p []byte) (int, error) {
 // certificateFiles is a certificate that is read anew when its file changes.
 type certificateFiles struct {
 	cert, key string
+	log       *slog.Logger
 
 	mu      sync.Mutex
 	changed time.Time
@@ -107,17 +108,18 @@ func (f *certificateFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	info, err := os.Stat(f.cert)
-	if err != nil {
-		return nil, fmt.Errorf("there is no certificate for a tunnel of type https: %w", err)
-	}
-	if f.last != nil && info.ModTime().Equal(f.changed) {
+	if err == nil && f.last != nil && info.ModTime().Equal(f.changed) {
 		return f.last, nil
 	}
-	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
 	if err == nil {
-		f.last, f.changed = &pair, info.ModTime()
-	} else if f.last == nil { // else bootstrap is between the two files
-		return nil, err
+		var pair tls.Certificate
+		if pair, err = tls.LoadX509KeyPair(f.cert, f.key); err == nil {
+			f.last, f.changed = &pair, info.ModTime()
+		}
 	}
-	return f.last, nil
+	if f.last != nil { // bootstrap may be between the two files
+		return f.last, nil
+	}
+	f.log.Warn("a caller cannot be shown the tunnel's certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
+	return nil, err
 }

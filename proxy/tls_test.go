@@ -71,7 +71,7 @@ func TestTunnelListenerSpeaksBoth(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		_, _ = io.WriteString(w, r.Proto+" "+string(body))
 	}), quiet)
-	go func() { _ = server.Serve(newTLSListener(listener, dir)) }()
+	go func() { _ = server.Serve(newTLSListener(listener, dir, quiet)) }()
 	t.Cleanup(func() { _ = server.Close() })
 
 	caller := func(trusted *x509.Certificate) *http.Client {

@@ -73,7 +73,7 @@ type Config struct {
 type Error struct{ Mistakes []string }
 
 func (e *Error) Error() string {
-	return fmt.Sprintf("the configuration has %d mistake(s):\n  %s", len(e.Mistakes), strings.Join(e.Mistakes, "\n  "))
+	return "the configuration cannot be used:\n  " + strings.Join(e.Mistakes, "\n  ")
 }
 
 // Load reads the file at path and the environment; environment over file over default. An empty path is

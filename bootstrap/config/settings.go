@@ -216,6 +216,12 @@ func host(v string) (string, error) {
 	return v, nil
 }
 
+// CheckHost says why a text is neither a DNS name nor an IP; nil if it is one.
+func CheckHost(v string) error {
+	_, err := host(v)
+	return err
+}
+
 // hostOrBelow takes a host, or "*." and the domain that hosts are below; in lower case.
 func hostOrBelow(v string) (string, error) {
 	v = strings.ToLower(v)

@@ -137,7 +137,10 @@ func TestRenewalWithOpenIDConnect(t *testing.T) {
 	if w.file(frpc.CertFile) == certificate || w.file(frpc.TokenFile) == token {
 		t.Error("the certificate or the token is still the first")
 	}
-	// The first token has ended; frpc logs in again by itself, with the one that now stands in the file.
+	if code, results, details := w.doctor(); code != 0 {
+		t.Errorf("doctor: %v %v", results, details)
+	}
+	// The first token has ended, and doctor has asked for a lease; frpc logs in again by itself, with the one that now stands in the file.
 	w.cp.StopFrps()
 	if err := w.cp.StartFrps(t.Context()); err != nil {
 		t.Fatal(err)
@@ -219,6 +222,22 @@ func TestRevokedAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.answers()
+	// bootstrap was killed when frpc.toml was gone and frpc still ran: the next one ends it.
+	w.cp.Revoke(agentID, true)
+	w.agent.Bootstrap.Kill()
+	if err := os.Remove(filepath.Join(w.agent.RunDir, frpc.ConfigFile)); err != nil {
+		t.Fatal(err)
+	}
+	next, err := w.agent.Command()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code := next.ExitCode(); code != 1 || !strings.Contains(next.Log(), "the tunnel is closed") {
+		t.Errorf("exit code %d: %s", code, next.Log())
+	}
+	if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("the tunnel answers %s: %s", resp.Status, body)
+	}
 }
 
 // TestLeaseIsRefused: a control plane that has forgotten its leases, or has moved frps, does not strand the agent
