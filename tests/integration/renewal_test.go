@@ -2,9 +2,11 @@ package integration
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -334,4 +336,39 @@ func TestTokenIsRotated(t *testing.T) {
 	}
 	w.token = "another-token"
 	w.answers()
+}
+
+// TestBootstrapStops: SIGTERM ends it at once, whatever it waits for, and what the next one finds is whole.
+func TestBootstrapStops(t *testing.T) {
+	w := newWorld(t)
+	asked := make(chan struct{}, 1)
+	w.cp.Fail(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		asked <- struct{}{}
+		_, _ = io.Copy(io.Discard, r.Body)
+		<-r.Context().Done() // it never answers
+	}))
+	p, err := w.agent.Command()
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-asked
+	limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", p.Pid()))
+	if err != nil || !regexp.MustCompile(`Max core file size +0 +0 `).Match(limits) {
+		t.Errorf("it may dump its memory: %v\n%s", err, limits)
+	}
+	p.Stop()
+	if code := p.ExitCode(); code != 1 || !strings.Contains(p.Log(), "stopped by a signal before there was a lease") {
+		t.Errorf("while it asks: exit code %d: %s", code, p.Log())
+	}
+	w.cp.Fail(nil)
+	if err := w.agent.StartBootstrap(); err != nil {
+		t.Fatal(err)
+	}
+	w.agent.Bootstrap.Stop()
+	if code := w.agent.Bootstrap.ExitCode(); code != 0 {
+		t.Errorf("while it keeps a lease: exit code %d: %s", code, w.agent.Bootstrap.Log())
+	}
+	if probe, err := w.agent.Command("ready"); err != nil || probe.ExitCode() != 0 {
+		t.Errorf("its files are not whole: %v", err)
+	}
 }
