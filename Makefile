@@ -24,7 +24,7 @@ export GOFLAGS += -buildvcs=false
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
 run: build tools ## Run everything on this machine and print a kubeconfig; Ctrl-C ends it
@@ -74,6 +74,52 @@ build: ## Build bootstrap and proxy, and the development commands, into .build/b
 	@for m in bootstrap proxy; do \
 		(cd $$m && go build -trimpath -ldflags '-s -w $(STAMPS)' -o $(BIN)/$$m .) || exit 1; done
 	@cd tests && go build -o $(BIN)/ ./cmd/...
+
+# The images in .build/images have the tags that the manifests name, so that these run what was built.
+IMAGES := $(CURDIR)/.build/images
+IMAGE_LIST := manifests/base/kustomization.yaml
+image = docker.io/$(1):$(or $(shell sed -n '\|name: docker.io/$(1)$$|{n;s/.*newTag: //p;}' $(IMAGE_LIST)),$(error $(IMAGE_LIST) names no tag of $(1)))
+FRPC_IMAGE = $(call image,fatedier/frpc)
+SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+export SOURCE_DATE_EPOCH
+
+.PHONY: images
+images: ## Build the images for amd64 and arm64, and what they are made of, into .build/images
+	@rm -rf $(IMAGES) && mkdir -p $(IMAGES)
+	@for arch in amd64 arm64; do \
+		root=$(IMAGES)/root-$$arch && mkdir $$root || exit 1; \
+		for m in bootstrap proxy; do \
+			(cd $$m && GOARCH=$$arch GOOS=linux go build -trimpath -ldflags '-s -w $(STAMPS)' -o $$root/$$m .) || exit 1; done; \
+		(cd tests && go run -trimpath ./manifests/imagefiles --version $(VERSION) --root $$root --sbom $(IMAGES)/vm-agent-$$arch.cdx.json) && \
+		chmod -R u=rwX,go=rX $$root && \
+		manifests/images/build manifests/images/Dockerfile $$root $$arch $(call image,pipeops/vm-agent) $(IMAGES)/vm-agent-$$arch.tar \
+			--label org.opencontainers.image.version=$(VERSION) --label org.opencontainers.image.revision=$(COMMIT) \
+			--label org.opencontainers.image.created=$(DATE) && \
+		rm -r $$root || exit 1; done
+	@cd $(IMAGES) && sha256sum * >SHA256SUMS && cat SHA256SUMS
+
+# For tests on a machine that reaches no registry: see manifests/images/frpc.Dockerfile.
+.PHONY: test-images
+test-images: images $(BIN)/frpc
+	@mkdir -p $(IMAGES)/root && install -m 755 $(BIN)/frpc $(IMAGES)/root/frpc
+	@manifests/images/build manifests/images/frpc.Dockerfile $(IMAGES)/root $$(go env GOARCH) $(FRPC_IMAGE) $(IMAGES)/frpc.tar
+	@rm -r $(IMAGES)/root
+
+.PHONY: verify-images
+verify-images: images ## Build the images a second time, from a clone in another place, and compare
+	@cd tests && go test -count=1 -run TestImages ./manifests -args -images $(IMAGES)
+	@git diff --quiet HEAD || { echo "commit first: the second build is of the last commit"; exit 1; }
+	@again=$$(mktemp -d) && trap 'rm -rf $$again' EXIT && git clone --quiet . $$again && \
+		$(MAKE) --no-print-directory -C $$again images >/dev/null && \
+		diff $(IMAGES)/SHA256SUMS $$again/.build/images/SHA256SUMS && echo "the same, bit for bit"
+
+.PHONY: push
+push: ## Push what `make images` has built to REGISTRY/vm-agent, for both architectures under one tag
+	@manifests/images/push $(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent:$(VERSION) $(IMAGES)/vm-agent-amd64.tar $(IMAGES)/vm-agent-arm64.tar
+
+.PHONY: frpc-digest
+frpc-digest: ## Pin the stock frpc image by its digest too, as Docker Hub now has it
+	@manifests/images/frpc-digest $(FRPC_IMAGE) $(IMAGE_LIST) manifests/docker/compose.yaml
 
 .PHONY: tools
 tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build the real parts that the tests run, once

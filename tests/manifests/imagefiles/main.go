@@ -1,0 +1,125 @@
+// Command imagefiles writes what an image needs beside its binaries: the CA roots, and a list of all that is in it.
+package main
+
+import (
+	"debug/buildinfo"
+	"encoding/pem"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+
+	cdx "github.com/CycloneDX/cyclonedx-go"
+	"golang.org/x/crypto/x509roots/fallback/bundle"
+)
+
+const (
+	rootsFile   = "etc/ssl/certs/ca-certificates.crt" // where Go looks first
+	rootsModule = "golang.org/x/crypto/x509roots/fallback"
+)
+
+func main() {
+	version := flag.String("version", "", "`version` of the image")
+	root := flag.String("root", "", "`directory` that becomes the image, with its binaries in it")
+	sbom := flag.String("sbom", "", "`file` for the CycloneDX list")
+	flag.Parse()
+	if err := run(*version, *root, *sbom); err != nil {
+		fmt.Fprintln(os.Stderr, "imagefiles:", err)
+		os.Exit(1)
+	}
+}
+
+func run(version, root, sbom string) error {
+	list, err := components(version, root)
+	if err != nil {
+		return err
+	}
+	if err := writeRoots(filepath.Join(root, rootsFile)); err != nil {
+		return err
+	}
+	out, err := os.Create(sbom)
+	if err != nil {
+		return err
+	}
+	if err := cdx.NewBOMEncoder(out, cdx.BOMFileFormatJSON).SetPretty(true).EncodeVersion(list, cdx.SpecVersion1_6); err != nil {
+		return err
+	}
+	return out.Close()
+}
+
+// writeRoots writes Mozilla's roots, of the version that go.mod names: the same whoever builds. Those that
+// Mozilla trusts for old certificates only are left out, because a PEM file cannot say so.
+func writeRoots(path string) error {
+	var file []byte
+	for root := range bundle.Roots() {
+		if root.Constraint == nil {
+			file = append(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Certificate})...)
+		}
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { //nolint:gosec // read by the image's user
+		return err
+	}
+	return os.WriteFile(path, file, 0o644) //nolint:gosec // the same
+}
+
+// components reads from the binaries themselves which modules they are made of. It has neither time nor serial
+// number, so that the same image has the same list.
+func components(version, root string) (*cdx.BOM, error) {
+	found := map[string]cdx.Component{}
+	add := func(kind cdx.ComponentType, m *debug.Module) {
+		v := m.Version
+		if strings.HasPrefix(m.Path, "github.com/pipeops/vm-agent/") { // our own, all of one version
+			v = version
+		} else if m.Replace != nil {
+			m, v = m.Replace, m.Replace.Version
+		}
+		purl := "pkg:golang/" + m.Path + "@" + v
+		found[purl] = cdx.Component{Type: kind, BOMRef: purl, Name: m.Path, Version: v, PackageURL: purl}
+	}
+	var mains []*debug.Module
+	binaries, err := filepath.Glob(filepath.Join(root, "*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range binaries {
+		if info, err := os.Stat(path); err != nil || info.IsDir() {
+			continue
+		}
+		info, err := buildinfo.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		add(cdx.ComponentTypeLibrary, &debug.Module{Path: "std", Version: strings.TrimPrefix(info.GoVersion, "go")})
+		for _, dep := range info.Deps {
+			add(cdx.ComponentTypeLibrary, dep)
+		}
+		mains = append(mains, &info.Main)
+	}
+	for _, m := range mains { // the proxy is made of bootstrap's packages too: that it is a program counts
+		add(cdx.ComponentTypeApplication, m)
+	}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("there are no binaries in %s", root)
+	}
+	if own, ok := debug.ReadBuildInfo(); ok {
+		for _, dep := range own.Deps {
+			if dep.Path == rootsModule {
+				add(cdx.ComponentTypeData, dep)
+			}
+		}
+	}
+	list := cdx.NewBOM()
+	list.Metadata = &cdx.Metadata{Component: &cdx.Component{
+		Type: cdx.ComponentTypeContainer, BOMRef: "image", Name: "pipeops/vm-agent", Version: version,
+	}}
+	all := make([]cdx.Component, 0, len(found))
+	for _, c := range found {
+		all = append(all, c)
+	}
+	slices.SortFunc(all, func(a, b cdx.Component) int { return strings.Compare(a.PackageURL, b.PackageURL) })
+	list.Components = &all
+	return list, nil
+}
