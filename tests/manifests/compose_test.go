@@ -1,0 +1,75 @@
+package manifests
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"testing"
+
+	"github.com/compose-spec/compose-go/v2/cli"
+	"github.com/google/go-cmp/cmp"
+)
+
+// TestCompose: Compose's own loader takes the file, and it runs the same as the pod.
+func TestCompose(t *testing.T) {
+	dir := installation(t)
+	options, err := cli.NewProjectOptions([]string{filepath.Join(dir, "docker", "compose.yaml")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	project, err := options.LoadProject(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	type part struct {
+		Image  string
+		Memory int64
+		Args   []string
+	}
+	got, want := map[string]part{}, map[string]part{}
+	for name, s := range project.Services {
+		args := append([]string(s.Entrypoint), s.Command...)
+		if name == "bootstrap" {
+			args = []string{"/bootstrap"} // the image's own
+		}
+		got[name] = part{s.Image, int64(s.MemLimit), args}
+		if !s.ReadOnly || s.User != "65532:65532" || len(s.CapDrop) != 1 || s.CapDrop[0] != "ALL" || s.Restart != "always" {
+			t.Errorf("%s may do too much, or stays away when it ends", name)
+		}
+	}
+	pod := deployments(t, build(t, filepath.Join(dir, "base")))[0].Spec.Template.Spec
+	for _, c := range containers(pod) {
+		want[c.Name] = part{c.Image, c.Resources.Limits.Memory().Value(), append(c.Command, c.Args...)}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the pod and Compose differ (-pod +compose)\n%s", diff)
+	}
+	// SEED's way to give the settings: in the environment.
+	if id := project.Services["proxy"].Environment["PIPEOPS_AGENT_ID"]; id == nil || *id != "agent-001" {
+		t.Error("agent.env does not reach the proxy")
+	}
+	for _, name := range []string{"agent.env"} {
+		if err := os.Remove(filepath.Join(dir, "docker", name)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := options.LoadProject(t.Context()); err == nil || !regexp.MustCompile(`env file .*/docker/agent\.env not found`).MatchString(err.Error()) {
+			t.Errorf("without %s: %v", name, err)
+		}
+	}
+}
+
+// TestVersionOfFrp: the image is of the version that the tests have been run with.
+func TestVersionOfFrp(t *testing.T) {
+	data, err := os.ReadFile("../tools/frp/go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	version := regexp.MustCompile(`github.com/fatedier/frp (v\S+)`).FindStringSubmatch(string(data))
+	if version == nil {
+		t.Fatal("tools/frp/go.mod names no version")
+	}
+	image := regexp.MustCompile(`docker.io/fatedier/frpc:` + regexp.QuoteMeta(version[1]) + `(@|\n)`)
+	if !image.MatchString(build(t, filepath.Join(source, "base"))) {
+		t.Errorf("the frpc image is not of version %s", version[1])
+	}
+}

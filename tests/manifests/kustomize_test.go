@@ -1,0 +1,220 @@
+package manifests
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	psa "k8s.io/pod-security-admission/api"
+	"k8s.io/pod-security-admission/policy"
+	"sigs.k8s.io/yaml"
+)
+
+// build is what `kubectl apply -k` would send.
+func build(t *testing.T, dir string) string {
+	t.Helper()
+	return must(t, "", "kustomize", dir)
+}
+
+var rendered map[string]string
+
+// variants are all that a person may apply: each kustomization, and each component on top of the base.
+// components/monitoring brings kinds that the API server does not know, and has tests of its own.
+func variants(t *testing.T) map[string]string {
+	t.Helper()
+	if rendered != nil {
+		return rendered
+	}
+	dir, all := installation(t), map[string]string{}
+	for _, path := range kustomizations(t, dir, "Kustomization") {
+		all[path] = build(t, filepath.Join(dir, path))
+	}
+	for _, path := range kustomizations(t, dir, "Component") {
+		if path == "components/monitoring" {
+			continue
+		}
+		overlay := filepath.Join(dir, "with", filepath.Base(path))
+		write(t, filepath.Join(overlay, "kustomization.yaml"), "resources: [../../base]\ncomponents: [../../"+path+"]\n")
+		all[path] = build(t, overlay)
+	}
+	rendered = all
+	return all
+}
+
+func documents(rendering string) []string {
+	return strings.Split(strings.TrimSpace(rendering), "\n---\n")
+}
+
+// TestRenderings: each is as it was when somebody last looked at it; of components, what they add to the base.
+func TestRenderings(t *testing.T) {
+	all := variants(t)
+	base := documents(all["base"])
+	for path, got := range all {
+		t.Run(path, func(t *testing.T) {
+			if strings.HasPrefix(path, "components/") {
+				got = strings.Join(slices.DeleteFunc(documents(got), func(d string) bool { return slices.Contains(base, d) }), "\n---\n") + "\n"
+			}
+			name := "root"
+			if path != "." {
+				name = strings.ReplaceAll(path, "/", "-")
+			}
+			golden := filepath.Join("testdata", name+".yaml")
+			if *update {
+				write(t, golden, got)
+			}
+			want, err := os.ReadFile(golden)
+			if diff := cmp.Diff(string(want), got); err != nil || diff != "" {
+				t.Errorf("%v (-want +got)\n%s\n(go test ./manifests -args -update writes it anew)", err, diff)
+			}
+		})
+	}
+}
+
+// deployments decodes the Deployments of a rendering, without mercy for fields that there are not.
+func deployments(t *testing.T, rendering string) []appsv1.Deployment {
+	t.Helper()
+	var found []appsv1.Deployment
+	for _, doc := range documents(rendering) {
+		var meta metav1.TypeMeta
+		if err := yaml.Unmarshal([]byte(doc), &meta); err != nil {
+			t.Fatal(err)
+		}
+		if meta.Kind == "Deployment" {
+			var d appsv1.Deployment
+			if err := yaml.UnmarshalStrict([]byte(doc), &d); err != nil {
+				t.Fatal(err)
+			}
+			found = append(found, d)
+		}
+	}
+	return found
+}
+
+func containers(spec corev1.PodSpec) []corev1.Container {
+	return slices.Concat(spec.InitContainers, spec.Containers)
+}
+
+var pinned = regexp.MustCompile(`^[a-z0-9.-]+\.[a-z]+/[^:@]+:v\d+\.\d+\.\d+(@sha256:[0-9a-f]{64})?$`)
+
+func TestPods(t *testing.T) {
+	evaluator, err := policy.NewEvaluator(policy.DefaultChecks(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, rendering := range variants(t) {
+		t.Run(path, func(t *testing.T) {
+			found := deployments(t, rendering)
+			if len(found) != 1 {
+				t.Fatalf("%d Deployments", len(found))
+			}
+			pod := found[0].Spec.Template
+			restricted := psa.LevelVersion{Level: psa.LevelRestricted, Version: psa.LatestVersion()}
+			if result := policy.AggregateCheckResults(evaluator.EvaluatePod(restricted, &pod.ObjectMeta, &pod.Spec)); !result.Allowed {
+				t.Errorf("not restricted: %s", result.ForbiddenDetail())
+			}
+			if pod.Spec.AutomountServiceAccountToken == nil || *pod.Spec.AutomountServiceAccountToken {
+				t.Error("every container gets the API token")
+			}
+			for _, c := range containers(pod.Spec) {
+				if c.SecurityContext == nil || c.SecurityContext.ReadOnlyRootFilesystem == nil || !*c.SecurityContext.ReadOnlyRootFilesystem {
+					t.Errorf("%s may write to its file system", c.Name)
+				}
+				if c.Resources.Requests.Cpu().IsZero() || c.Resources.Requests.Memory().IsZero() || c.Resources.Limits.Memory().IsZero() {
+					t.Errorf("%s lacks requests or a memory limit", c.Name)
+				}
+				if !pinned.MatchString(c.Image) {
+					t.Errorf("the image %s is not named in full, with a version", c.Image)
+				}
+				if c.TerminationMessagePolicy != corev1.TerminationMessageFallbackToLogsOnError {
+					t.Errorf("nobody is told why %s ended", c.Name)
+				}
+				mounted := map[string]bool{}
+				for _, m := range c.VolumeMounts {
+					mounted[m.Name] = true
+					if m.SubPath != "" {
+						t.Errorf("%s of %s does not follow changes", m.Name, c.Name)
+					}
+					if !m.ReadOnly && (m.Name != "run" || c.Name != "bootstrap") {
+						t.Errorf("%s may write to %s", c.Name, m.Name)
+					}
+				}
+				if mounted["api-token"] != (c.Name == "proxy") || mounted["secret"] != (c.Name != "frpc") {
+					t.Errorf("%s mounts %v", c.Name, mounted)
+				}
+			}
+		})
+	}
+}
+
+// TestAPIServerTakesThem: by server-side dry run, which validates and warns; and a pod of each Deployment, in the
+// namespace that enforces the restricted standard.
+func TestAPIServerTakesThem(t *testing.T) {
+	all := variants(t)
+	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not make it
+	for path, rendering := range all {
+		t.Run(path, func(t *testing.T) {
+			must(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
+			for _, d := range deployments(t, rendering) {
+				pod := corev1.Pod{
+					TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
+					ObjectMeta: metav1.ObjectMeta{Name: d.Name, Namespace: d.Namespace}, Spec: d.Spec.Template.Spec,
+				}
+				data, err := yaml.Marshal(pod)
+				if err != nil {
+					t.Fatal(err)
+				}
+				must(t, string(data), "create", "--dry-run=server", "-f", "-")
+				// The standard is enforced: this is no empty victory.
+				pod.Spec.Containers[0].SecurityContext = nil
+				if data, err = yaml.Marshal(pod); err != nil {
+					t.Fatal(err)
+				}
+				if _, stderr, err := kubectl(t, string(data), "create", "--dry-run=server", "-f", "-"); err == nil || !strings.Contains(stderr, `violates PodSecurity "restricted:latest"`) {
+					t.Errorf("a pod that breaks the standard: %v\n%s", err, stderr)
+				}
+			}
+		})
+	}
+}
+
+func apply(t *testing.T, rendering string) { must(t, rendering, "apply", "--server-side", "-f", "-") }
+
+// TestForgottenFiles: the message names the file.
+func TestForgottenFiles(t *testing.T) {
+	for path, names := range map[string][]string{
+		".": {"agent.env", "agent-token"}, "overlays/production": {"agent-token", "frps-ca.crt"}, "overlays/edge": {"agent-token", "frp-token"},
+	} {
+		for _, name := range names {
+			dir := installation(t)
+			file := filepath.Join(dir, path, name)
+			if err := os.Remove(file); err != nil {
+				t.Fatal(err)
+			}
+			if _, stderr, err := kubectl(t, "", "kustomize", filepath.Join(dir, path)); err == nil || !strings.Contains(stderr, file+": no such file or directory") {
+				t.Errorf("%s without %s: %v: %s", path, name, err, stderr)
+			}
+		}
+	}
+}
+
+// TestChangesRollThePods: settings do; a token does not, because it is read anew.
+func TestChangesRollThePods(t *testing.T) {
+	dir := installation(t)
+	template := func() corev1.PodTemplateSpec { return deployments(t, build(t, dir))[0].Spec.Template }
+	before := template()
+	write(t, filepath.Join(dir, "agent-token"), "another\n")
+	if diff := cmp.Diff(before, template()); diff != "" {
+		t.Errorf("another token changes the pods:\n%s", diff)
+	}
+	write(t, filepath.Join(dir, "agent.env"), "PIPEOPS_AGENT_ID=agent-002\n")
+	if cmp.Diff(before, template()) == "" {
+		t.Error("another id does not change the pods")
+	}
+}

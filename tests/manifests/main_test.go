@@ -1,0 +1,159 @@
+// Package manifests tests what is in manifests/, with kustomize as kubectl has it and a real API server.
+package manifests
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"sigs.k8s.io/yaml"
+
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+const source = "../../manifests"
+
+var (
+	update = flag.Bool("update", false, "write testdata anew, to be looked at")
+	images = flag.String("images", "", "`directory` of the images that make images has built, to be looked at")
+)
+
+// api is the API server that all tests share, and a kubeconfig of its administrator.
+var api struct {
+	*cluster.Cluster
+
+	kubeconfig string
+}
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	flag.Parse()
+	group, err := process.NewGroup()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer group.Close()
+	if api.Cluster, err = cluster.Start(context.Background(), group); err == nil {
+		api.kubeconfig = filepath.Join(group.Dir(), "admin.kubeconfig")
+		err = cluster.WriteKubeconfig(api.kubeconfig, api.Config)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+// kubectl runs the real one and returns what it prints.
+func kubectl(t *testing.T, stdin string, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	binary, err := process.Binary("kubectl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), binary, args...)
+	cmd.Env = []string{"KUBECONFIG=" + api.kubeconfig, "HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}
+	var out, complaints bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &complaints
+	err = cmd.Run()
+	return out.String(), complaints.String(), err
+}
+
+// must runs kubectl and expects success without a word on stderr: warnings count as failures.
+func must(t *testing.T, stdin string, args ...string) string {
+	t.Helper()
+	stdout, stderr, err := kubectl(t, stdin, args...)
+	if err != nil || stderr != "" {
+		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, stderr)
+	}
+	return stdout
+}
+
+// yours are the files that a person writes beside a kustomization.
+var yours = map[string]string{
+	"agent.env": "PIPEOPS_AGENT_ID=agent-001\n", "agent-token": "your-agent-token\n", "frp-token": "your-frp-token\n", "frps-ca.crt": "a certificate\n",
+}
+
+// installation is a copy of manifests/ with all of yours beside each kustomization.
+func installation(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	tree, err := os.OpenRoot(source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tree.Close() }()
+	err = fs.WalkDir(tree.FS(), ".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || yours[d.Name()] != "" {
+			return err
+		}
+		if d.IsDir() {
+			return os.MkdirAll(filepath.Join(dir, path), 0o700)
+		}
+		data, err := tree.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(dir, path), data, 0o600)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range append(kustomizations(t, dir, "Kustomization"), "docker") {
+		for name, content := range yours {
+			write(t, filepath.Join(dir, path, name), content)
+		}
+	}
+	return dir
+}
+
+func write(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// kustomizations finds those of a kind, Kustomization or Component.
+func kustomizations(t *testing.T, dir, kind string) []string {
+	t.Helper()
+	var found []string
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.Name() != "kustomization.yaml" {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		var k struct{ Kind string }
+		if err := yaml.Unmarshal(data, &k); err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if k.Kind == kind {
+			rel, err := filepath.Rel(dir, filepath.Dir(path))
+			found = append(found, rel)
+			return err
+		}
+		return nil
+	})
+	if err != nil || len(found) == 0 {
+		t.Fatalf("no %s in %s: %v", kind, dir, err)
+	}
+	slices.Sort(found)
+	return found
+}

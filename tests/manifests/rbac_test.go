@@ -1,0 +1,246 @@
+package manifests
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/client-go/rest"
+	"sigs.k8s.io/yaml"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+const account = "system:serviceaccount:pipeops-system:pipeops-agent"
+
+// TestPermissions asks a real API server what the agent may do with each component on top of the base.
+func TestPermissions(t *testing.T) {
+	aggregate(t)
+	all := variants(t)
+	apply(t, all["base"])
+	for _, test := range []struct {
+		variant  string
+		may, not []string // VERB RESOURCE[/NAME] [-n NAMESPACE], as kubectl auth can-i takes it
+	}{
+		{
+			variant: "base",
+			may: []string{"list pods -A", "watch deployments.apps -A", "get pods/log -n default", "get nodes", "watch nodes", "list namespaces",
+				"get configmaps -n default"},
+			not: []string{"get secrets -n default", "list secrets -A", "get secret/pipeops-agent -n pipeops-system", "create pods/exec -n default",
+				"delete pods -n default", "create deployments.apps -n default", "update nodes", "create secrets -n pipeops-system",
+				"get secret/pipeops-agent-runners -n pipeops-system", "create serviceaccounts/token -n pipeops-system"},
+		},
+		{
+			variant: "components/manage",
+			may: []string{"create deployments.apps -n default", "delete pods -n default", "create pods/exec -n default", "get secrets -n default",
+				"impersonate serviceaccounts -n default"}, // which the agent refuses
+			not: []string{"update nodes", "delete namespaces", "create clusterrolebindings.rbac.authorization.k8s.io", "create rolebindings.rbac.authorization.k8s.io -n default",
+				"create clusterroles.rbac.authorization.k8s.io"},
+		},
+		{
+			variant: "components/runners",
+			may:     []string{"get secret/pipeops-agent-runners -n pipeops-system", "update secret/pipeops-agent-runners -n pipeops-system"},
+			not: []string{"get secret/pipeops-agent -n pipeops-system", "list secrets -n pipeops-system", "create secrets -n pipeops-system",
+				"delete secret/pipeops-agent-runners -n pipeops-system", "get secret/pipeops-agent-runners -n default"},
+		},
+		{
+			variant: "components/cluster-admin",
+			may:     []string{"* *", "update nodes", "get secrets -A", "create clusterrolebindings.rbac.authorization.k8s.io"},
+		},
+	} {
+		t.Run(test.variant, func(t *testing.T) {
+			apply(t, all[test.variant])
+			t.Cleanup(func() { removeAdded(t, all["base"], all[test.variant]) })
+			if test.variant != "components/cluster-admin" { // which is everything; the agent itself refuses these
+				for _, verb := range []string{"get", "create", "*"} {
+					test.not = append(test.not, verb+" nodes/proxy")
+				}
+				test.not = append(test.not, "impersonate users", "impersonate groups")
+			}
+			for _, question := range test.may {
+				if !may(t, question) {
+					t.Errorf("may not %s", question)
+				}
+			}
+			for _, question := range test.not {
+				if may(t, question) {
+					t.Errorf("may %s", question)
+				}
+			}
+		})
+	}
+}
+
+// TestAgentWorksWithThem: a real proxy with the agent's ServiceAccount reads all of a status, and keeps runners in the
+// Secret that the component brings.
+func TestAgentWorksWithThem(t *testing.T) {
+	aggregate(t)
+	apply(t, variants(t)["components/runners"])
+	t.Cleanup(func() { removeAdded(t, variants(t)["base"], variants(t)["components/runners"]) })
+	group, err := process.NewGroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(group.Close)
+	config := rest.CopyConfig(api.Config)
+	config.BearerToken = strings.TrimSpace(must(t, "", "create", "token", "pipeops-agent", "-n", "pipeops-system"))
+	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
+	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+		t.Fatal(err)
+	}
+	a, err := agent.New(group, &controlplane.ControlPlane{APIURL: "https://none.invalid"}, "agent-001", "a-token", kubeconfig)
+	if err == nil {
+		err = a.StartProxy()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	call := func(method, path, body string) (answer string) {
+		err := process.Poll(t.Context(), 30*time.Second, a.Proxy.Done(), func() error {
+			req, err := http.NewRequestWithContext(t.Context(), method, a.Tunnel+path, strings.NewReader(body))
+			if err != nil {
+				return err
+			}
+			req.Header = http.Header{"Authorization": {"Bearer a-token"}, "Content-Type": {"application/json"}}
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = resp.Body.Close() }()
+			data, err := io.ReadAll(resp.Body)
+			if answer = string(data); err == nil && resp.StatusCode != http.StatusOK {
+				err = errors.New(resp.Status + ": " + answer)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return answer
+	}
+	if status := call("GET", "/api/agent/status", ""); !strings.Contains(status, `"reachable":true`) || strings.Contains(status, `"unavailable":{"`) {
+		t.Errorf("a part of the status is missing: %s", status)
+	}
+	call("POST", "/api/control-plane/message", `{"id":"1","type":"runner_assigned","timestamp":"2026-01-01T00:00:00Z","data":`+
+		`{"runner_id":"r-1","runner_endpoint":"http://r.default.svc:1","runner_token":"t","assigned_at":"2026-01-01T00:00:00Z"}}`)
+	apply(t, variants(t)["components/runners"]) // once more, as an upgrade does
+	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners", metav1.GetOptions{})
+	if err != nil || secret.Data["r-1"] == nil {
+		t.Errorf("the runner is not in the registry: %v, %v", secret, err)
+	}
+}
+
+func may(t *testing.T, question string) bool {
+	t.Helper()
+	args := append([]string{"auth", "can-i", "--as", account}, strings.Fields(question)...)
+	// Of many, RESOURCE/NAME; of these, RESOURCE/SUBRESOURCE.
+	for i, a := range args {
+		if resource, sub, _ := strings.Cut(a, "/"); slices.Contains([]string{"proxy", "log", "exec", "token"}, sub) {
+			args[i] = resource
+			args = append(args, "--subresource", sub)
+		}
+	}
+	stdout, stderr, _ := kubectl(t, "", args...) // exits with 1 for no
+	switch strings.TrimSpace(stdout) {
+	case "yes":
+		return true
+	case "no":
+		return false
+	}
+	t.Fatalf("%s: %s%s", question, stdout, stderr)
+	return false
+}
+
+// removeAdded deletes what a variant adds to the base.
+func removeAdded(t *testing.T, base, variant string) {
+	t.Helper()
+	present := documents(base)
+	for _, doc := range documents(variant) {
+		if !slices.Contains(present, doc) {
+			must(t, doc, "delete", "--ignore-not-found", "-f", "-")
+		}
+	}
+}
+
+// aggregate does what the controller manager would: the rules of view and edit are those of the ClusterRoles that
+// they select.
+func aggregate(t *testing.T) {
+	t.Helper()
+	roles := api.Client.RbacV1().ClusterRoles()
+	for _, name := range []string{"view", "edit"} { // edit selects view's too
+		role, err := roles.Get(t.Context(), name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		all, err := roles.List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		role.Rules = nil
+		for _, selector := range role.AggregationRule.ClusterRoleSelectors {
+			s, err := metav1.LabelSelectorAsSelector(&selector)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, other := range all.Items {
+				if other.Name != name && s.Matches(labels.Set(other.Labels)) {
+					role.Rules = append(role.Rules, other.Rules...)
+				}
+			}
+		}
+		if _, err := roles.Update(t.Context(), role, metav1.UpdateOptions{}); err != nil || len(role.Rules) == 0 {
+			t.Fatalf("%s with %d rules: %v", name, len(role.Rules), err)
+		}
+	}
+}
+
+// TestRules: what no question to the API server would find, in the rules of every variant.
+func TestRules(t *testing.T) {
+	known := []string{"view", "edit", "cluster-admin", "pipeops-agent-view-cluster", "pipeops-agent-runners"}
+	for path, rendering := range variants(t) {
+		for _, doc := range documents(rendering) {
+			var object struct {
+				Kind     string
+				Metadata metav1.ObjectMeta
+				Rules    []rbacv1.PolicyRule
+				RoleRef  rbacv1.RoleRef
+				Subjects []rbacv1.Subject
+			}
+			if err := yaml.Unmarshal([]byte(doc), &object); err != nil {
+				t.Fatal(err)
+			}
+			what := path + ": " + object.Kind + " " + object.Metadata.Name
+			for _, rule := range object.Rules {
+				all := slices.Concat(rule.Verbs, rule.Resources, rule.APIGroups)
+				if slices.Contains(all, "*") || slices.Contains(rule.Resources, "nodes/proxy") {
+					t.Errorf("%s grants %v", what, all)
+				}
+				if slices.Contains(rule.Resources, "secrets") && len(rule.ResourceNames) == 0 {
+					t.Errorf("%s grants Secrets of any name", what)
+				}
+			}
+			if object.RoleRef.Name != "" && !slices.Contains(known, object.RoleRef.Name) {
+				t.Errorf("%s binds %s", what, object.RoleRef.Name)
+			}
+			if object.RoleRef.Name == "cluster-admin" && path != "components/cluster-admin" {
+				t.Errorf("%s binds cluster-admin", what)
+			}
+			for _, s := range object.Subjects {
+				if s.Kind+s.Namespace+s.Name != "ServiceAccount"+"pipeops-system"+"pipeops-agent" {
+					t.Errorf("%s is for %v", what, s)
+				}
+			}
+		}
+	}
+}
