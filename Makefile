@@ -96,6 +96,7 @@ images: ## Build the images for amd64 and arm64, and what they are made of, into
 			--label org.opencontainers.image.version=$(VERSION) --label org.opencontainers.image.revision=$(COMMIT) \
 			--label org.opencontainers.image.created=$(DATE) && \
 		rm -r $$root || exit 1; done
+	@echo $(VERSION) >$(IMAGES)/VERSION
 	@cd $(IMAGES) && sha256sum * >SHA256SUMS && cat SHA256SUMS
 
 # For tests on a machine that reaches no registry: see manifests/images/frpc.Dockerfile.
@@ -115,7 +116,7 @@ verify-images: images ## Build the images a second time, from a clone in another
 
 .PHONY: push
 push: ## Push what `make images` has built to REGISTRY/vm-agent, for both architectures under one tag
-	@manifests/images/push $(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent:$(VERSION) $(IMAGES)/vm-agent-amd64.tar $(IMAGES)/vm-agent-arm64.tar
+	@manifests/images/push $(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent $(IMAGES)
 
 .PHONY: frpc-digest
 frpc-digest: ## Pin the stock frpc image by its digest too, as Docker Hub now has it

@@ -44,16 +44,19 @@ func TestCompose(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("the pod and Compose differ (-pod +compose)\n%s", diff)
 	}
-	// SEED's way to give the settings: in the environment.
 	if id := project.Services["proxy"].Environment["PIPEOPS_AGENT_ID"]; id == nil || *id != "agent-001" {
 		t.Error("agent.env does not reach the proxy")
 	}
-	for _, name := range []string{"agent.env"} {
-		if err := os.Remove(filepath.Join(dir, "docker", name)); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := options.LoadProject(t.Context()); err == nil || !regexp.MustCompile(`env file .*/docker/agent\.env not found`).MatchString(err.Error()) {
-			t.Errorf("without %s: %v", name, err)
+	if err := os.Remove(filepath.Join(dir, "docker", "agent.env")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := options.LoadProject(t.Context()); err == nil || !regexp.MustCompile(`env file .*/docker/agent\.env not found`).MatchString(err.Error()) {
+		t.Errorf("without agent.env: %v", err)
+	}
+	readme := string(read(t, filepath.Join(source, "README.md")))
+	for _, image := range regexp.MustCompile(`docker\.io/[^/]+/[^:]+:\S+`).FindAllString(readme, -1) {
+		if image != got["proxy"].Image && image != got["frpc"].Image {
+			t.Errorf("the README runs %s", image)
 		}
 	}
 }

@@ -25,8 +25,13 @@ func build(t *testing.T, dir string) string {
 
 var rendered map[string]string
 
+// components are all but monitoring, which brings kinds that the API server does not know, and has tests of its own.
+func components(t *testing.T, dir string) []string {
+	t.Helper()
+	return slices.DeleteFunc(kustomizations(t, dir, "Component"), func(path string) bool { return path == "components/monitoring" })
+}
+
 // variants are all that a person may apply: each kustomization, and each component on top of the base.
-// components/monitoring brings kinds that the API server does not know, and has tests of its own.
 func variants(t *testing.T) map[string]string {
 	t.Helper()
 	if rendered != nil {
@@ -36,10 +41,7 @@ func variants(t *testing.T) map[string]string {
 	for _, path := range kustomizations(t, dir, "Kustomization") {
 		all[path] = build(t, filepath.Join(dir, path))
 	}
-	for _, path := range kustomizations(t, dir, "Component") {
-		if path == "components/monitoring" {
-			continue
-		}
+	for _, path := range components(t, dir) {
 		overlay := filepath.Join(dir, "with", filepath.Base(path))
 		write(t, filepath.Join(overlay, "kustomization.yaml"), "resources: [../../base]\ncomponents: [../../"+path+"]\n")
 		all[path] = build(t, overlay)
@@ -216,5 +218,20 @@ func TestChangesRollThePods(t *testing.T) {
 	write(t, filepath.Join(dir, "agent.env"), "PIPEOPS_AGENT_ID=agent-002\n")
 	if cmp.Diff(before, template()) == "" {
 		t.Error("another id does not change the pods")
+	}
+}
+
+// TestAnotherNamespace: an overlay's namespace is that of all there is, the subjects of bindings too.
+func TestAnotherNamespace(t *testing.T) {
+	dir := installation(t)
+	overlay := "namespace: other\nresources: [../../base]\ncomponents:\n"
+	for _, path := range components(t, dir) {
+		overlay += "- ../../" + path + "\n"
+	}
+	write(t, filepath.Join(dir, "overlays", "other", "kustomization.yaml"), overlay)
+	for _, doc := range documents(build(t, filepath.Join(dir, "overlays", "other"))) {
+		if strings.Contains(doc, "pipeops-system") {
+			t.Errorf("still in pipeops-system:\n%s", doc)
+		}
 	}
 }
