@@ -1,0 +1,500 @@
+package monitoring
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/VictoriaMetrics/metricsql"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+const (
+	agentID    = "agent-001"
+	agentToken = "the-agents-token"
+	namespace  = "pipeops-system"
+)
+
+var pictureOf = flag.Duration("picture", 0, "make calls for so long, then draw the dashboard to dashboard.png")
+
+// TestQueries asks a real Prometheus every query of the dashboard and the rules, after a real agent has had traffic.
+func TestQueries(t *testing.T) {
+	m := render(t)
+	w := newWorld(t)
+	// A Prometheus that takes native histograms takes no classic ones, and the other way round.
+	classic := w.prometheus(t, m, "classic")
+	native := w.prometheus(t, m, "native", "--enable-feature=native-histograms")
+	both := []*prometheus{classic, native}
+
+	stop := w.traffic(t)
+	for _, p := range m.dashboard.Panels {
+		for _, target := range p.Targets {
+			for _, prometheus := range both {
+				poll(t, func() error {
+					found, err := prometheus.query(resolve(target.Expr))
+					if err != nil {
+						return fmt.Errorf("panel %q: %w", p.Title, err)
+					}
+					return shows(found, target.Expr, target.LegendFormat)
+				})
+			}
+			w.checkLabels(t, resolve(target.Expr), both)
+		}
+	}
+	for _, rule := range m.rules.Spec.Groups[0].Rules {
+		w.checkLabels(t, rule.Expr.String(), both)
+	}
+	// Of the alerts, these two speak of what callers meet, and the traffic is full of it. The rest find nothing wrong.
+	noisy := []string{"PipeOpsAgentAuthenticationFailures", "PipeOpsAgentKubernetesErrors"}
+	wantAlerts(t, m, classic, noisy...)
+	if *pictureOf > 0 {
+		start := time.Now()
+		if err := process.Poll(t.Context(), *pictureOf+time.Minute, nil, func() error {
+			if left := *pictureOf - time.Since(start); left > 0 {
+				return fmt.Errorf("%s to go", left)
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		drawDashboard(t, m.dashboard, classic, start, time.Now())
+	}
+	stop()
+
+	// What can be broken for real, is.
+	wait := func(name string) {
+		t.Helper()
+		poll(t, func() error {
+			if fires, err := classic.query(expr(t, m, name)); err != nil || len(fires) == 0 {
+				return fmt.Errorf("%s does not notice: %w", name, err)
+			}
+			return nil
+		})
+	}
+	w.cluster.APIServer.Stop()
+	wait("PipeOpsAgentKubernetesUnreachable")
+	w.cp.StopFrps()
+	wait("PipeOpsAgentTunnelDown")
+	w.agent.Proxy.Kill()
+	wait("PipeOpsAgentDown")
+}
+
+// world is a cluster, a control plane and an agent.
+type world struct {
+	group   *process.Group
+	cluster *cluster.Cluster
+	cp      *controlplane.ControlPlane
+	agent   *agent.Agent
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	group, err := process.NewGroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(group.Close)
+	w := &world{group: group}
+	if w.cluster, err = cluster.Start(t.Context(), group); err != nil {
+		t.Fatal(err)
+	}
+	account, err := w.cluster.ServiceAccount(t.Context(), namespace, "pipeops-agent", "cluster-admin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
+	if err := cluster.WriteKubeconfig(kubeconfig, account); err != nil {
+		t.Fatal(err)
+	}
+	w.cp, err = controlplane.Start(t.Context(), controlplane.Options{
+		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.cp.Close)
+	if w.agent, err = agent.New(group, w.cp, agentID, agentToken, kubeconfig); err != nil {
+		t.Fatal(err)
+	}
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_NAMESPACE="+namespace, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1")
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.agent.RestartFrpc(t.Context())
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// prometheus is a running one.
+type prometheus struct{ url string }
+
+// prometheus starts one that scrapes the agent, with the labels that the operator makes of a PodMonitor.
+func (w *world) prometheus(t *testing.T, m manifests, name string, flags ...string) *prometheus {
+	t.Helper()
+	binary := installed(t, "prometheus")
+	dir, err := w.group.Mkdir("prometheus-" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeRules(t, m.rules.Spec, filepath.Join(dir, "rules.yaml"))
+	job := m.monitor.Spec.Selector.MatchLabels[m.monitor.Spec.JobLabel]
+	endpoint := m.monitor.Spec.PodMetricsEndpoints[0]
+	config := fmt.Sprintf(`
+global: {scrape_interval: 1s, evaluation_interval: 1s}
+rule_files: [rules.yaml]
+scrape_configs:
+  - job_name: %s
+    metrics_path: %s
+    static_configs:
+      - targets: [%q]
+        labels: {namespace: %s, pod: pipeops-agent-7d9f, container: proxy, endpoint: %s}
+`, job, endpoint.Path, strings.TrimPrefix(w.agent.Operations, "http://"), namespace, *endpoint.Port)
+	if err := os.WriteFile(filepath.Join(dir, "prometheus.yaml"), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	port, err := process.FreePort()
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := fmt.Sprintf("127.0.0.1:%d", port)
+	p, err := w.group.Start("prometheus-"+name, nil, binary, append([]string{"--config.file=" + filepath.Join(dir, "prometheus.yaml"),
+		"--storage.tsdb.path=" + filepath.Join(dir, "data"), "--web.listen-address=" + addr}, flags...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	started := &prometheus{url: "http://" + addr}
+	if err := process.Poll(t.Context(), time.Minute, p.Done(), func() error { return started.get("/api/v1/labels", nil, new([]string)) }); err != nil {
+		t.Fatalf("%v\n%s", err, p.Log())
+	}
+	return started
+}
+
+// get asks the HTTP API.
+func (p *prometheus) get(path string, query url.Values, into any) error {
+	resp, err := http.Get(p.url + path + "?" + query.Encode())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	answer := struct {
+		Status, Error string
+		Data          any
+	}{Data: into}
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
+		return err
+	}
+	if answer.Status != "success" {
+		return fmt.Errorf("%s: %s", query, answer.Error)
+	}
+	return nil
+}
+
+// series is one of an answer.
+type series struct {
+	Metric map[string]string
+	Value  sample   // of query, but for native histograms
+	Values []sample // of a range
+}
+
+type sample struct{ at, value float64 }
+
+func (s *sample) UnmarshalJSON(data []byte) (err error) {
+	var value string
+	if err := json.Unmarshal(data, &[2]any{&s.at, &value}); err != nil {
+		return err
+	}
+	s.value, err = strconv.ParseFloat(value, 64)
+	return err
+}
+
+func (p *prometheus) query(expr string) ([]series, error) {
+	var answer struct{ Result []series }
+	return answer.Result, p.get("/api/v1/query", url.Values{"query": {expr}}, &answer)
+}
+
+// legendLabel finds the labels in a legend.
+var legendLabel = regexp.MustCompile(`\{\{(\w+)\}\}`)
+
+// shows checks that there is something to see: a number, and the labels of the legend.
+func shows(found []series, expr, legend string) error {
+	for _, s := range found {
+		for _, name := range legendLabel.FindAllStringSubmatch(legend, -1) {
+			if s.Metric[name[1]] == "" {
+				return fmt.Errorf("%s has no label %q for its legend: %v", expr, name[1], s.Metric)
+			}
+		}
+	}
+	if !slices.ContainsFunc(found, func(s series) bool { return !math.IsNaN(s.Value.value) && !math.IsInf(s.Value.value, 0) }) {
+		return fmt.Errorf("%s shows nothing: %v", expr, found)
+	}
+	return nil
+}
+
+// checkLabels looks at every selector of an expression: it must find series, and each label that the expression names
+// must be one of theirs. So a query that rightly finds nothing, as an alert's, is known to look at something.
+func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
+	t.Helper()
+	parsed, err := metricsql.Parse(expr)
+	if err != nil {
+		t.Errorf("%s: %v", expr, err)
+		return
+	}
+	var named []string
+	have := map[string]bool{}
+	metricsql.VisitAll(parsed, func(e metricsql.Expr) {
+		switch e := e.(type) {
+		case *metricsql.ModifierExpr:
+			named = append(named, e.Args...)
+		case *metricsql.MetricExpr:
+			selector := string(e.AppendString(nil))
+			if strings.HasPrefix(selector, "ALERTS{") {
+				have["namespace"] = true
+				return // Prometheus's own, and nothing fires here
+			}
+			for _, filter := range e.LabelFilterss[0] {
+				named = append(named, filter.Label)
+			}
+			// One of the two servers has it: those of a histogram are here classic, there native.
+			var found []map[string]string
+			poll(t, func() error {
+				for _, server := range servers {
+					var some []map[string]string
+					if err := server.get("/api/v1/series", url.Values{"match[]": {selector}}, &some); err != nil {
+						return err
+					}
+					found = append(found, some...)
+				}
+				if len(found) == 0 {
+					return fmt.Errorf("the agent exports nothing that is %s", selector)
+				}
+				return nil
+			})
+			for _, labels := range found {
+				for name := range labels {
+					have[name] = true
+				}
+			}
+		}
+	})
+	for _, name := range named {
+		if !have[name] {
+			t.Errorf("%s names the label %q, and none of its series has it", expr, name)
+		}
+	}
+}
+
+// wantAlerts evaluates all rules and expects those of the names to find something, and no other.
+func wantAlerts(t *testing.T, m manifests, p *prometheus, names ...string) {
+	t.Helper()
+	poll(t, func() error {
+		var loaded struct {
+			Groups []struct {
+				Rules []struct{ Name, Health, LastError string }
+			}
+		}
+		if err := p.get("/api/v1/rules", nil, &loaded); err != nil {
+			return err
+		}
+		if len(loaded.Groups) != 1 || len(loaded.Groups[0].Rules) != len(m.rules.Spec.Groups[0].Rules) {
+			return fmt.Errorf("Prometheus has not loaded all rules: %v", loaded)
+		}
+		for _, rule := range loaded.Groups[0].Rules {
+			if rule.Health != "ok" {
+				return fmt.Errorf("%s is %s: %s", rule.Name, rule.Health, rule.LastError)
+			}
+			found, err := p.query(expr(t, m, rule.Name))
+			if err != nil {
+				return err
+			}
+			if want := slices.Contains(names, rule.Name); want != (len(found) > 0) {
+				return fmt.Errorf("%s finds %v", rule.Name, found)
+			}
+		}
+		return nil
+	})
+}
+
+func expr(t *testing.T, m manifests, alert string) string {
+	t.Helper()
+	for _, rule := range m.rules.Spec.Groups[0].Rules {
+		if rule.Alert == alert {
+			return rule.Expr.String()
+		}
+	}
+	t.Fatalf("no alert %s", alert)
+	return ""
+}
+
+func poll(t *testing.T, ready func() error) {
+	t.Helper()
+	if err := process.Poll(t.Context(), time.Minute, nil, ready); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// traffic makes calls of every kind that is counted, through the tunnel, until stop is called.
+func (w *world) traffic(t *testing.T) (stop func()) {
+	t.Helper()
+	caller := agent.Caller(w.cp, agentID, agentToken)
+	caller.QPS = -1
+	client, err := kubernetes.NewForConfig(caller)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// An extension of the API whose server is away: the API server answers 503 for it.
+	const away = `{"apiVersion":"apiregistration.k8s.io/v1","kind":"APIService","metadata":{"name":"v1.away.example"},
+		"spec":{"group":"away.example","version":"v1","groupPriorityMinimum":1,"versionPriority":1,"insecureSkipTLSVerify":true,
+		"service":{"name":"away","namespace":"default"}}}`
+	err = w.cluster.Client.CoreV1().RESTClient().Post().AbsPath("/apis/apiregistration.k8s.io/v1/apiservices").Body([]byte(away)).
+		SetHeader("Content-Type", "application/json").Do(t.Context()).Error()
+	if err != nil {
+		t.Fatal(err)
+	}
+	runner := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if time.Now().UnixMilli()%5 == 0 {
+			w.WriteHeader(http.StatusTeapot)
+		}
+		_, _ = io.Copy(w, r.Body)
+	}))
+	t.Cleanup(runner.Close)
+	base := w.cp.GatewayURL + "/agents/" + agentID
+	send := func(token, method, path, body string) {
+		client, err := rest.HTTPClientFor(agent.Caller(w.cp, agentID, token))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		req, err := http.NewRequestWithContext(t.Context(), method, base+path, strings.NewReader(body))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		req.Header.Set("Content-Type", "application/json")
+		if resp, err := client.Do(req); err == nil { // for the picture, frps is away for a while
+			_, _ = io.Copy(io.Discard, resp.Body)
+			_ = resp.Body.Close()
+		}
+	}
+	send(agentToken, http.MethodPost, "/api/control-plane/message", fmt.Sprintf(
+		`{"id":"1","type":"runner_assigned","timestamp":"2026-01-02T03:04:05Z","data":{"runner_id":"r","runner_endpoint":%q,"runner_token":"t","assigned_at":"2026-01-02T03:04:05Z"}}`, runner.URL))
+
+	ctx, cancel := context.WithCancel(t.Context())
+	var group sync.WaitGroup
+	start := time.Now()
+	// every runs do again and again; busier and calmer by turns, so that there is something to see.
+	every := func(pause time.Duration, do func()) {
+		group.Go(func() {
+			for ctx.Err() == nil {
+				do()
+				swing := 1 + 0.7*math.Sin(time.Since(start).Seconds()/25+float64(pause.Milliseconds()))
+				select {
+				case <-time.After(time.Duration(float64(pause) * swing)):
+				case <-ctx.Done():
+				}
+			}
+		})
+	}
+	pods, maps := client.CoreV1().Pods("default"), client.CoreV1().ConfigMaps("default")
+	every(40*time.Millisecond, func() { _, _ = pods.List(ctx, metav1.ListOptions{}) })
+	every(60*time.Millisecond, func() { _, _ = maps.List(ctx, metav1.ListOptions{}) })
+	every(50*time.Millisecond, func() { _, _ = client.CoreV1().Namespaces().Get(ctx, "default", metav1.GetOptions{}) })
+	every(300*time.Millisecond, func() { _, _ = pods.Get(ctx, "none", metav1.GetOptions{}) })
+	every(200*time.Millisecond, func() { _ = client.RESTClient().Get().AbsPath("/apis/away.example/v1").Do(ctx).Error() })
+	every(300*time.Millisecond, func() { send("wrong", http.MethodGet, "/api/k8s/version", "") })
+	every(700*time.Millisecond, func() { send("", http.MethodGet, "/api/agent/status", "") })
+	every(time.Second, func() { send(agentToken, http.MethodPost, "/api/agent/heartbeat", "") })
+	every(time.Second, func() { send(agentToken, http.MethodGet, "/api/agent/status", "") })
+	every(400*time.Millisecond, func() { send(agentToken, http.MethodPost, "/api/runners/r/command", `{"do":"it"}`) })
+	for i := range 6 {
+		timeout := int64(5 + 3*i)
+		every(time.Second, func() {
+			watch, err := maps.Watch(ctx, metav1.ListOptions{TimeoutSeconds: &timeout})
+			if err != nil {
+				return
+			}
+			for range watch.ResultChan() { // until it ends
+			}
+		})
+	}
+	for range 2 {
+		every(time.Second, func() {
+			if err := w.upgrade(ctx); err != nil && ctx.Err() == nil && *pictureOf == 0 {
+				t.Errorf("an upgrade: %v", err)
+			}
+		})
+	}
+	if *pictureOf > 0 {
+		group.Go(func() {
+			for _, step := range []func() error{
+				func() error { w.cp.StopFrps(); return nil }, func() error { return w.cp.StartFrps(t.Context()) },
+			} {
+				select {
+				case <-time.After(*pictureOf / 3):
+				case <-ctx.Done():
+					return
+				}
+				if err := step(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	stop = func() { cancel(); group.Wait() }
+	t.Cleanup(stop)
+	return stop
+}
+
+// upgrade watches over a WebSocket, as browsers do, for a while.
+func (w *world) upgrade(ctx context.Context) error {
+	config := agent.Caller(w.cp, agentID, agentToken)
+	config.NextProtos = []string{"http/1.1"}
+	client, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 8*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, config.Host+"/api/v1/configmaps?watch=true", nil)
+	if err != nil {
+		return err
+	}
+	req.Header = http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"}, "Sec-Websocket-Key": {"dGhlIHNhbXBsZSBub25jZQ=="}, "Origin": {"http://127.0.0.1"}}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		return errors.New(resp.Status)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = resp.Body.Close() })
+	defer stop()
+	_, _ = io.Copy(io.Discard, resp.Body) // until it is closed
+	return nil
+}
