@@ -5,11 +5,14 @@ package monitoring
 import (
 	"bytes"
 	"encoding/json"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	monitoringv1 "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
@@ -127,5 +130,26 @@ func TestDashboard(t *testing.T) {
 				taken[[2]int{x, y}] = p.Title
 			}
 		}
+	}
+}
+
+// TestMonitorFindsTheAgent: the pods of the base have the label and the port that the PodMonitor asks for.
+func TestMonitorFindsTheAgent(t *testing.T) {
+	data, err := os.ReadFile("../../manifests/base/deployment.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var deployment appsv1.Deployment
+	if err := yaml.UnmarshalStrict(data, &deployment); err != nil {
+		t.Fatal(err)
+	}
+	monitor := render(t).monitor
+	// The API server holds the pods' labels to this selector.
+	if diff := cmp.Diff(monitor.Spec.Selector.MatchLabels, deployment.Spec.Selector.MatchLabels); diff != "" {
+		t.Errorf("the selectors differ (-PodMonitor +Deployment):\n%s", diff)
+	}
+	ports := deployment.Spec.Template.Spec.Containers[0].Ports
+	if len(ports) != 1 || ports[0].Name != *monitor.Spec.PodMetricsEndpoints[0].Port || ports[0].ContainerPort != 9090 {
+		t.Errorf("the proxy has the ports %v", ports)
 	}
 }
