@@ -1,4 +1,5 @@
-// Package cluster runs a real etcd and kube-apiserver as processes on loopback, without root.
+// Package cluster runs a real Kubernetes: etcd and kube-apiserver as processes on loopback, without root; or a
+// whole node in namespaces of its own, with root.
 package cluster
 
 import (
@@ -8,7 +9,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -20,8 +23,18 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"k8s.io/client-go/util/keyutil"
 
 	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// serviceRange is where Services have their addresses; the API server's own is the first.
+const serviceRange = "10.96.0.0/16"
+
+// Files in the directory of a cluster.
+const (
+	serviceAccountKey = "service-account.key"
+	serverCertificate = "certs/apiserver.crt" // the API server makes it
 )
 
 // Cluster is a running API server.
@@ -38,11 +51,64 @@ func Start(ctx context.Context, group *process.Group) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	etcd, etcdURL, err := startEtcd(group, dir)
+	serverURL, err := freeURL("https")
 	if err != nil {
 		return nil, err
 	}
-	c, err := startAPIServer(ctx, group, dir, etcdURL)
+	s := &site{group: group, dir: dir, serverURL: serverURL}
+	return s.startCluster(ctx,
+		"--endpoint-reconciler-type", "none", // there is no Service to keep for a server on loopback
+		// No controller makes ServiceAccounts for namespaces: pods must do without.
+		"--disable-admission-plugins", "ServiceAccount")
+}
+
+// site is where the processes of a cluster run.
+type site struct {
+	group     *process.Group
+	dir       string
+	serverURL string   // of the API server
+	enter     []string // the command that leads there, unless it is here
+	tokens    []string // the lines of the API server's token file
+	parts     []part   // all that was started
+}
+
+type part struct {
+	name string
+	*process.Process
+}
+
+// start starts a program that make has built.
+func (s *site) start(name string, args ...string) (*process.Process, error) {
+	binary, err := process.Binary(name)
+	if err != nil {
+		return nil, err
+	}
+	return s.run(name, binary, args...)
+}
+
+// run starts any program.
+func (s *site) run(name, binary string, args ...string) (*process.Process, error) {
+	command := slices.Concat(s.enter, []string{binary}, args)
+	p, err := s.group.Start(name, nil, command[0], command[1:]...)
+	if err == nil {
+		s.parts = append(s.parts, part{name, p})
+	}
+	return p, err
+}
+
+// user makes a user, before the API server starts, and returns its token.
+func (s *site) user(name string, group ...string) string {
+	token := rand.Text()
+	s.tokens = append(s.tokens, strings.Join(append([]string{token, name, name}, group...), ","))
+	return token
+}
+
+func (s *site) startCluster(ctx context.Context, serverArgs ...string) (*Cluster, error) {
+	etcd, etcdURL, err := s.startEtcd()
+	if err != nil {
+		return nil, err
+	}
+	c, err := s.startAPIServer(ctx, append(serverArgs, "--etcd-servers", etcdURL))
 	if err != nil {
 		return nil, err
 	}
@@ -50,11 +116,7 @@ func Start(ctx context.Context, group *process.Group) (*Cluster, error) {
 	return c, nil
 }
 
-func startEtcd(group *process.Group, dir string) (*process.Process, string, error) {
-	binary, err := process.Binary("etcd")
-	if err != nil {
-		return nil, "", err
-	}
+func (s *site) startEtcd() (*process.Process, string, error) {
 	clientURL, err := freeURL("http")
 	if err != nil {
 		return nil, "", err
@@ -63,50 +125,41 @@ func startEtcd(group *process.Group, dir string) (*process.Process, string, erro
 	if err != nil {
 		return nil, "", err
 	}
-	etcd, err := group.Start("etcd", nil, binary,
-		"--data-dir", filepath.Join(dir, "etcd"),
+	etcd, err := s.start("etcd",
+		"--data-dir", filepath.Join(s.dir, "etcd"),
 		"--listen-client-urls", clientURL, "--advertise-client-urls", clientURL,
 		"--listen-peer-urls", peerURL, "--initial-advertise-peer-urls", peerURL, "--initial-cluster", "default="+peerURL,
 		"--unsafe-no-fsync", "--log-level", "warn")
 	return etcd, clientURL, err
 }
 
-func startAPIServer(ctx context.Context, group *process.Group, dir, etcdURL string) (*Cluster, error) {
-	binary, err := process.Binary("kube-apiserver")
+func (s *site) startAPIServer(ctx context.Context, args []string) (*Cluster, error) {
+	host, port, err := net.SplitHostPort(strings.TrimPrefix(s.serverURL, "https://"))
 	if err != nil {
 		return nil, err
 	}
-	serverURL, err := freeURL("https")
-	if err != nil {
+	key := filepath.Join(s.dir, serviceAccountKey)
+	if _, _, err := keyutil.LoadOrGenerateKeyFile(key); err != nil {
 		return nil, err
 	}
-	_, port, _ := net.SplitHostPort(serverURL[len("https://"):])
-	key := filepath.Join(dir, "service-account.key")
-	if err := writeKey(key); err != nil {
+	token := s.user("admin", "system:masters")
+	tokens := filepath.Join(s.dir, "tokens.csv")
+	if err := os.WriteFile(tokens, []byte(strings.Join(s.tokens, "\n")), 0o600); err != nil {
 		return nil, err
 	}
-	token := rand.Text()
-	tokens := filepath.Join(dir, "tokens.csv")
-	if err := os.WriteFile(tokens, []byte(token+",admin,admin,system:masters\n"), 0o600); err != nil {
-		return nil, err
-	}
-	server, err := group.Start("kube-apiserver", nil, binary,
-		"--etcd-servers", etcdURL,
-		"--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1", "--secure-port", port,
-		"--cert-dir", filepath.Join(dir, "certs"),
+	certificate := filepath.Join(s.dir, serverCertificate)
+	server, err := s.start("kube-apiserver", append(args,
+		"--bind-address", host, "--advertise-address", host, "--secure-port", port,
+		"--cert-dir", filepath.Dir(certificate),
 		"--token-auth-file", tokens, "--authorization-mode", "Node,RBAC",
 		"--service-account-issuer", "https://kubernetes.default.svc",
 		"--service-account-key-file", key, "--service-account-signing-key-file", key,
-		"--service-cluster-ip-range", "10.96.0.0/16", "--allow-privileged",
-		"--endpoint-reconciler-type", "none", // there is no Service to keep for a server on loopback
-		// No controller makes ServiceAccounts for namespaces: pods must do without.
-		"--disable-admission-plugins", "ServiceAccount",
-		"--kubelet-preferred-address-types", "InternalIP")
+		"--service-cluster-ip-range", serviceRange, "--allow-privileged",
+		"--kubelet-preferred-address-types", "InternalIP")...)
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{APIServer: server, Config: &rest.Config{Host: serverURL, BearerToken: token, QPS: -1}}
-	certificate := filepath.Join(dir, "certs", "apiserver.crt")
+	c := &Cluster{APIServer: server, Config: &rest.Config{Host: s.serverURL, BearerToken: token, QPS: -1}}
 	err = process.Poll(ctx, time.Minute, server.Done(), func() (err error) {
 		// Read anew each time: the API server makes it while it starts, and it may not be whole yet.
 		if c.Config.CAData, err = os.ReadFile(certificate); err != nil {

@@ -1,0 +1,44 @@
+# Makes a node's namespaces and stays as long as they shall: when it ends, in whatever way, the kernel ends every
+# process in them and takes the mounts, interfaces and iptables rules along.
+#
+# Run by `unshare --net --mount --pid sh -e`, with LINK HOST_IP NODE_IP SERVICES CGROUP.
+
+# The first process of the PID namespace. It ends with us and the others end with it.
+setpriv --pdeathsig KILL sleep infinity &
+
+# To the outside leads one cable, to the host alone. The route to the Services is there because a packet needs
+# one before kube-proxy's rules give it its true destination.
+outside=/proc/$PPID/ns/net
+ip link add eth0 type veth peer name "$1" netns "$outside"
+nsenter --net="$outside" ip address add "$2/30" dev "$1"
+nsenter --net="$outside" ip link set "$1" up
+ip address add "$3/30" dev eth0
+ip link set lo up
+ip link set eth0 up
+ip route add "$4" dev eth0
+
+# What the parts write to fixed places of the host goes to memory.
+mount -t tmpfs tmpfs /run
+mkdir /run/var /run/work
+mount -t overlay -o lowerdir=/var,upperdir=/run/var,workdir=/run/work overlay /var
+
+# The kubelet would change these settings of the whole machine.
+mount -t proc proc /proc
+for name in kernel/keys/root_maxbytes kernel/keys/root_maxkeys kernel/panic kernel/panic_on_oops vm/overcommit_memory vm/panic_on_oom; do
+	copy=/run/$(basename "$name")
+	cat "/proc/sys/$name" >"$copy"
+	mount --bind "$copy" "/proc/sys/$name"
+done
+
+# The pods' cgroup. The kubelet says which controller it lacks.
+if [ -f /sys/fs/cgroup/cgroup.controllers ]; then
+	for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
+		echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || true
+	done
+	mkdir "/sys/fs/cgroup/$5"
+else
+	for hierarchy in /sys/fs/cgroup/*/; do mkdir "$hierarchy$5"; done
+fi
+
+echo ready
+wait
