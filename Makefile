@@ -24,7 +24,7 @@ export GOFLAGS += -buildvcs=false
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
 run: build tools ## Run everything on this machine and print a kubeconfig; Ctrl-C ends it
@@ -36,7 +36,28 @@ test: build tools ## Run the unit and integration tests: no root, no internet bu
 	@echo "== the stock frp reads what the agent writes"
 	@cd tests/tools/frp && go test -count=1 ./...
 	@echo "== integration: real API server, real frps and frpc"
-	@cd tests && go test -count=1 -v -timeout 15m ./...
+	@cd tests && go test -count=1 -v -timeout 15m $$(go list ./... | grep -v -e /e2e$$ -e /monitoring$$)
+
+# What a node, the images and the alerts' tests need of Debian, beside what every Debian has.
+E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins iproute2 iptables prometheus runc
+missing-packages = for p in $(E2E_PACKAGES); do dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
+# What a node is made of beside the tools. Nothing else needs it, and it takes minutes to build.
+NODE := kube-controller-manager kube-proxy kube-scheduler kubelet
+
+.PHONY: e2e
+e2e: e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE)) ## Run the tests on a whole Kubernetes node: root, Debian
+	@cd tests && go test -count=1 -v -timeout 20m -p 1 ./monitoring ./e2e
+
+.PHONY: e2e-ready
+e2e-ready:
+	@missing=$$($(missing-packages) | xargs); \
+	if [ "$$(id -u)" != 0 ]; then echo "make e2e starts a Kubernetes node: it must run as root"; fi; \
+	if [ -n "$$missing" ]; then echo "missing: $$missing; on Debian, as root: apt-get install -y --no-install-recommends $$missing"; fi; \
+	[ "$$(id -u)" = 0 ] && [ -z "$$missing" ]
+
+.PHONY: e2e-missing
+e2e-missing:
+	@$(missing-packages)
 
 .PHONY: bench
 bench: build tools ## Measure; the figures and what they mean are in tests/bench/README.md
@@ -154,7 +175,7 @@ $(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
 KUBERNETES := tests/tools/kubernetes
 KUBE = $(call version-of,$(KUBERNETES),k8s.io/kubernetes)
 KUBE_STAMPS = $(foreach v,gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) gitMinor=$(word 2,$(subst ., ,$(KUBE))),-X k8s.io/component-base/version.$(v))
-$(BIN)/kube-apiserver $(BIN)/kubectl: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+$(addprefix $(BIN)/,kube-apiserver kubectl $(NODE)): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),-ldflags '-s -w $(KUBE_STAMPS)')
 $(BIN)/etcd: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),go.etcd.io/etcd/server/v3,-ldflags '-s -w')

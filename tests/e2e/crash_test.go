@@ -1,0 +1,124 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// crashVariable makes this binary start a node with a pod and wait to be killed.
+const crashVariable = "PIPEOPS_TEST_CRASH"
+
+func crash() int {
+	ctx := context.Background()
+	group, err := process.NewGroup()
+	if err == nil {
+		node, err = cluster.StartNode(ctx, group)
+	}
+	if err == nil {
+		if _, err = createPod(ctx, "default", pod("sleeps", "sleep infinity"), corev1.PodRunning); err != nil {
+			err = fmt.Errorf("%w\n%s", err, node.Report())
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	fmt.Println(group.Dir(), node.HostIP)
+	select {}
+}
+
+// TestNothingIsLeftAfterACrash kills a process that runs a node with a pod, as no handler of its own can notice.
+func TestNothingIsLeftAfterACrash(t *testing.T) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), crashVariable+"=1")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	var dir, hostIP string
+	if _, err := fmt.Fscan(out, &dir, &hostIP); err != nil {
+		t.Fatal(err)
+	}
+	ran := descendants(cmd.Process.Pid, map[int]bool{})
+	if len(ran) < 20 {
+		t.Errorf("%d processes run: not all of the node's are seen", len(ran))
+	}
+	if left(dir, hostIP) == nil {
+		t.Error("nothing of the running node is seen")
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	eventually(t, func() error {
+		for pid := range ran {
+			// A process whose new parent does not wait for it stays as a zombie.
+			if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil && !strings.Contains(string(stat), ") Z ") {
+				return fmt.Errorf("process %d is still there: %s", pid, stat)
+			}
+		}
+		return left(dir, hostIP)
+	})
+}
+
+// left looks for what a node leaves outside its namespaces.
+func left(dir, hostIP string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s is still there", dir)
+	}
+	addresses, err := net.InterfaceAddrs()
+	if err != nil {
+		return err
+	}
+	for _, address := range addresses {
+		if strings.HasPrefix(address.String(), hostIP+"/") {
+			return fmt.Errorf("the interface with %s is still there", address)
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	if strings.Contains(string(mounts), dir) {
+		return fmt.Errorf("mounts below %s are still there", dir)
+	}
+	for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+		if cgroups, _ := filepath.Glob(pattern + filepath.Base(dir)); len(cgroups) > 0 {
+			return fmt.Errorf("cgroups are still there: %v", cgroups)
+		}
+	}
+	return nil
+}
+
+// descendants finds the processes below one.
+func descendants(pid int, found map[int]bool) map[int]bool {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, path := range threads {
+		children, _ := os.ReadFile(path) // it may have ended
+		for _, field := range strings.Fields(string(children)) {
+			child, _ := strconv.Atoi(field)
+			found[child] = true
+			descendants(child, found)
+		}
+	}
+	return found
+}

@@ -1,0 +1,106 @@
+// Package e2e tests on a whole Kubernetes node of real processes. It needs root; `make e2e` runs it.
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// node is what all tests share. They keep apart by their namespaces.
+var node *cluster.Node
+
+func TestMain(m *testing.M) {
+	if os.Getenv(crashVariable) != "" {
+		os.Exit(crash())
+	}
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	ctx := context.Background()
+	group, err := process.NewGroup()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	begin := time.Now()
+	code := 1
+	if node, err = cluster.StartNode(ctx, group); err == nil {
+		fmt.Printf("the node is ready after %.1f s\n", time.Since(begin).Seconds())
+		code = m.Run()
+	}
+	group.Close()
+	if err == nil {
+		err = process.Poll(ctx, 30*time.Second, nil, func() error { return left(group.Dir(), node.HostIP) })
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
+
+// namespace makes a namespace of the test's own, which goes with it. If the test fails, it says what became of
+// the pods.
+func namespace(t *testing.T) string {
+	t.Helper()
+	namespaces := node.Client.CoreV1().Namespaces()
+	made, err := namespaces.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: strings.ToLower(t.Name()) + "-"}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx := context.Background() // the test's has ended
+		if t.Failed() {
+			report(ctx, t, made.Name)
+		}
+		// The controller takes 5 seconds before it begins: nobody waits for it.
+		if err := namespaces.Delete(ctx, made.Name, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	// The controller makes its default ServiceAccount, without which the API server takes no pods.
+	eventually(t, func() error {
+		_, err := node.Client.CoreV1().ServiceAccounts(made.Name).Get(t.Context(), "default", metav1.GetOptions{})
+		return err
+	})
+	return made.Name
+}
+
+func report(ctx context.Context, t *testing.T, namespace string) {
+	pods, err := node.Client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		t.Error(err)
+	} else {
+		for _, pod := range pods.Items {
+			t.Logf("pod %s: %+v", pod.Name, pod.Status)
+		}
+	}
+	events, err := node.Client.CoreV1().Events(namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		t.Error(err)
+	} else {
+		for _, e := range events.Items {
+			t.Logf("event %s %s %s: %s", e.LastTimestamp.Format(time.TimeOnly), e.InvolvedObject.Name, e.Reason, e.Message)
+		}
+	}
+	t.Log(node.Report())
+}
+
+// eventually polls until ready returns nil.
+func eventually(t *testing.T, ready func() error) {
+	t.Helper()
+	if err := process.Poll(t.Context(), time.Minute, nil, ready); err != nil {
+		t.Fatal(err)
+	}
+}
