@@ -15,9 +15,9 @@ import (
 	"time"
 )
 
-// writeCertificates makes a certificate authority and a certificate for 127.0.0.1 and localhost, and writes
+// writeCertificates makes a certificate authority and a certificate for an IP and localhost, and writes
 // ca.crt, server.crt and server.key to dir.
-func writeCertificates(dir string) (tls.Certificate, error) {
+func writeCertificates(dir string, ip net.IP) (tls.Certificate, error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return tls.Certificate{}, err
@@ -38,7 +38,7 @@ func writeCertificates(dir string) (tls.Certificate, error) {
 	server := &x509.Certificate{
 		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "localhost"},
 		NotBefore: ca.NotBefore, NotAfter: ca.NotAfter,
-		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{ip},
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, // both, for tests of client certificates
 	}
 	der, err := x509.CreateCertificate(rand.Reader, server, ca, key.Public(), caKey)

@@ -4,6 +4,7 @@
 package controlplane
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/subtle"
@@ -28,7 +29,8 @@ type Options struct {
 	Group  *process.Group
 	Agents map[string]string // token by agent id
 	Log    *slog.Logger
-	OIDC   bool // leases hold a token of OpenID Connect, instead of frp's shared token
+	OIDC   bool   // leases hold a token of OpenID Connect, instead of frp's shared token
+	IP     string // this machine's, to listen on and for agents to find it at; default: 127.0.0.1
 }
 
 // Terms are what the leases that are given from now on say.
@@ -37,7 +39,7 @@ type Terms struct {
 	TunnelType string        // http or https; empty: what the agent wants
 }
 
-// ControlPlane is a running control plane. All its addresses are on 127.0.0.1.
+// ControlPlane is a running control plane. All its addresses are on one IP.
 type ControlPlane struct {
 	APIURL     string `json:"api_url"`     // where agents authenticate
 	GatewayURL string `json:"gateway_url"` // where callers reach agents, below /agents/{id}
@@ -85,6 +87,7 @@ type refusal struct {
 
 // Start runs a control plane until Close, or until ctx ends.
 func Start(ctx context.Context, options Options) (*ControlPlane, error) {
+	options.IP = cmp.Or(options.IP, "127.0.0.1")
 	dir, err := options.Group.Mkdir("controlplane")
 	if err != nil {
 		return nil, err
@@ -94,7 +97,7 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 		agents: maps.Clone(options.Agents), revoked: map[string]bool{}, terms: Terms{Life: 24 * time.Hour},
 		leases: map[string]lease{}, tunnels: map[string]string{}, refusals: map[string]refusal{},
 	}
-	cert, err := writeCertificates(dir)
+	cert, err := writeCertificates(dir, net.ParseIP(options.IP))
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +133,7 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 
 // serve runs a server on a free port of loopback and returns its URL.
 func (c *ControlPlane) serve(ctx context.Context, handler http.Handler, tlsConfig *tls.Config) (string, error) {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(c.options.IP, "0"))
 	if err != nil {
 		return "", err
 	}
@@ -248,7 +251,7 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 		l.tunnel.Subdomain = l.agentID
 	}
 	answer := map[string]any{
-		"frp_token": c.frpToken, "auth_method": "token", "server_addr": "127.0.0.1", "server_port": c.FrpsPort,
+		"frp_token": c.frpToken, "auth_method": "token", "server_addr": c.options.IP, "server_port": c.FrpsPort,
 		"metadatas": map[string]string{"agent_id": l.agentID, "lease": credential}, "tunnel": l.tunnel,
 	}
 	if !l.expires.IsZero() {

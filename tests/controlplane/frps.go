@@ -43,7 +43,7 @@ func (c *ControlPlane) configureFrps() error {
 		auth = map[string]any{"method": "oidc", "oidc": map[string]any{"issuer": c.issuer.url, "audience": audience}}
 	}
 	config := map[string]any{
-		"bindAddr": "127.0.0.1", "bindPort": c.FrpsPort,
+		"bindAddr": c.options.IP, "bindPort": c.FrpsPort,
 		"vhostHTTPPort": c.vhostPort, "vhostHTTPSPort": c.vhostTLSPort, "subDomainHost": domain,
 		"vhostHTTPTimeout": 120, // a wait for headers; kubectl allows calls that long
 		"auth":             auth,
@@ -78,7 +78,7 @@ func (c *ControlPlane) StartFrps(ctx context.Context) error {
 	c.frps = p
 	c.mu.Unlock()
 	err = process.Poll(ctx, 10*time.Second, p.Done(), func() error {
-		conn, err := net.Dial("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(c.FrpsPort)))
+		conn, err := net.Dial("tcp", net.JoinHostPort(c.options.IP, strconv.Itoa(c.FrpsPort)))
 		if err == nil {
 			_ = conn.Close()
 		}

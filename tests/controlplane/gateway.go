@@ -80,7 +80,7 @@ func (c *ControlPlane) tunnelType(id string) string {
 // dial connects to one of the ports of frps.
 func (c *ControlPlane) dial(ctx context.Context, port *int) (net.Conn, error) {
 	c.mu.Lock()
-	addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(*port))
+	addr := net.JoinHostPort(c.options.IP, strconv.Itoa(*port))
 	c.mu.Unlock()
 	return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 }

@@ -1,0 +1,302 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+const (
+	agentID    = "agent-001"
+	agentToken = "the-agents-token"
+)
+
+// installed is the agent, installed as its README says, and a control plane that it dials out to.
+type installed struct {
+	t      *testing.T
+	dir    string // a copy of the manifests, with the files that a user writes
+	admin  string // kubeconfig: straight to the API server
+	caller string // kubeconfig: through the tunnel
+	cp     *controlplane.ControlPlane
+}
+
+// kubectl runs the real one, with what env adds.
+func (i *installed) run(kubeconfig, stdin string, env []string, args ...string) (string, error) {
+	i.t.Helper()
+	binary, err := process.Binary("kubectl")
+	if err != nil {
+		i.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // cleaning up needs it after the test's end
+	defer cancel()
+	cmd := exec.CommandContext(ctx, binary, args...)
+	cmd.Dir = filepath.Dir(i.dir)
+	cmd.Env = append([]string{"KUBECONFIG=" + kubeconfig, "HOME=" + filepath.Dir(i.dir), "PATH=" + os.Getenv("PATH")}, env...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, stderr.String())
+	}
+	return stdout.String(), nil
+}
+
+func (i *installed) must(kubeconfig string, args ...string) string {
+	i.t.Helper()
+	out, err := i.run(kubeconfig, "", nil, args...)
+	if err != nil {
+		i.t.Fatal(err)
+	}
+	return out
+}
+
+// install applies an overlay as manifests/README.md says, with a control plane of the test's own, and waits for the
+// rollout.
+func install(t *testing.T) *installed {
+	t.Helper()
+	group, err := process.NewGroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(group.Close)
+	root := repository(t)
+	for _, image := range []string{"vm-agent-" + runtime.GOARCH + ".tar", "frpc.tar"} {
+		if err := node.ImportImage(t.Context(), filepath.Join(root, ".build", "images", image)); err != nil {
+			t.Fatalf("%v: make test-images builds them", err)
+		}
+	}
+	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
+	i.cp, err = controlplane.Start(t.Context(), controlplane.Options{
+		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler), IP: node.HostIP,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(i.cp.Close)
+	if err := agent.WriteCaller(i.caller, i.cp, agentID, agentToken); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(i.dir, os.DirFS(filepath.Join(root, "manifests"))); err != nil {
+		t.Fatal(err)
+	}
+	i.write("overlays/test/agent.env", "PIPEOPS_AGENT_ID="+agentID+"\nPIPEOPS_API_URL="+i.cp.APIURL+
+		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TUNNEL_TYPE=https\n")
+	i.write("overlays/test/agent-token", agentToken+"\n")
+	i.write("overlays/test/ca.crt", string(i.cp.CA))
+	i.write("overlays/test/kustomization.yaml", `
+namespace: pipeops-system
+resources: [../../base]
+components: [../../components/manage, ../../components/runners]
+configMapGenerator: [{name: pipeops-agent, behavior: merge, envs: [agent.env]}]
+secretGenerator:
+  - {name: pipeops-agent, files: [token=agent-token], options: {disableNameSuffixHash: true}}
+  - {name: pipeops-agent-tls, files: [ca.crt]}
+`)
+	t.Cleanup(func() {
+		if t.Failed() {
+			report(context.Background(), t, "pipeops-system")
+			for _, container := range []string{"bootstrap", "frpc", "proxy"} {
+				out, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", container, "--tail", "20")
+				t.Logf("log of %s: %v\n%s", container, err, out)
+			}
+		}
+		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/name=pipeops-agent", "--ignore-not-found"); err != nil {
+			t.Error(err)
+		}
+	})
+	i.apply()
+	return i
+}
+
+func (i *installed) apply() {
+	i.t.Helper()
+	i.must(i.admin, "apply", "-k", "manifests/overlays/test")
+	i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
+}
+
+func (i *installed) write(name, content string) {
+	i.t.Helper()
+	path := filepath.Join(i.dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		i.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		i.t.Fatal(err)
+	}
+}
+
+// repository is the top of this one.
+func repository(t *testing.T) string {
+	t.Helper()
+	binary, err := process.Binary("kubectl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(filepath.Dir(binary), "..", "..")
+}
+
+// TestAgentOnANode: from kubectl apply -k to a cluster that is used through the tunnel, upgraded, and left.
+func TestAgentOnANode(t *testing.T) {
+	i := install(t)
+	if out := i.must(i.admin, "-n", "pipeops-system", "exec", "deployment/pipeops-agent", "-c", "bootstrap", "--", "/bootstrap", "doctor"); strings.Contains(out, "failed") || strings.Contains(out, "skipped") {
+		t.Errorf("doctor:\n%s", out)
+	}
+	t.Run("kubectl", i.useKubectl)
+	t.Run("restarts", i.restarts)
+	t.Run("upgrade", func(t *testing.T) {
+		i := &installed{t, i.dir, i.admin, i.caller, i.cp}
+		before := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "name")
+		data, err := os.ReadFile(filepath.Join(i.dir, "overlays/test/agent.env"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.write("overlays/test/agent.env", string(data)+"PIPEOPS_LOG_LEVEL=debug\n")
+		i.apply()
+		if after := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "name"); after == before {
+			t.Errorf("the pods are the same: %s", after)
+		}
+		i.must(i.caller, "get", "nodes")
+	})
+	t.Run("remove", func(t *testing.T) {
+		i := &installed{t, i.dir, i.admin, i.caller, i.cp}
+		i.must(i.admin, "delete", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/name=pipeops-agent")
+		if out := i.must(i.admin, "get", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
+			t.Errorf("left: %s", out)
+		}
+		if out, err := i.run(i.caller, "", nil, "get", "--raw", "/version"); err == nil || !strings.Contains(err.Error(), "is not connected to the control plane") {
+			t.Errorf("the tunnel: %s, %v", out, err)
+		}
+	})
+}
+
+// useKubectl does through the tunnel what people do, with real pods, over both streaming protocols.
+func (i *installed) useKubectl(t *testing.T) {
+	i = &installed{t, i.dir, i.admin, i.caller, i.cp}
+	ns := namespace(t)
+	i.must(i.caller, "get", "nodes,namespaces")
+	i.write("web.yaml", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"}, "spec": {
+		"selector": {"matchLabels": {"app": "web"}}, "template": {"metadata": {"labels": {"app": "web"}}, "spec": {"terminationGracePeriodSeconds": 1, "containers": [{
+			"name": "web", "image": "`+cluster.Busybox+`", "command": ["/bin/busybox", "sh", "-c", "echo hello; ln -s busybox /bin/tar; mkdir -p /www; echo page >/www/index.html; exec httpd -f -p 8080 -h /www"]}]}}}}`)
+	i.must(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "web.yaml"))
+	i.must(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
+	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}} {
+		t.Run(name, func(t *testing.T) {
+			for _, test := range []struct {
+				stdin, want string
+				args        []string
+			}{
+				{"", "hello\n", []string{"logs", "deployment/web"}},
+				{"there and back", "there and back", []string{"exec", "-i", "deployment/web", "--", "/bin/busybox", "cat"}},
+				{"typed\n", "typed\n", []string{"run", strings.ToLower(name), "-i", "--rm", "--quiet", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "read line; echo $line"}},
+			} {
+				out, err := i.run(i.caller, test.stdin, env, append([]string{"-n", ns}, test.args...)...)
+				if err != nil || !strings.Contains(out, test.want) {
+					t.Errorf("kubectl %s: %q, want %q (%v)", strings.Join(test.args, " "), out, test.want, err)
+				}
+			}
+			pod := strings.TrimPrefix(strings.TrimSpace(i.must(i.caller, "-n", ns, "get", "pods", "-l", "app=web", "-o", "name")), "pod/")
+			there, back := filepath.Join(filepath.Dir(i.dir), "there"), filepath.Join(filepath.Dir(i.dir), "back-"+name)
+			content := strings.Repeat("0123456789abcdef", 1<<16)
+			if err := os.WriteFile(there, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			for _, args := range [][]string{{there, pod + ":/tmp-" + name}, {pod + ":/tmp-" + name, back}} {
+				if out, err := i.run(i.caller, "", env, append([]string{"-n", ns, "cp"}, args...)...); err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+			}
+			if got, err := os.ReadFile(back); err != nil || string(got) != content {
+				t.Errorf("cp: %d bytes came back, %v", len(got), err)
+			}
+			i.portForward(t, ns, env)
+		})
+	}
+	follow, err := i.run(i.caller, "", nil, "-n", ns, "logs", "-f", "deployment/web", "--pod-running-timeout", "30s", "--limit-bytes", "6")
+	if err != nil || follow != "hello\n" {
+		t.Errorf("logs -f: %q, %v", follow, err)
+	}
+}
+
+func (i *installed) portForward(t *testing.T, ns string, env []string) {
+	t.Helper()
+	binary, err := process.Binary("kubectl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port, err := process.FreePort()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), binary, "-n", ns, "port-forward", "deployment/web", fmt.Sprintf("%d:8080", port))
+	cmd.Env = append([]string{"KUBECONFIG=" + i.caller, "HOME=" + filepath.Dir(i.dir), "PATH=" + os.Getenv("PATH")}, env...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
+	eventually(t, func() error {
+		out, err := exec.CommandContext(t.Context(), "busybox", "wget", "-q", "-O", "-", fmt.Sprintf("http://127.0.0.1:%d/", port)).CombinedOutput()
+		if err == nil && string(out) != "page\n" {
+			err = fmt.Errorf("got %q", out)
+		}
+		return err
+	})
+}
+
+// restarts kills each container of the agent in turn: an informer that watches through the tunnel misses nothing.
+func (i *installed) restarts(t *testing.T) {
+	ns := namespace(t)
+	client, err := kubernetes.NewForConfig(agent.Caller(i.cp, agentID, agentToken))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	seen := map[string]bool{}
+	factory := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithNamespace(ns))
+	if _, err := factory.Core().V1().ConfigMaps().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: func(object any) {
+		mu.Lock()
+		defer mu.Unlock()
+		seen[object.(*corev1.ConfigMap).Name] = true
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	factory.Start(t.Context().Done())
+	t.Cleanup(factory.Shutdown)
+	factory.WaitForCacheSync(t.Context().Done())
+	for _, name := range []string{"bootstrap", "frpc", "proxy"} {
+		if out, err := node.Command(t.Context(), "pkill", "-KILL", "-x", name).CombinedOutput(); err != nil {
+			t.Fatalf("kill %s: %v: %s", name, err, out)
+		}
+		if _, err := node.Client.CoreV1().ConfigMaps(ns).Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() error {
+			mu.Lock()
+			defer mu.Unlock()
+			if !seen[name] {
+				return errors.New("the informer has not seen what was made after " + name + " was killed")
+			}
+			return nil
+		})
+		i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
+	}
+}
