@@ -70,9 +70,9 @@ func (i *installed) must(kubeconfig string, args ...string) string {
 	return out
 }
 
-// install applies an overlay as manifests/README.md says, with a control plane of the test's own, and waits for the
+// install applies an overlay with some components as manifests/README.md says, with a control plane of the test's own, and waits for the
 // rollout.
-func install(t *testing.T) *installed {
+func install(t *testing.T, components ...string) *installed {
 	t.Helper()
 	group, err := process.NewGroup()
 	if err != nil {
@@ -103,15 +103,7 @@ func install(t *testing.T) *installed {
 		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TUNNEL_TYPE=https\n")
 	i.write("overlays/test/agent-token", agentToken+"\n")
 	i.write("overlays/test/ca.crt", string(i.cp.CA))
-	i.write("overlays/test/kustomization.yaml", `
-namespace: pipeops-system
-resources: [../../base]
-components: [../../components/manage, ../../components/runners]
-configMapGenerator: [{name: pipeops-agent, behavior: merge, envs: [agent.env]}]
-secretGenerator:
-  - {name: pipeops-agent, files: [token=agent-token], options: {disableNameSuffixHash: true}}
-  - {name: pipeops-agent-tls, files: [ca.crt]}
-`)
+	i.components(components...)
 	t.Cleanup(func() {
 		if t.Failed() {
 			report(context.Background(), t, "pipeops-system")
@@ -126,6 +118,24 @@ secretGenerator:
 	})
 	i.apply()
 	return i
+}
+
+// components writes the overlay with these.
+func (i *installed) components(names ...string) {
+	i.t.Helper()
+	paths := make([]string, len(names))
+	for n, name := range names {
+		paths[n] = "../../components/" + name
+	}
+	i.write("overlays/test/kustomization.yaml", `
+namespace: pipeops-system
+resources: [../../base]
+components: [`+strings.Join(paths, ", ")+`]
+configMapGenerator: [{name: pipeops-agent, behavior: merge, envs: [agent.env]}]
+secretGenerator:
+  - {name: pipeops-agent, files: [token=agent-token], options: {disableNameSuffixHash: true}}
+  - {name: pipeops-agent-tls, files: [ca.crt]}
+`)
 }
 
 func (i *installed) apply() {
@@ -158,6 +168,7 @@ func repository(t *testing.T) string {
 // TestAgentOnANode: from kubectl apply -k to a cluster that is used through the tunnel, upgraded, and left.
 func TestAgentOnANode(t *testing.T) {
 	i := install(t)
+	i.rights()
 	if out := i.must(i.admin, "-n", "pipeops-system", "exec", "deployment/pipeops-agent", "-c", "bootstrap", "--", "/bootstrap", "doctor"); strings.Contains(out, "failed") || strings.Contains(out, "skipped") {
 		t.Errorf("doctor:\n%s", out)
 	}
@@ -187,6 +198,54 @@ func TestAgentOnANode(t *testing.T) {
 			t.Errorf("the tunnel: %s, %v", out, err)
 		}
 	})
+}
+
+// rights shows through the tunnel what the base and each component grant.
+func (i *installed) rights() {
+	i.t.Helper()
+	can := func(verb, resource string) bool {
+		i.t.Helper()
+		resource, sub, _ := strings.Cut(resource, "/") // kubectl would take it for a name
+		out, err := i.run(i.caller, "", nil, "auth", "can-i", verb, resource, "--subresource", sub, "-A")
+		if answer := strings.TrimSpace(out); answer != "yes" && answer != "no" {
+			i.t.Fatalf("can-i %s %s: %q, %v", verb, resource, out, err)
+		}
+		return strings.TrimSpace(out) == "yes"
+	}
+	for _, step := range []struct {
+		components []string
+		may, not   string // verb and resource, and so on
+	}{
+		{nil, "list pods list nodes watch namespaces get pods/log list deployments.apps",
+			"get secrets create pods get pods/exec create pods/exec delete nodes get nodes/proxy create clusterroles impersonate users"},
+		{[]string{"runners"}, "list pods", "get secrets create secrets get nodes/proxy"},
+		{[]string{"manage"}, "get secrets create pods create pods/exec delete deployments.apps", "delete nodes get nodes/proxy create nodes/proxy create clusterroles impersonate users"},
+		{[]string{"cluster-admin"}, "create clusterroles delete nodes get secrets", ""},
+	} {
+		i.components(step.components...)
+		i.apply()
+		for want, list := range map[bool][]string{true: strings.Fields(step.may), false: strings.Fields(step.not)} {
+			for n := 0; n < len(list); n += 2 {
+				if can(list[n], list[n+1]) != want {
+					i.t.Errorf("with %v, %s %s: %v", step.components, list[n], list[n+1], !want)
+				}
+			}
+		}
+		// What RBAC says of that, the agent lets nobody through.
+		if out, err := i.run(i.caller, "", nil, "get", "--raw", "/api/v1/nodes/"+cluster.NodeName+"/proxy/pods"); err == nil || !strings.Contains(err.Error(), "nodes/proxy reaches every pod") {
+			i.t.Errorf("with %v, nodes/proxy answers %q, %v", step.components, out, err)
+		}
+	}
+	registry := func(verb, name string) string {
+		out, _ := i.run(i.admin, "", nil, "auth", "can-i", verb, "secrets/"+name, "-n", "pipeops-system", "--as", "system:serviceaccount:pipeops-system:pipeops-agent")
+		return strings.TrimSpace(out)
+	}
+	i.must(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin", "pipeops-agent-manage")
+	if registry("update", "pipeops-agent-runners") != "yes" || registry("update", "pipeops-agent") != "no" || registry("get", "pipeops-agent") != "no" {
+		i.t.Error("runners grants another Secret than its own, or not that")
+	}
+	i.components("manage", "runners")
+	i.apply()
 }
 
 // useKubectl does through the tunnel what people do, with real pods, over both streaming protocols.
