@@ -39,7 +39,7 @@ test: build tools ## Run the unit and integration tests: no root, no internet bu
 	@cd tests && go test -count=1 -v -timeout 15m $$(go list ./... | grep -v -e /e2e$$ -e /monitoring$$)
 
 # What a node, the images and the alerts' tests need of Debian, beside what every Debian has.
-E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins iproute2 iptables prometheus runc
+E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins iproute2 iptables podman prometheus runc
 missing-packages = for p in $(E2E_PACKAGES); do dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
 # What a node is made of beside the tools. Nothing else needs it, and it takes minutes to build.
 NODE := kube-controller-manager kube-proxy kube-scheduler kubelet
