@@ -90,7 +90,8 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 const kubeletFile = "kubelet.yaml"
 
 // kubeletConfig takes a directory and a cgroup. No image is removed and no pod evicted because the disk is full:
-// that is the machine's affair, and there is no registry to get the image again from.
+// that is the machine's affair, and there is no registry to get the image again from. A Secret that changes is seen
+// in pods after seconds, not a minute.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {x509: {clientCAFile: %[1]s/kubelet-client.crt}}
@@ -103,6 +104,7 @@ failCgroupV1: false
 failSwapOn: false
 imageGCHighThresholdPercent: 100
 evictionHard: {memory.available: 1Mi}
+syncFrequency: 5s
 `
 
 // StartNode starts a node in the group and waits until it is ready for pods. It needs root.

@@ -188,6 +188,35 @@ func TestAgentOnANode(t *testing.T) {
 		}
 		i.must(i.caller, "get", "nodes")
 	})
+	t.Run("rotate the token", func(t *testing.T) {
+		i := &installed{t, i.dir, i.admin, i.caller, i.cp}
+		pods := func() string { // with the restarts of their proxies
+			return i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
+		}
+		var before string
+		eventually(t, func() error { // the pod of before the upgrade drains
+			if before = pods(); strings.Count(before, "\n") != 1 {
+				return fmt.Errorf("there are %s", before)
+			}
+			return nil
+		})
+		i.cp.SetAgent(agentID, "another-agent-token")
+		i.write("overlays/test/agent-token", "another-agent-token\n")
+		i.apply()
+		if err := agent.WriteCaller(i.caller, i.cp, agentID, "another-agent-token"); err != nil {
+			t.Fatal(err)
+		}
+		// The kubelet looks about once a minute.
+		if err := process.Poll(t.Context(), 3*time.Minute, nil, func() error {
+			_, err := i.run(i.caller, "", nil, "get", "--raw", "/version")
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if after := pods(); after != before {
+			t.Errorf("pods and restarts of the proxy: %s, before %s", after, before)
+		}
+	})
 	t.Run("remove", func(t *testing.T) {
 		i := &installed{t, i.dir, i.admin, i.caller, i.cp}
 		i.must(i.admin, "delete", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/name=pipeops-agent")

@@ -55,7 +55,11 @@ func startLoad(t *testing.T, i *installed) (l *load, stop func()) {
 	}
 	factory := informers.NewSharedInformerFactory(client, 0)
 	informer := factory.Core().V1().Pods().Informer()
-	if err := informer.SetWatchErrorHandler(func(_ *cache.Reflector, err error) { l.failed(fmt.Errorf("watch: %w", err)) }); err != nil {
+	if err := informer.SetWatchErrorHandler(func(_ *cache.Reflector, err error) {
+		if ctx.Err() == nil {
+			l.failed(fmt.Errorf("watch: %w", err))
+		}
+	}); err != nil {
 		t.Fatal(err)
 	}
 	factory.Start(ctx.Done())
