@@ -36,7 +36,7 @@ test: build tools ## Run the unit and integration tests: no root, no internet bu
 	@echo "== the stock frp reads what the agent writes"
 	@cd tests/tools/frp && go test -count=1 ./...
 	@echo "== integration: real API server, real frps and frpc"
-	@cd tests && go test -count=1 -v -timeout 15m $$(go list ./... | grep -v -e /e2e$$ -e /monitoring$$)
+	@cd tests && go test -count=1 -v -parallel 8 -timeout 15m $$(go list ./... | grep -v -e /e2e$$ -e /monitoring$$)
 
 # What a node, the images and the alerts' tests need of Debian, beside what every Debian has.
 E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins iproute2 iptables podman prometheus runc
