@@ -93,24 +93,18 @@ func redact(cfg *config.Config, fail *failure) *failure {
 // newLease joins the configuration and the control plane's answer; the answer wins. admin is what frpc was told
 // before, if it was: it may still run.
 func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lease, error) {
-	if answer.AuthMethod == "" {
-		answer.AuthMethod = "token"
-	}
+	answer.AuthMethod = cmp.Or(answer.AuthMethod, "token")
 	if answer.AuthMethod != "token" && answer.AuthMethod != "oidc" {
 		return frpc.Lease{}, fmt.Errorf("the control plane's lease has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
 	}
 	name := cfg.Agent.ID + "." + cfg.Agent.Instance
 	tunnel, configured := answer.Tunnel, cfg.FRP.Tunnel
-	if tunnel.Type == "" {
-		tunnel.Type = configured.Type
-	}
+	tunnel.Type = cmp.Or(tunnel.Type, configured.Type)
 	if (tunnel.Type == "tcp") == (configured.Type == "tcp") {
 		if tunnel.Subdomain == "" && len(tunnel.CustomDomains) == 0 {
 			tunnel.Subdomain, tunnel.CustomDomains = configured.Subdomain, configured.CustomDomains
 		}
-		if tunnel.RemotePort == 0 {
-			tunnel.RemotePort = configured.RemotePort
-		}
+		tunnel.RemotePort = cmp.Or(tunnel.RemotePort, configured.RemotePort)
 	}
 	tunnel.LocalIP, tunnel.LocalPort = configured.LocalIP, configured.LocalPort
 	if !slices.Contains([]string{"http", "https", "tcp"}, tunnel.Type) {
@@ -133,13 +127,16 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 		}
 	}
 	tunnel.Name = name
+	if admin.Password == "" {
+		admin = frpc.Admin{Port: cfg.FRP.AdminPort, User: "pipeops", Password: frpc.Secret(rand.Text())}
+	}
 	lease := frpc.Lease{
 		IssuedAt:    time.Now().UTC().Truncate(time.Second),
 		ExpiresAt:   answer.ends,
 		Permissions: answer.Permissions,
 		Frpc: frpc.Config{
-			ServerAddr: cfg.FRP.ServerAddr,
-			ServerPort: cfg.FRP.ServerPort,
+			ServerAddr: cmp.Or(answer.ServerAddr, cfg.FRP.ServerAddr),
+			ServerPort: cmp.Or(answer.ServerPort, cfg.FRP.ServerPort),
 			User:       answer.User,
 			ClientID:   name,
 			Protocol:   cfg.FRP.Protocol,
@@ -153,17 +150,8 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 			Tunnel:     tunnel,
 		},
 	}
-	if admin.Password == "" {
-		lease.Frpc.Admin = frpc.Admin{Port: cfg.FRP.AdminPort, User: "pipeops", Password: frpc.Secret(rand.Text())}
-	}
 	if answer.AuthMethod == "oidc" {
 		lease.Frpc.TokenFile = filepath.Join(cfg.RunDir, frpc.TokenFile)
-	}
-	if answer.ServerAddr != "" {
-		lease.Frpc.ServerAddr = answer.ServerAddr
-	}
-	if answer.ServerPort != 0 {
-		lease.Frpc.ServerPort = answer.ServerPort
 	}
 	return lease, nil
 }

@@ -107,6 +107,9 @@ func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
 	}
 }
 
+// headerTime is how long the headers of a request may take to come.
+const headerTime = 32 * time.Second
+
 // newHTTPServer makes the server of one listener. Its requests end with ctx.
 func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
 	// On the tunnel listener they would cut watches, logs and exec.
@@ -117,7 +120,7 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 	return &http.Server{
 		Handler:     handler,
 		ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
-		ReadHeaderTimeout: 32 * time.Second,
+		ReadHeaderTimeout: headerTime,
 		// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
 		IdleTimeout: 120 * time.Second,
 		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all

@@ -22,7 +22,7 @@ import (
 const maxMessage = 64 << 10
 
 // messageTime is how long all of a message may take to come, as its headers may.
-const messageTime = 32 * time.Second
+const messageTime = headerTime
 
 // message is the envelope of what the control plane tells the agent.
 type message struct {

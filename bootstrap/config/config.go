@@ -370,19 +370,16 @@ func (l *loader) secret(key string) {
 }
 
 // AgentToken is the agent's token as it now is: read anew where it comes from a file.
-func (c *Config) AgentToken() (frpc.Secret, error) {
-	if c.Agent.TokenFile == "" {
-		return c.Agent.Token, nil
-	}
-	return readSecret(c.Agent.TokenFile, checkToken)
-}
+func (c *Config) AgentToken() (frpc.Secret, error) { return current(c.Agent.Token, c.Agent.TokenFile) }
 
 // FRPToken is frp's token as it now is, empty where the control plane is asked for it.
-func (c *Config) FRPToken() (frpc.Secret, error) {
-	if c.FRP.TokenFile == "" {
-		return c.FRP.Token, nil
+func (c *Config) FRPToken() (frpc.Secret, error) { return current(c.FRP.Token, c.FRP.TokenFile) }
+
+func current(token frpc.Secret, file string) (frpc.Secret, error) {
+	if file == "" {
+		return token, nil
 	}
-	return readSecret(c.FRP.TokenFile, checkToken)
+	return readSecret(file, checkToken)
 }
 
 // readSecret reads the file of a setting such as agent.token_file.
