@@ -96,8 +96,8 @@ func recovery(ctx context.Context) error {
 	}
 	fmt.Printf("| what | figure |\n| --- | --- |\n")
 	fmt.Printf("| bootstrap, from its start to its end with frpc.toml written | %.0f ms |\n", median(written))
-	// happening does something and tells how long callers miss the tunnel, and whether done says that all is over.
-	happening := func(what string, do func() error, done func() (bool, error)) error {
+	// happening does something, and until done says that all is over tells how long callers miss the tunnel.
+	happening := func(what string, do func() error, done func() bool) error {
 		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true") //nolint:bodyclose // below, on every way out but errors that end it all
 		if err != nil {
 			return err
@@ -126,10 +126,7 @@ func recovery(ctx context.Context) error {
 				_, _ = io.Copy(io.Discard, resp.Body)
 				_ = resp.Body.Close()
 			}
-			if over, err = done(); err != nil {
-				return err
-			}
-			if !over && !released && time.Since(begin) > 10*time.Second { // its caller has had enough of it
+			if over = done(); !over && !released && time.Since(begin) > 10*time.Second { // its caller has had enough of it
 				released = true
 				_ = watch.Body.Close()
 			}
@@ -152,8 +149,7 @@ func recovery(ctx context.Context) error {
 		fmt.Printf("| … a watch that ran | %s |\n", running)
 		return nil
 	}
-	always := func() (bool, error) { return true, nil }
-	if err := happening("frps killed, and started again at once", func() error { return syscall.Kill(cp.FrpsPid(), syscall.SIGKILL) }, always); err != nil {
+	if err := happening("frps killed, and started again at once", func() error { return syscall.Kill(cp.FrpsPid(), syscall.SIGKILL) }, func() bool { return true }); err != nil {
 		return err
 	}
 	restarts := a.FrpcRestarts()
@@ -164,7 +160,7 @@ func recovery(ctx context.Context) error {
 		}
 		token = "second"
 		return os.Rename(tokenFile+".new", tokenFile)
-	}, func() (bool, error) { return a.FrpcRestarts() > restarts, nil }); err != nil {
+	}, func() bool { return a.FrpcRestarts() > restarts }); err != nil {
 		return err
 	}
 	rss, err := memory(a.Bootstrap.Pid(), "VmRSS")
@@ -172,7 +168,7 @@ func recovery(ctx context.Context) error {
 		return err
 	}
 	fmt.Printf("| RSS of bootstrap, waiting | %.1f MB |\n\n", rss)
-	if log := a.Bootstrap.Log(); !strings.Contains(log, "restarting frpc") {
+	if log := a.Bootstrap.Log(); !strings.Contains(log, "frpc is started again") {
 		return fmt.Errorf("bootstrap has not restarted frpc:\n%s", log)
 	}
 	return nil
