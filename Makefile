@@ -123,13 +123,13 @@ images: ## Build the images for amd64 and arm64, and what they are made of, into
 # For tests on a machine that reaches no registry: see manifests/images/frpc.Dockerfile.
 .PHONY: test-images
 test-images: images $(BIN)/frpc
-	@mkdir -p $(IMAGES)/root && install -m 755 $(BIN)/frpc $(IMAGES)/root/frpc
-	@manifests/images/build manifests/images/frpc.Dockerfile $(IMAGES)/root $$(go env GOARCH) $(FRPC_IMAGE) $(IMAGES)/frpc.tar
-	@rm -r $(IMAGES)/root
+	@mkdir -p $(IMAGES)/context && install -m 755 $(BIN)/frpc $(IMAGES)/context/frpc
+	@manifests/images/build manifests/images/frpc.Dockerfile $(IMAGES)/context $$(go env GOARCH) $(FRPC_IMAGE) $(IMAGES)/frpc.tar
+	@rm -r $(IMAGES)/context
 
 .PHONY: verify-images
 verify-images: images ## Build the images a second time, from a clone in another place, and compare
-	@cd tests && go test -count=1 -run TestImages ./manifests -args -images $(IMAGES)
+	@cd tests && go test -count=1 -tags images -run TestImages ./manifests
 	@git diff --quiet HEAD || { echo "commit first: the second build is of the last commit"; exit 1; }
 	@again=$$(mktemp -d) && trap 'rm -rf $$again' EXIT && git clone --quiet . $$again && \
 		$(MAKE) --no-print-directory -C $$again images >/dev/null && \

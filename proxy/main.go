@@ -27,14 +27,21 @@ import (
 const (
 	exitOK     = 0
 	exitFailed = 1
-	exitUsage  = 2 // the configuration or the command line is wrong
+	exitUsage  = 2   // the configuration or the command line is wrong
+	exitKilled = 143 // a second signal came before the drain was over
 )
 
 func main() {
 	frpc.ForbidCoreDumps()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	// A second signal ends the process at once.
-	context.AfterFunc(ctx, stop)
+	ctx, drain := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		<-signals
+		drain()
+		<-signals // ends the process at once
+		os.Exit(exitKilled)
+	}()
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
 }
 

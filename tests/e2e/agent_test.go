@@ -41,18 +41,32 @@ type installed struct {
 	cp     *controlplane.ControlPlane
 }
 
-// kubectl runs the real one, with what env adds.
-func (i *installed) run(kubeconfig, stdin string, env []string, args ...string) (string, error) {
+// in is the same for a subtest.
+func (i *installed) in(t *testing.T) *installed {
+	same := *i
+	same.t = t
+	return &same
+}
+
+// kubectl prepares the real one, with what env adds.
+func (i *installed) kubectl(ctx context.Context, kubeconfig string, env []string, args ...string) *exec.Cmd {
 	i.t.Helper()
 	binary, err := process.Binary("kubectl")
 	if err != nil {
 		i.t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // cleaning up needs it after the test's end
-	defer cancel()
 	cmd := exec.CommandContext(ctx, binary, args...)
 	cmd.Dir = filepath.Dir(i.dir)
 	cmd.Env = append([]string{"KUBECONFIG=" + kubeconfig, "HOME=" + filepath.Dir(i.dir), "PATH=" + os.Getenv("PATH")}, env...)
+	return cmd
+}
+
+// run runs kubectl to its end and returns what it prints.
+func (i *installed) run(kubeconfig, stdin string, env []string, args ...string) (string, error) {
+	i.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // cleaning up needs it after the test's end
+	defer cancel()
+	cmd := i.kubectl(ctx, kubeconfig, env, args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
 	if err := cmd.Run(); err != nil {
@@ -70,8 +84,8 @@ func (i *installed) must(kubeconfig string, args ...string) string {
 	return out
 }
 
-// install applies an overlay with some components as manifests/README.md says, with a control plane of the test's own, and waits for the
-// rollout.
+// install applies an overlay with some components as manifests/README.md says, with a control plane of the test's
+// own, and waits for the rollout.
 func install(t *testing.T, components ...string) *installed {
 	t.Helper()
 	group, err := process.NewGroup()
@@ -158,11 +172,11 @@ func (i *installed) write(name, content string) {
 // repository is the top of this one.
 func repository(t *testing.T) string {
 	t.Helper()
-	binary, err := process.Binary("kubectl")
+	root, err := process.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return filepath.Join(filepath.Dir(binary), "..", "..")
+	return root
 }
 
 // TestAgentOnANode: from kubectl apply -k to a cluster that is used through the tunnel, upgraded, and left.
@@ -175,7 +189,7 @@ func TestAgentOnANode(t *testing.T) {
 	t.Run("kubectl", i.useKubectl)
 	t.Run("restarts", i.restarts)
 	t.Run("upgrade", func(t *testing.T) {
-		i := &installed{t, i.dir, i.admin, i.caller, i.cp}
+		i := i.in(t)
 		before := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "name")
 		data, err := os.ReadFile(filepath.Join(i.dir, "overlays/test/agent.env"))
 		if err != nil {
@@ -189,7 +203,7 @@ func TestAgentOnANode(t *testing.T) {
 		i.must(i.caller, "get", "nodes")
 	})
 	t.Run("rotate the token", func(t *testing.T) {
-		i := &installed{t, i.dir, i.admin, i.caller, i.cp}
+		i := i.in(t)
 		pods := func() string { // with the restarts of their proxies
 			return i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
 		}
@@ -206,7 +220,7 @@ func TestAgentOnANode(t *testing.T) {
 		if err := agent.WriteCaller(i.caller, i.cp, agentID, "another-agent-token"); err != nil {
 			t.Fatal(err)
 		}
-		// The kubelet looks about once a minute.
+		// The kubelet looks now and then.
 		if err := process.Poll(t.Context(), 3*time.Minute, nil, func() error {
 			_, err := i.run(i.caller, "", nil, "get", "--raw", "/version")
 			return err
@@ -218,7 +232,7 @@ func TestAgentOnANode(t *testing.T) {
 		}
 	})
 	t.Run("remove", func(t *testing.T) {
-		i := &installed{t, i.dir, i.admin, i.caller, i.cp}
+		i := i.in(t)
 		i.must(i.admin, "delete", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/name=pipeops-agent")
 		if out := i.must(i.admin, "get", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
 			t.Errorf("left: %s", out)
@@ -279,7 +293,7 @@ func (i *installed) rights() {
 
 // useKubectl does through the tunnel what people do, with real pods, over both streaming protocols.
 func (i *installed) useKubectl(t *testing.T) {
-	i = &installed{t, i.dir, i.admin, i.caller, i.cp}
+	i = i.in(t)
 	ns := namespace(t)
 	i.must(i.caller, "get", "nodes,namespaces")
 	i.write("web.yaml", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"}, "spec": {
@@ -289,6 +303,7 @@ func (i *installed) useKubectl(t *testing.T) {
 	i.must(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
 	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}} {
 		t.Run(name, func(t *testing.T) {
+			i := i.in(t)
 			for _, test := range []struct {
 				stdin, want string
 				args        []string
@@ -316,7 +331,7 @@ func (i *installed) useKubectl(t *testing.T) {
 			if got, err := os.ReadFile(back); err != nil || string(got) != content {
 				t.Errorf("cp: %d bytes came back, %v", len(got), err)
 			}
-			i.portForward(t, ns, env)
+			i.portForward(ns, env)
 		})
 	}
 	follow, err := i.run(i.caller, "", nil, "-n", ns, "logs", "-f", "deployment/web", "--pod-running-timeout", "30s", "--limit-bytes", "6")
@@ -325,18 +340,14 @@ func (i *installed) useKubectl(t *testing.T) {
 	}
 }
 
-func (i *installed) portForward(t *testing.T, ns string, env []string) {
+func (i *installed) portForward(ns string, env []string) {
+	t := i.t
 	t.Helper()
-	binary, err := process.Binary("kubectl")
-	if err != nil {
-		t.Fatal(err)
-	}
 	port, err := process.FreePort()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), binary, "-n", ns, "port-forward", "deployment/web", fmt.Sprintf("%d:8080", port))
-	cmd.Env = append([]string{"KUBECONFIG=" + i.caller, "HOME=" + filepath.Dir(i.dir), "PATH=" + os.Getenv("PATH")}, env...)
+	cmd := i.kubectl(t.Context(), i.caller, env, "-n", ns, "port-forward", "deployment/web", fmt.Sprintf("%d:8080", port))
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -352,6 +363,7 @@ func (i *installed) portForward(t *testing.T, ns string, env []string) {
 
 // restarts kills each container of the agent in turn: an informer that watches through the tunnel misses nothing.
 func (i *installed) restarts(t *testing.T) {
+	i = i.in(t)
 	ns := namespace(t)
 	client, err := kubernetes.NewForConfig(agent.Caller(i.cp, agentID, agentToken))
 	if err != nil {

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -19,9 +18,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// crashVariable makes this binary start a node with a pod and wait to be killed.
-const crashVariable = "PIPEOPS_TEST_CRASH"
-
+// crash starts a node with a pod and waits to be killed.
 func crash() int {
 	ctx := context.Background()
 	group, err := process.NewGroup()
@@ -43,21 +40,12 @@ func crash() int {
 
 // TestNothingIsLeftAfterACrash kills a process that runs a node with a pod, as no handler of its own can notice.
 func TestNothingIsLeftAfterACrash(t *testing.T) {
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), crashVariable+"=1")
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
+	cmd, line, err := process.Crashing()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	var dir, hostIP string
-	if _, err := fmt.Fscan(out, &dir, &hostIP); err != nil {
-		t.Fatal(err)
-	}
+	dir, hostIP, _ := strings.Cut(line, " ")
 	ran := descendants(cmd.Process.Pid, map[int]bool{})
 	if len(ran) < 20 {
 		t.Errorf("%d processes run: not all of the node's are seen", len(ran))
@@ -71,9 +59,8 @@ func TestNothingIsLeftAfterACrash(t *testing.T) {
 	_ = cmd.Wait()
 	eventually(t, func() error {
 		for pid := range ran {
-			// A process whose new parent does not wait for it stays as a zombie.
-			if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil && !strings.Contains(string(stat), ") Z ") {
-				return fmt.Errorf("process %d is still there: %s", pid, stat)
+			if process.Alive(pid) {
+				return fmt.Errorf("process %d is still there", pid)
 			}
 		}
 		return left(dir, hostIP)

@@ -20,7 +20,7 @@ import (
 var node *cluster.Node
 
 func TestMain(m *testing.M) {
-	if os.Getenv(crashVariable) != "" {
+	if process.ToCrash() {
 		os.Exit(crash())
 	}
 	os.Exit(run(m))

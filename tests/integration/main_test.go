@@ -33,7 +33,7 @@ var api struct {
 }
 
 func TestMain(m *testing.M) {
-	if os.Getenv(crashVariable) != "" {
+	if process.ToCrash() {
 		os.Exit(crash())
 	}
 	os.Exit(run(m))

@@ -1,3 +1,5 @@
+//go:build images
+
 package manifests
 
 import (
@@ -6,23 +8,26 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// TestImages looks at what `make images` has built, before that is built a second time: run by `make verify-images`.
+// TestImages looks at what `make images` has built, before that is built a second time by `make verify-images`.
 func TestImages(t *testing.T) {
-	if *images == "" {
-		t.Skip("make verify-images runs it")
+	root, err := process.Root()
+	if err != nil {
+		t.Fatal(err)
 	}
+	images := filepath.Join(root, ".build", "images")
 	pod := deployments(t, build(t, filepath.Join(installation(t), "base")))[0].Spec.Template.Spec
 	for _, arch := range []string{"amd64", "arm64"} {
-		archive := untar(t, read(t, filepath.Join(*images, "vm-agent-"+arch+".tar")))
+		archive := untar(t, read(t, filepath.Join(images, "vm-agent-"+arch+".tar")))
 		var manifest []struct {
 			Config           string
 			RepoTags, Layers []string
@@ -65,7 +70,7 @@ func TestImages(t *testing.T) {
 		var list struct {
 			Components []struct{ Type, Name string }
 		}
-		decode(t, read(t, filepath.Join(*images, "vm-agent-"+arch+".cdx.json")), &list)
+		decode(t, read(t, filepath.Join(images, "vm-agent-"+arch+".cdx.json")), &list)
 		var programs []string
 		for _, c := range list.Components {
 			if c.Type == "application" {
@@ -101,13 +106,4 @@ func decode(t *testing.T, data []byte, into any) {
 	if err := json.Unmarshal(data, into); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func read(t *testing.T, path string) []byte {
-	t.Helper()
-	data, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return data
 }

@@ -22,10 +22,7 @@ import (
 
 const source = "../../manifests"
 
-var (
-	update = flag.Bool("update", false, "write testdata anew, to be looked at")
-	images = flag.String("images", "", "`directory` of the images that make images has built, to be looked at")
-)
+var update = flag.Bool("update", false, "write testdata anew, to be looked at")
 
 // api is the API server that all tests share, and a kubeconfig of its administrator.
 var api struct {
@@ -126,6 +123,15 @@ func write(t *testing.T, path, content string) {
 	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func read(t *testing.T, path string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
 }
 
 // kustomizations finds those of a kind, Kustomization or Component.

@@ -182,21 +182,29 @@ func FreePort() (int, error) {
 	return 0, errors.New("no free port on 127.0.0.1")
 }
 
-// Binary finds a program that make has built in .build/bin, from the working directory upwards.
-func Binary(name string) (string, error) {
+// Root is the top of the repository, found from the working directory upwards.
+func Root() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", err
 	}
 	for ; ; dir = filepath.Dir(dir) {
 		if _, err := os.Stat(filepath.Join(dir, "go.work")); err == nil {
-			break
+			return dir, nil
 		}
 		if dir == filepath.Dir(dir) {
 			return "", errors.New("not inside the repository: no go.work above the working directory")
 		}
 	}
-	path := filepath.Join(dir, ".build", "bin", name)
+}
+
+// Binary finds a program that make has built in .build/bin.
+func Binary(name string) (string, error) {
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(root, ".build", "bin", name)
 	if _, err := os.Stat(path); err != nil {
 		return "", fmt.Errorf("%w: run `make build tools`", err)
 	}
