@@ -34,11 +34,11 @@ func (s skipped) Error() string { return string(s) }
 
 // doctor walks the way from the configuration to the API server, and says of each step whether it works. It
 // writes no file; the lease that it asks for is not used.
-func doctor(ctx context.Context, configPath string, getenv func(string) string, stdout io.Writer, asJSON bool) int {
+func doctor(ctx context.Context, configPath string, env map[string]string, stdout io.Writer, asJSON bool) int {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	p := &patient{}
-	cfg, err := config.Load(configPath, getenv)
+	cfg, err := config.Load(configPath, env)
 	findings := []finding{}
 	code := exitOK
 	for _, step := range []struct {
@@ -266,10 +266,10 @@ func (p *patient) permissions(ctx context.Context) (string, error) {
 			mayNot = append(mayNot, access.what)
 		}
 	}
-	detail := "may " + strings.Join(may, ", ")
 	if len(may) == 0 {
-		detail = "may do nothing of what was asked for"
+		return "", fmt.Errorf("may not %s: apply the agent's manifests again. Another agent in this cluster takes its rights away", strings.Join(mayNot, ", "))
 	}
+	detail := "may " + strings.Join(may, ", ")
 	if len(mayNot) > 0 {
 		detail += "; may not " + strings.Join(mayNot, ", ") + ": grant it to the agent's ServiceAccount if it should"
 	}

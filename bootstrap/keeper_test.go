@@ -20,7 +20,7 @@ import (
 // configuration is what Load makes of an environment.
 func configuration(t *testing.T, env map[string]string) *config.Config {
 	t.Helper()
-	cfg, err := config.Load("", func(name string) string { return env[name] })
+	cfg, err := config.Load("", env)
 	if err != nil {
 		t.Fatal(err)
 	}

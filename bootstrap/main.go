@@ -46,12 +46,12 @@ Usage:
 func main() {
 	frpc.ForbidCoreDumps()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	code := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	code := run(ctx, os.Args[1:], config.Environ(), os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
 
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, env map[string]string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("bootstrap", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() {
@@ -91,14 +91,14 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
 	case *check:
-		if err := config.Describe(stdout, *configPath, getenv); err != nil {
+		if err := config.Describe(stdout, *configPath, env); err != nil {
 			return complain("%v", err)
 		}
 		return exitOK
 	case command == "doctor":
-		return doctor(ctx, *configPath, getenv, stdout, *asJSON)
+		return doctor(ctx, *configPath, env, stdout, *asJSON)
 	}
-	cfg, err := config.Load(*configPath, getenv)
+	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
 		return complain("%v", err)

@@ -23,7 +23,7 @@ const token = "hunter2"
 func bootstrap(t *testing.T, env map[string]string, args ...string) (code int, lastError, output string) {
 	t.Helper()
 	var out bytes.Buffer
-	code = run(t.Context(), args, func(name string) string { return env[name] }, &out, &out)
+	code = run(t.Context(), args, env, &out, &out)
 	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
 	var last struct{ Error string }
 	_ = json.Unmarshal([]byte(lines[len(lines)-1]), &last) // usage errors are no JSON

@@ -42,10 +42,10 @@ func main() {
 		<-signals // ends the process at once
 		os.Exit(exitKilled)
 	}()
-	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
+	os.Exit(run(ctx, os.Args[1:], config.Environ(), os.Stdout, os.Stderr))
 }
 
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, env map[string]string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() {
@@ -67,7 +67,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
 	}
-	cfg, err := config.Load(*configPath, getenv)
+	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_, _ = fmt.Fprintln(stderr, "proxy:", err)
 		return exitUsage

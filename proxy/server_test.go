@@ -313,7 +313,7 @@ func TestCommandLine(t *testing.T) {
 		{nil, map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": token, "KUBECONFIG": "/nonexistent"}, exitUsage, "no way to the Kubernetes API server"},
 	} {
 		var out bytes.Buffer
-		code := run(t.Context(), test.args, func(name string) string { return test.env[name] }, &out, &out)
+		code := run(t.Context(), test.args, test.env, &out, &out)
 		if code != test.code || !strings.Contains(out.String(), test.want) || strings.Contains(out.String(), token) {
 			t.Errorf("%v: exit code %d, want %d; output, want %q:\n%s", test.args, code, test.code, test.want, out.String())
 		}

@@ -76,19 +76,31 @@ func (e *Error) Error() string {
 	return "the configuration cannot be used:\n  " + strings.Join(e.Mistakes, "\n  ")
 }
 
+// Environ is this process's environment, for Load.
+func Environ() map[string]string {
+	env := map[string]string{}
+	for _, variable := range os.Environ() {
+		name, value, _ := strings.Cut(variable, "=")
+		env[name] = value
+	}
+	return env
+}
+
 // Load reads the file at path and the environment; environment over file over default. An empty path is
 // DefaultPath, which may be absent. The error, if any, is an *Error.
-func Load(path string, getenv func(string) string) (*Config, error) {
-	l, err := load(path, getenv)
+func Load(path string, env map[string]string) (*Config, error) {
+	l, err := load(path, env)
 	if err != nil {
 		return nil, err
 	}
 	return l.config, nil
 }
 
-func load(path string, getenv func(string) string) (*loader, error) {
+func load(path string, env map[string]string) (*loader, error) {
 	l := &loader{config: &Config{}, origins: map[string]string{}, told: map[string]bool{}}
 	values := l.readFile(path)
+	unknown := maps.Clone(env)
+	maps.DeleteFunc(unknown, func(name, _ string) bool { return !strings.HasPrefix(name, "PIPEOPS_") })
 	for i := range settings {
 		s := &settings[i]
 		value, source, name := s.def, "default", ""
@@ -99,9 +111,10 @@ func load(path string, getenv func(string) string) (*loader, error) {
 			value, source, name = v, "file", " "+cmp.Or(path, DefaultPath)
 			delete(values, s.key)
 		}
-		if v := getenv(s.env); s.env != "" && v != "" {
+		if v := env[s.env]; s.env != "" && v != "" {
 			value, source, name = v, "environment", " "+s.env
 		}
+		delete(unknown, s.env)
 		l.origins[s.key] = source + name
 		if value == "" {
 			continue
@@ -117,6 +130,9 @@ func load(path string, getenv func(string) string) (*loader, error) {
 		} else {
 			l.mistakes = append(l.mistakes, key+": unknown key: remove it or correct its name")
 		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(unknown)) {
+		l.mistakes = append(l.mistakes, name+": unknown variable: remove it or correct its name")
 	}
 	l.complete()
 	if len(l.mistakes) > 0 {

@@ -14,10 +14,6 @@ import (
 	"time"
 )
 
-func environment(values map[string]string) func(string) string {
-	return func(name string) string { return values[name] }
-}
-
 func file(t *testing.T, content string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.yaml")
@@ -30,7 +26,7 @@ func file(t *testing.T, content string) string {
 var required = map[string]string{"PIPEOPS_AGENT_ID": "a1", "PIPEOPS_AGENT_TOKEN": "hunter2"}
 
 func TestDefaults(t *testing.T) {
-	c, err := Load("", environment(required))
+	c, err := Load("", required)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +46,7 @@ func TestDefaults(t *testing.T) {
 }
 
 func TestSeedFile(t *testing.T) {
-	c, err := Load("testdata/seed.yaml", environment(nil))
+	c, err := Load("testdata/seed.yaml", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,11 +58,11 @@ func TestSeedFile(t *testing.T) {
 
 // TestSeedEnvironment: the variables that the project started with.
 func TestSeedEnvironment(t *testing.T) {
-	c, err := Load("", environment(map[string]string{
+	c, err := Load("", map[string]string{
 		"PIPEOPS_AGENT_ID": "agent-001", "PIPEOPS_AGENT_NAME": "production-k8s-cluster", "PIPEOPS_AGENT_TOKEN": "your-agent-token",
 		"PIPEOPS_API_URL": "https://control.example", "PIPEOPS_FRP_SERVER_ADDR": "frp.example", "PIPEOPS_FRP_SERVER_PORT": "7001",
 		"PIPEOPS_FRP_TOKEN": "your-frp-token", "KUBECONFIG": "/path/to/kubeconfig",
-	}))
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +75,7 @@ func TestSeedEnvironment(t *testing.T) {
 
 func TestEnvironmentOverFileOverDefault(t *testing.T) {
 	path := file(t, "agent: {id: from-file, name: 'no', token: t}\nfrp: {server_port: 7001, tunnel: {custom_domains: [a.example, b.example]}}\nlogging: {level: warn}\n")
-	c, err := Load(path, environment(map[string]string{"PIPEOPS_AGENT_ID": "from-env", "PIPEOPS_DEBUG": "true", "PIPEOPS_AGENT_NAME": ""}))
+	c, err := Load(path, map[string]string{"PIPEOPS_AGENT_ID": "from-env", "PIPEOPS_DEBUG": "true", "PIPEOPS_AGENT_NAME": ""})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,12 +86,12 @@ func TestEnvironmentOverFileOverDefault(t *testing.T) {
 }
 
 func TestSecretFiles(t *testing.T) {
-	c, err := Load("", environment(map[string]string{
+	c, err := Load("", map[string]string{
 		"PIPEOPS_AGENT_ID":           "a",
 		"PIPEOPS_AGENT_TOKEN_FILE":   file(t, "hunter2\n"), // the line break at its end is not part of it
 		"PIPEOPS_FRP_TOKEN_FILE":     file(t, "hunter3\n"),
 		"PIPEOPS_FRP_PROXY_URL_FILE": file(t, "http://u:hunter2@proxy:3128\n"),
-	}))
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +101,7 @@ func TestSecretFiles(t *testing.T) {
 }
 
 func TestHTTPSTunnelIsNamedAsHTTP(t *testing.T) {
-	c, err := Load("", environment(map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_FRP_TUNNEL_TYPE": "https"}))
+	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_FRP_TUNNEL_TYPE": "https"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -140,7 +136,7 @@ func TestMistakes(t *testing.T) {
 					want = append(want, strings.ReplaceAll(message, "{file}", path))
 				}
 			}
-			_, err = Load(path, environment(env))
+			_, err = Load(path, env)
 			var mistakes *Error
 			if !errors.As(err, &mistakes) {
 				t.Fatalf("got error %v", err)
@@ -152,7 +148,7 @@ func TestMistakes(t *testing.T) {
 				t.Error("the error holds a secret")
 			}
 			var out strings.Builder
-			if got := Describe(&out, path, environment(env)); !reflect.DeepEqual(got, err) || out.Len() > 0 {
+			if got := Describe(&out, path, env); !reflect.DeepEqual(got, err) || out.Len() > 0 {
 				t.Errorf("Describe gives the error %v, and writes %q", got, out.String())
 			}
 		})
@@ -160,16 +156,16 @@ func TestMistakes(t *testing.T) {
 }
 
 func TestMissingFile(t *testing.T) {
-	_, err := Load("/nonexistent.yaml", environment(required))
+	_, err := Load("/nonexistent.yaml", required)
 	if err == nil || !strings.Contains(err.Error(), "open /nonexistent.yaml: no such file or directory: correct --config or create the file") {
 		t.Errorf("got %v", err)
 	}
 }
 
 func TestPrintedConfigHoldsNoSecret(t *testing.T) {
-	c, err := Load("", environment(map[string]string{
+	c, err := Load("", map[string]string{
 		"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "hunter2", "PIPEOPS_FRP_TOKEN": "hunter2", "PIPEOPS_FRP_PROXY_URL": "http://u:hunter2@proxy:3128",
-	}))
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -241,18 +237,18 @@ logging: {level: warn}
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := file(t, test.file)
-			want, err := Load(path, environment(test.env))
+			want, err := Load(path, test.env)
 			if err != nil {
 				t.Fatal(err)
 			}
 			var out strings.Builder
-			if err := Describe(&out, path, environment(test.env)); err != nil {
+			if err := Describe(&out, path, test.env); err != nil {
 				t.Fatal(err)
 			}
 			if strings.Contains(out.String(), "hunter2") {
 				t.Error("a secret is printed")
 			}
-			got, err := Load(file(t, putBack.Replace(out.String())), environment(nil))
+			got, err := Load(file(t, putBack.Replace(out.String())), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -327,7 +323,7 @@ const examplePath = "../config.example.yaml"
 
 // TestExample: the example loads, and what it shows as defaults are the defaults.
 func TestExample(t *testing.T) {
-	got, err := Load(examplePath, environment(nil))
+	got, err := Load(examplePath, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -336,7 +332,7 @@ func TestExample(t *testing.T) {
 		t.Fatal(err)
 	}
 	whole := regexp.MustCompile(`(?m)^( *)#(\w)`).ReplaceAllString(string(data), "$1$2")
-	want, err := Load(file(t, whole), environment(nil))
+	want, err := Load(file(t, whole), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,8 +10,8 @@ import (
 
 // Describe writes the configuration that Load would give, as a configuration file: each value with its origin,
 // secrets as "[redacted]". The error is Load's or w's.
-func Describe(w io.Writer, path string, getenv func(string) string) error {
-	l, err := load(path, getenv)
+func Describe(w io.Writer, path string, env map[string]string) error {
+	l, err := load(path, env)
 	if err != nil {
 		return err
 	}
