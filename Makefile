@@ -2,7 +2,7 @@
 
 # Every module, in the order of their imports. `make verify` fails if one is missing here.
 MODULES := frpc bootstrap proxy tests
-TOOL_MODULES := tests/tools/frp tests/tools/kubernetes tests/tools/lint
+TOOL_MODULES := tests/tools/compose tests/tools/frp tests/tools/kube-router tests/tools/kubernetes tests/tools/lint
 # Those that hold Go code of ours.
 CODE := $(MODULES) tests/tools/frp
 
@@ -39,13 +39,13 @@ test: build tools ## Run the unit and integration tests: no root, no internet bu
 	@cd tests && go test -count=1 -v -parallel 8 -timeout 15m $$(go list ./... | grep -v -e /e2e$$ -e /monitoring$$)
 
 # What a node, the images and the alerts' tests need of Debian, beside what every Debian has.
-E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins iproute2 iptables podman prometheus runc
+E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables podman prometheus runc skopeo
 missing-packages = for p in $(E2E_PACKAGES); do dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
-# What a node is made of beside the tools. Nothing else needs it, and it takes minutes to build.
-NODE := kube-controller-manager kube-proxy kube-scheduler kubelet
+# What a node is made of beside the tools, and Compose. Nothing else needs them, and they take minutes to build.
+NODE := kube-controller-manager kube-proxy kube-router kube-scheduler kubelet
 
 .PHONY: e2e
-e2e: e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE)) ## Run the tests on a whole Kubernetes node: root, Debian
+e2e: e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE) docker-compose) ## Run the tests on a whole Kubernetes node: root, Debian
 	@cd tests && go test -count=1 -v -timeout 20m -p 1 ./monitoring ./e2e
 
 .PHONY: e2e-ready
@@ -175,10 +175,18 @@ $(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
 KUBERNETES := tests/tools/kubernetes
 KUBE = $(call version-of,$(KUBERNETES),k8s.io/kubernetes)
 KUBE_STAMPS = $(foreach v,gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) gitMinor=$(word 2,$(subst ., ,$(KUBE))),-X k8s.io/component-base/version.$(v))
-$(addprefix $(BIN)/,kube-apiserver kubectl $(NODE)): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+$(addprefix $(BIN)/,kube-apiserver kubectl $(filter-out kube-router,$(NODE))): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),-ldflags '-s -w $(KUBE_STAMPS)')
 $(BIN)/etcd: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),go.etcd.io/etcd/server/v3,-ldflags '-s -w')
+
+KUBE_ROUTER := tests/tools/kube-router
+$(BIN)/kube-router: $(KUBE_ROUTER)/go.mod $(KUBE_ROUTER)/go.sum
+	$(call build-tool,$(KUBE_ROUTER),github.com/cloudnativelabs/kube-router/v2/cmd/kube-router,-ldflags '-s -w')
+
+COMPOSE := tests/tools/compose
+$(BIN)/docker-compose: $(COMPOSE)/go.mod $(COMPOSE)/go.sum
+	$(call build-tool,$(COMPOSE),github.com/docker/compose/v2/cmd,-ldflags '-s -w')
 
 LINT := tests/tools/lint
 $(BIN)/golangci-lint: $(LINT)/go.mod $(LINT)/go.sum

@@ -66,6 +66,7 @@ func Start(ctx context.Context, group *process.Group) (*Cluster, error) {
 type site struct {
 	group     *process.Group
 	dir       string
+	prefix    string   // of the names of its processes
 	serverURL string   // of the API server
 	enter     []string // the command that leads there, unless it is here
 	tokens    []string // the lines of the API server's token file
@@ -89,9 +90,9 @@ func (s *site) start(name string, args ...string) (*process.Process, error) {
 // run starts any program.
 func (s *site) run(name, binary string, args ...string) (*process.Process, error) {
 	command := slices.Concat(s.enter, []string{binary}, args)
-	p, err := s.group.Start(name, nil, command[0], command[1:]...)
+	p, err := s.group.Start(s.prefix+name, nil, command[0], command[1:]...)
 	if err == nil {
-		s.parts = append(s.parts, part{name, p})
+		s.parts = append(s.parts, part{s.prefix + name, p})
 	}
 	return p, err
 }

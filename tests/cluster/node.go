@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,8 +26,11 @@ import (
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// NodeName is the node's name in Kubernetes.
-const NodeName = "node"
+// NodeName and WorkerName are the names of the nodes in Kubernetes.
+const (
+	NodeName   = "node"
+	WorkerName = "worker"
+)
 
 // Busybox is an image that every node has: a static busybox with all its applets. It sleeps unless told
 // otherwise, so it is the pause image too.
@@ -38,12 +40,24 @@ const Busybox = "localhost/busybox:static"
 // its process group.
 type Node struct {
 	*Cluster
+	*Machine
 
 	Kubeconfig string // file, as an administrator
-	IP         string // the node's, as seen from here
 	HostIP     string // this machine's, as the node and its pods see it
 
-	site *site
+	tokens map[string]string // by user
+	images []string          // archives
+	worker *Machine
+}
+
+// Machine is where a kubelet runs: namespaces with a containerd, a kube-proxy and a kube-router.
+type Machine struct {
+	IP string // as seen from the other end of its cable
+
+	name  string // in Kubernetes
+	pods  string // their addresses
+	site  *site
+	first *process.Process // all others end with it
 }
 
 // nodeScript is the first process of a node.
@@ -62,11 +76,12 @@ for try in $(seq 100); do
 	sleep 0.1
 done`
 
+// cniConfig takes the addresses of the pods.
 const cniConfig = `{
   "cniVersion": "0.4.0", "name": "pods",
   "plugins": [
     {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
-     "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.244.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+     "ipam": {"type": "host-local", "ranges": [[{"subnet": "%s"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
     {"type": "portmap", "capabilities": {"portMappings": true}}
   ]
 }`
@@ -89,17 +104,17 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 
 const kubeletFile = "kubelet.yaml"
 
-// kubeletConfig takes a directory and a cgroup. No image is removed and no pod evicted because the disk is full:
+// kubeletConfig takes the machine's directory, that of the API server and a cgroup. No image is removed and no pod evicted because the disk is full:
 // that is the machine's affair, and there is no registry to get the image again from. A Secret that changes is seen
 // in pods after seconds, not a minute.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
-authentication: {x509: {clientCAFile: %[1]s/kubelet-client.crt}}
+authentication: {x509: {clientCAFile: %[2]s/kubelet-client.crt}}
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 resolvConf: ""
 volumePluginDir: %[1]s/volume-plugins
 cgroupDriver: cgroupfs
-cgroupRoot: /%[2]s
+cgroupRoot: /%[3]s
 failCgroupV1: false
 failSwapOn: false
 imageGCHighThresholdPercent: 100
@@ -109,29 +124,27 @@ syncFrequency: 5s
 
 // StartNode starts a node in the group and waits until it is ready for pods. It needs root.
 func StartNode(ctx context.Context, group *process.Group) (*Node, error) {
-	n := &Node{site: &site{group: group}}
-	if err := n.start(ctx); err != nil {
+	n := &Node{tokens: map[string]string{}}
+	if err := n.start(ctx, group); err != nil {
 		return nil, fmt.Errorf("the node does not start: %w\n%s", err, n.Report())
 	}
 	return n, nil
 }
 
-func (n *Node) start(ctx context.Context) (err error) {
+func (n *Node) start(ctx context.Context, group *process.Group) (err error) {
+	n.Machine = &Machine{name: NodeName, pods: "10.244.0.0/24", site: &site{group: group}}
+	if n.HostIP, err = n.Machine.start(ctx, os.Getpid()); err != nil {
+		return err
+	}
 	s := n.site
-	if s.dir, err = s.group.Mkdir("node"); err != nil {
-		return err
+	for _, c := range n.components() {
+		n.tokens[c.user] = s.user(c.user)
 	}
-	if err := n.startNamespaces(ctx); err != nil {
-		return err
+	for _, name := range []string{NodeName, WorkerName} {
+		n.tokens["system:node:"+name] = s.user("system:node:"+name, "system:nodes")
 	}
-	if err := n.startContainerd(); err != nil {
-		return err
-	}
-	components := n.components()
-	tokens := make([]string, len(components))
-	for i, c := range components {
-		tokens[i] = s.user(c.user, c.groups...)
-	}
+	n.tokens["system:kube-proxy"] = s.user("system:kube-proxy")
+	n.tokens["kube-router"] = s.user("kube-router", "system:masters")
 	certificate, key, err := s.writeKubeletClient()
 	if err != nil {
 		return err
@@ -146,17 +159,8 @@ func (n *Node) start(ctx context.Context) (err error) {
 	if err := WriteKubeconfig(n.Kubeconfig, n.Config); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(s.dir, kubeletFile), fmt.Appendf(nil, kubeletConfig, s.dir, n.cgroup()), 0o600); err != nil {
-		return err
-	}
-	for i, c := range components {
-		config := rest.CopyConfig(n.Config)
-		config.BearerToken = tokens[i]
-		kubeconfig := filepath.Join(s.dir, c.name+".kubeconfig")
-		if err := WriteKubeconfig(kubeconfig, config); err != nil {
-			return err
-		}
-		if _, err := s.start(c.name, append(c.args, "--kubeconfig", kubeconfig)...); err != nil {
+	for _, c := range n.components() {
+		if err := n.startComponent(n.Machine, c); err != nil {
 			return err
 		}
 	}
@@ -164,12 +168,84 @@ func (n *Node) start(ctx context.Context) (err error) {
 	if err := WriteImage(archive, Busybox, "/bin/busybox", "/bin/busybox", "sleep", "infinity"); err != nil {
 		return err
 	}
-	alive, cancel := s.whileAlive(ctx)
-	defer cancel()
-	// containerd may not listen yet.
-	err = process.Poll(alive, time.Minute, nil, func() error { return n.ImportImage(alive, archive) })
+	n.images = []string{archive}
+	return n.join(ctx, n.Machine)
+}
+
+// StartWorker starts a second node, which is there until the worker is closed.
+func (n *Node) StartWorker(ctx context.Context) (*Machine, error) {
+	n.worker = &Machine{name: WorkerName, pods: "10.244.1.0/24", site: &site{group: n.site.group, prefix: WorkerName + "-"}}
+	outsideIP, err := n.worker.start(ctx, n.first.Pid())
 	if err == nil {
-		err = process.Poll(alive, time.Minute, nil, func() error { return n.ready(alive) })
+		// This machine knows the first node, and not who is behind it.
+		err = n.sh(ctx, `echo 1 >/proc/sys/net/ipv4/ip_forward; ip route add "$1" via "$2"
+			iptables -t nat -A POSTROUTING -s "$2" -o eth0 -j MASQUERADE`, n.worker.pods, n.worker.IP)
+	}
+	if err == nil {
+		err = n.worker.sh(ctx, `ip route add 192.0.2.0/24 via "$1"; ip route add "$2" via "$1"`, outsideIP, n.pods)
+	}
+	if err == nil {
+		err = n.join(ctx, n.worker)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the worker does not start: %w\n%s", err, n.Report())
+	}
+	return n.worker, nil
+}
+
+func (m *Machine) sh(ctx context.Context, script string, args ...string) error {
+	if out, err := m.Command(ctx, "sh", append([]string{"-ec", script, "sh"}, args...)...).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", script, err, out)
+	}
+	return nil
+}
+
+// StopWorker ends the worker at once, as if somebody had pulled its plug, and tells Kubernetes.
+func (n *Node) StopWorker(ctx context.Context) error {
+	n.worker.first.Kill()
+	n.worker = nil
+	return n.Client.CoreV1().Nodes().Delete(ctx, WorkerName, metav1.DeleteOptions{})
+}
+
+// join makes a machine a node, and waits until it is ready for pods.
+func (n *Node) join(ctx context.Context, m *Machine) error {
+	dir := m.site.dir
+	if err := os.WriteFile(filepath.Join(dir, kubeletFile), fmt.Appendf(nil, kubeletConfig, dir, n.site.dir, m.cgroup()), 0o600); err != nil {
+		return err
+	}
+	for _, c := range []component{
+		{"kubelet", "system:node:" + m.name, []string{
+			"--config", filepath.Join(dir, kubeletFile), "--root-dir", filepath.Join(dir, "kubelet"),
+			"--hostname-override", m.name, "--node-ip", m.IP,
+		}},
+		// The conntrack settings are the whole machine's. Without masquerade, what one pod answers to another by a
+		// Service would come past kube-proxy's rules, unless this machine happens to show them bridged packets.
+		{"kube-proxy", "system:kube-proxy", []string{
+			"--proxy-mode", "iptables", "--masquerade-all", "--conntrack-max-per-core", "0", "--conntrack-min", "0",
+			"--hostname-override", m.name,
+		}},
+	} {
+		if err := n.startComponent(m, c); err != nil {
+			return err
+		}
+	}
+	alive, cancel := m.site.whileAlive(ctx)
+	defer cancel()
+	var err error
+	for _, archive := range n.images {
+		if err == nil { // containerd may not listen yet
+			err = process.Poll(alive, time.Minute, nil, func() error { return m.importImage(alive, archive) })
+		}
+	}
+	if err == nil {
+		err = process.Poll(alive, time.Minute, nil, func() error { return n.ready(alive, m) })
+	}
+	if err == nil {
+		// For NetworkPolicies alone: the bridge does not enforce them. It wants to find its node.
+		err = n.startComponent(m, component{"kube-router", "kube-router", []string{
+			"--run-firewall", "--run-router=false", "--run-service-proxy=false", "--run-loadbalancer=false", "--health-port", "0",
+			"--service-cluster-ip-range", serviceRange, "--hostname-override", m.name,
+		}})
 	}
 	if cause := context.Cause(alive); cause != nil {
 		return cause
@@ -180,78 +256,84 @@ func (n *Node) start(ctx context.Context) (err error) {
 // component is a part of Kubernetes that is a client of the API server.
 type component struct {
 	name, user string
-	groups     []string
 	args       []string
 }
 
+func (n *Node) startComponent(m *Machine, c component) error {
+	config := rest.CopyConfig(n.Config)
+	config.BearerToken = n.tokens[c.user]
+	kubeconfig := filepath.Join(m.site.dir, c.name+".kubeconfig")
+	if err := WriteKubeconfig(kubeconfig, config); err != nil {
+		return err
+	}
+	_, err := m.site.start(c.name, append(c.args, "--kubeconfig", kubeconfig)...)
+	return err
+}
+
+// components are those that a cluster has once.
 func (n *Node) components() []component {
 	dir := n.site.dir
 	return []component{
-		{name: "kube-controller-manager", user: "system:kube-controller-manager", args: []string{
+		{"kube-controller-manager", "system:kube-controller-manager", []string{
 			"--leader-elect=false", "--secure-port", "0", "--use-service-account-credentials",
 			"--service-account-private-key-file", filepath.Join(dir, serviceAccountKey), "--root-ca-file", filepath.Join(dir, serverCertificate),
 			"--flex-volume-plugin-dir", filepath.Join(dir, "volume-plugins"), // else it makes one in /usr
 		}},
-		{name: "kube-scheduler", user: "system:kube-scheduler", args: []string{"--leader-elect=false", "--secure-port", "0"}},
-		{name: "kubelet", user: "system:node:" + NodeName, groups: []string{"system:nodes"}, args: []string{
-			"--config", filepath.Join(dir, kubeletFile), "--root-dir", filepath.Join(dir, "kubelet"),
-			"--hostname-override", NodeName, "--node-ip", n.IP,
-		}},
-		// The conntrack settings are the whole machine's. Without masquerade, what one pod answers to another by a
-		// Service would come past kube-proxy's rules, unless this machine happens to show them bridged packets.
-		{name: "kube-proxy", user: "system:kube-proxy", args: []string{
-			"--proxy-mode", "iptables", "--masquerade-all", "--conntrack-max-per-core", "0", "--conntrack-min", "0",
-			"--hostname-override", NodeName,
-		}},
+		{"kube-scheduler", "system:kube-scheduler", []string{"--leader-elect=false", "--secure-port", "0"}},
 	}
 }
 
 // cgroup is the name of the pods' cgroup. Like that of the group's directory, nobody else has it.
-func (n *Node) cgroup() string { return filepath.Base(n.site.group.Dir()) }
+func (m *Machine) cgroup() string { return filepath.Base(m.site.group.Dir()) + "-" + m.name }
 
-func (n *Node) startNamespaces(ctx context.Context) error {
+// start makes the namespaces, with a cable to the network namespace of the process outside, and starts containerd in
+// them. It returns the address of the cable's other end.
+func (m *Machine) start(ctx context.Context, outside int) (outsideIP string, err error) {
+	s := m.site
+	if s.dir, err = s.group.Mkdir(m.name); err != nil {
+		return "", err
+	}
 	// 192.0.2.0/24 is for documentation: no network has it. Four addresses of it are a link.
 	link := rand.IntN(64)
-	n.HostIP = net.IPv4(192, 0, 2, byte(4*link+1)).String()
-	n.IP = net.IPv4(192, 0, 2, byte(4*link+2)).String()
-	first, err := n.site.run("node", "unshare", "--net", "--mount", "--pid", "sh", "-ec", nodeScript, "node",
-		"pipeops"+strconv.Itoa(link), n.HostIP, n.IP, serviceRange, n.cgroup())
+	outsideIP = net.IPv4(192, 0, 2, byte(4*link+1)).String()
+	m.IP = net.IPv4(192, 0, 2, byte(4*link+2)).String()
+	outsideNet := fmt.Sprintf("/proc/%d/ns/net", outside)
+	m.first, err = s.run("namespaces", "unshare", "--net", "--mount", "--pid", "sh", "-ec", nodeScript, "node",
+		outsideNet, "pipeops"+strconv.Itoa(link), outsideIP, m.IP, serviceRange, m.cgroup())
 	if err != nil {
-		return err
+		return "", err
 	}
-	pid := strconv.Itoa(first.Pid())
-	reaper := exec.Command("sh", "-c", nodeReaper, "node-reaper", pid, n.cgroup())
+	pid := strconv.Itoa(m.first.Pid())
+	reaper := exec.Command("sh", "-c", nodeReaper, "node-reaper", pid, m.cgroup())
 	reaper.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of the reach of Ctrl-C
 	if err := reaper.Start(); err != nil {
-		return err
+		return "", err
 	}
 	go func() { _ = reaper.Wait() }()
-	n.site.enter = []string{"nsenter", "--target", pid, "--net", "--mount", "--pid=/proc/" + pid + "/ns/pid_for_children", "--"}
-	err = process.Poll(ctx, 10*time.Second, first.Done(), func() error {
-		if !strings.HasSuffix(first.Log(), "ready\n") {
+	s.enter = []string{"nsenter", "--target", pid, "--net", "--mount", "--pid=/proc/" + pid + "/ns/pid_for_children", "--"}
+	err = process.Poll(ctx, 10*time.Second, m.first.Done(), func() error {
+		if !strings.HasSuffix(m.first.Log(), "ready\n") {
 			return errors.New("the namespaces are not ready")
 		}
 		return nil
 	})
 	select {
-	case <-first.Done():
-		return first.Failed()
+	case <-m.first.Done():
+		return "", m.first.Failed()
 	default:
-		return err
 	}
-}
-
-func (n *Node) startContainerd() error {
-	dir := n.site.dir
-	config := filepath.Join(dir, "containerd.toml")
-	if err := os.WriteFile(config, fmt.Appendf(nil, containerdConfig, dir), 0o600); err != nil {
-		return err
+	if err != nil {
+		return "", err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "pods.conflist"), []byte(cniConfig), 0o600); err != nil {
-		return err
+	config := filepath.Join(s.dir, "containerd.toml")
+	if err := os.WriteFile(config, fmt.Appendf(nil, containerdConfig, s.dir), 0o600); err != nil {
+		return "", err
 	}
-	_, err := n.site.run("containerd", "containerd", "--config", config)
-	return err
+	if err := os.WriteFile(filepath.Join(s.dir, "pods.conflist"), fmt.Appendf(nil, cniConfig, m.pods), 0o600); err != nil {
+		return "", err
+	}
+	_, err = s.run("containerd", "containerd", "--config", config)
+	return outsideIP, err
 }
 
 // writeKubeletClient makes the certificate that the API server shows to the kubelet. It is its own authority.
@@ -277,8 +359,8 @@ func (s *site) writeKubeletClient() (certificate, key string, err error) {
 }
 
 // ready asks whether a pod made now would be scheduled, run and reach the Services.
-func (n *Node) ready(ctx context.Context) error {
-	node, err := n.Client.CoreV1().Nodes().Get(ctx, NodeName, metav1.GetOptions{})
+func (n *Node) ready(ctx context.Context, m *Machine) error {
+	node, err := n.Client.CoreV1().Nodes().Get(ctx, m.name, metav1.GetOptions{})
 	if err != nil {
 		return err
 	}
@@ -291,17 +373,8 @@ func (n *Node) ready(ctx context.Context) error {
 	if _, err := n.Client.CoreV1().ServiceAccounts("default").Get(ctx, "default", metav1.GetOptions{}); err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(n.IP, "10256")+"/healthz", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = resp.Body.Close() }()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("kube-proxy has not set up the Services: %s", resp.Status)
+	if out, err := m.Command(ctx, "busybox", "wget", "-q", "-O", "-", "http://"+net.JoinHostPort(m.IP, "10256")+"/healthz").CombinedOutput(); err != nil {
+		return fmt.Errorf("kube-proxy has not set up the Services: %s", out)
 	}
 	return nil
 }
@@ -309,12 +382,17 @@ func (n *Node) ready(ctx context.Context) error {
 // ImportImage takes the images of a docker-archive or OCI archive into the node. Pods name them as the archive
 // does; there is no registry, so a tag other than latest or `imagePullPolicy: Never` is a must.
 func (n *Node) ImportImage(ctx context.Context, archive string) error {
+	n.images = append(n.images, archive)
+	return n.importImage(ctx, archive)
+}
+
+func (m *Machine) importImage(ctx context.Context, archive string) error {
 	file, err := os.Open(archive)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = file.Close() }()
-	cmd := n.Command(ctx, "ctr", "--namespace", "k8s.io", "images", "import", "--snapshotter", "native", "-")
+	cmd := m.Command(ctx, "ctr", "--namespace", "k8s.io", "images", "import", "--snapshotter", "native", "-")
 	cmd.Stdin = file
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("import %s: %w: %s", archive, err, out)
@@ -322,16 +400,20 @@ func (n *Node) ImportImage(ctx context.Context, archive string) error {
 	return nil
 }
 
-// Command prepares a program of this machine that runs in the node's namespaces.
-func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	enter := n.site.enter
+// Command prepares a program of this machine that runs in the namespaces.
+func (m *Machine) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	enter := m.site.enter
 	return exec.CommandContext(ctx, enter[0], slices.Concat(enter[1:], []string{name}, args)...)
 }
 
 // Report tells of each part whether it runs, with the end of its log.
 func (n *Node) Report() string {
 	var report strings.Builder
-	for _, p := range n.site.parts {
+	parts := n.site.parts
+	if n.worker != nil {
+		parts = slices.Concat(parts, n.worker.site.parts)
+	}
+	for _, p := range parts {
 		state := "runs"
 		select {
 		case <-p.Done():

@@ -1,21 +1,21 @@
 # Makes a node's namespaces and stays as long as they shall: when it ends, in whatever way, the kernel ends every
 # process in them and takes the mounts, interfaces and iptables rules along.
 #
-# Run by `unshare --net --mount --pid sh -e`, with LINK HOST_IP NODE_IP SERVICES CGROUP.
+# Run by `unshare --net --mount --pid sh -e`, with OUTSIDE LINK OUTSIDE_IP IP SERVICES CGROUP, of which
+# OUTSIDE is the network namespace that the cable leads to.
 
 # The first process of the PID namespace. It ends with us and the others end with it.
 setpriv --pdeathsig KILL sleep infinity &
 
-# To the outside leads one cable, to the host alone. The route to the Services is there because a packet needs
+# To the outside leads one cable, to the host or to another node alone. The route to the Services is there because a packet needs
 # one before kube-proxy's rules give it its true destination.
-outside=/proc/$PPID/ns/net
-ip link add eth0 type veth peer name "$1" netns "$outside"
-nsenter --net="$outside" ip address add "$2/30" dev "$1"
-nsenter --net="$outside" ip link set "$1" up
-ip address add "$3/30" dev eth0
+ip link add eth0 type veth peer name "$2" netns "$1"
+nsenter --net="$1" ip address add "$3/30" dev "$2"
+nsenter --net="$1" ip link set "$2" up
+ip address add "$4/30" dev eth0
 ip link set lo up
 ip link set eth0 up
-ip route add "$4" dev eth0
+ip route add "$5" dev eth0
 
 # What the parts write to fixed places of the host goes to memory.
 mount -t tmpfs tmpfs /run
@@ -35,9 +35,9 @@ if [ -f /sys/fs/cgroup/cgroup.controllers ]; then
 	for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
 		echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || true
 	done
-	mkdir "/sys/fs/cgroup/$5"
+	mkdir "/sys/fs/cgroup/$6"
 else
-	for hierarchy in /sys/fs/cgroup/*/; do mkdir "$hierarchy$5"; done
+	for hierarchy in /sys/fs/cgroup/*/; do mkdir "$hierarchy$6"; done
 fi
 
 echo ready

@@ -39,6 +39,8 @@ type installed struct {
 	admin  string // kubeconfig: straight to the API server
 	caller string // kubeconfig: through the tunnel
 	cp     *controlplane.ControlPlane
+
+	patches string // of the overlay, as YAML
 }
 
 // in is the same for a subtest.
@@ -84,9 +86,18 @@ func (i *installed) must(kubeconfig string, args ...string) string {
 	return out
 }
 
-// install applies an overlay with some components as manifests/README.md says, with a control plane of the test's
-// own, and waits for the rollout.
+// install applies an overlay with some components, and waits for the rollout.
 func install(t *testing.T, components ...string) *installed {
+	t.Helper()
+	i := prepare(t)
+	i.components(components...)
+	i.apply()
+	return i
+}
+
+// prepare brings the images to the node, starts a control plane of the test's own, and writes the files that belong
+// beside an overlay for it. What is installed then goes with the test.
+func prepare(t *testing.T) *installed {
 	t.Helper()
 	group, err := process.NewGroup()
 	if err != nil {
@@ -117,7 +128,6 @@ func install(t *testing.T, components ...string) *installed {
 		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TUNNEL_TYPE=https\n")
 	i.write("overlays/test/agent-token", agentToken+"\n")
 	i.write("overlays/test/ca.crt", string(i.cp.CA))
-	i.components(components...)
 	t.Cleanup(func() {
 		if t.Failed() {
 			report(context.Background(), t, "pipeops-system")
@@ -130,7 +140,6 @@ func install(t *testing.T, components ...string) *installed {
 			t.Error(err)
 		}
 	})
-	i.apply()
 	return i
 }
 
@@ -149,6 +158,7 @@ configMapGenerator: [{name: pipeops-agent, behavior: merge, envs: [agent.env]}]
 secretGenerator:
   - {name: pipeops-agent, files: [token=agent-token], options: {disableNameSuffixHash: true}}
   - {name: pipeops-agent-tls, files: [ca.crt]}
+patches: [`+i.patches+`]
 `)
 }
 

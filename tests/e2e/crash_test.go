@@ -89,7 +89,7 @@ func left(dir, hostIP string) error {
 		return fmt.Errorf("mounts below %s are still there", dir)
 	}
 	for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
-		if cgroups, _ := filepath.Glob(pattern + filepath.Base(dir)); len(cgroups) > 0 {
+		if cgroups, _ := filepath.Glob(pattern + filepath.Base(dir) + "-*"); len(cgroups) > 0 {
 			return fmt.Errorf("cgroups are still there: %v", cgroups)
 		}
 	}

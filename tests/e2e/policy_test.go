@@ -1,0 +1,106 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/url"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/pipeops/vm-agent/tests/cluster"
+)
+
+// TestNetworkPolicy: the agent works behind the component network-policy, on a node that enforces it; nobody but
+// Prometheus comes in, and nothing goes out but what the agent needs.
+func TestNetworkPolicy(t *testing.T) {
+	i := prepare(t)
+	api, err := url.Parse(i.cp.APIURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gateway, err := url.Parse(i.cp.GatewayURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The control plane's ports are not the usual ones.
+	i.patches = fmt.Sprintf(`{target: {kind: NetworkPolicy}, patch: '[
+		{"op": "add", "path": "/spec/egress/1/ports/-", "value": {"port": %s}},
+		{"op": "add", "path": "/spec/egress/1/ports/-", "value": {"port": %d}}]'}`, api.Port(), i.cp.FrpsPort)
+	i.components("network-policy")
+	i.apply()
+	i.must(i.caller, "get", "nodes")
+	agents, err := node.Client.CoreV1().Pods("pipeops-system").List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
+	if err != nil || len(agents.Items) != 1 {
+		t.Fatalf("%d pods, %v", len(agents.Items), err)
+	}
+
+	ns := namespace(t)
+	pod := func(ns, name, label, value string) corev1.Pod {
+		yes, no, user := true, false, int64(65532)
+		made, err := node.Client.CoreV1().Pods(ns).Create(t.Context(), &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{label: value}},
+			Spec: corev1.PodSpec{
+				Containers: []corev1.Container{{
+					Name: "busybox", Image: cluster.Busybox, Command: []string{"/bin/busybox", "sh", "-c", "cd /tmp; echo page >index.html; exec /bin/busybox httpd -f -p 8443"},
+					SecurityContext: &corev1.SecurityContext{AllowPrivilegeEscalation: &no, Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}},
+					VolumeMounts:    []corev1.VolumeMount{{Name: "tmp", MountPath: "/tmp"}},
+				}},
+				Volumes:                       []corev1.Volume{{Name: "tmp", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}},
+				SecurityContext:               &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &user, SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
+				TerminationGracePeriodSeconds: new(int64),
+			},
+		}, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.must(i.admin, "-n", ns, "wait", "--for", "condition=Ready", "pod/"+name, "--timeout", "1m")
+		if made, err = node.Client.CoreV1().Pods(ns).Get(t.Context(), name, metav1.GetOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		return *made
+	}
+	const name = "app.kubernetes.io/name"
+	prometheus, stranger := pod(ns, "prometheus", name, "prometheus"), pod(ns, "stranger", name, "stranger")
+	runner := pod(ns, "runner", "pipeops.io/runner", "true")
+	likeAgent := pod("pipeops-system", "like-the-agent", name, "pipeops-agent")
+
+	for _, test := range []struct {
+		from     corev1.Pod
+		address  string
+		port     string
+		may      bool
+		sentence string
+	}{
+		{prometheus, agents.Items[0].Status.PodIP, "9090", true, "Prometheus to the agent's metrics"},
+		{stranger, agents.Items[0].Status.PodIP, "9090", false, "a stranger to the agent's metrics"},
+		{prometheus, likeAgent.Status.PodIP, "8443", false, "Prometheus to another port of the agent"},
+		{stranger, runner.Status.PodIP, "8443", true, "a stranger to a runner"},
+		{likeAgent, runner.Status.PodIP, "8443", true, "the agent to a runner"},
+		{likeAgent, stranger.Status.PodIP, "8443", false, "the agent to a stranger"},
+		{likeAgent, node.IP, "6443", true, "the agent to the API server"},
+		{likeAgent, "10.96.0.1", "443", true, "the agent to the API server's Service"},
+		{likeAgent, node.IP, "10250", false, "the agent to the kubelet"},
+		{likeAgent, node.HostIP, api.Port(), true, "the agent to the control plane"},
+		{likeAgent, node.HostIP, fmt.Sprint(i.cp.FrpsPort), true, "the agent to frps"},
+		{stranger, node.HostIP, gateway.Port(), true, "a stranger to another port of the control plane"},
+		{likeAgent, node.HostIP, gateway.Port(), false, "the agent to another port of the control plane"},
+	} {
+		reaches := func() error {
+			out, err := i.run(i.admin, "", nil, "-n", test.from.Namespace, "exec", test.from.Name, "--", "/bin/busybox", "nc", "-w", "3", test.address, test.port, "-e", "/bin/busybox", "true")
+			if err != nil && !strings.Contains(err.Error(), "command terminated with exit code 1") {
+				t.Fatal(out, err)
+			}
+			return err
+		}
+		// A new pod's rules come a moment after it.
+		eventually(t, func() error {
+			if err := reaches(); (err == nil) != test.may {
+				return fmt.Errorf("%s: %s, %v", test.sentence, net.JoinHostPort(test.address, test.port), err)
+			}
+			return nil
+		})
+	}
+}
