@@ -1,18 +1,30 @@
 package manifests
 
 import (
+	"io"
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"testing"
 
 	"github.com/compose-spec/compose-go/v2/cli"
+	"github.com/compose-spec/compose-go/v2/dotenv"
 	"github.com/google/go-cmp/cmp"
 )
 
 // TestCompose: Compose's own loader takes the file, and it runs the same as the pod.
 func TestCompose(t *testing.T) {
 	dir := installation(t)
+	// Compose has this; its loader leaves it to its user.
+	dotenv.RegisterFormat("raw", func(r io.Reader, _ string, vars map[string]string, _ func(string) (string, bool)) error {
+		data, err := io.ReadAll(r)
+		for line := range strings.Lines(string(data)) {
+			name, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+			vars[name] = value
+		}
+		return err
+	})
 	options, err := cli.NewProjectOptions([]string{filepath.Join(dir, "docker", "compose.yaml")})
 	if err != nil {
 		t.Fatal(err)
