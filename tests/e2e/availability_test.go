@@ -9,13 +9,13 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
-	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
 )
 
 // load is callers of the agent, who call all the time and watch.
@@ -69,9 +69,19 @@ func startLoad(t *testing.T, i *installed) (l *load, stop func()) {
 	return l, stop
 }
 
-// TestHighAvailability: callers notice nothing of a rolling update, of pods that are evicted as a drained node does, and
-// of one whose processes are killed.
+// TestHighAvailability: on two nodes, callers notice nothing of a rolling update, of each of the nodes drained in turn,
+// and of a pod whose processes are killed.
 func TestHighAvailability(t *testing.T) {
+	worker, err := node.StartWorker(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := node.StopWorker(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	machines := map[string]*cluster.Machine{cluster.NodeName: node.Machine, cluster.WorkerName: worker}
 	i := install(t, "high-availability")
 	pods := node.Client.CoreV1().Pods("pipeops-system")
 	ready := func() []corev1.Pod {
@@ -97,7 +107,20 @@ func TestHighAvailability(t *testing.T) {
 		})
 		return running
 	}
-	ready()
+	if on := ready(); on[0].Spec.NodeName == on[1].Spec.NodeName {
+		t.Errorf("both pods are on %s", on[0].Spec.NodeName)
+	}
+	drain := func(name string) func() {
+		return func() {
+			defer i.must(i.admin, "uncordon", name)
+			i.must(i.admin, "drain", name, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout", "3m")
+			for _, pod := range ready() {
+				if pod.Spec.NodeName == name {
+					t.Errorf("%s is on the drained node %s", pod.Name, name)
+				}
+			}
+		}
+	}
 	for _, event := range []struct {
 		name string
 		do   func()
@@ -106,18 +129,13 @@ func TestHighAvailability(t *testing.T) {
 			i.must(i.admin, "-n", "pipeops-system", "rollout", "restart", "deployment/pipeops-agent")
 			i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
 		}},
-		{"evicted pods", func() {
-			for _, pod := range ready() {
-				eventually(t, func() error { // the PodDisruptionBudget lets one go at a time
-					return pods.EvictV1(t.Context(), &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: pod.Name, Namespace: pod.Namespace}})
-				})
-			}
-		}},
+		{"drained worker", drain(cluster.WorkerName)},
+		{"drained node", drain(cluster.NodeName)},
 		{"killed pod", func() {
 			victim := ready()[0]
 			for _, name := range []string{"frpc", "proxy"} {
 				const kill = `for p in $(pgrep -x "$1"); do if grep -q "$2" /proc/$p/mountinfo; then kill -9 "$p"; fi; done`
-				if out, err := node.Command(t.Context(), "sh", "-c", kill, "sh", name, string(victim.UID)).CombinedOutput(); err != nil {
+				if out, err := machines[victim.Spec.NodeName].Command(t.Context(), "sh", "-c", kill, "sh", name, string(victim.UID)).CombinedOutput(); err != nil {
 					t.Fatalf("kill %s: %v: %s", name, err, out)
 				}
 			}

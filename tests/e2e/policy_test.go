@@ -40,7 +40,7 @@ func TestNetworkPolicy(t *testing.T) {
 	ns := namespace(t)
 	pod := func(ns, name, label, value string) corev1.Pod {
 		yes, no, user := true, false, int64(65532)
-		made, err := node.Client.CoreV1().Pods(ns).Create(t.Context(), &corev1.Pod{
+		if _, err := node.Client.CoreV1().Pods(ns).Create(t.Context(), &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{label: value}},
 			Spec: corev1.PodSpec{
 				Containers: []corev1.Container{{
@@ -52,12 +52,12 @@ func TestNetworkPolicy(t *testing.T) {
 				SecurityContext:               &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &user, SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
 				TerminationGracePeriodSeconds: new(int64),
 			},
-		}, metav1.CreateOptions{})
-		if err != nil {
+		}, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		i.must(i.admin, "-n", ns, "wait", "--for", "condition=Ready", "pod/"+name, "--timeout", "1m")
-		if made, err = node.Client.CoreV1().Pods(ns).Get(t.Context(), name, metav1.GetOptions{}); err != nil {
+		made, err := node.Client.CoreV1().Pods(ns).Get(t.Context(), name, metav1.GetOptions{})
+		if err != nil {
 			t.Fatal(err)
 		}
 		return *made
@@ -98,7 +98,7 @@ func TestNetworkPolicy(t *testing.T) {
 		// A new pod's rules come a moment after it.
 		eventually(t, func() error {
 			if err := reaches(); (err == nil) != test.may {
-				return fmt.Errorf("%s: %s, %v", test.sentence, net.JoinHostPort(test.address, test.port), err)
+				return fmt.Errorf("%s: %s, answered: %t", test.sentence, net.JoinHostPort(test.address, test.port), err == nil)
 			}
 			return nil
 		})
