@@ -5,6 +5,7 @@ package cluster
 import (
 	"context"
 	"crypto/rand"
+	_ "embed"
 	"fmt"
 	"net"
 	"os"
@@ -36,6 +37,11 @@ const (
 	serviceAccountKey = "service-account.key"
 	serverCertificate = "certs/apiserver.crt" // the API server makes it
 )
+
+// PrometheusOperatorKinds are manifests of the custom resources that manifests/components/monitoring uses.
+//
+//go:embed prometheus-operator.yaml
+var PrometheusOperatorKinds string
 
 // Cluster is a running API server.
 type Cluster struct {

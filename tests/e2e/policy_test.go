@@ -13,22 +13,28 @@ import (
 	"github.com/pipeops/vm-agent/tests/cluster"
 )
 
+// openPorts is a patch for the control plane's ports, which are not the usual ones.
+func (i *installed) openPorts() string {
+	return fmt.Sprintf(`{target: {kind: NetworkPolicy}, patch: '[
+		{"op": "add", "path": "/spec/egress/1/ports/-", "value": {"port": %s}},
+		{"op": "add", "path": "/spec/egress/1/ports/-", "value": {"port": %d}}]'}`, port(i.t, i.cp.APIURL), i.cp.FrpsPort)
+}
+
+func port(t *testing.T, address string) string {
+	t.Helper()
+	u, err := url.Parse(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u.Port()
+}
+
 // TestNetworkPolicy: the agent works behind the component network-policy, on a node that enforces it; nobody but
 // Prometheus comes in, and nothing goes out but what the agent needs.
 func TestNetworkPolicy(t *testing.T) {
 	i := prepare(t)
-	api, err := url.Parse(i.cp.APIURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	gateway, err := url.Parse(i.cp.GatewayURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The control plane's ports are not the usual ones.
-	i.patches = fmt.Sprintf(`{target: {kind: NetworkPolicy}, patch: '[
-		{"op": "add", "path": "/spec/egress/1/ports/-", "value": {"port": %s}},
-		{"op": "add", "path": "/spec/egress/1/ports/-", "value": {"port": %d}}]'}`, api.Port(), i.cp.FrpsPort)
+	api, gateway := port(t, i.cp.APIURL), port(t, i.cp.GatewayURL)
+	i.patches = i.openPorts()
 	i.components("network-policy")
 	i.apply()
 	i.must(i.caller, "get", "nodes")
@@ -83,10 +89,10 @@ func TestNetworkPolicy(t *testing.T) {
 		{likeAgent, node.IP, "6443", true, "the agent to the API server"},
 		{likeAgent, "10.96.0.1", "443", true, "the agent to the API server's Service"},
 		{likeAgent, node.IP, "10250", false, "the agent to the kubelet"},
-		{likeAgent, node.HostIP, api.Port(), true, "the agent to the control plane"},
+		{likeAgent, node.HostIP, api, true, "the agent to the control plane"},
 		{likeAgent, node.HostIP, fmt.Sprint(i.cp.FrpsPort), true, "the agent to frps"},
-		{stranger, node.HostIP, gateway.Port(), true, "a stranger to another port of the control plane"},
-		{likeAgent, node.HostIP, gateway.Port(), false, "the agent to another port of the control plane"},
+		{stranger, node.HostIP, gateway, true, "a stranger to another port of the control plane"},
+		{likeAgent, node.HostIP, gateway, false, "the agent to another port of the control plane"},
 	} {
 		reaches := func() error {
 			out, err := i.run(i.admin, "", nil, "-n", test.from.Namespace, "exec", test.from.Name, "--", "/bin/busybox", "nc", "-w", "3", test.address, test.port, "-e", "/bin/busybox", "true")

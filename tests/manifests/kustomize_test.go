@@ -15,6 +15,8 @@ import (
 	psa "k8s.io/pod-security-admission/api"
 	"k8s.io/pod-security-admission/policy"
 	"sigs.k8s.io/yaml"
+
+	"github.com/pipeops/vm-agent/tests/cluster"
 )
 
 // build is what `kubectl apply -k` would send.
@@ -24,12 +26,6 @@ func build(t *testing.T, dir string) string {
 }
 
 var rendered map[string]string
-
-// components are all but monitoring, which brings kinds that the API server does not know, and has tests of its own.
-func components(t *testing.T, dir string) []string {
-	t.Helper()
-	return slices.DeleteFunc(kustomizations(t, dir, "Component"), func(path string) bool { return path == "components/monitoring" })
-}
 
 // variants are all that a person may apply: each kustomization, and each component on top of the base.
 func variants(t *testing.T) map[string]string {
@@ -41,7 +37,7 @@ func variants(t *testing.T) map[string]string {
 	for _, path := range kustomizations(t, dir, "Kustomization") {
 		all[path] = build(t, filepath.Join(dir, path))
 	}
-	for _, path := range components(t, dir) {
+	for _, path := range kustomizations(t, dir, "Component") {
 		overlay := filepath.Join(dir, "with", filepath.Base(path))
 		write(t, filepath.Join(overlay, "kustomization.yaml"), "resources: [../../base]\ncomponents: [../../"+path+"]\n")
 		all[path] = build(t, overlay)
@@ -61,7 +57,9 @@ func TestRenderings(t *testing.T) {
 	for path, got := range all {
 		t.Run(path, func(t *testing.T) {
 			if strings.HasPrefix(path, "components/") {
-				got = strings.Join(slices.DeleteFunc(documents(got), func(d string) bool { return slices.Contains(base, d) }), "\n---\n") + "\n"
+				got = strings.Join(slices.DeleteFunc(documents(got), func(d string) bool {
+					return slices.Contains(base, d) || strings.Contains(d, "\n  pipeops-agent.json: |") // the dashboard, a copy of its file
+				}), "\n---\n") + "\n"
 			}
 			name := "root"
 			if path != "." {
@@ -160,6 +158,8 @@ func TestPods(t *testing.T) {
 func TestAPIServerTakesThem(t *testing.T) {
 	all := variants(t)
 	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not make it
+	apply(t, cluster.PrometheusOperatorKinds)
+	must(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	for path, rendering := range all {
 		t.Run(path, func(t *testing.T) {
 			must(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
@@ -225,7 +225,7 @@ func TestChangesRollThePods(t *testing.T) {
 func TestAnotherNamespace(t *testing.T) {
 	dir := installation(t)
 	overlay := "namespace: other\nresources: [../../base]\ncomponents:\n"
-	for _, path := range components(t, dir) {
+	for _, path := range kustomizations(t, dir, "Component") {
 		overlay += "- ../../" + path + "\n"
 	}
 	write(t, filepath.Join(dir, "overlays", "other", "kustomization.yaml"), overlay)

@@ -1,0 +1,305 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// page is manifests/README.md, whose commands tests run in the words in which they stand there.
+type page struct {
+	blocks [][]string      // commands that stand beneath each other; those within a sentence are alone
+	ran    map[string]bool // by command
+}
+
+func readPage(t *testing.T) *page {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(repository(t), "manifests", "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &page{ran: map[string]bool{}}
+	within := regexp.MustCompile("`((?:ctr|docker|kubectl|make) [^`]+)`")
+	var block []string
+	more := false // of the last command
+	for line := range strings.Lines(string(data) + "\n") {
+		code, indented := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "    ")
+		switch {
+		case indented && more:
+			block[len(block)-1] += "\n" + code
+		case indented:
+			block = append(block, code)
+		case len(block) > 0:
+			p.blocks, block = append(p.blocks, block), nil
+		}
+		more = indented && strings.HasSuffix(code, `\`)
+		if !indented {
+			for _, match := range within.FindAllStringSubmatch(line, -1) {
+				p.blocks = append(p.blocks, []string{match[1]})
+			}
+		}
+	}
+	return p
+}
+
+// command is the page's command that is, or else begins, with some words.
+func (p *page) command(t *testing.T, words string) string {
+	t.Helper()
+	all := slices.Concat(p.blocks...)
+	for _, matches := range []func(c string) bool{
+		func(c string) bool { return c == words },
+		func(c string) bool { return strings.HasPrefix(c, words) },
+	} {
+		if n := slices.IndexFunc(all, matches); n >= 0 {
+			p.ran[all[n]] = true
+			return all[n]
+		}
+	}
+	t.Fatalf("the page has no command that begins with %q", words)
+	return ""
+}
+
+// block is the commands of the page from one that begins with some words to the last beneath it.
+func (p *page) block(t *testing.T, words string) string {
+	t.Helper()
+	first := p.command(t, words)
+	for _, block := range p.blocks {
+		if n := slices.Index(block, first); n >= 0 {
+			for _, c := range block[n:] {
+				p.ran[c] = true
+			}
+			return strings.Join(block[n:], "\n")
+		}
+	}
+	panic("a command in no block")
+}
+
+// shell runs commands in a directory, with programs of its own before all others.
+type shell struct {
+	t   *testing.T
+	dir string
+	env []string
+}
+
+func newShell(t *testing.T, dir string, env ...string) *shell {
+	t.Helper()
+	bin := filepath.Join(dir, "bin")
+	return &shell{t, dir, append([]string{"PATH=" + bin + ":" + filepath.Join(repository(t), ".build", "bin") + ":" + os.Getenv("PATH"), "HOME=" + dir}, env...)}
+}
+
+// program puts a script under a name.
+func (s *shell) program(name, script string) {
+	s.t.Helper()
+	path := filepath.Join(s.dir, "bin", name)
+	err := os.MkdirAll(filepath.Dir(path), 0o755)
+	if err == nil {
+		err = os.WriteFile(path, []byte("#!/bin/sh\n"+script+"\n"), 0o700)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *shell) run(command string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute) // cleaning up needs it after the test's end
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "-ec", command)
+	cmd.Dir, cmd.Env = s.dir, s.env
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%s: %w: %s", command, err, out)
+	}
+	return string(out), err
+}
+
+func (s *shell) must(command string) string {
+	s.t.Helper()
+	begin := time.Now()
+	out, err := s.run(command)
+	s.t.Logf("%4.1f s: %s", time.Since(begin).Seconds(), command)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return out
+}
+
+// TestInstallPage: each command of the page that tells how to install the agent does what the page says.
+func TestInstallPage(t *testing.T) {
+	p := readPage(t)
+	whole := true
+	for _, part := range []struct {
+		name string
+		test func(*testing.T, *page)
+	}{
+		{"cluster", installOnCluster}, {"compose", runByCompose}, {"docker run", runByDocker}, {"registry", pushImages},
+	} {
+		ran := false
+		whole = t.Run(part.name, func(t *testing.T) { ran = true; part.test(t, p) }) && ran && whole
+	}
+	if !whole {
+		return
+	}
+	// Those that make e2e itself, and .ci/run, have run.
+	for _, words := range []string{"make images", "make verify-images"} {
+		p.command(t, words)
+	}
+	for _, c := range slices.Concat(p.blocks...) {
+		if !p.ran[c] {
+			t.Errorf("no test runs %s", c)
+		}
+	}
+}
+
+// installOnCluster goes from nothing to a connected cluster, an upgrade, another token, an overlay with every
+// component, and to nothing again.
+func installOnCluster(t *testing.T, p *page) {
+	i := prepare(t)
+	sh := newShell(t, filepath.Dir(i.dir), "KUBECONFIG="+i.admin)
+	do := func(words string) string {
+		t.Helper()
+		return sh.must(p.command(t, words))
+	}
+	callers := func(token string) {
+		t.Helper()
+		if err := agent.WriteCaller(i.caller, i.cp, agentID, token); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() error {
+			_, err := i.run(i.caller, "", nil, "get", "nodes")
+			return err
+		})
+	}
+	const rollout = "kubectl -n pipeops-system rollout status"
+
+	if _, err := sh.run(p.command(t, "kubectl apply -k manifests")); err == nil || !strings.Contains(err.Error(), "agent.env: no such file") {
+		t.Errorf("without its files: %v", err)
+	}
+	do("echo PIPEOPS_AGENT_ID=")
+	settings := "PIPEOPS_AGENT_ID=" + agentID + "\nPIPEOPS_API_URL=" + i.cp.APIURL +
+		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\n"
+	i.write("agent.env", settings)
+	do("(umask 077; echo your-agent-token")
+	i.cp.SetAgent(agentID, "your-agent-token")
+	do("kubectl apply -k manifests")
+	eventually(t, func() error { // the CA is not there
+		out := do("kubectl -n pipeops-system describe pods")
+		if !strings.Contains(out, "Exit Code:    2") || !strings.Contains(out, "/etc/pipeops/tls/ca.crt") {
+			return fmt.Errorf("describe pods: %s", out)
+		}
+		return nil
+	})
+	sh.must("cp manifests/overlays/test/ca.crt .")
+	do("kubectl -n pipeops-system create secret generic pipeops-agent-tls")
+	do(rollout)
+	if out := do("kubectl -n pipeops-system exec deployment/pipeops-agent -c bootstrap"); strings.Contains(out, "failed") || strings.Contains(out, "skipped") {
+		t.Errorf("doctor:\n%s", out)
+	}
+	if out := do("kubectl -n pipeops-system logs"); !strings.Contains(out, "lease") {
+		t.Errorf("bootstrap's log:\n%s", out)
+	}
+	callers("your-agent-token")
+
+	// An upgrade, and back.
+	mapOf := func() string {
+		return i.must(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent", "-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
+	}
+	before := mapOf()
+	i.write("agent.env", settings+"PIPEOPS_LOG_LEVEL=debug\n")
+	do("kubectl apply -k manifests")
+	do(rollout)
+	if mapOf() == before {
+		t.Error("a changed setting rolls nothing")
+	}
+	do("kubectl -n pipeops-system rollout undo")
+	do(rollout)
+	if mapOf() != before {
+		t.Errorf("undone, the pods have the settings of %s, before %s", mapOf(), before)
+	}
+	i.write("agent.env", settings)
+	callers("your-agent-token")
+
+	pods := func() string { // with the restarts of their proxies
+		return i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
+	}
+	eventually(t, func() error { // those of before drain
+		if before = pods(); strings.Count(before, "\n") != 1 {
+			return fmt.Errorf("there are %s", before)
+		}
+		return nil
+	})
+	i.cp.SetAgent(agentID, "another-agent-token")
+	sh.must(p.block(t, "(umask 077; echo another-agent-token"))
+	// The kubelet looks for a changed Secret now and then. Not so the callers: who is refused too often waits a minute.
+	if err := process.Poll(t.Context(), 2*time.Minute, nil, func() error {
+		log, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", "proxy")
+		if err == nil && !strings.Contains(log, "the agent's token has changed") {
+			err = errors.New("the pod has the token of before")
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	callers("another-agent-token")
+	if after := pods(); after != before {
+		t.Errorf("pods and restarts of the proxy: %s, before %s", after, before)
+	}
+
+	if _, err := i.run(i.admin, cluster.PrometheusOperatorKinds, nil, "apply", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if _, err := i.run(i.admin, cluster.PrometheusOperatorKinds, nil, "delete", "-f", "-"); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := i.run(i.admin, cluster.PrometheusOperatorKinds, nil, "wait", "--for", "condition=Established", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	objects := func() []string {
+		names := strings.Fields(i.must(i.admin, "-n", "pipeops-system", "get", "-o", "name", "-l", "app.kubernetes.io/part-of=pipeops",
+			"clusterroles,clusterrolebindings,namespaces,roles,rolebindings,secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments"))
+		return slices.DeleteFunc(names, func(name string) bool { // settings, of now and before
+			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard"
+		})
+	}
+	base := objects()
+	i.write("overlays/test/agent-token", "another-agent-token\n")
+	i.patches = i.openPorts()
+	i.components("manage", "cluster-admin", "runners", "high-availability", "network-policy", "monitoring")
+	sh.must(strings.ReplaceAll(p.command(t, "kubectl apply -k manifests/overlays/NAME"), "NAME", "test"))
+	do(rollout)
+	if i.must(i.caller, "auth", "can-i", "create", "clusterroles") != "yes\n" {
+		t.Error("cluster-admin grants nothing")
+	}
+	if with := objects(); len(with) != len(base)+10 {
+		t.Errorf("with all components there are %v", with)
+	}
+	do("kubectl apply -k manifests")
+	do(rollout)
+	sh.must(p.block(t, "kubectl delete clusterrolebinding pipeops-agent-manage"))
+	if diff := cmp.Diff(base, objects()); diff != "" {
+		t.Errorf("the components are taken out, and there is (-before +after)\n%s", diff)
+	}
+
+	sh.must(p.block(t, "kubectl delete clusterrole,clusterrolebinding -l"))
+	if out := i.must(i.admin, "get", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
+		t.Errorf("left: %s", out)
+	}
+	if out, err := i.run(i.caller, "", nil, "get", "--raw", "/version"); err == nil || !strings.Contains(err.Error(), "is not connected to the control plane") {
+		t.Errorf("the tunnel: %s, %v", out, err)
+	}
+}

@@ -1,0 +1,83 @@
+package e2e
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// pushImages pushes to a registry on this machine and asks it for the digest of frpc, as at Docker Hub.
+func pushImages(t *testing.T, p *page) {
+	group, err := process.NewGroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(group.Close)
+	dir, root := group.Dir(), repository(t)
+	port, err := process.FreePort()
+	if err != nil {
+		t.Fatal(err)
+	}
+	registry := fmt.Sprintf("127.0.0.1:%d", port)
+	write := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	config := write("registry.yaml", "version: 0.1\nlog: {level: error}\nhttp: {addr: "+registry+"}\nstorage: {filesystem: {rootdirectory: "+dir+"/registry}}\n")
+	if _, err := group.Start("registry", nil, "docker-registry", "serve", config); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		resp, err := http.Get("http://" + registry + "/v2/")
+		if err == nil {
+			_ = resp.Body.Close()
+		}
+		return err
+	})
+	sh := newShell(t, dir, "GOFLAGS="+os.Getenv("GOFLAGS"))
+	sh.must("mkdir -p .config/containers")
+	write(".config/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = %[1]q\ninsecure = true\n[[registry]]\nprefix = \"docker.io\"\nlocation = %[1]q\ninsecure = true\n", registry))
+
+	push := strings.ReplaceAll(p.command(t, "make push"), "registry.example.com", registry)
+	pushed := regexp.MustCompile(regexp.QuoteMeta(registry) + `/pipeops/vm-agent:\S+@sha256:\S+`).FindString(sh.must("cd " + root + " && TLS_VERIFY=false " + push))
+	index := sh.must("skopeo inspect --raw docker://" + strings.SplitN(pushed, "@", 2)[0])
+	for _, arch := range []string{"amd64", "arm64"} {
+		if strings.Count(index, `"architecture":"`+arch+`"`) != 1 {
+			t.Errorf("%s is not in what was pushed: %s", arch, index)
+		}
+	}
+
+	// In a copy, as it writes into the manifests.
+	sh.must(fmt.Sprintf("cp -r %[1]s/Makefile %[1]s/manifests .", root))
+	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/fatedier/frpc:v0.71.0", root, registry))
+	sh.must(p.command(t, "make frpc-digest"))
+	digest := "docker.io/fatedier/frpc@" + strings.TrimSpace(sh.must("skopeo inspect --no-tags --format '{{.Digest}}' docker://docker.io/fatedier/frpc:v0.71.0"))
+	for _, rendered := range []string{sh.must("kubectl kustomize manifests/base"), sh.must("cat manifests/docker/compose.yaml")} {
+		if !strings.Contains(strings.ReplaceAll(rendered, "frpc:v0.71.0@", "frpc@"), "image: "+digest) {
+			t.Errorf("it does not name %s:\n%s", digest, rendered)
+		}
+	}
+
+	// A node without a registry.
+	real, err := exec.LookPath("ctr")
+	if err != nil {
+		t.Fatal(err)
+	}
+	enter := strings.Join(node.Command(t.Context(), "env", "CONTAINERD_SNAPSHOTTER=native").Args, " ")
+	sh.program("ctr", "exec "+enter+` sh -c 'cd "$0" && exec `+real+` "$@"' "$PWD" "$@"`)
+	ctr := strings.ReplaceAll(p.command(t, "ctr -n k8s.io images import"), "amd64", runtime.GOARCH)
+	if out := sh.must("cd " + root + " && " + ctr); !strings.Contains(out, "pipeops/vm-agent") {
+		t.Errorf("ctr: %s", out)
+	}
+}
