@@ -39,14 +39,14 @@ test: build tools ## Run the unit and integration tests: no root, no internet bu
 	@cd tests && go test -count=1 -v -parallel 8 -timeout 15m $$(go list ./... | grep -v -e /e2e$$ -e /monitoring$$)
 
 # What a node, the images and the alerts' tests need of Debian, beside what every Debian has.
-E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables podman prometheus runc skopeo
+E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables podman procps prometheus runc skopeo
 missing-packages = for p in $(E2E_PACKAGES); do dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
 # What a node is made of beside the tools, and Compose. Nothing else needs them, and they take minutes to build.
 NODE := kube-controller-manager kube-proxy kube-router kube-scheduler kubelet
 
 .PHONY: e2e
 e2e: e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE) docker-compose) ## Run the tests on a whole Kubernetes node: root, Debian
-	@cd tests && go test -count=1 -v -timeout 20m -p 1 ./monitoring ./e2e
+	@cd tests && go test -count=1 -v -timeout 20m ./monitoring ./e2e
 
 .PHONY: e2e-ready
 e2e-ready:

@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto"
 	_ "embed"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +20,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/util/cert"
@@ -45,9 +48,10 @@ type Node struct {
 	Kubeconfig string // file, as an administrator
 	HostIP     string // this machine's, as the node and its pods see it
 
-	tokens map[string]string // by user
-	images []string          // archives
-	worker *Machine
+	tokens  map[string]string // by user
+	busybox string            // archive
+	worker  *Machine
+	workers int // so far
 }
 
 // Machine is where a kubelet runs: namespaces with a containerd, a kube-proxy and a kube-router.
@@ -164,33 +168,38 @@ func (n *Node) start(ctx context.Context, group *process.Group) (err error) {
 			return err
 		}
 	}
-	archive := filepath.Join(s.dir, "busybox.tar")
-	if err := WriteImage(archive, Busybox, "/bin/busybox", "/bin/busybox", "sleep", "infinity"); err != nil {
+	n.busybox = filepath.Join(s.dir, "busybox.tar")
+	if err := WriteImage(n.busybox, Busybox, "/bin/busybox", "/bin/busybox", "sleep", "infinity"); err != nil {
 		return err
 	}
-	n.images = []string{archive}
 	return n.join(ctx, n.Machine)
 }
 
-// StartWorker starts a second node, which is there until the worker is closed.
+// StartWorker starts a second node, which is there until StopWorker.
 func (n *Node) StartWorker(ctx context.Context) (*Machine, error) {
-	n.worker = &Machine{name: WorkerName, pods: "10.244.1.0/24", site: &site{group: n.site.group, prefix: WorkerName + "-"}}
+	n.workers++
+	n.worker = &Machine{name: WorkerName, pods: "10.244.1.0/24", site: &site{group: n.site.group, prefix: fmt.Sprintf("%s%d-", WorkerName, n.workers)}}
+	if err := n.startWorker(ctx); err != nil {
+		err = fmt.Errorf("the worker does not start: %w\n%s", err, n.Report())
+		return nil, errors.Join(err, n.StopWorker(context.WithoutCancel(ctx)))
+	}
+	return n.worker, nil
+}
+
+func (n *Node) startWorker(ctx context.Context) error {
 	outsideIP, err := n.worker.start(ctx, n.first.Pid())
 	if err == nil {
 		// This machine knows the first node, and not who is behind it.
-		err = n.sh(ctx, `echo 1 >/proc/sys/net/ipv4/ip_forward; ip route add "$1" via "$2"
+		err = n.sh(ctx, `echo 1 >/proc/sys/net/ipv4/ip_forward; ip route replace "$1" via "$2"
 			iptables -t nat -A POSTROUTING -s "$2" -o eth0 -j MASQUERADE`, n.worker.pods, n.worker.IP)
 	}
 	if err == nil {
-		err = n.worker.sh(ctx, `ip route add 192.0.2.0/24 via "$1"; ip route add "$2" via "$1"`, outsideIP, n.pods)
+		err = n.worker.sh(ctx, `ip route add "$3" via "$1"; ip route add "$2" via "$1"`, outsideIP, n.pods, links.String())
 	}
 	if err == nil {
 		err = n.join(ctx, n.worker)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("the worker does not start: %w\n%s", err, n.Report())
-	}
-	return n.worker, nil
+	return err
 }
 
 func (m *Machine) sh(ctx context.Context, script string, args ...string) error {
@@ -202,9 +211,15 @@ func (m *Machine) sh(ctx context.Context, script string, args ...string) error {
 
 // StopWorker ends the worker at once, as if somebody had pulled its plug, and tells Kubernetes.
 func (n *Node) StopWorker(ctx context.Context) error {
-	n.worker.first.Kill()
+	if n.worker.first != nil {
+		n.worker.first.Kill()
+	}
 	n.worker = nil
-	return n.Client.CoreV1().Nodes().Delete(ctx, WorkerName, metav1.DeleteOptions{})
+	err := n.Client.CoreV1().Nodes().Delete(ctx, WorkerName, metav1.DeleteOptions{})
+	if apierrors.IsNotFound(err) { // it never joined
+		return nil
+	}
+	return err
 }
 
 // join makes a machine a node, and waits until it is ready for pods.
@@ -231,12 +246,8 @@ func (n *Node) join(ctx context.Context, m *Machine) error {
 	}
 	alive, cancel := m.site.whileAlive(ctx)
 	defer cancel()
-	var err error
-	for _, archive := range n.images {
-		if err == nil { // containerd may not listen yet
-			err = process.Poll(alive, time.Minute, nil, func() error { return m.importImage(alive, archive) })
-		}
-	}
+	// containerd may not listen yet
+	err := process.Poll(alive, time.Minute, nil, func() error { return m.ImportImage(alive, n.busybox) })
 	if err == nil {
 		err = process.Poll(alive, time.Minute, nil, func() error { return n.ready(alive, m) })
 	}
@@ -284,22 +295,26 @@ func (n *Node) components() []component {
 }
 
 // cgroup is the name of the pods' cgroup. Like that of the group's directory, nobody else has it.
-func (m *Machine) cgroup() string { return filepath.Base(m.site.group.Dir()) + "-" + m.name }
+func (m *Machine) cgroup() string {
+	return filepath.Base(m.site.group.Dir()) + "-" + m.site.prefix + m.name
+}
 
 // start makes the namespaces, with a cable to the network namespace of the process outside, and starts containerd in
 // them. It returns the address of the cable's other end.
 func (m *Machine) start(ctx context.Context, outside int) (outsideIP string, err error) {
 	s := m.site
-	if s.dir, err = s.group.Mkdir(m.name); err != nil {
+	if s.dir, err = s.group.Mkdir(s.prefix + m.name); err != nil {
 		return "", err
 	}
-	// 192.0.2.0/24 is for documentation: no network has it. Four addresses of it are a link.
-	link := rand.IntN(64)
-	outsideIP = net.IPv4(192, 0, 2, byte(4*link+1)).String()
-	m.IP = net.IPv4(192, 0, 2, byte(4*link+2)).String()
+	link, err := freeLink()
+	if err != nil {
+		return "", err
+	}
+	outsideIP = ipv4(link + 1).String()
+	m.IP = ipv4(link + 2).String()
 	outsideNet := fmt.Sprintf("/proc/%d/ns/net", outside)
 	m.first, err = s.run("namespaces", "unshare", "--net", "--mount", "--pid", "sh", "-ec", nodeScript, "node",
-		outsideNet, "pipeops"+strconv.Itoa(link), outsideIP, m.IP, serviceRange, m.cgroup())
+		outsideNet, fmt.Sprintf("pipeops%x", link), outsideIP, m.IP, serviceRange, m.cgroup())
 	if err != nil {
 		return "", err
 	}
@@ -334,6 +349,30 @@ func (m *Machine) start(ctx context.Context, outside int) (outsideIP string, err
 	}
 	_, err = s.run("containerd", "containerd", "--config", config)
 	return outsideIP, err
+}
+
+// links is the network that cables get their addresses from. It is for benchmarks: no other network has it.
+var links = netip.MustParsePrefix("198.18.0.0/15")
+
+func ipv4(n uint32) netip.Addr {
+	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, n)))
+}
+
+// freeLink returns the first of four addresses in a row, of which this machine has none.
+func freeLink() (uint32, error) {
+	taken, err := net.InterfaceAddrs()
+	if err != nil {
+		return 0, err
+	}
+	for {
+		first := binary.BigEndian.Uint32(links.Addr().AsSlice()) + 4*rand.Uint32N(1<<15)
+		if !slices.ContainsFunc(taken, func(a net.Addr) bool {
+			prefix, err := netip.ParsePrefix(a.String())
+			return err == nil && prefix.Overlaps(netip.PrefixFrom(ipv4(first), 30))
+		}) {
+			return first, nil
+		}
+	}
 }
 
 // writeKubeletClient makes the certificate that the API server shows to the kubelet. It is its own authority.
@@ -381,12 +420,7 @@ func (n *Node) ready(ctx context.Context, m *Machine) error {
 
 // ImportImage takes the images of a docker-archive or OCI archive into the node. Pods name them as the archive
 // does; there is no registry, so a tag other than latest or `imagePullPolicy: Never` is a must.
-func (n *Node) ImportImage(ctx context.Context, archive string) error {
-	n.images = append(n.images, archive)
-	return n.importImage(ctx, archive)
-}
-
-func (m *Machine) importImage(ctx context.Context, archive string) error {
+func (m *Machine) ImportImage(ctx context.Context, archive string) error {
 	file, err := os.Open(archive)
 	if err != nil {
 		return err

@@ -1,10 +1,12 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -107,11 +109,7 @@ func prepare(t *testing.T) *installed {
 	}
 	t.Cleanup(group.Close)
 	root := repository(t)
-	for _, image := range []string{"vm-agent-" + runtime.GOARCH + ".tar", "frpc.tar"} {
-		if err := node.ImportImage(t.Context(), filepath.Join(root, ".build", "images", image)); err != nil {
-			t.Fatalf("%v: make test-images builds them", err)
-		}
-	}
+	importImages(t, node.Machine)
 	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
 	i.cp, err = controlplane.Start(t.Context(), controlplane.Options{
 		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler), IP: node.HostIP,
@@ -126,6 +124,7 @@ func prepare(t *testing.T) *installed {
 	if err := os.CopyFS(i.dir, os.DirFS(filepath.Join(root, "manifests"))); err != nil {
 		t.Fatal(err)
 	}
+	unpin(t, filepath.Join(i.dir, "base", "kustomization.yaml"))
 	i.write("overlays/test/agent.env", "PIPEOPS_AGENT_ID="+agentID+"\nPIPEOPS_API_URL="+i.cp.APIURL+
 		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TUNNEL_TYPE=https\n")
 	i.write("overlays/test/agent-token", agentToken+"\n")
@@ -143,6 +142,28 @@ func prepare(t *testing.T) *installed {
 		}
 	})
 	return i
+}
+
+// unpin takes the digest of Docker Hub's frpc away, if there is one: here is a build of our own.
+func unpin(t *testing.T, path string) {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err == nil {
+		err = os.WriteFile(path, regexp.MustCompile(`@sha256:[0-9a-f]+|\n +digest: .*`).ReplaceAll(data, nil), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// importImages brings the agent's to a node.
+func importImages(t *testing.T, m *cluster.Machine) {
+	t.Helper()
+	for _, image := range []string{"vm-agent-" + runtime.GOARCH + ".tar", "frpc.tar"} {
+		if err := m.ImportImage(t.Context(), filepath.Join(repository(t), ".build", "images", image)); err != nil {
+			t.Fatalf("%v: make test-images builds them", err)
+		}
+	}
 }
 
 // components writes the overlay with these.
@@ -197,6 +218,7 @@ func TestAgentOnANode(t *testing.T) {
 	i.rights()
 	t.Run("kubectl", i.useKubectl)
 	t.Run("restarts", i.restarts)
+	t.Run("frps away", i.frpsAway)
 }
 
 // rights shows through the tunnel what the base and each component grant.
@@ -264,7 +286,7 @@ func (i *installed) useKubectl(t *testing.T) {
 	i.must(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "web.yaml"))
 	i.must(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
 	for _, name := range []string{"websocket", "spdy"} { // it ends with what is attached to it
-		i.must(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "cat")
+		i.must(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "echo hello; exec cat")
 		i.must(i.caller, "-n", ns, "wait", "--for", "condition=Ready", "pod/cat-"+name, "--timeout", "1m")
 	}
 	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}} {
@@ -276,7 +298,6 @@ func (i *installed) useKubectl(t *testing.T) {
 			}{
 				{"", "hello\n", []string{"logs", "deployment/web"}},
 				{"there and back", "there and back", []string{"exec", "-i", "deployment/web", "--", "/bin/busybox", "cat"}},
-				{"attached\n", "attached\n", []string{"attach", "-i", "--quiet", "cat-" + strings.ToLower(name)}},
 				{"typed\n", "typed\n", []string{"run", strings.ToLower(name), "-i", "--rm", "--quiet", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "read line; echo $line"}},
 			} {
 				out, err := i.run(i.caller, test.stdin, env, append([]string{"-n", ns}, test.args...)...)
@@ -284,6 +305,7 @@ func (i *installed) useKubectl(t *testing.T) {
 					t.Errorf("kubectl %s: %q, want %q (%v)", strings.Join(test.args, " "), out, test.want, err)
 				}
 			}
+			i.attach(ns, "cat-"+strings.ToLower(name), env)
 			pod := strings.TrimPrefix(strings.TrimSpace(i.must(i.caller, "-n", ns, "get", "pods", "-l", "app=web", "-o", "name")), "pod/")
 			there, back := filepath.Join(filepath.Dir(i.dir), "there"), filepath.Join(filepath.Dir(i.dir), "back-"+name)
 			content := strings.Repeat("0123456789abcdef", 1<<16)
@@ -301,9 +323,35 @@ func (i *installed) useKubectl(t *testing.T) {
 			i.portForward(ns, env)
 		})
 	}
-	follow, err := i.run(i.caller, "", nil, "-n", ns, "logs", "-f", "deployment/web", "--pod-running-timeout", "30s", "--limit-bytes", "6")
-	if err != nil || follow != "hello\n" {
-		t.Errorf("logs -f: %q, %v", follow, err)
+}
+
+// attach types into a pod that has said hello and says what it is told, and ends. `logs -f` follows all of it.
+func (i *installed) attach(ns, pod string, env []string) {
+	t := i.t
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	follow := i.kubectl(ctx, i.caller, env, "-n", ns, "logs", "-f", pod)
+	stdout, err := follow.StdoutPipe()
+	if err == nil {
+		err = follow.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := bufio.NewReader(stdout)
+	if line, err := log.ReadString('\n'); err != nil || line != "hello\n" {
+		t.Errorf("logs -f: %q, %v", line, err)
+	}
+	if out, err := i.run(i.caller, "attached\n", env, "-n", ns, "attach", "-i", "--quiet", pod); err != nil || !strings.Contains(out, "attached\n") {
+		t.Errorf("attach: %q, %v", out, err)
+	}
+	rest, err := io.ReadAll(log)
+	if err == nil {
+		err = follow.Wait()
+	}
+	if err != nil || string(rest) != "attached\n" {
+		t.Errorf("logs -f: %q, %v", rest, err)
 	}
 }
 
@@ -320,7 +368,9 @@ func (i *installed) portForward(ns string, env []string) {
 	}
 	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
 	eventually(t, func() error {
-		out, err := exec.CommandContext(t.Context(), "busybox", "wget", "-q", "-O", "-", fmt.Sprintf("http://127.0.0.1:%d/", port)).CombinedOutput()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		out, err := exec.CommandContext(ctx, "busybox", "wget", "-q", "-O", "-", fmt.Sprintf("http://127.0.0.1:%d/", port)).CombinedOutput()
 		if err == nil && string(out) != "page\n" {
 			err = fmt.Errorf("got %q", out)
 		}
@@ -366,4 +416,37 @@ func (i *installed) restarts(t *testing.T) {
 		})
 		i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
 	}
+}
+
+// frpsAway: without frps the pod is not ready, and nothing is started again for it; it comes back by itself.
+func (i *installed) frpsAway(t *testing.T) {
+	i = i.in(t)
+	state := func(ready bool) (restarts string) {
+		t.Helper()
+		eventually(t, func() error {
+			out := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}`)
+			var found bool
+			if restarts, found = strings.CutPrefix(out, map[bool]string{true: "True ", false: "False "}[ready]); !found {
+				return fmt.Errorf("the pod is %s", out)
+			}
+			return nil
+		})
+		return restarts
+	}
+	before := state(true)
+	i.cp.StopFrps()
+	state(false)
+	if _, err := i.run(i.caller, "", nil, "get", "nodes"); err == nil {
+		t.Error("callers are answered without frps")
+	}
+	if err := i.cp.StartFrps(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if after := state(true); after != before {
+		t.Errorf("restarts: %s, before %s", after, before)
+	}
+	eventually(t, func() error {
+		_, err := i.run(i.caller, "", nil, "get", "nodes")
+		return err
+	})
 }

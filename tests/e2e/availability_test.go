@@ -4,73 +4,153 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/informers"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/cache"
 
 	"github.com/pipeops/vm-agent/tests/agent"
 	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// load is callers of the agent, who call all the time and watch.
+// load is callers of the agent, who read, write and watch all the time.
 type load struct {
 	calls  atomic.Int64
 	mu     sync.Mutex
 	errors []error
+	raw    []error // those that client-go tried again
 }
 
-func (l *load) failed(err error) {
+func (l *load) failed(to *[]error, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.errors = append(l.errors, err)
+	*to = append(*to, err)
 }
 
-// startLoad runs until the test ends, or until stop.
-func startLoad(t *testing.T, i *installed) (l *load, stop func()) {
+// roundTripper sees what client-go does not tell.
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// startLoad runs until the test ends, or until stop, which returns when the watches have seen all that was written.
+// The caller must be able to write ConfigMaps.
+func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) {
 	t.Helper()
-	config := agent.Caller(i.cp, agentID, agentToken)
+	ctx, cancel := context.WithCancel(t.Context())
+	calling, stopCalling := context.WithCancel(ctx)
+	l = &load{}
+	config := agent.Caller(i.cp, agentID, token)
 	config.QPS = -1
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
+		return roundTripper(func(r *http.Request) (*http.Response, error) {
+			resp, err := next.RoundTrip(r)
+			switch {
+			case r.Context().Err() != nil:
+			case err != nil:
+				l.failed(&l.raw, err)
+			// 503 with Retry-After is how the API server itself drains.
+			case resp.StatusCode >= 500 && (resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == ""):
+				l.failed(&l.raw, fmt.Errorf("%s %s: %s", r.Method, r.URL.Path, resp.Status))
+			}
+			return resp, err
+		})
+	})
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	l = &load{}
-	ctx, cancel := context.WithCancel(t.Context())
-	var callers sync.WaitGroup
-	for range 4 {
+	maps := client.CoreV1().ConfigMaps(namespace(t))
+	counter, err := maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "counter"}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var callers, watchers sync.WaitGroup
+	for range 3 {
 		callers.Go(func() {
-			for ctx.Err() == nil {
-				if _, err := client.CoreV1().Namespaces().Get(ctx, "default", metav1.GetOptions{}); err != nil && ctx.Err() == nil {
-					l.failed(err)
+			for calling.Err() == nil {
+				if _, err := maps.Get(calling, "counter", metav1.GetOptions{}); err != nil && calling.Err() == nil {
+					l.failed(&l.errors, err)
 				}
 				l.calls.Add(1)
 			}
 		})
 	}
-	factory := informers.NewSharedInformerFactory(client, 0)
-	informer := factory.Core().V1().Pods().Informer()
-	if err := informer.SetWatchErrorHandler(func(_ *cache.Reflector, err error) {
-		if ctx.Err() == nil {
-			l.failed(fmt.Errorf("watch: %w", err))
+	written := 0
+	callers.Go(func() {
+		for calling.Err() == nil { // not cut at the end, so that it is known what was written
+			if _, err := maps.Patch(ctx, "counter", types.MergePatchType, fmt.Appendf(nil, `{"data": {"n": "%d"}}`, written+1), metav1.PatchOptions{}); err != nil {
+				// It may have been done, or not, and nobody can tell: client-go does not try again.
+				l.failed(&l.raw, err)
+				continue
+			}
+			written++
+			l.calls.Add(1)
 		}
-	}); err != nil {
-		t.Fatal(err)
+	})
+	seen := make([]atomic.Int64, 4)
+	for n := range seen {
+		watchers.Go(func() {
+			version := counter.ResourceVersion
+			for ctx.Err() == nil {
+				w, err := maps.Watch(ctx, metav1.ListOptions{ResourceVersion: version})
+				if err != nil {
+					if ctx.Err() == nil {
+						l.failed(&l.errors, fmt.Errorf("watch: %w", err))
+					}
+					return
+				}
+				for event := range w.ResultChan() {
+					changed, ok := event.Object.(*corev1.ConfigMap)
+					if !ok {
+						if ctx.Err() == nil {
+							l.failed(&l.raw, fmt.Errorf("watch: %w", apierrors.FromObject(event.Object)))
+						}
+						continue
+					}
+					if changed.Name != "counter" {
+						continue
+					}
+					version = changed.ResourceVersion
+					if want := fmt.Sprint(seen[n].Load() + 1); changed.Data["n"] != want {
+						l.failed(&l.errors, fmt.Errorf("a watch saw %s instead of %s", changed.Data["n"], want))
+					}
+					seen[n].Add(1)
+				}
+			}
+		})
 	}
-	factory.Start(ctx.Done())
-	factory.WaitForCacheSync(ctx.Done())
-	stop = sync.OnceFunc(func() { cancel(); callers.Wait(); factory.Shutdown() })
+	stop = sync.OnceFunc(func() {
+		stopCalling()
+		callers.Wait()
+		for n := range seen {
+			if err := process.Poll(ctx, 10*time.Second, nil, func() error {
+				if got := seen[n].Load(); got != int64(written) {
+					return fmt.Errorf("a watch saw %d of %d changes", got, written)
+				}
+				return nil
+			}); err != nil {
+				l.failed(&l.errors, err)
+			}
+		}
+		cancel()
+		watchers.Wait()
+	})
 	t.Cleanup(stop)
 	return l, stop
 }
 
-// TestHighAvailability: on two nodes, callers notice nothing of a rolling update, of each of the nodes drained in turn,
-// and of a pod whose processes are killed.
+// TestHighAvailability: on two nodes, callers notice nothing of a rolling update and of each of the nodes drained in
+// turn. What runs through a pod whose processes are killed breaks: client-go's callers read again, and their watches go
+// on where they were, and miss nothing.
 func TestHighAvailability(t *testing.T) {
 	worker, err := node.StartWorker(t.Context())
 	if err != nil {
@@ -81,8 +161,9 @@ func TestHighAvailability(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	importImages(t, worker)
 	machines := map[string]*cluster.Machine{cluster.NodeName: node.Machine, cluster.WorkerName: worker}
-	i := install(t, "high-availability")
+	i := install(t, "high-availability", "manage")
 	pods := node.Client.CoreV1().Pods("pipeops-system")
 	ready := func() []corev1.Pod {
 		t.Helper()
@@ -141,18 +222,26 @@ func TestHighAvailability(t *testing.T) {
 			}
 			eventually(t, func() error {
 				pod, err := pods.Get(t.Context(), victim.Name, metav1.GetOptions{})
-				if err == nil && (len(pod.Status.ContainerStatuses) == 0 || pod.Status.ContainerStatuses[0].RestartCount == 0) {
-					err = errors.New("the proxy was not started again")
+				if err != nil {
+					return err
 				}
-				return err
+				for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
+					if c.Name != "bootstrap" && c.RestartCount == 0 {
+						return fmt.Errorf("%s was not started again", c.Name)
+					}
+				}
+				return nil
 			})
 		}},
 	} {
-		l, stop := startLoad(t, i)
+		l, stop := startLoad(t, i, agentToken)
 		event.do()
 		ready()
 		stop()
-		t.Logf("%s: %d calls", event.name, l.calls.Load())
+		t.Logf("%s: %d calls; %d were tried again or broke", event.name, l.calls.Load(), len(l.raw))
+		if event.name != "killed pod" {
+			l.errors = append(l.errors, l.raw...)
+		}
 		if len(l.errors) > 0 || l.calls.Load() < 100 {
 			t.Errorf("%s: %d of %d calls and watches failed, such as: %v", event.name, len(l.errors), l.calls.Load(), errors.Join(l.errors[:min(5, len(l.errors))]...))
 		}

@@ -3,7 +3,6 @@ package e2e
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -14,11 +13,11 @@ import (
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// docker is podman under the name of docker, with a store of its own; and an operator's own frps for what it runs.
+// docker is podman under the name of docker, with a store of its own; and an operator's own frps for what it runs. It
+// runs in the node's namespaces: its ports are nobody else's, and what it starts ends with the node at the latest.
 type docker struct {
 	*shell
-	settings string // of an agent, for that frps
-	vhost    int    // port where frps takes callers
+	*ownFrps
 }
 
 func startDocker(t *testing.T) *docker {
@@ -36,11 +35,11 @@ func startDocker(t *testing.T) *docker {
 	socket := "unix://" + filepath.Join(dir, "podman.sock")
 	settings := filepath.Join(dir, "containers.conf")
 	d := &docker{shell: newShell(t, dir, "CONTAINERS_CONF="+settings, "DOCKER_HOST="+socket, "KUBECONFIG="+node.Kubeconfig)}
-	// podman would raise the limits, for which some machines lack CAP_SYS_RESOURCE.
-	if err := os.WriteFile(settings, []byte("[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n"), 0o600); err != nil {
+	// podman would raise the limits, for which some machines lack CAP_SYS_RESOURCE; and share its locks with all others.
+	if err := os.WriteFile(settings, []byte("[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n[engine]\nlock_type = \"file\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	d.program("docker", `if [ "$1" = compose ]; then shift; exec docker-compose "$@"; fi; exec `+podman+` "$@"`)
+	d.program("docker", `if [ "$1" = compose ]; then shift; exec docker-compose "$@"; fi; `+inNode(podman))
 	d.program("sudo", `exec "$@"`)
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -52,52 +51,31 @@ func startDocker(t *testing.T) *docker {
 		if _, err := d.run("docker rm --all --force --time 1; docker volume rm --all --force; docker rmi --all --force"); err != nil {
 			t.Error(err)
 		}
+		// Its service; and the attendants of commands that `exec` ran, who would stay for five minutes more.
+		if out, err := node.Command(context.Background(), "pkill", "-KILL", "-f", dir+"/(podman.sock|run)").CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+		if _, err := d.run("find /sys/fs/cgroup -depth -type d -path '*/libpod_parent*' -delete"); err != nil {
+			t.Error(err)
+		}
 	})
 	if _, err := group.Start("podman", d.env, filepath.Join(dir, "bin", "docker"), "system", "service", "--time", "0", socket); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, func() error {
+		_, err := os.Stat(strings.TrimPrefix(socket, "unix://"))
+		return err
+	})
 	for _, image := range []string{"vm-agent-" + runtime.GOARCH + ".tar", "frpc.tar"} {
 		d.must("docker load --quiet --input " + filepath.Join(root, ".build", "images", image))
 	}
-	frps, err := process.Binary("frps")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var ports [2]int
-	for i := range ports {
-		if ports[i], err = process.FreePort(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, err := group.Start("frps", nil, frps, "--bind-addr", "127.0.0.1", "--bind-port", fmt.Sprint(ports[0]),
-		"--vhost-http-port", fmt.Sprint(ports[1]), "--subdomain-host", "example.internal", "--token", "your-$frp-token"); err != nil {
-		t.Fatal(err)
-	}
-	d.vhost = ports[1]
-	d.settings = fmt.Sprintf("PIPEOPS_FRP_TOKEN=your-$frp-token\nPIPEOPS_FRP_SERVER_ADDR=127.0.0.1\nPIPEOPS_FRP_SERVER_PORT=%d\n", ports[0])
+	d.ownFrps = startFrps(t, group)
 	return d
 }
 
-// answers waits until the node's API server answers the agent's callers.
-func (d *docker) answers(token string) {
-	d.t.Helper()
-	eventually(d.t, func() error {
-		req, err := http.NewRequestWithContext(d.t.Context(), http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/api/k8s/version", d.vhost), nil)
-		if err != nil {
-			return err
-		}
-		req.Host = "agent-001.example.internal"
-		req.Header.Set("Authorization", "Bearer "+token)
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return err
-		}
-		_ = resp.Body.Close()
-		if resp.StatusCode != http.StatusOK || resp.Header.Get("Pipeops-Agent") != "agent-001" {
-			return fmt.Errorf("through the tunnel: %s", resp.Status)
-		}
-		return nil
-	})
+// inNode is a script's line that runs a command, with the script's arguments, where the node is.
+func inNode(command string) string {
+	return "exec " + strings.Join(node.Command(context.Background(), "sh").Args, " ") + ` -c 'cd "$0" && exec ` + command + ` "$@"' "$PWD" "$@"`
 }
 
 // runByDocker runs the lines that need no Compose.
@@ -106,13 +84,24 @@ func runByDocker(t *testing.T, p *page) {
 	d.must("printf %s '" + d.settings + "PIPEOPS_AGENT_ID=agent-001\nPIPEOPS_AGENT_TOKEN=your-agent-token\n' >agent.env")
 	d.must("install -o 65532 -m 400 $KUBECONFIG kubeconfig")
 	d.must(p.block(t, "docker volume create"))
-	d.answers("your-agent-token")
+	d.answers(t, "agent-001", "your-agent-token")
+	d.must(p.block(t, "docker rm --force"))
+	d.empty()
+}
+
+// empty checks that nothing is left of what was started.
+func (d *docker) empty() {
+	d.t.Helper()
+	if out := d.must("docker ps --all --quiet; docker volume ls --quiet"); out != "" {
+		d.t.Errorf("left: %s", out)
+	}
 }
 
 // runByCompose runs those that do, by Compose itself, which talks to podman in Docker's language.
 func runByCompose(t *testing.T, p *page) {
 	d := startDocker(t)
 	d.must("mkdir manifests && cp -r " + filepath.Join(repository(t), "manifests", "docker") + " manifests")
+	unpin(t, filepath.Join(d.dir, "manifests", "docker", "compose.yaml"))
 	files := p.block(t, "cd manifests/docker")
 	files, _, found := strings.Cut(files, p.command(t, "docker compose up -d"))
 	if !found {
@@ -133,16 +122,14 @@ func runByCompose(t *testing.T, p *page) {
 	})
 	d.dir = filepath.Join(d.dir, "manifests", "docker")
 	d.must(p.command(t, "docker compose up -d"))
-	d.answers("your-agent-token")
+	d.answers(t, "agent-001", "your-agent-token")
 	if out := d.must(p.command(t, "docker compose exec bootstrap")); strings.Contains(out, "failed") {
 		t.Errorf("doctor:\n%s", out)
 	}
 	// Another token.
 	d.must("sed -i 's/your-agent-token/another-$agent-token/' agent.env")
 	d.must(p.command(t, "docker compose up -d"))
-	d.answers("another-$agent-token")
+	d.answers(t, "agent-001", "another-$agent-token")
 	d.must(p.command(t, "docker compose down --volumes"))
-	if out := d.must("docker ps --all --quiet; docker volume ls --quiet"); out != "" {
-		t.Errorf("left: %s", out)
-	}
+	d.empty()
 }

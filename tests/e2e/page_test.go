@@ -10,6 +10,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,9 +24,22 @@ import (
 
 // page is manifests/README.md, whose commands tests run in the words in which they stand there.
 type page struct {
-	blocks [][]string      // commands that stand beneath each other; those within a sentence are alone
-	ran    map[string]bool // by command
+	blocks [][]string // commands that stand beneath each other; those within a sentence are alone
+
+	mu  sync.Mutex
+	ran map[string]bool // by command
 }
+
+func (p *page) run(commands ...string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range commands {
+		p.ran[c] = true
+	}
+}
+
+// within finds the commands within sentences.
+var within = regexp.MustCompile("`((?:ctr|docker|kubectl|make) [^`]+)`")
 
 func readPage(t *testing.T) *page {
 	t.Helper()
@@ -33,7 +48,6 @@ func readPage(t *testing.T) *page {
 		t.Fatal(err)
 	}
 	p := &page{ran: map[string]bool{}}
-	within := regexp.MustCompile("`((?:ctr|docker|kubectl|make) [^`]+)`")
 	var block []string
 	more := false // of the last command
 	for line := range strings.Lines(string(data) + "\n") {
@@ -65,7 +79,7 @@ func (p *page) command(t *testing.T, words string) string {
 		func(c string) bool { return strings.HasPrefix(c, words) },
 	} {
 		if n := slices.IndexFunc(all, matches); n >= 0 {
-			p.ran[all[n]] = true
+			p.run(all[n])
 			return all[n]
 		}
 	}
@@ -79,9 +93,7 @@ func (p *page) block(t *testing.T, words string) string {
 	first := p.command(t, words)
 	for _, block := range p.blocks {
 		if n := slices.Index(block, first); n >= 0 {
-			for _, c := range block[n:] {
-				p.ran[c] = true
-			}
+			p.run(block[n:]...)
 			return strings.Join(block[n:], "\n")
 		}
 	}
@@ -140,17 +152,24 @@ func (s *shell) must(command string) string {
 // TestInstallPage: each command of the page that tells how to install the agent does what the page says.
 func TestInstallPage(t *testing.T) {
 	p := readPage(t)
-	whole := true
-	for _, part := range []struct {
-		name string
-		test func(*testing.T, *page)
-	}{
-		{"cluster", installOnCluster}, {"compose", runByCompose}, {"docker run", runByDocker}, {"registry", pushImages},
-	} {
-		ran := false
-		whole = t.Run(part.name, func(t *testing.T) { ran = true; part.test(t, p) }) && ran && whole
+	var ran atomic.Int32
+	parts := map[string]func(*testing.T, *page){
+		"cluster": installOnCluster, "registry": pushImages,
+		"docker": func(t *testing.T, p *page) { // one after the other: they have the same ports
+			t.Run("compose", func(t *testing.T) { runByCompose(t, p) })
+			t.Run("run", func(t *testing.T) { runByDocker(t, p) })
+		},
 	}
-	if !whole {
+	passed := t.Run("by", func(t *testing.T) {
+		for name, part := range parts {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				part(t, p)
+				ran.Add(1)
+			})
+		}
+	})
+	if !passed || int(ran.Load()) != len(parts) { // -run may have chosen some
 		return
 	}
 	// Those that make e2e itself, and .ci/run, have run.
@@ -219,8 +238,17 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	before := mapOf()
 	i.write("agent.env", settings+"PIPEOPS_LOG_LEVEL=debug\n")
+	i.must(i.admin, "create", "clusterrolebinding", "upgrade", "--clusterrole", "edit", "--serviceaccount", "pipeops-system:pipeops-agent") // the load writes
+	t.Cleanup(func() {
+		_, _ = i.run(i.admin, "", nil, "delete", "clusterrolebinding", "upgrade", "--ignore-not-found")
+	})
+	l, stop := startLoad(t, i, "your-agent-token")
 	do("kubectl apply -k manifests")
 	do(rollout)
+	stop()
+	if len(l.errors)+len(l.raw) > 0 {
+		t.Errorf("during the upgrade of %d calls %d failed, such as: %v", l.calls.Load(), len(l.errors)+len(l.raw), slices.Concat(l.errors, l.raw)[0])
+	}
 	if mapOf() == before {
 		t.Error("a changed setting rolls nothing")
 	}
@@ -257,6 +285,8 @@ func installOnCluster(t *testing.T, p *page) {
 	if after := pods(); after != before {
 		t.Errorf("pods and restarts of the proxy: %s, before %s", after, before)
 	}
+	i.runbooks(sh)
+	do(rollout)
 
 	if _, err := i.run(i.admin, cluster.PrometheusOperatorKinds, nil, "apply", "-f", "-"); err != nil {
 		t.Fatal(err)
@@ -301,5 +331,45 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	if out, err := i.run(i.caller, "", nil, "get", "--raw", "/version"); err == nil || !strings.Contains(err.Error(), "is not connected to the control plane") {
 		t.Errorf("the tunnel: %s, %v", out, err)
+	}
+}
+
+// runbooks runs the commands that the alerts' runbooks name, for a pod whose token was rotated a moment ago.
+func (i *installed) runbooks(sh *shell) {
+	i.t.Helper()
+	data, err := os.ReadFile(filepath.Join(i.dir, "components", "monitoring", "runbooks.md"))
+	if err != nil {
+		i.t.Fatal(err)
+	}
+	pod := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
+	var read, mend []string
+	for _, match := range within.FindAllStringSubmatch(string(data), -1) {
+		command := strings.NewReplacer("POD", pod, "NODE", cluster.NodeName, "CALLERS", i.caller).Replace(match[1])
+		switch {
+		case slices.Contains(slices.Concat(read, mend), command):
+		case strings.Contains(command, " delete pod "):
+			mend = slices.Insert(mend, 0, command)
+		case strings.Contains(command, " rollout "):
+			mend = append(mend, command)
+		default:
+			read = append(read, command)
+		}
+	}
+	if len(read) < 15 || len(mend) < 3 {
+		i.t.Fatalf("the runbooks have %d commands to read and %d to mend", len(read), len(mend))
+	}
+	// What finds nothing in an agent that is well.
+	nothing := regexp.MustCompile(`"status":5|a caller is refused|grep -v True`)
+	for _, command := range slices.Concat(read, mend) {
+		if nothing.MatchString(command) { // but kubectl takes it
+			command, _, _ = strings.Cut(command, "|")
+		}
+		eventually(i.t, func() error { // frpc's start may not be in the log yet
+			_, err := sh.run(command)
+			if err != nil && regexp.MustCompile(`previous terminated container|timed out waiting`).MatchString(err.Error()) {
+				return nil // there is none, and that is too short
+			}
+			return err
+		})
 	}
 }

@@ -25,6 +25,7 @@ import (
 )
 
 func TestLogsExecAndDelete(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	made := create(t, ns, pod("talks", "while echo talking; do sleep 0.1; done"), corev1.PodRunning)
 	pods := node.Client.CoreV1().Pods(ns)
@@ -100,6 +101,7 @@ func traces(t *testing.T, uid string) error {
 // A pod of an imported image, under the strictest Pod Security Standard, reaches the API server as its
 // ServiceAccount by the address that it finds in its environment, and verifies it.
 func TestServiceAccount(t *testing.T) {
+	t.Parallel()
 	binary, err := process.Binary("kubectl")
 	if err != nil {
 		t.Fatal(err)
@@ -130,6 +132,7 @@ func TestServiceAccount(t *testing.T) {
 }
 
 func TestDeployment(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	labels := map[string]string{"app": "web"}
 	web := pod("web", `mkdir /www && echo "from $HOSTNAME" >/www/index.html && exec httpd -f -p 8080 -h /www`)
@@ -175,6 +178,7 @@ func TestDeployment(t *testing.T) {
 
 // A native sidecar is there before the main container starts and is ended after it.
 func TestNativeSidecar(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	p := pod("main", "ls /shared; echo bye >/shared/main")
 	shared := []corev1.VolumeMount{{Name: "shared", MountPath: "/shared"}}

@@ -82,12 +82,15 @@ func TestNetworkPolicy(t *testing.T) {
 	}{
 		{prometheus, agents.Items[0].Status.PodIP, "9090", true, "Prometheus to the agent's metrics"},
 		{stranger, agents.Items[0].Status.PodIP, "9090", false, "a stranger to the agent's metrics"},
+		{likeAgent, likeAgent.Status.PodIP, "8443", true, "that port answers"},
 		{prometheus, likeAgent.Status.PodIP, "8443", false, "Prometheus to another port of the agent"},
 		{stranger, runner.Status.PodIP, "8443", true, "a stranger to a runner"},
 		{likeAgent, runner.Status.PodIP, "8443", true, "the agent to a runner"},
+		{prometheus, stranger.Status.PodIP, "8443", true, "Prometheus to a stranger"},
 		{likeAgent, stranger.Status.PodIP, "8443", false, "the agent to a stranger"},
 		{likeAgent, node.IP, "6443", true, "the agent to the API server"},
 		{likeAgent, "10.96.0.1", "443", true, "the agent to the API server's Service"},
+		{stranger, node.IP, "10250", true, "a stranger to the kubelet"},
 		{likeAgent, node.IP, "10250", false, "the agent to the kubelet"},
 		{likeAgent, node.HostIP, api, true, "the agent to the control plane"},
 		{likeAgent, node.HostIP, fmt.Sprint(i.cp.FrpsPort), true, "the agent to frps"},
@@ -101,7 +104,7 @@ func TestNetworkPolicy(t *testing.T) {
 			}
 			return err
 		}
-		// A new pod's rules come a moment after it.
+		// A new pod's rules come a moment after it. Whatever is refused has answered another before.
 		eventually(t, func() error {
 			if err := reaches(); (err == nil) != test.may {
 				return fmt.Errorf("%s: %s, answered: %t", test.sentence, net.JoinHostPort(test.address, test.port), err == nil)

@@ -2,7 +2,7 @@ package e2e
 
 import (
 	"fmt"
-	"net/http"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pipeops/vm-agent/tests/process"
 )
@@ -39,9 +40,9 @@ func pushImages(t *testing.T, p *page) {
 		t.Fatal(err)
 	}
 	eventually(t, func() error {
-		resp, err := http.Get("http://" + registry + "/v2/")
+		conn, err := net.DialTimeout("tcp", registry, time.Second)
 		if err == nil {
-			_ = resp.Body.Close()
+			_ = conn.Close()
 		}
 		return err
 	})
@@ -58,24 +59,29 @@ func pushImages(t *testing.T, p *page) {
 		}
 	}
 
-	// In a copy, as it writes into the manifests.
+	// In a copy, as it writes into the manifests; and once more, as one does for a later version.
 	sh.must(fmt.Sprintf("cp -r %[1]s/Makefile %[1]s/manifests .", root))
-	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/fatedier/frpc:v0.71.0", root, registry))
-	sh.must(p.command(t, "make frpc-digest"))
-	digest := "docker.io/fatedier/frpc@" + strings.TrimSpace(sh.must("skopeo inspect --no-tags --format '{{.Digest}}' docker://docker.io/fatedier/frpc:v0.71.0"))
-	for _, rendered := range []string{sh.must("kubectl kustomize manifests/base"), sh.must("cat manifests/docker/compose.yaml")} {
-		if !strings.Contains(strings.ReplaceAll(rendered, "frpc:v0.71.0@", "frpc@"), "image: "+digest) {
-			t.Errorf("it does not name %s:\n%s", digest, rendered)
+	frpc := regexp.MustCompile(`fatedier/frpc:v[0-9.]+`).FindString(sh.must("cat manifests/docker/compose.yaml"))
+	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/%s", root, registry, frpc))
+	digest := strings.TrimSpace(sh.must("skopeo inspect --no-tags --format '{{.Digest}}' docker://docker.io/" + frpc))
+	for range 2 {
+		sh.must(p.command(t, "make frpc-digest"))
+		for _, rendered := range []string{sh.must("kubectl kustomize manifests/base"), sh.must("cat manifests/docker/compose.yaml")} {
+			if !strings.Contains(rendered, "image: docker.io/"+frpc+"@"+digest+"\n") {
+				t.Errorf("it does not name %s@%s:\n%s", frpc, digest, rendered)
+			}
 		}
 	}
+	unpin(t, filepath.Join(dir, "manifests", "base", "kustomization.yaml"))
+	unpin(t, filepath.Join(dir, "manifests", "docker", "compose.yaml"))
+	sh.must("diff -r manifests " + filepath.Join(root, "manifests"))
 
 	// A node without a registry.
 	real, err := exec.LookPath("ctr")
 	if err != nil {
 		t.Fatal(err)
 	}
-	enter := strings.Join(node.Command(t.Context(), "env", "CONTAINERD_SNAPSHOTTER=native").Args, " ")
-	sh.program("ctr", "exec "+enter+` sh -c 'cd "$0" && exec `+real+` "$@"' "$PWD" "$@"`)
+	sh.program("ctr", inNode("env CONTAINERD_SNAPSHOTTER=native "+real))
 	ctr := strings.ReplaceAll(p.command(t, "ctr -n k8s.io images import"), "amd64", runtime.GOARCH)
 	if out := sh.must("cd " + root + " && " + ctr); !strings.Contains(out, "pipeops/vm-agent") {
 		t.Errorf("ctr: %s", out)

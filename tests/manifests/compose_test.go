@@ -7,10 +7,13 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/compose-spec/compose-go/v2/cli"
 	"github.com/compose-spec/compose-go/v2/dotenv"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
 )
 
 // TestCompose: Compose's own loader takes the file, and it runs the same as the pod.
@@ -50,6 +53,14 @@ func TestCompose(t *testing.T) {
 		}
 	}
 	pod := deployments(t, build(t, filepath.Join(dir, "base")))[0].Spec.Template.Spec
+	grace := time.Duration(*pod.TerminationGracePeriodSeconds) * time.Second
+	if stop := project.Services["proxy"].StopGracePeriod; stop == nil || time.Duration(*stop) != grace {
+		t.Errorf("Compose gives the proxy %v to stop, the pod %s", stop, grace)
+	}
+	defaults, err := config.Load("", map[string]string{"PIPEOPS_AGENT_ID": "agent-001", "PIPEOPS_AGENT_TOKEN": "a-token"})
+	if err != nil || defaults.Proxy.DrainTimeout+5*time.Second > grace {
+		t.Errorf("the drain takes %s of %s, %v", defaults.Proxy.DrainTimeout, grace, err)
+	}
 	for _, c := range containers(pod) {
 		want[c.Name] = part{c.Image, c.Resources.Limits.Memory().Value(), append(c.Command, c.Args...)}
 	}
@@ -67,7 +78,7 @@ func TestCompose(t *testing.T) {
 	}
 	readme := string(read(t, filepath.Join(source, "README.md")))
 	for _, image := range regexp.MustCompile(`docker\.io/[^/]+/[^:]+:\S+`).FindAllString(readme, -1) {
-		if image != got["proxy"].Image && image != got["frpc"].Image {
+		if frpc, _, _ := strings.Cut(got["frpc"].Image, "@"); image != got["proxy"].Image && image != frpc {
 			t.Errorf("the README runs %s", image)
 		}
 	}

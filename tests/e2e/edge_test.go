@@ -1,0 +1,97 @@
+package e2e
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pipeops/vm-agent/tests/process"
+)
+
+// ownFrps is that of an operator who has no control plane.
+type ownFrps struct {
+	settings string // of an agent, one in each line
+	callers  string // where it takes them
+}
+
+// frpToken has what shells and Compose would replace.
+const frpToken = "your-$frp-token"
+
+func startFrps(t *testing.T, group *process.Group) *ownFrps {
+	t.Helper()
+	frps, err := process.Binary("frps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ports [2]int
+	for i := range ports {
+		if ports[i], err = process.FreePort(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := group.Start("frps", nil, frps, "--bind-addr", node.HostIP, "--bind-port", fmt.Sprint(ports[0]),
+		"--vhost-http-port", fmt.Sprint(ports[1]), "--subdomain-host", "example.internal", "--token", frpToken); err != nil {
+		t.Fatal(err)
+	}
+	return &ownFrps{
+		settings: fmt.Sprintf("PIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\n", frpToken, node.HostIP, ports[0]),
+		callers:  fmt.Sprintf("http://%s:%d", node.HostIP, ports[1]),
+	}
+}
+
+// answers waits until the node's API server answers an agent's callers.
+func (f *ownFrps) answers(t *testing.T, id, token string) {
+	t.Helper()
+	client := &http.Client{Timeout: 5 * time.Second}
+	eventually(t, func() error {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, f.callers+"/api/k8s/version", nil)
+		if err != nil {
+			return err
+		}
+		req.Host = id + ".example.internal"
+		req.Header.Set("Authorization", "Bearer "+token)
+		resp, err := client.Do(req)
+		if err != nil {
+			return err
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != http.StatusOK || resp.Header.Get("Pipeops-Agent") != id {
+			return fmt.Errorf("through the tunnel: %s", resp.Status)
+		}
+		return nil
+	})
+}
+
+// TestEdge applies the overlay of a cluster without a control plane, twice: the second pod takes the tunnel of the first.
+func TestEdge(t *testing.T) {
+	i := prepare(t)
+	group, err := process.NewGroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(group.Close)
+	frps := startFrps(t, group)
+	const overlay = "overlays/edge/kustomization.yaml"
+	data, err := os.ReadFile(filepath.Join(i.dir, overlay))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, address, _ := strings.Cut(strings.TrimSpace(frps.settings), "\n") // the token is in its file
+	const placeholder = "PIPEOPS_FRP_SERVER_ADDR=frp.example.com"
+	yaml := strings.Replace(string(data), placeholder, strings.ReplaceAll(address, "\n", "\n      - "), 1)
+	if yaml == string(data) {
+		t.Fatalf("%s has no %s", overlay, placeholder)
+	}
+	i.write("overlays/edge/agent-token", "your-agent-token\n")
+	i.write("overlays/edge/frp-token", frpToken+"\n")
+	for _, level := range []string{"warn", "info"} {
+		i.write(overlay, strings.Replace(yaml, "PIPEOPS_LOG_LEVEL=warn", "PIPEOPS_LOG_LEVEL="+level, 1))
+		i.must(i.admin, "apply", "-k", "manifests/overlays/edge")
+		i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
+		frps.answers(t, "edge-7", "your-agent-token")
+	}
+}
