@@ -69,10 +69,11 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 		t.Fatal(err)
 	}
 	maps := client.CoreV1().ConfigMaps(namespace(t))
-	counter, err := maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "counter"}}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	var counter *corev1.ConfigMap
+	eventually(t, func() (err error) { // the right to may be new
+		counter, err = maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "counter"}}, metav1.CreateOptions{})
+		return err
+	})
 	var callers, watchers sync.WaitGroup
 	for range 3 {
 		callers.Go(func() {
