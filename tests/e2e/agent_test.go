@@ -179,7 +179,7 @@ resources: [../../base]
 components: [`+strings.Join(paths, ", ")+`]
 configMapGenerator: [{name: pipeops-agent, behavior: merge, envs: [agent.env]}]
 secretGenerator:
-  - {name: pipeops-agent, files: [token=agent-token], options: {disableNameSuffixHash: true}}
+  - {name: pipeops-agent, files: [token=agent-token], options: {disableNameSuffixHash: true, labels: {app.kubernetes.io/part-of: pipeops}}}
   - {name: pipeops-agent-tls, files: [ca.crt]}
 patches: [`+i.patches+`]
 `)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/pipeops/vm-agent/tests/process"
 )
@@ -55,7 +56,10 @@ func startDocker(t *testing.T) *docker {
 		if out, err := node.Command(context.Background(), "pkill", "-KILL", "-f", dir+"/(podman.sock|run)").CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
 		}
-		if _, err := d.run("find /sys/fs/cgroup -depth -type d -path '*/libpod_parent*' -delete"); err != nil {
+		if err := process.Poll(context.Background(), 10*time.Second, nil, func() error {
+			_, err := d.run("find /sys/fs/cgroup -depth -type d -path '*/libpod_parent*' -delete")
+			return err
+		}); err != nil {
 			t.Error(err)
 		}
 	})
