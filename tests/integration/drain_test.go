@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -29,20 +30,51 @@ type informer struct {
 	errors []error
 }
 
+func (i *informer) failed(err error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.errors = append(i.errors, err)
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// body tells of a watch that breaks: an informer calls its handler only for one that does not begin.
+type body struct {
+	io.ReadCloser
+	ctx    context.Context
+	failed func(error)
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil && err != io.EOF && b.ctx.Err() == nil {
+		b.failed(err)
+	}
+	return n, err
+}
+
 func newInformer(t *testing.T, w *world, ns string) *informer {
 	t.Helper()
-	client, err := kubernetes.NewForConfig(agent.Caller(w.cp, agentID, agentToken))
+	i := &informer{seen: map[string]bool{}}
+	config := agent.Caller(w.cp, agentID, agentToken)
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
+		return roundTripper(func(r *http.Request) (*http.Response, error) {
+			resp, err := next.RoundTrip(r)
+			if err == nil {
+				resp.Body = &body{resp.Body, r.Context(), i.failed}
+			}
+			return resp, err
+		})
+	})
+	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := &informer{seen: map[string]bool{}}
 	factory := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithNamespace(ns))
 	configMaps := factory.Core().V1().ConfigMaps().Informer()
-	if err := configMaps.SetWatchErrorHandler(func(_ *cache.Reflector, err error) {
-		i.mu.Lock()
-		defer i.mu.Unlock()
-		i.errors = append(i.errors, err)
-	}); err != nil {
+	if err := configMaps.SetWatchErrorHandler(func(_ *cache.Reflector, err error) { i.failed(err) }); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := configMaps.AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: func(object any) {
