@@ -108,9 +108,9 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 
 const kubeletFile = "kubelet.yaml"
 
-// kubeletConfig takes the machine's directory, that of the API server and a cgroup. No image is removed and no pod evicted because the disk is full:
-// that is the machine's affair, and there is no registry to get the image again from. A Secret that changes is seen
-// in pods after seconds, not a minute.
+// kubeletConfig takes the machine's directory, that of the API server and a cgroup. No image is removed and no pod
+// evicted because the disk is full: that is the machine's affair, and there is no registry to get the image again from.
+// A Secret that changes is seen in pods after seconds, not a minute.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {x509: {clientCAFile: %[2]s/kubelet-client.crt}}

@@ -7,8 +7,8 @@
 # The first process of the PID namespace. It ends with us and the others end with it.
 setpriv --pdeathsig KILL sleep infinity &
 
-# To the outside leads one cable, to the host or to another node alone. The route to the Services is there because a packet needs
-# one before kube-proxy's rules give it its true destination.
+# To the outside leads one cable, to the host or to another node alone. The route to the Services is there because a
+# packet needs one before kube-proxy's rules give it its true destination.
 ip link add eth0 type veth peer name "$2" netns "$1"
 nsenter --net="$1" ip address add "$3/30" dev "$2"
 nsenter --net="$1" ip link set "$2" up
