@@ -171,7 +171,7 @@ type session struct {
 
 func startSession(t *testing.T, w *world, ns string) *session {
 	t.Helper()
-	s := &session{cmd: exec.CommandContext(t.Context(), w.binary("kubectl"), "exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "echo started; read line; echo got $line")}
+	s := &session{cmd: exec.CommandContext(t.Context(), w.binary("kubectl"), "exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "echo started; read line && echo got $line")}
 	s.cmd.Env = []string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + w.caller, "PATH=" + os.Getenv("PATH")}
 	var err error
 	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
