@@ -228,6 +228,22 @@ func Caller(cp *controlplane.ControlPlane, id, token string) *rest.Config {
 	}
 }
 
+// Observe shows every answer that a client of config gets, or the error instead. client-go tells neither of what it
+// tries again.
+func Observe(config *rest.Config, observe func(*http.Request, *http.Response, error)) {
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
+		return roundTripper(func(r *http.Request) (*http.Response, error) {
+			resp, err := next.RoundTrip(r)
+			observe(r, resp, err)
+			return resp, err
+		})
+	})
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
 // WriteCaller writes Caller as a kubeconfig.
 func WriteCaller(path string, cp *controlplane.ControlPlane, id, token string) error {
 	return cluster.WriteKubeconfig(path, Caller(cp, id, token))

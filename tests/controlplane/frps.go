@@ -78,11 +78,7 @@ func (c *ControlPlane) StartFrps(ctx context.Context) error {
 	c.frps = p
 	c.mu.Unlock()
 	err = process.Poll(ctx, 10*time.Second, p.Done(), func() error {
-		conn, err := net.Dial("tcp", net.JoinHostPort(c.options.IP, strconv.Itoa(c.FrpsPort)))
-		if err == nil {
-			_ = conn.Close()
-		}
-		return err
+		return process.Listening(net.JoinHostPort(c.options.IP, strconv.Itoa(c.FrpsPort)))
 	})
 	if err != nil {
 		select {
@@ -126,4 +122,27 @@ func (c *ControlPlane) FrpsPid() int {
 		return 0
 	}
 	return c.frps.Pid()
+}
+
+// StartPlainFrps starts a frps as an operator without a control plane has it: whoever knows the token may have a tunnel
+// of type http, which is reached at vhostPort under a name below example.internal.
+func StartPlainFrps(ctx context.Context, group *process.Group, ip, token string) (bindPort, vhostPort int, err error) {
+	binary, err := process.Binary("frps")
+	if err == nil {
+		bindPort, err = process.FreePort()
+	}
+	if err == nil {
+		vhostPort, err = process.FreePort()
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	p, err := group.Start("plain-frps", nil, binary, "--bind-addr", ip, "--bind-port", strconv.Itoa(bindPort),
+		"--vhost-http-port", strconv.Itoa(vhostPort), "--subdomain-host", "example.internal", "--token", token)
+	if err == nil {
+		err = process.Poll(ctx, 10*time.Second, p.Done(), func() error {
+			return process.Listening(net.JoinHostPort(ip, strconv.Itoa(bindPort)))
+		})
+	}
+	return bindPort, vhostPort, err
 }

@@ -103,14 +103,11 @@ func install(t *testing.T, components ...string) *installed {
 // beside an overlay for it. What is installed then goes with the test.
 func prepare(t *testing.T) *installed {
 	t.Helper()
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
+	group := newGroup(t)
 	root := repository(t)
 	importImages(t, node.Machine)
 	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
+	var err error
 	i.cp, err = controlplane.Start(t.Context(), controlplane.Options{
 		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler), IP: node.HostIP,
 	})
@@ -159,11 +156,18 @@ func unpin(t *testing.T, path string) {
 // importImages brings the agent's to a node.
 func importImages(t *testing.T, m *cluster.Machine) {
 	t.Helper()
-	for _, image := range []string{"vm-agent-" + runtime.GOARCH + ".tar", "frpc.tar"} {
-		if err := m.ImportImage(t.Context(), filepath.Join(repository(t), ".build", "images", image)); err != nil {
+	for _, archive := range archives(t) {
+		if err := m.ImportImage(t.Context(), archive); err != nil {
 			t.Fatalf("%v: make test-images builds them", err)
 		}
 	}
+}
+
+// archives are those of the images of the agent and frpc.
+func archives(t *testing.T) []string {
+	t.Helper()
+	dir := filepath.Join(repository(t), ".build", "images")
+	return []string{filepath.Join(dir, "vm-agent-"+runtime.GOARCH+".tar"), filepath.Join(dir, "frpc.tar")}
 }
 
 // components writes the overlay with these.
@@ -188,6 +192,12 @@ patches: [`+i.patches+`]
 func (i *installed) apply() {
 	i.t.Helper()
 	i.must(i.admin, "apply", "-k", "manifests/overlays/test")
+	i.rollout()
+}
+
+// rollout waits for its end.
+func (i *installed) rollout() {
+	i.t.Helper()
 	i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
 }
 
@@ -200,6 +210,17 @@ func (i *installed) write(name, content string) {
 	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		i.t.Fatal(err)
 	}
+}
+
+// newGroup is ended with the test.
+func newGroup(t *testing.T) *process.Group {
+	t.Helper()
+	group, err := process.NewGroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(group.Close)
+	return group
 }
 
 // repository is the top of this one.
@@ -414,7 +435,7 @@ func (i *installed) restarts(t *testing.T) {
 			}
 			return nil
 		})
-		i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
+		i.rollout()
 	}
 }
 

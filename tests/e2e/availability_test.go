@@ -36,11 +36,6 @@ func (l *load) failed(to *[]error, err error) {
 	*to = append(*to, err)
 }
 
-// roundTripper sees what client-go does not tell.
-type roundTripper func(*http.Request) (*http.Response, error)
-
-func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
-
 // startLoad runs until the test ends, or until stop, which returns when the watches have seen all that was written.
 // The caller must be able to write ConfigMaps.
 func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) {
@@ -50,19 +45,15 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	l = &load{}
 	config := agent.Caller(i.cp, agentID, token)
 	config.QPS = -1
-	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
-		return roundTripper(func(r *http.Request) (*http.Response, error) {
-			resp, err := next.RoundTrip(r)
-			switch {
-			case r.Context().Err() != nil:
-			case err != nil:
-				l.failed(&l.raw, err)
-			// 503 with Retry-After is how the API server itself drains.
-			case resp.StatusCode >= 500 && (resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == ""):
-				l.failed(&l.raw, fmt.Errorf("%s %s: %s", r.Method, r.URL.Path, resp.Status))
-			}
-			return resp, err
-		})
+	agent.Observe(config, func(r *http.Request, resp *http.Response, err error) {
+		switch {
+		case r.Context().Err() != nil:
+		case err != nil:
+			l.failed(&l.raw, err)
+		// 503 with Retry-After is how the API server itself drains.
+		case resp.StatusCode >= 500 && (resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == ""):
+			l.failed(&l.raw, fmt.Errorf("%s %s: %s", r.Method, r.URL.Path, resp.Status))
+		}
 	})
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
@@ -204,16 +195,17 @@ func TestHighAvailability(t *testing.T) {
 		}
 	}
 	for _, event := range []struct {
-		name string
-		do   func()
+		name   string
+		breaks bool // what runs through the pod, so that client-go must try again
+		do     func()
 	}{
-		{"rolling update", func() {
+		{"rolling update", false, func() {
 			i.must(i.admin, "-n", "pipeops-system", "rollout", "restart", "deployment/pipeops-agent")
-			i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
+			i.rollout()
 		}},
-		{"drained worker", drain(cluster.WorkerName)},
-		{"drained node", drain(cluster.NodeName)},
-		{"killed pod", func() {
+		{"drained worker", false, drain(cluster.WorkerName)},
+		{"drained node", false, drain(cluster.NodeName)},
+		{"killed pod", true, func() {
 			victim := ready()[0]
 			for _, name := range []string{"frpc", "proxy"} {
 				const kill = `for p in $(pgrep -x "$1"); do if grep -q "$2" /proc/$p/mountinfo; then kill -9 "$p"; fi; done`
@@ -240,7 +232,7 @@ func TestHighAvailability(t *testing.T) {
 		ready()
 		stop()
 		t.Logf("%s: %d calls; %d were tried again or broke", event.name, l.calls.Load(), len(l.raw))
-		if event.name != "killed pod" {
+		if !event.breaks {
 			l.errors = append(l.errors, l.raw...)
 		}
 		if len(l.errors) > 0 || l.calls.Load() < 100 {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -23,12 +22,8 @@ type docker struct {
 
 func startDocker(t *testing.T) *docker {
 	t.Helper()
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	dir, root := group.Dir(), repository(t)
+	group := newGroup(t)
+	dir := group.Dir()
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
@@ -70,8 +65,8 @@ func startDocker(t *testing.T) *docker {
 		_, err := os.Stat(strings.TrimPrefix(socket, "unix://"))
 		return err
 	})
-	for _, image := range []string{"vm-agent-" + runtime.GOARCH + ".tar", "frpc.tar"} {
-		d.must("docker load --quiet --input " + filepath.Join(root, ".build", "images", image))
+	for _, archive := range archives(t) {
+		d.must("docker load --quiet --input " + archive)
 	}
 	d.ownFrps = startFrps(t, group)
 	return d

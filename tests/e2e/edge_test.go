@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pipeops/vm-agent/tests/controlplane"
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
@@ -23,23 +24,13 @@ const frpToken = "your-$frp-token"
 
 func startFrps(t *testing.T, group *process.Group) *ownFrps {
 	t.Helper()
-	frps, err := process.Binary("frps")
+	bindPort, vhostPort, err := controlplane.StartPlainFrps(t.Context(), group, node.HostIP, frpToken)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var ports [2]int
-	for i := range ports {
-		if ports[i], err = process.FreePort(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, err := group.Start("frps", nil, frps, "--bind-addr", node.HostIP, "--bind-port", fmt.Sprint(ports[0]),
-		"--vhost-http-port", fmt.Sprint(ports[1]), "--subdomain-host", "example.internal", "--token", frpToken); err != nil {
-		t.Fatal(err)
-	}
 	return &ownFrps{
-		settings: fmt.Sprintf("PIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\n", frpToken, node.HostIP, ports[0]),
-		callers:  fmt.Sprintf("http://%s:%d", node.HostIP, ports[1]),
+		settings: fmt.Sprintf("PIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\n", frpToken, node.HostIP, bindPort),
+		callers:  fmt.Sprintf("http://%s:%d", node.HostIP, vhostPort),
 	}
 }
 
@@ -69,12 +60,7 @@ func (f *ownFrps) answers(t *testing.T, id, token string) {
 // TestEdge applies the overlay of a cluster without a control plane, twice: the second pod takes the tunnel of the first.
 func TestEdge(t *testing.T) {
 	i := prepare(t)
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	frps := startFrps(t, group)
+	frps := startFrps(t, newGroup(t))
 	const overlay = "overlays/edge/kustomization.yaml"
 	data, err := os.ReadFile(filepath.Join(i.dir, overlay))
 	if err != nil {
@@ -91,7 +77,7 @@ func TestEdge(t *testing.T) {
 	for _, level := range []string{"warn", "info"} {
 		i.write(overlay, strings.Replace(yaml, "PIPEOPS_LOG_LEVEL=warn", "PIPEOPS_LOG_LEVEL="+level, 1))
 		i.must(i.admin, "apply", "-k", "manifests/overlays/edge")
-		i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
+		i.rollout()
 		frps.answers(t, "edge-7", "your-agent-token")
 	}
 }

@@ -360,14 +360,16 @@ func (i *installed) runbooks(sh *shell) {
 	}
 	// What finds nothing in an agent that is well.
 	nothing := regexp.MustCompile(`"status":5|a caller is refused|grep -v True`)
+	// There is none, and that is too short.
+	expected := regexp.MustCompile(`previous terminated container|timed out waiting`)
 	for _, command := range slices.Concat(read, mend) {
 		if nothing.MatchString(command) { // but kubectl takes it
 			command, _, _ = strings.Cut(command, "|")
 		}
 		eventually(i.t, func() error { // frpc's start may not be in the log yet
 			_, err := sh.run(command)
-			if err != nil && regexp.MustCompile(`previous terminated container|timed out waiting`).MatchString(err.Error()) {
-				return nil // there is none, and that is too short
+			if err != nil && expected.MatchString(err.Error()) {
+				return nil
 			}
 			return err
 		})

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,18 +9,13 @@ import (
 	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
 // pushImages pushes to a registry on this machine and asks it for the digest of frpc, as at Docker Hub.
 func pushImages(t *testing.T, p *page) {
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
+	group := newGroup(t)
 	dir, root := group.Dir(), repository(t)
 	port, err := process.FreePort()
 	if err != nil {
@@ -39,13 +33,7 @@ func pushImages(t *testing.T, p *page) {
 	if _, err := group.Start("registry", nil, "docker-registry", "serve", config); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error {
-		conn, err := net.DialTimeout("tcp", registry, time.Second)
-		if err == nil {
-			_ = conn.Close()
-		}
-		return err
-	})
+	eventually(t, func() error { return process.Listening(registry) })
 	sh := newShell(t, dir, "GOFLAGS="+os.Getenv("GOFLAGS"))
 	sh.must("mkdir -p .config/containers")
 	write(".config/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = %[1]q\ninsecure = true\n[[registry]]\nprefix = \"docker.io\"\nlocation = %[1]q\ninsecure = true\n", registry))

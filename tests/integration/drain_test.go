@@ -36,10 +36,6 @@ func (i *informer) failed(err error) {
 	i.errors = append(i.errors, err)
 }
 
-type roundTripper func(*http.Request) (*http.Response, error)
-
-func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
-
 // body tells of a watch that breaks: an informer calls its handler only for one that does not begin.
 type body struct {
 	io.ReadCloser
@@ -59,14 +55,10 @@ func newInformer(t *testing.T, w *world, ns string) *informer {
 	t.Helper()
 	i := &informer{seen: map[string]bool{}}
 	config := agent.Caller(w.cp, agentID, agentToken)
-	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
-		return roundTripper(func(r *http.Request) (*http.Response, error) {
-			resp, err := next.RoundTrip(r)
-			if err == nil {
-				resp.Body = &body{resp.Body, r.Context(), i.failed}
-			}
-			return resp, err
-		})
+	agent.Observe(config, func(r *http.Request, resp *http.Response, err error) {
+		if err == nil {
+			resp.Body = &body{resp.Body, r.Context(), i.failed}
+		}
 	})
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {

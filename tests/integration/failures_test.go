@@ -3,7 +3,6 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
 	"path/filepath"
 	"slices"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/pipeops/vm-agent/tests/agent"
 	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
@@ -146,34 +146,13 @@ func TestOwnFrpToken(t *testing.T) {
 func ownFrps(t *testing.T, token string) (w *world, addr string) {
 	t.Helper()
 	w = newWorld(t)
-	port := plainFrps(t, w, "the-right-token")
+	port, _, err := controlplane.StartPlainFrps(t.Context(), w.group, "127.0.0.1", "the-right-token")
+	if err != nil {
+		t.Fatal(err)
+	}
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+closedPort(t),
 		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=")
 	return w, fmt.Sprintf("127.0.0.1:%d", port)
-}
-
-// plainFrps runs an frps without a plugin and returns its port.
-func plainFrps(t *testing.T, w *world, token string) int {
-	t.Helper()
-	var ports [2]int
-	for i := range ports {
-		var err error
-		if ports[i], err = process.FreePort(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, err := w.group.Start("plain-frps", nil, w.binary("frps"), "--bind-addr", "127.0.0.1",
-		"--bind-port", fmt.Sprint(ports[0]), "--vhost-http-port", fmt.Sprint(ports[1]), "--subdomain-host", "example.internal", "--token", token); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, func() error {
-		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", ports[0]))
-		if err == nil {
-			_ = conn.Close()
-		}
-		return err
-	})
-	return ports[0]
 }
 
 // leadingTo starts an agent whose kubeconfig change has spoilt.

@@ -60,13 +60,7 @@ func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer
 	if _, err := w.group.Start("own-frps", nil, w.binary("frps"), "-c", path); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error {
-		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", s.bind))
-		if err == nil {
-			_ = conn.Close()
-		}
-		return err
-	})
+	eventually(t, func() error { return process.Listening(fmt.Sprintf("127.0.0.1:%d", s.bind)) })
 	return s
 }
 

@@ -169,6 +169,15 @@ func (p *Process) Failed() error {
 	return fmt.Errorf("%s ended early (%s); the end of its log:\n%s", p.name, p.cmd.ProcessState, log)
 }
 
+// Listening returns nil if something takes connections at an address.
+func Listening(address string) error {
+	conn, err := net.DialTimeout("tcp", address, time.Second)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
 // FreePort returns a port of 127.0.0.1 that nobody listens on. It lies below the ports that the kernel
 // gives to outgoing connections, so that none of those takes it before its user listens.
 func FreePort() (int, error) {
