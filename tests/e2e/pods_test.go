@@ -165,8 +165,11 @@ func TestDeployment(t *testing.T) {
 		}
 		return err
 	})
-	// Both answer by the Service, to a pod beside them.
-	client := create(t, ns, pod("client", `for i in $(seq 40); do wget -q -O - "http://$0" || exit 1; done`, service.Spec.ClusterIP), corev1.PodSucceeded)
+	// Both answer by the Service, to a pod beside them, from when kube-proxy has heard of both.
+	client := create(t, ns, pod("client", `
+		touch /heard
+		until [ "$(sort -u /heard | wc -l)" = 2 ]; do sleep 0.1; wget -q -O - "http://$0" >>/heard 2>/dev/null; done
+		for i in $(seq 40); do wget -q -O - "http://$0" || exit 1; done`, service.Spec.ClusterIP), corev1.PodSucceeded)
 	answers := map[string]int{}
 	for line := range strings.Lines(logsOf(t, ns, client.Name, "main")) {
 		answers[line]++
