@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -178,11 +179,17 @@ func Listening(address string) error {
 	return conn.Close()
 }
 
-// FreePort returns a port of 127.0.0.1 that nobody listens on. It lies below the ports that the kernel
-// gives to outgoing connections, so that none of those takes it before its user listens.
+// lastPort is where FreePort goes on, so that two programs that test at once hardly meet.
+var lastPort atomic.Uint32
+
+func init() { lastPort.Store(rand.Uint32()) }
+
+// FreePort returns a port of 127.0.0.1 that nobody listens on, and another each time: who asks for several listens on
+// none of them yet, and frps with two ports that are one starts without a word and takes no agents. It lies below the
+// ports that the kernel gives to outgoing connections, so that none of those takes it before its user listens.
 func FreePort() (int, error) {
 	for range 1000 {
-		port := 10000 + rand.IntN(20000)
+		port := 10000 + int(lastPort.Add(1)%20000)
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			return port, l.Close()
