@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -149,16 +150,26 @@ const challenge = `Bearer realm="pipeops-agent"`
 func (s *server) authenticate(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32)) bool {
 	refused := s.auth.check(r)
 	if refused == nil {
+		rec := w.(*recorder) // observe has put it there
+		rec.authenticated = true
+		if !rec.reserve(kube.HeaderMemory(r.Header) + 8*int64(len(r.RequestURI))) {
+			refuse(w, r, http.StatusTooManyRequests, "its headers are too large beside the other requests that are answered now: try again", 1)
+			return false
+		}
+		rec.conn.Authenticated()
 		return true
 	}
-	w.(*recorder).refused = true // observe has put it there
 	if wait := s.auth.failed(r, refused); wait > 0 {
-		refuse(w, r, http.StatusTooManyRequests, fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why), int32(wait.Seconds())+1)
+		refuse(w, r, http.StatusTooManyRequests, tooManyGuesses(r, refused), int32(wait.Seconds())+1)
 		return false
 	}
 	w.Header().Set("WWW-Authenticate", challenge)
 	refuse(w, r, http.StatusUnauthorized, refused.why, 0)
 	return false
+}
+
+func tooManyGuesses(r *http.Request, refused *refusal) string {
+	return fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why)
 }
 
 // requireBearer lets next answer only those who show the agent's token.
@@ -170,6 +181,20 @@ func (s *server) requireBearer(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
+// admit lets an authenticated request through the gate, or has refuse answer it. s.gate.leave must follow if it
+// returns true.
+func (s *server) admit(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32)) bool {
+	switch why := s.gate.enter(w.(*recorder), cmp.Or(forwardedFor(r), caller(r))); why {
+	case "":
+		return true
+	case shuttingDown:
+		refuse(w, r, http.StatusServiceUnavailable, why, 1)
+	default:
+		refuse(w, r, http.StatusTooManyRequests, why, 1)
+	}
+	return false
+}
+
 func refuseWithProblem(w http.ResponseWriter, _ *http.Request, code int, why string, retryAfter int32) {
 	if retryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
@@ -178,9 +203,12 @@ func refuseWithProblem(w http.ResponseWriter, _ *http.Request, code int, why str
 }
 
 func refuseWithStatus(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32) {
-	reason := metav1.StatusReasonUnauthorized
-	if code == http.StatusTooManyRequests {
-		reason = metav1.StatusReasonTooManyRequests
+	reason := map[int]metav1.StatusReason{
+		http.StatusUnauthorized: metav1.StatusReasonUnauthorized, http.StatusTooManyRequests: metav1.StatusReasonTooManyRequests,
+		http.StatusServiceUnavailable: metav1.StatusReasonServiceUnavailable,
+	}[code]
+	if why != shuttingDown {
+		why = "the agent refuses the request: " + why
 	}
-	kube.WriteStatus(w, r, code, reason, "the agent refuses the request: "+why, retryAfter)
+	kube.WriteStatus(w, r, code, reason, why, retryAfter)
 }

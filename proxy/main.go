@@ -20,6 +20,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -79,13 +80,14 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	log, level := cfg.Logger(stderr)
 	go changeLevel(ctx, log, level)
+	limits := newLimits(memoryLimit())
 	metrics := newMetrics()
 	api, err := kube.New(restConfig, metrics.latency, log)
 	if err != nil {
 		_, _ = fmt.Fprintln(stderr, "proxy:", err)
 		return exitUsage
 	}
-	if err := serve(ctx, cfg, newServer(cfg, api, metrics, log), log); err != nil {
+	if err := serve(ctx, cfg, newServer(cfg, api, metrics, limits, log), log); err != nil {
 		log.Error("stopped", "error", err)
 		return exitFailed
 	}
@@ -121,12 +123,15 @@ const headerTime = 32 * time.Second
 func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
 	// On the tunnel listener they would cut watches, logs and exec.
 	var readTimeout, writeTimeout time.Duration
+	headerBytes := maxHeaderBytes
 	if l == operations {
-		readTimeout, writeTimeout = time.Minute, time.Minute
+		readTimeout, writeTimeout, headerBytes = time.Minute, time.Minute, opsHeaderBytes
 	}
 	return &http.Server{
-		Handler:     handler,
-		ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
+		Handler:        handler,
+		MaxHeaderBytes: headerBytes,
+		ConnContext:    inbound.ConnContext,
+		ReadTimeout:    readTimeout, WriteTimeout: writeTimeout,
 		ReadHeaderTimeout: headerTime,
 		// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
 		IdleTimeout: 120 * time.Second,
@@ -154,14 +159,13 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 		{operations, "proxy.metrics_addr (PIPEOPS_METRICS_ADDR)", cfg.Proxy.MetricsAddr},
 		{tunnel, "proxy.listen_addr (PIPEOPS_LISTEN_ADDR)", cfg.Proxy.ListenAddr},
 	} {
-		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
+		socket, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
 		if err != nil {
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
-		if l.listener == tunnel {
-			listener = newTLSListener(listener, cfg.RunDir, log)
-		}
+		listener := s.bound(l.listener, socket, cfg.RunDir)
 		server := newHTTPServer(streams, l.listener, s.handler(l.listener), log)
+		server.ConnState = listener.ConnState
 		servers = append(servers, server)
 		go func() {
 			if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
@@ -172,6 +176,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 	watching, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
 	go s.ready.watch(watching)
+	go s.gate.watch(streams)
 	log.Info("serving", "listen_addr", cfg.Proxy.ListenAddr, "metrics_addr", cfg.Proxy.MetricsAddr,
 		"agent_id", cfg.Agent.ID, "version", version.Version)
 

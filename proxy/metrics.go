@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/proxy/inbound"
 )
 
 // metrics are all that /metrics shows. Labels hold nothing that a caller can make up.
@@ -23,11 +24,21 @@ type metrics struct {
 
 	tunnelUp, leaseEnd, renewalFailing, lastHeartbeat prometheus.Gauge
 	frpcRestarts                                      prometheus.Counter
-	authFailures, commands                            *prometheus.CounterVec
+	authFailures, commands, refused                   *prometheus.CounterVec
+	limits                                            *prometheus.GaugeVec
 	statusDuration                                    prometheus.Histogram
 	statusRequests                                    prometheus.Counter
 
-	handler http.Handler
+	registry *prometheus.Registry
+	handler  http.Handler
+}
+
+// limit shows a limit and how much of it is in use.
+func (m *metrics) limit(name string, size int64, inUse func() int64) {
+	m.limits.WithLabelValues(name).Set(float64(size))
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "pipeops_agent_limit_in_use", Help: "How much of the limit is in use now.", ConstLabels: prometheus.Labels{"limit": name},
+	}, func() float64 { return float64(inUse()) }))
 }
 
 func newMetrics() *metrics {
@@ -60,12 +71,20 @@ func newMetrics() *metrics {
 		commands:       counters("runner_commands_total", "Commands for runners answered.", "code"),
 		statusDuration: histogram("cluster_read_duration_seconds", "Time to read the cluster for a status; answers that share a reading are not counted."),
 		statusRequests: counter("cluster_read_requests_total", "Requests to the API server that reading the cluster for a status took."),
+		refused:        counters("limit_refusals_total", "Connections and requests refused or ended for a limit.", "limit"),
+		limits:         gauges("limit", "The limit, in bytes if its name says so, else a number.", "limit"),
 		authFailures:   counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
 		tunnelUp:       gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
 		leaseEnd:       gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
 		renewalFailing: gauge("tunnel_lease_renewal_failing", "1 if bootstrap has tried to renew the lease and could not, else 0."),
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
+	}
+	for _, limit := range []string{
+		inbound.TooMany, inbound.Evicted, inbound.HeaderMemory, inbound.Invalid,
+		"requests", "caller", "request_memory", "stalled_calls", "stalled_streams", "commands",
+	} {
+		m.refused.WithLabelValues(limit)
 	}
 	for _, reason := range []string{"none", "several", "scheme", "token", "unconfigured"} {
 		m.authFailures.WithLabelValues(reason) // 0 until there is one
@@ -76,10 +95,10 @@ func newMetrics() *metrics {
 		ConstLabels: prometheus.Labels{"version": info.Version, "commit": info.Commit, "go_version": info.GoVersion},
 	})
 	build.Set(1)
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.renewalFailing, m.lastHeartbeat,
-		m.frpcRestarts, m.authFailures, m.commands, m.statusDuration, m.statusRequests, build,
+	m.registry = prometheus.NewRegistry()
+	m.registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.renewalFailing, m.lastHeartbeat,
+		m.frpcRestarts, m.authFailures, m.commands, m.refused, m.limits, m.statusDuration, m.statusRequests, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
+	m.handler = promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: maxScrapes})
 	return m
 }

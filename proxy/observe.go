@@ -16,6 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -37,7 +38,11 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 
 // record gives the request its id and returns what remembers how it is answered.
 func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*recorder, *http.Request) {
-	rec := &recorder{ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text()}
+	rec := &recorder{
+		ResponseWriter: w, metrics: s.metrics, pool: s.memory, start: time.Now(), requestID: rand.Text(),
+		conn: inbound.From(r.Context()), caller: caller(r),
+	}
+	rec.conn.HeadersRead()
 	r.Header.Set("X-Request-Id", rec.requestID)
 	if l == tunnel {
 		rec.agentID = s.agent.ID
@@ -55,6 +60,8 @@ func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*re
 // answered counts and logs a request. It is deferred, and goes on with a panic.
 func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFlight prometheus.Gauge) {
 	inFlight.Dec()
+	rec.conn.Answered()
+	rec.pool.used.Add(-rec.memory)
 	code := rec.status()
 	// ReverseProxy drops a connection by a panic of its own; any other is a mistake of ours.
 	if p := recover(); p != nil {
@@ -64,13 +71,13 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 		defer panic(p)
 	}
 	route, method := routeLabel(r), methodLabel(r.Method)
-	s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(code)).Inc()
+	s.metrics.requests.WithLabelValues(route, method, codeLabel(code)).Inc()
 	if d := &rec.description; d.Verb != "" {
 		rec.inLane.Dec()
-		s.metrics.kube.WithLabelValues(d.Verb, strconv.Itoa(code), lane(d)).Inc()
+		s.metrics.kube.WithLabelValues(d.Verb, codeLabel(code), lane(d)).Inc()
 	}
-	if rec.refused || route == "/ready" {
-		level = slog.LevelDebug // the authenticator has said it once; frpc asks every second
+	if !rec.authenticated {
+		level = slog.LevelDebug // it is counted; else anybody could fill the log
 	}
 	if !s.log.Enabled(r.Context(), level) {
 		return
@@ -78,7 +85,10 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 	attrs := make([]slog.Attr, 0, 12)
 	attrs = append(attrs, slog.String("request_id", rec.requestID), slog.String("method", method),
 		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
-		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", caller(r)))
+		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", rec.caller))
+	if from := forwardedFor(r); rec.conn.Proxied() && from != "" {
+		attrs = append(attrs, slog.String("forwarded_for", from))
+	}
 	if d := &rec.description; d.Verb != "" {
 		attrs = append(attrs, slog.String("verb", d.Verb))
 		for _, attr := range []slog.Attr{slog.String("group", d.Group), slog.String("resource", d.Resource), slog.String("subresource", d.Subresource)} {
@@ -108,19 +118,40 @@ func lane(d *kube.Description) string {
 	return "call"
 }
 
-// caller is the address of who asked, as far as it is known: in a tunnel of type http, frps appends the
-// address that it has seen to the caller's own X-Forwarded-For, so the last is true. In a tunnel of type tcp
-// nobody does, and it is what the caller says.
+// caller returns the address of who asked: for tunnels of type https and tcp frpc says it in a PROXY header. For
+// type http frps appends the address that it has seen to the caller's own X-Forwarded-For, so the last is true.
 func caller(r *http.Request) string {
-	if forwarded := r.Header.Values("X-Forwarded-For"); len(forwarded) > 0 {
-		list := forwarded[len(forwarded)-1]
-		if addr, err := netip.ParseAddr(strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:])); err == nil {
-			return addr.WithZone("").String()
-		}
+	if from := forwardedFor(r); from != "" && !inbound.From(r.Context()).Proxied() {
+		return from
 	}
 	host, _, _ := net.SplitHostPort(r.RemoteAddr)
 	return host
 }
+
+// forwardedFor returns the last address of X-Forwarded-For, empty if there is none.
+func forwardedFor(r *http.Request) string {
+	forwarded := r.Header.Values("X-Forwarded-For")
+	if len(forwarded) == 0 {
+		return ""
+	}
+	list := forwarded[len(forwarded)-1]
+	addr, err := netip.ParseAddr(strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:]))
+	if err != nil {
+		return ""
+	}
+	return addr.WithZone("").String()
+}
+
+// codeLabel keeps codes that a backend makes up out of labels.
+func codeLabel(code int) string {
+	if http.StatusText(code) == "" && code != callerLeft {
+		return "other"
+	}
+	return strconv.Itoa(code)
+}
+
+// callerLeft is the code for a caller who left before there was an answer, as nginx has it.
+const callerLeft = 499
 
 // routeLabel is the route's path, never the caller's.
 func routeLabel(r *http.Request) string {
@@ -155,25 +186,48 @@ const unreadBody = 2 * time.Second
 type recorder struct {
 	http.ResponseWriter
 
-	metrics     *metrics
-	start       time.Time
-	requestID   string
-	agentID     string   // empty on the operations listener
-	body        *counted // nil: the request has none
-	streams     bool     // an answer may begin before the request has ended
-	refused     bool     // for its credential
-	code        int
-	bytes       int64
-	description kube.Description // empty but for requests for the Kubernetes API
-	inLane      prometheus.Gauge // where that one counts as being answered
+	metrics       *metrics
+	pool          *pool
+	conn          *inbound.Conn // nil in tests without a listener
+	start         time.Time
+	requestID     string
+	caller        string
+	agentID       string   // empty on the operations listener
+	body          *counted // nil: the request has none
+	streams       bool     // an answer may begin before the request has ended
+	authenticated bool
+	code          int
+	bytes         int64
+	memory        int64            // taken from pool
+	description   kube.Description // empty but for requests for the Kubernetes API
+	inLane        prometheus.Gauge // where that one counts as being answered
+
+	blocked atomic.Int64 // since when a write has not returned, in Unix nanoseconds; 0: none is under way
+	ended   bool         // for not reading; guarded by the gate's mu
 }
 
-// status is 499 for a caller who left before there was an answer, as nginx has it.
+// status returns the code of the answer, or callerLeft.
 func (r *recorder) status() int {
 	if r.code == 0 {
-		return 499
+		return callerLeft
 	}
 	return r.code
+}
+
+// isStream reports whether the answer is one that a caller may read at leisure.
+func (r *recorder) isStream() bool {
+	d := &r.description
+	return d.Verb == "watch" || d.Verb == "connect" || d.Subresource == "log"
+}
+
+// reserve takes memory until the request is answered, and returns false if there is not enough.
+func (r *recorder) reserve(bytes int64) bool {
+	if !r.pool.take(bytes) {
+		r.metrics.refused.WithLabelValues("request_memory").Inc()
+		return false
+	}
+	r.memory += bytes
+	return true
 }
 
 func (r *recorder) WriteHeader(code int) {
@@ -204,10 +258,19 @@ func (r *recorder) Write(data []byte) (int, error) {
 	if r.code == 0 {
 		r.WriteHeader(http.StatusOK)
 	}
+	r.blocked.Store(time.Now().UnixNano())
 	n, err := r.ResponseWriter.Write(data)
+	r.blocked.Store(0)
 	r.bytes += int64(n)
 	r.metrics.sent.Add(float64(n))
 	return n, err
+}
+
+// FlushError is what http.ResponseController calls.
+func (r *recorder) FlushError() error {
+	r.blocked.Store(time.Now().UnixNano())
+	defer r.blocked.Store(0)
+	return http.NewResponseController(r.ResponseWriter).Flush()
 }
 
 // Hijack is how an upgrade is answered.
@@ -218,7 +281,7 @@ func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	}
 	r.code = http.StatusSwitchingProtocols
 	r.mark()
-	return &countedConn{Conn: conn, metrics: r.metrics}, buffer, nil
+	return &countedConn{Conn: conn, recorder: r}, buffer, nil
 }
 
 // Unwrap lets http.ResponseController reach what this type does not wrap.
@@ -265,18 +328,20 @@ func (c *counted) failure() error {
 type countedConn struct {
 	net.Conn
 
-	metrics *metrics
+	recorder *recorder
 }
 
 func (c *countedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	c.metrics.received.Add(float64(n))
+	c.recorder.metrics.received.Add(float64(n))
 	return n, err
 }
 
 func (c *countedConn) Write(p []byte) (int, error) {
+	c.recorder.blocked.Store(time.Now().UnixNano())
 	n, err := c.Conn.Write(p)
-	c.metrics.sent.Add(float64(n))
+	c.recorder.blocked.Store(0)
+	c.recorder.metrics.sent.Add(float64(n))
 	return n, err
 }
 

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -30,6 +31,9 @@ type readiness struct {
 
 func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readiness {
 	t := &tunnelCheck{runDir: runDir, up: m.tunnelUp, leaseEnd: m.leaseEnd, renewalFailing: m.renewalFailing, restarts: m.frpcRestarts}
+	if lease, err := frpc.ReadLease(runDir); err == nil {
+		t.https.Store(lease.Frpc.Tunnel.Type == "https")
+	}
 	r := &readiness{tunnel: t, checks: []*check{
 		{name: "kubernetes", age: checkAge, run: api.Check},
 		{name: "tunnel", age: checkAge, run: t.run, note: t.leaseProblem},
@@ -103,6 +107,8 @@ type tunnelCheck struct {
 	loginAt time.Time
 	login   error
 
+	https atomic.Bool // the tunnel in force is of type https
+
 	mu       sync.Mutex
 	last     tunnelStatus
 	frpcUp   bool // frpc has answered once
@@ -142,6 +148,11 @@ func (t *tunnelCheck) remember(lease *frpc.Lease, proxies []frpc.ProxyStatus, er
 	}
 	if connected := err == nil; t.last.Since == nil || t.last.Connected != connected {
 		t.last.Connected, t.last.Since = connected, timeOrNil(time.Now())
+	}
+	if len(proxies) > 0 { // what frpc has, which is not what the lease says while it has yet to be restarted
+		t.https.Store(!slices.ContainsFunc(proxies, func(p frpc.ProxyStatus) bool { return p.Type != "https" }))
+	} else if lease != nil {
+		t.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
 	t.last.Proxies, t.last.Detail = proxies, ""
 	t.up.Set(1)
@@ -233,7 +244,16 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 				return
 			}
 		}
-		detailed := l == operations || s.auth.check(r) == nil
+		detailed := l == operations
+		if l == tunnel && len(r.Header["Authorization"]) > 0 {
+			refused := s.auth.check(r)
+			if detailed = refused == nil; !detailed {
+				if wait := s.auth.failed(r, refused); wait > 0 {
+					refuseWithProblem(w, r, http.StatusTooManyRequests, tooManyGuesses(r, refused), int32(wait.Seconds())+1)
+					return
+				}
+			}
+		}
 		code, status := http.StatusOK, "ready"
 		checks := map[string]outcome{}
 		for _, c := range s.ready.checks {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -69,14 +70,21 @@ type server struct {
 	metrics *metrics
 	ready   *readiness
 	gate    *gate
+	memory  *pool
+	limits  limits
 	log     *slog.Logger
 }
 
-func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, log *slog.Logger) *server {
+func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, log *slog.Logger) *server {
+	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &server{
 		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
-		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(), log: log,
+		runners: newRunners(api, cfg.Agent.ID, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(limits, refused, log),
+		memory: &pool{size: limits.requestMemory}, limits: limits, log: log,
 	}
+	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse()) })
+	m.limit("request_memory_bytes", limits.requestMemory, s.memory.used.Load)
+	m.limit("commands", maxCommands, func() int64 { return int64(len(s.runners.running)) })
 	if cfg.Agent.TokenFile != "" { // as long as the process, and so while it drains
 		go s.auth.follow(context.Background(), cfg.AgentToken)
 	}
@@ -105,6 +113,10 @@ func (s *server) handler(l listener) http.Handler {
 	notFound := notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != frpc.HealthPath {
+			writeProblem(w, http.StatusMisdirectedRequest, "the tunnel is of type https: speak TLS, with the certificate that the tunnel shows")
+			return
+		}
 		if l == tunnel && belowKubernetes(r) {
 			r.Pattern = kube.Prefix + "/"
 			s.kubernetes(w, r)
@@ -143,13 +155,11 @@ func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	}
 	rec := w.(*recorder) // observe has put it there
 	rec.describe(r)
-	if !s.gate.enter() {
-		kube.WriteStatus(w, r, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable,
-			shuttingDown, 1)
+	if !s.admit(w, r, refuseWithStatus) {
 		return
 	}
-	defer s.gate.leave()
-	s.kube.Serve(w, r, &rec.description)
+	defer s.gate.leave(rec)
+	s.kube.Serve(w, r, &rec.description, rec.reserve)
 }
 
 // belowKubernetes looks at the path as it came, before anything is decoded.

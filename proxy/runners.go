@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
@@ -26,12 +27,13 @@ import (
 
 // What a runner and its commands may cost.
 const (
-	maxEndpoint      = 2 << 10          // bytes
-	maxToken         = 8 << 10          // bytes
-	maxCommand       = 10 << 20         // bytes
-	maxCommandAnswer = 64 << 20         // bytes; more is cut off
-	commandHeaders   = 30 * time.Second // from the command's last byte
-	commandTotal     = 5 * time.Minute
+	maxEndpoint       = 2 << 10          // bytes
+	maxToken          = 8 << 10          // bytes
+	maxCommand        = 10 << 20         // bytes
+	maxCommandAnswer  = 64 << 20         // bytes; more is cut off
+	maxCommandHeaders = 16 << 10         // bytes, of the answer
+	commandHeaders    = 30 * time.Second // from the command's last byte
+	commandTotal      = 5 * time.Minute
 )
 
 // registryTime is how long the registry may take to be read or changed.
@@ -60,10 +62,11 @@ type runners struct {
 	namespace string
 	allowed   []string // hosts
 	relay     *httputil.ReverseProxy
+	running   chan struct{} // holds one for each command that runs
 }
 
-func newRunners(api *kube.Proxy, namespace string, allowed []string, log *slog.Logger) *runners {
-	r := &runners{api: api, namespace: namespace, allowed: allowed}
+func newRunners(api *kube.Proxy, agentID, namespace string, allowed []string, log *slog.Logger) *runners {
+	r := &runners{api: api, namespace: namespace, allowed: allowed, running: make(chan struct{}, maxCommands)}
 	r.relay = &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			target := relayed(pr.In.Context())
@@ -71,14 +74,16 @@ func newRunners(api *kube.Proxy, namespace string, allowed []string, log *slog.L
 			for _, name := range []string{"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect"} {
 				pr.Out.Header.Del(name)
 			}
+			pr.Out.Header.Add("Via", "1.1 "+agentID)
 			pr.Out.Header.Set("Authorization", "Bearer "+target.token.Reveal()) // never the caller's
 		},
 		Transport: &http.Transport{ // no redirects, and no proxy of the environment's
-			DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
-			TLSHandshakeTimeout:   10 * time.Second,
-			ResponseHeaderTimeout: commandHeaders,
-			IdleConnTimeout:       time.Minute,
-			DisableCompression:    true,
+			DialContext:            (&net.Dialer{Timeout: 10 * time.Second, ControlContext: r.mayDial}).DialContext,
+			TLSHandshakeTimeout:    10 * time.Second,
+			ResponseHeaderTimeout:  commandHeaders,
+			MaxResponseHeaderBytes: maxCommandHeaders,
+			IdleConnTimeout:        time.Minute,
+			DisableCompression:     true,
 		},
 		FlushInterval: -1, // answers may be streams
 		ModifyResponse: func(resp *http.Response) error {
@@ -116,6 +121,8 @@ func commandFailed(w http.ResponseWriter, r *http.Request, err error) {
 		return
 	case errors.Is(cause, kube.ErrShutdown):
 		late, what, err = true, "has not answered", errors.New("the agent has stopped")
+	case errors.Is(err, errForbiddenAddress):
+		what, do = "is not called", "give the runner an endpoint in the cluster, or list its IP among runners.allowed_hosts"
 	case !target.connected:
 		what, do = "cannot be reached", "check that it runs, and its endpoint"
 	case late:
@@ -177,6 +184,29 @@ func (r *runners) allow(endpoint string) (*url.URL, error) {
 		return nil, fmt.Errorf("names the host %.253q, which is not among runners.allowed_hosts (%s)", host, strings.Join(r.allowed, ", "))
 	}
 	return u, nil
+}
+
+var errForbiddenAddress = errors.New("its name leads to this pod, to this node or to the cloud's metadata")
+
+// metadataAddrs are where clouds tell machines their credentials, beside the link-local 169.254.169.254.
+var metadataAddrs = []string{"fd00:ec2::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"}
+
+// mayDial refuses addresses that an allowed name should not lead to, such as an ExternalName Service. It is asked
+// after the name is resolved. An address that is listed as such may be dialled.
+func (r *runners) mayDial(_ context.Context, _, address string, _ syscall.RawConn) error {
+	addr, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return err
+	}
+	ip := addr.Addr().Unmap().WithZone("")
+	listed := slices.ContainsFunc(r.allowed, func(allowed string) bool {
+		exact, err := netip.ParseAddr(allowed)
+		return err == nil && exact.Unmap() == ip
+	})
+	if !listed && (ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsMulticast() || slices.Contains(metadataAddrs, ip.String())) {
+		return fmt.Errorf("%w (%s)", errForbiddenAddress, ip)
+	}
+	return nil
 }
 
 // change applies a message to the registry, once.
@@ -290,12 +320,24 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusBadRequest, "the runner's id is not one: letters, digits, dots, hyphens and underscores, a letter or digit first")
 		return
 	}
-	if !s.gate.enter() {
-		w.Header().Set("Retry-After", "1")
-		writeProblem(w, http.StatusServiceUnavailable, shuttingDown)
+	for via := range strings.SplitSeq(strings.Join(r.Header.Values("Via"), ","), ",") {
+		if strings.TrimSpace(via) == "1.1 "+s.agent.ID {
+			writeProblem(w, http.StatusLoopDetected, fmt.Sprintf("the endpoint of runner %q leads back to this agent: assign it another one", id))
+			return
+		}
+	}
+	if !s.admit(w, r, refuseWithProblem) {
 		return
 	}
-	defer s.gate.leave()
+	defer s.gate.leave(rec)
+	select {
+	case s.runners.running <- struct{}{}:
+		defer func() { <-s.runners.running }()
+	default:
+		s.metrics.refused.WithLabelValues("commands").Inc()
+		refuseWithProblem(w, r, http.StatusTooManyRequests, "too many commands are being relayed: try again", 1)
+		return
+	}
 	rec.body.within(commandTotal)
 	ctx, cancel := context.WithTimeout(r.Context(), commandTotal)
 	defer cancel()

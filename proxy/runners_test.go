@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -177,8 +178,8 @@ func slowly(t *testing.T, toAgent *pipes, request string) string {
 	return strings.TrimSpace(status)
 }
 
-// TestSlowBodies: a message and a command must be there in their time; below the Kubernetes API a body is a
-// stream.
+// TestSlowBodies: a message, a command and a small body for the Kubernetes API must be there in their time; a large
+// one is a stream.
 func TestSlowBodies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, _, toAgent, _ := serverOverPipes(t, func(w http.ResponseWriter, r *http.Request) {
@@ -193,12 +194,17 @@ func TestSlowBodies(t *testing.T) {
 			status string
 			after  time.Duration
 		}{
-			messagePath:     {"HTTP/1.1 408 Request Timeout", messageTime},
-			commandPath:     {"HTTP/1.1 408 Request Timeout", commandTotal},
-			"/api/k8s/slow": {"HTTP/1.1 200 OK", 7 * 600 * time.Second},
+			messagePath:           {"HTTP/1.1 408 Request Timeout", messageTime},
+			commandPath:           {"HTTP/1.1 408 Request Timeout", commandTotal},
+			"/api/k8s/slow/small": {"HTTP/1.1 408 Request Timeout", 32 * time.Second},
+			"/api/k8s/slow/large": {"HTTP/1.1 200 OK", 7 * 600 * time.Second},
 		} {
 			start := time.Now()
-			status := slowly(t, toAgent, "POST "+path+" HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"+auth+"Content-Length: 600\r\n\r\n")
+			begun := ""
+			if strings.HasSuffix(path, "large") {
+				begun = strings.Repeat("x", 256<<10)
+			}
+			status := slowly(t, toAgent, fmt.Sprintf("POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n%s", path, auth, len(begun)+600, begun))
 			if took := time.Since(start); status != test.status || took < test.after || took > test.after+10*time.Second {
 				t.Errorf("%s: %q after %s", path, status, took)
 			}

@@ -41,6 +41,11 @@ func newTest(t testing.TB, agentToken frpc.Secret) (s *server, log *bytes.Buffer
 // serverBefore is a server before an API server.
 func serverBefore(t testing.TB, api *rest.Config, agentToken frpc.Secret, log *slog.Logger) *server {
 	t.Helper()
+	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log)
+}
+
+func serverWithin(t testing.TB, api *rest.Config, agentToken frpc.Secret, l limits, log *slog.Logger) *server {
+	t.Helper()
 	m := newMetrics()
 	proxy, err := kube.New(api, m.latency, log)
 	if err != nil {
@@ -49,7 +54,7 @@ func serverBefore(t testing.TB, api *rest.Config, agentToken frpc.Secret, log *s
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token = "agent-001", agentToken
 	cfg.Runners.AllowedHosts = []string{"*.svc"}
-	return newServer(cfg, proxy, m, log)
+	return newServer(cfg, proxy, m, l, log)
 }
 
 func do(handler http.Handler, method, target string, authorization ...string) *httptest.ResponseRecorder {

@@ -67,11 +67,12 @@ func TestTunnelListenerSpeaksBoth(t *testing.T) {
 		t.Fatal(err)
 	}
 	quiet := slog.New(slog.DiscardHandler)
+	s, _, _ := newTest(t, token)
 	server := newHTTPServer(t.Context(), tunnel, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		_, _ = io.WriteString(w, r.Proto+" "+string(body))
 	}), quiet)
-	go func() { _ = server.Serve(newTLSListener(listener, dir, quiet)) }()
+	go func() { _ = server.Serve(s.bound(tunnel, listener, dir)) }()
 	t.Cleanup(func() { _ = server.Close() })
 
 	caller := func(trusted *x509.Certificate) *http.Client {

@@ -91,5 +91,8 @@ func name(s string) string {
 
 var verbs = map[string]string{
 	http.MethodGet: "get", http.MethodHead: "get", http.MethodPost: "create", http.MethodPut: "update",
-	http.MethodPatch: "patch", http.MethodDelete: "delete",
+	http.MethodPatch: "patch", http.MethodDelete: "delete", http.MethodOptions: "other",
 }
+
+// methods are those of the Kubernetes API, as an Allow header has them.
+const methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"

@@ -36,10 +36,15 @@ func FuzzRequest(f *testing.F) {
 		f.Add(seed)
 	}
 	upstream := &capture{}
-	proxy, err := New(&rest.Config{Host: "https://api.internal", BearerToken: "agents-own", Transport: upstream}, ignored{}, slog.New(slog.DiscardHandler))
+	config := &rest.Config{Host: "https://api.internal", BearerToken: "agents-own"}
+	proxy, err := New(config, ignored{}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		f.Fatal(err)
 	}
+	if proxy.lanes.http2, err = rest.HTTPWrappersForConfig(config, upstream); err != nil {
+		f.Fatal(err)
+	}
+	proxy.lanes.http1 = proxy.lanes.http2
 	f.Fuzz(func(t *testing.T, text string) {
 		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
 		if err != nil {
@@ -55,7 +60,7 @@ func FuzzRequest(f *testing.F) {
 		proxy.ServeHTTP(answer, r)
 		sent := upstream.sent
 		if sent == nil {
-			if answer.Code != http.StatusBadRequest && answer.Code != http.StatusForbidden {
+			if answer.Code != http.StatusBadRequest && answer.Code != http.StatusForbidden && answer.Code != http.StatusMethodNotAllowed {
 				t.Fatalf("not sent, and answered %d", answer.Code)
 			}
 			return

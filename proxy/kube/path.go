@@ -35,7 +35,8 @@ func upstreamPath(r *http.Request) (string, error) {
 
 // forbidden says why path (decoded, below Prefix) is closed, or "" if it is open. With nodes/proxy a caller
 // gets past RBAC and audit to every pod of the node, even with GET (kubernetes/kubernetes#136550); /metrics,
-// /debug, /logs, /flagz and /statusz are of the API server's process and host, not of the cluster.
+// /debug, /logs, /flagz and /statusz are of the API server's process and host, not of the cluster. A token that
+// serviceaccounts/token makes is good for years, and without the agent.
 func forbidden(path string) string {
 	// Empty segments are left out. The API server leaves them in, and so serves nothing at such a path; whatever
 	// else stands behind it may.
@@ -43,6 +44,8 @@ func forbidden(path string) string {
 	switch {
 	case len(parts) >= 5 && parts[0] == "api" && parts[2] == "nodes" && parts[4] == "proxy":
 		return "nodes/proxy reaches every pod on the node past RBAC and audit: use pods/exec, pods/log or pods/portforward"
+	case len(parts) >= 7 && parts[0] == "api" && parts[2] == "namespaces" && parts[4] == "serviceaccounts" && parts[6] == "token":
+		return "serviceaccounts/token makes a credential that outlives the agent and its owner's control over it: create tokens in the cluster"
 	case len(parts) >= 1 && slices.Contains([]string{"metrics", "debug", "logs", "flagz", "statusz"}, parts[0]):
 		return "/" + parts[0] + " is the API server's own: read it in the cluster"
 	}

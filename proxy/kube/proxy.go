@@ -11,16 +11,15 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"net/http/httptrace"
 	"net/http/httputil"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
 )
 
@@ -30,7 +29,7 @@ const Prefix = "/api/k8s"
 // Proxy forwards requests below Prefix to the API server, with the agent's credential in place of the caller's.
 type Proxy struct {
 	target  *url.URL
-	lanes   lanes
+	lanes   *lanes
 	watches watches
 	rp      *httputil.ReverseProxy
 	watchRP *httputil.ReverseProxy // the same, with small buffers
@@ -47,22 +46,15 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 	if err != nil {
 		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
 	}
-	p := &Proxy{target: target, log: log, lanes: lanes{latency: latency, connecting: make(chan struct{}, 1)}, watches: watches{open: map[*watchBody]struct{}{}}}
-	// Said, although it is the default: where a configuration says nothing of TLS, client-go hands out
-	// http.DefaultTransport, which knows nothing of DisableCompression.
-	config.NextProtos = []string{"h2", "http/1.1"}
-	if p.lanes.calls, err = rest.TransportFor(config); err != nil {
-		return nil, fmt.Errorf("the connection to the API server: %w", err)
+	lanes, err := newLanes(config, target, latency)
+	if err != nil {
+		return nil, err
 	}
-	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
-	config.NextProtos = []string{"http/1.1"}
-	if p.lanes.upgrades, err = rest.TransportFor(config); err != nil {
-		return nil, fmt.Errorf("the connection to the API server: %w", err)
-	}
+	p := &Proxy{target: target, log: log, lanes: lanes, watches: watches{open: map[*watchBody]struct{}{}}}
 	p.rp = &httputil.ReverseProxy{
 		BufferPool:     &buffers{size: 32 << 10},
 		Rewrite:        p.rewrite,
-		Transport:      &p.lanes,
+		Transport:      p.lanes,
 		ModifyResponse: p.modify,
 		ErrorHandler:   p.fail,
 		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
@@ -75,81 +67,6 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 
 // Observer is what Prometheus's histograms are.
 type Observer interface{ Observe(seconds float64) }
-
-// lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2.
-type lanes struct {
-	calls, upgrades http.RoundTripper
-	latency         Observer
-	connecting      chan struct{} // holds the one that looks for a connection
-	http1           atomic.Bool   // the API server speaks no HTTP/2: nothing is shared
-}
-
-func (l *lanes) RoundTrip(r *http.Request) (*http.Response, error) {
-	start := time.Now()
-	send := l.call
-	if r.Header.Get("Upgrade") != "" {
-		send = l.upgrades.RoundTrip
-	}
-	resp, err := send(r)
-	if err != nil && worthAnother(r, err) {
-		resp, err = send(r)
-	}
-	if err == nil {
-		l.latency.Observe(time.Since(start).Seconds())
-	}
-	return resp, err
-}
-
-// call sends a request that is no upgrade.
-//
-// One request at a time looks for a connection. A connection cannot be shared before it is made: without this,
-// two thousand watches that begin at once, as after a restart of the API server, dialled five thousand.
-func (l *lanes) call(r *http.Request) (*http.Response, error) {
-	if l.http1.Load() {
-		return l.calls.RoundTrip(r)
-	}
-	release := l.queue(r.Context())
-	defer release()
-	resp, err := l.calls.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { release() },
-	})))
-	if err == nil && resp.ProtoMajor == 1 {
-		l.http1.Store(true)
-	}
-	return resp, err
-}
-
-// queue waits for its turn, and returns what lets the next have it. Whoever has to dial lets the next have it
-// after a moment, even if the dial hangs: the next may find a connection with room. Nobody waits for long.
-func (l *lanes) queue(ctx context.Context) (release func()) {
-	select {
-	case l.connecting <- struct{}{}:
-	default:
-		patience := time.NewTimer(5 * time.Second)
-		defer patience.Stop()
-		select {
-		case l.connecting <- struct{}{}:
-		case <-patience.C:
-			return func() {}
-		case <-ctx.Done():
-			return func() {}
-		}
-	}
-	leave := sync.OnceFunc(func() { <-l.connecting })
-	moment := time.AfterFunc(100*time.Millisecond, leave)
-	return func() {
-		moment.Stop()
-		leave()
-	}
-}
-
-// worthAnother says whether a connection has died under a request that can be sent again on a new one: another
-// API server behind the same address may answer. client-go does the same where nothing is between.
-// Source: k8s.io/client-go/rest/request.go, isErrRetryableFunc.
-func worthAnother(r *http.Request, err error) bool {
-	return (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Body == nil && r.Header.Get("Upgrade") == "" &&
-		r.Context().Err() == nil && (utilnet.IsHTTP2ConnectionLost(err) || utilnet.IsConnectionReset(err) || utilnet.IsProbableEOF(err))
-}
 
 // buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
 type buffers struct {
@@ -168,23 +85,26 @@ func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
 
 // request is what Serve has found out of a request, for those who see it later.
 type request struct {
-	path string // at the API server
-	body *callerBody
+	path    string // at the API server
+	body    *callerBody
+	reserve func(bytes int64) bool
 	*Description
 }
 
-// callerBody remembers whether the caller's body could be read, so that the API server does not get the
-// blame for one that could not.
+// callerBody remembers why the caller's body could not be read, so that the API server does not get the blame. It
+// ends where nothing comes for uploadTimeout.
 type callerBody struct {
 	io.ReadCloser
 
-	broken atomic.Bool
+	control *http.ResponseController
+	broken  atomic.Pointer[error]
 }
 
 func (b *callerBody) Read(p []byte) (int, error) {
+	_ = b.control.SetReadDeadline(time.Now().Add(uploadTimeout)) // ended by whoever reads io.EOF
 	n, err := b.ReadCloser.Read(p)
 	if err != nil && !errors.Is(err, io.EOF) {
-		b.broken.Store(true)
+		b.broken.Store(&err)
 	}
 	return n, err
 }
@@ -192,6 +112,7 @@ func (b *callerBody) Read(p []byte) (int, error) {
 // begin waits for the first byte. With it net/http tells the caller to continue; were that left to the
 // transport, which reads the body elsewhere, it would race with a 1xx of the API server on the way back.
 func (b *callerBody) begin() {
+	_ = b.control.SetReadDeadline(time.Now().Add(uploadTimeout))
 	reader := bufio.NewReader(b.ReadCloser)
 	_, _ = reader.Peek(1) // an error comes again with the first Read
 	b.ReadCloser = struct {
@@ -206,22 +127,23 @@ func found(ctx context.Context) *request {
 	return ctx.Value(contextKey{}).(*request) // Serve has put it there
 }
 
-// Serve answers a request below Prefix. d is what Describe says of it.
-func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description) {
+// Serve answers a request below Prefix. d is what Describe says of it. reserve asks for memory until the request
+// is answered, and returns false if there is none.
+func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, reserve func(bytes int64) bool) {
 	path, ok := admit(w, r)
 	if !ok {
 		return
 	}
-	found := &request{path: path, Description: d}
+	found := &request{path: path, Description: d, reserve: reserve}
 	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
 	if r.Body != nil && r.Body != http.NoBody {
-		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable {
-			if !repeatable(r) {
-				WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, brokenBody, 0)
+		found.body = &callerBody{ReadCloser: r.Body, control: http.NewResponseController(w)}
+		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength) {
+			if err := found.body.keep(r); err != nil {
+				writeBroken(w, r, err)
 				return
 			}
 		} else {
-			found.body = &callerBody{ReadCloser: r.Body}
 			if r.Header.Get("Expect") != "" {
 				found.body.begin()
 			}
@@ -235,27 +157,42 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description) {
 	p.rp.ServeHTTP(w, r)
 }
 
-// maxHeaderSize is less than the 1 MiB that the API server allows, by what is added here. A server that gets
-// more closes the connection, and with it ends the watches of others.
-const maxHeaderSize = 1<<20 - 64<<10
+// maxHeaderSize is the size of a request's headers and target in bytes, as HTTP/2 counts: enough for an exec whose
+// command makes a URL of 60 KB, and 200 groups. It is below what net/http is told to read, so that the agent says
+// itself what is wrong; and below the 1 MiB of the API server, which ends a connection that others use too.
+const maxHeaderSize = 112 << 10
 
 // maxRepeatable is the size in bytes of the bodies that are read before they are sent, so that the transport can
 // send them again: an API server that stops, or balances its connections, turns away requests that it has not
-// looked at (GOAWAY), and each of them would be an error else.
+// looked at (GOAWAY), and each of them would be an error else. Where memory is short they are not kept.
 const maxRepeatable = 256 << 10
 
-const brokenBody = "the body of the request cannot be read: its length or its chunks are wrong, or it has ended early"
+const (
+	keepTimeout   = 32 * time.Second // for all of a body that is kept; as long as headers may take
+	uploadTimeout = time.Minute      // between two parts of any other
+)
 
-// repeatable reads the whole body.
-func repeatable(r *http.Request) bool {
+// keep reads the whole body.
+func (b *callerBody) keep(r *http.Request) error {
+	_ = b.control.SetReadDeadline(time.Now().Add(keepTimeout))
 	data := make([]byte, r.ContentLength)
-	if _, err := io.ReadFull(r.Body, data); err != nil {
-		return false
+	if _, err := io.ReadFull(b.ReadCloser, data); err != nil {
+		return err
 	}
-	_, _ = io.Copy(io.Discard, r.Body) // to its end, of which there is nothing left
+	_, _ = io.Copy(io.Discard, b.ReadCloser) // to its end, of which there is nothing left
 	r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
 	r.Body, _ = r.GetBody()
-	return true
+	return nil
+}
+
+// writeBroken answers for a body that could not be read.
+func writeBroken(w http.ResponseWriter, r *http.Request, err error) {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		WriteStatus(w, r, http.StatusRequestTimeout, metav1.StatusReasonTimeout, "the body of the request does not come to its end: nothing came for a minute, or a small body took longer than 32 s", 0)
+		return
+	}
+	WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest,
+		"the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
 }
 
 // admit returns the path at the API server, or answers a request that must not get there.
@@ -263,6 +200,11 @@ func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
 	path, err := upstreamPath(r)
 	if err != nil {
 		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent refuses the request: "+err.Error(), 0)
+		return "", false
+	}
+	if verbs[r.Method] == "" {
+		w.Header().Set("Allow", methods)
+		WriteStatus(w, r, http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: "+methods, 0)
 		return "", false
 	}
 	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
@@ -338,6 +280,12 @@ func withoutTokens(values []string) string {
 // subresource it may be another's 401, such as a dashboard's behind services/proxy or the kubelet's.
 func (p *Proxy) modify(resp *http.Response) error {
 	request := found(resp.Request.Context())
+	if resp.StatusCode < 100 || resp.StatusCode > 599 {
+		return fmt.Errorf("its status is %d, which is none of HTTP", resp.StatusCode)
+	}
+	if !request.reserve(HeaderMemory(resp.Header)) {
+		return errNoMemory
+	}
 	if resp.StatusCode == http.StatusUnauthorized && request.Subresource == "" {
 		return errCredential
 	}
@@ -361,8 +309,8 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
 	}
-	if body := found(r.Context()).body; body != nil && body.broken.Load() {
-		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, brokenBody, 0)
+	if body := found(r.Context()).body; body != nil && body.broken.Load() != nil {
+		writeBroken(w, r, *body.broken.Load())
 		return
 	}
 	code, reason, message := explain(p.target.Host, err)
@@ -370,9 +318,27 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	WriteStatus(w, r, code, reason, message, 0)
 }
 
-// Check asks the API server for its list of versions, which every accepted credential may read.
+// Check asks the API server whether it is ready, which depends on its storage too. A credential that may not ask
+// that is accepted all the same.
 func (p *Proxy) Check(ctx context.Context) error {
-	return p.get(ctx, "/api", func(io.Reader) error { return nil })
+	err := p.get(ctx, "/readyz", func(io.Reader) error { return nil })
+	if hasCode(err, http.StatusForbidden) || hasCode(err, http.StatusNotFound) {
+		return nil
+	}
+	return err
+}
+
+// HeaderMemory returns how many bytes of memory headers take at most, with the copy that ReverseProxy makes.
+// Measured: short ones cost about 120 bytes each.
+func HeaderMemory(header http.Header) int64 {
+	var memory int64
+	for name, values := range header {
+		memory += 2 * int64(len(name)+120)
+		for _, value := range values {
+			memory += 2 * int64(len(value)+32)
+		}
+	}
+	return memory
 }
 
 func hasPrefixFold(s, prefix string) bool {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"regexp"
 	"strings"
 	"time"
 
@@ -33,6 +34,9 @@ func hasCode(err error, code int) bool {
 func (p *Proxy) get(ctx context.Context, path string, read func(io.Reader) error) error {
 	return p.call(ctx, http.MethodGet, path, nil, read)
 }
+
+// failedCheck is a line of the API server's /readyz.
+var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
 func (p *Proxy) call(ctx context.Context, method, path string, object any, read func(io.Reader) error) error {
 	var body io.Reader
@@ -66,8 +70,10 @@ func (p *Proxy) call(ctx context.Context, method, path string, object any, read 
 	}
 	if resp.StatusCode >= 300 {
 		var status metav1.Status
-		if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&status); err != nil || status.Message == "" {
-			status.Message = resp.Status
+		body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+		if err := json.Unmarshal(body, &status); err != nil || status.Message == "" {
+			failed := failedCheck.FindAllString(string(body), -1) // of /readyz
+			status.Message = strings.Join(append([]string{resp.Status}, failed...), "; ")
 		}
 		return &StatusError{resp.StatusCode, fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s", p.target.Host, method, req.URL.Path, status.Message)}
 	}

@@ -50,6 +50,9 @@ const (
 	largeHeaders       string              = "the headers of the request are too large"
 )
 
+// errNoMemory is an answer whose headers are too large beside those of the other requests.
+var errNoMemory = errors.New("the headers of the answer are too large beside the other requests that the agent answers now: try again")
+
 // explain says which hop failed on the way to the API server, what happened and what to do.
 func explain(host string, err error) (code int, reason metav1.StatusReason, message string) {
 	var timeout net.Error
@@ -58,7 +61,12 @@ func explain(host string, err error) (code int, reason metav1.StatusReason, mess
 	if errors.As(err, &dial) && dial.Op != "dial" {
 		dial = nil
 	}
+	var plugin *pluginError
 	switch {
+	case errors.Is(err, errNoMemory):
+		return http.StatusBadGateway, "BadGateway", err.Error()
+	case errors.As(err, &plugin):
+		return http.StatusGatewayTimeout, metav1.StatusReasonTimeout, err.Error()
 	case strings.Contains(err.Error(), "request header list larger"): // as HTTP/2 counts it
 		return http.StatusRequestHeaderFieldsTooLarge, reasonLargeHeaders, largeHeaders
 	case strings.Contains(err.Error(), "cannot retry err") || strings.Contains(err.Error(), "cannot rewind body"):

@@ -1,0 +1,350 @@
+// Package inbound accepts connections within bounds: of their number, and of the memory that unfinished
+// headers may take. Beyond a bound it closes a connection, and never leaves one unread: what the agent does not
+// read, frpc would have to buffer.
+package inbound
+
+import (
+	"container/list"
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// What a byte that is read costs in memory, at most. Measured with headers of three bytes each: net/http keeps
+// strings, slices and a map for them.
+const (
+	handshakeCost = 2
+	headerCost    = 20
+)
+
+// socketBuffer is how many bytes the kernel may hold for a connection in each direction. By default it grows to
+// several MiB for a caller who does not read, and counts as the pod's memory.
+const socketBuffer = 128 << 10
+
+// Reasons why a connection was closed, for Config.Closed.
+const (
+	TooMany      = "connections"   // there were too many, and none that could make room
+	Evicted      = "idle"          // it was the one that had done nothing for longest, and there were too many
+	HeaderMemory = "header_memory" // it had the largest unfinished headers, and they were too large together
+	Invalid      = "handshake"     // it sent no valid PROXY header, or the TLS handshake failed or took too long
+)
+
+// Config is what a Listener keeps to.
+type Config struct {
+	Connections  int           // how many may be open
+	HeaderMemory int64         // bytes of memory that headers may take until their request is authenticated
+	HelloTimeout time.Duration // how long a connection may take until its TLS handshake is over
+	// TLS makes connections that begin with a TLS handshake a *tls.Conn, and PROXY headers accepted. nil: plain
+	// connections only, as they are.
+	TLS    *tls.Config
+	Closed func(reason string, caller net.Addr, err error) // is told of each connection that was closed; err may be nil
+}
+
+// Listener wraps a net.Listener. Its Accept returns a *Conn, or a *tls.Conn around one after its handshake.
+type Listener struct {
+	net.Listener
+
+	config Config
+	ready  chan net.Conn
+	failed chan error
+	closed chan struct{}
+
+	mu      sync.Mutex
+	open    int
+	waiting *list.List // of *Conn whose request is not authenticated, the one that has waited longest first
+	headers int64      // memory that their headers may take
+}
+
+// New starts to accept from inner. It ends when inner, or what it returns, is closed.
+func New(inner net.Listener, config Config) *Listener {
+	l := &Listener{
+		Listener: inner, config: config, waiting: list.New(),
+		ready: make(chan net.Conn), failed: make(chan error), closed: make(chan struct{}),
+	}
+	go l.accept()
+	return l
+}
+
+// Accept returns the next connection that has said what it is.
+func (l *Listener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.ready:
+		return conn, nil
+	case err := <-l.failed:
+		return nil, err
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *Listener) accept() {
+	defer close(l.closed)
+	for {
+		accepted, err := l.Listener.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil { // net/http waits, and asks again
+			l.failed <- err
+			continue
+		}
+		if tcp, ok := accepted.(*net.TCPConn); ok {
+			_ = tcp.SetReadBuffer(socketBuffer)
+			_ = tcp.SetWriteBuffer(socketBuffer)
+		}
+		c := &Conn{Conn: accepted, listener: l, remote: accepted.RemoteAddr()}
+		if l.admit(c) {
+			go l.begin(c)
+		}
+	}
+}
+
+// admit counts a connection in. If there are too many, the one that has waited longest makes room.
+func (l *Listener) admit(c *Conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.open >= l.config.Connections {
+		oldest := l.waiting.Front()
+		if oldest == nil {
+			l.config.Closed(TooMany, c.remote, nil)
+			c.reset()
+			return false
+		}
+		l.evict(oldest.Value.(*Conn), Evicted)
+	}
+	l.open++
+	c.place = l.waiting.PushBack(c)
+	return true
+}
+
+// evict closes a connection. l.mu is held.
+func (l *Listener) evict(c *Conn, reason string) {
+	l.forget(c)
+	l.config.Closed(reason, c.remote, nil)
+	c.reset() // net/http's next read or write fails
+}
+
+// forget takes a connection out of the counts, once. l.mu is held.
+func (l *Listener) forget(c *Conn) {
+	if c.gone {
+		return
+	}
+	c.gone = true
+	l.open--
+	l.settle(c)
+	if c.place != nil {
+		l.waiting.Remove(c.place)
+		c.place = nil
+	}
+}
+
+// settle ends what a connection's headers count for. l.mu is held.
+func (l *Listener) settle(c *Conn) {
+	l.headers -= c.memory
+	c.memory = 0
+}
+
+// begin finds out what a connection is, and hands it to Accept.
+func (l *Listener) begin(c *Conn) {
+	conn := net.Conn(c)
+	if l.config.TLS != nil {
+		c.cost.Store(handshakeCost)
+		_ = c.SetDeadline(time.Now().Add(l.config.HelloTimeout))
+		var err error
+		if conn, err = c.hello(l.config.TLS); err != nil {
+			l.config.Closed(Invalid, c.remote, err)
+			_ = c.Close()
+			return
+		}
+		_ = c.SetDeadline(time.Time{})
+		l.mu.Lock()
+		l.settle(c)
+		l.mu.Unlock()
+	}
+	c.cost.Store(headerCost)
+	select {
+	case l.ready <- conn:
+	case <-l.closed:
+		_ = conn.Close()
+	}
+}
+
+// ConnState is for http.Server.
+func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
+	if c := unwrap(conn); c != nil && state == http.StateIdle {
+		c.idle()
+	}
+}
+
+// InUse returns how many connections are open, and how much memory unfinished headers may take.
+func (l *Listener) InUse() (connections int, headers int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.open, l.headers
+}
+
+// Conn is one connection. A nil *Conn does nothing: there is none in the context of requests that came by another
+// listener.
+type Conn struct {
+	net.Conn
+
+	listener *Listener
+	remote   net.Addr
+	proxied  bool         // remote is what a PROXY header said
+	unread   []byte       // what was read to find out what the connection is
+	cost     atomic.Int64 // memory that a byte which is read now may take
+
+	// Guarded by the listener's mu.
+	place  *list.Element // in waiting; nil while an authenticated request is being answered
+	memory int64         // what its headers count for
+	gone   bool
+}
+
+type contextKey struct{}
+
+// ConnContext is for http.Server.
+func ConnContext(ctx context.Context, conn net.Conn) context.Context {
+	return context.WithValue(ctx, contextKey{}, unwrap(conn))
+}
+
+// From returns the connection that a request came by, nil if that is not known.
+func From(ctx context.Context) *Conn {
+	c, _ := ctx.Value(contextKey{}).(*Conn)
+	return c
+}
+
+func unwrap(conn net.Conn) *Conn {
+	if t, ok := conn.(*tls.Conn); ok {
+		conn = t.NetConn()
+	}
+	c, _ := conn.(*Conn)
+	return c
+}
+
+// RemoteAddr returns the caller's address: what the PROXY header says, if there was one.
+func (c *Conn) RemoteAddr() net.Addr { return c.remote }
+
+// Proxied reports whether a PROXY header said who the caller is.
+func (c *Conn) Proxied() bool { return c != nil && c.proxied }
+
+// HeadersRead is called when a request's headers are complete: what comes now is its body.
+func (c *Conn) HeadersRead() {
+	if c != nil {
+		c.cost.Store(0)
+	}
+}
+
+// Authenticated is called when a request's credential is accepted: the connection is safe from eviction until
+// Answered.
+func (c *Conn) Authenticated() {
+	if c == nil {
+		return
+	}
+	c.listener.mu.Lock()
+	defer c.listener.mu.Unlock()
+	c.listener.settle(c)
+	if c.place != nil {
+		c.listener.waiting.Remove(c.place)
+		c.place = nil
+	}
+}
+
+// Answered is called when a handler has returned. The last bytes of the answer may still be on their way.
+func (c *Conn) Answered() {
+	if c == nil {
+		return
+	}
+	c.listener.mu.Lock()
+	defer c.listener.mu.Unlock()
+	if c.place == nil && !c.gone {
+		c.place = c.listener.waiting.PushBack(c)
+	}
+}
+
+// idle begins the wait for the next request.
+func (c *Conn) idle() {
+	c.cost.Store(headerCost)
+	c.listener.mu.Lock()
+	defer c.listener.mu.Unlock()
+	c.listener.settle(c)
+	if c.place != nil {
+		c.listener.waiting.MoveToBack(c.place)
+	}
+}
+
+var errHeaderMemory = errors.New("the headers of all requests take too much memory")
+
+func (c *Conn) Read(p []byte) (int, error) {
+	if len(c.unread) > 0 {
+		n := copy(p, c.unread)
+		c.unread = c.unread[n:]
+		return n, nil
+	}
+	n, err := c.Conn.Read(p)
+	if cost := c.cost.Load(); cost > 0 && n > 0 && !c.listener.charge(c, int64(n)*cost) {
+		return 0, errHeaderMemory
+	}
+	return n, err
+}
+
+// charge counts what was read of headers. Beyond the bound, connections are closed, the one with the largest
+// headers first: a few large ones must not keep out the many small ones. It returns false if that is c.
+func (l *Listener) charge(c *Conn, memory int64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.gone {
+		return false
+	}
+	c.memory += memory
+	l.headers += memory
+	for l.headers > l.config.HeaderMemory {
+		largest := c
+		for e := l.waiting.Front(); e != nil; e = e.Next() {
+			if other := e.Value.(*Conn); other.memory > largest.memory {
+				largest = other
+			}
+		}
+		l.evict(largest, HeaderMemory)
+	}
+	return !c.gone
+}
+
+// Abort closes the connection under a write that does not return.
+func (c *Conn) Abort() {
+	if c == nil {
+		return
+	}
+	c.listener.mu.Lock()
+	c.listener.forget(c)
+	c.listener.mu.Unlock()
+	c.reset()
+}
+
+// reset drops what the kernel still holds for a caller who does not read.
+func (c *Conn) reset() {
+	if tcp, ok := c.Conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0)
+	}
+	_ = c.Conn.Close()
+}
+
+// Close closes the connection and takes it out of the counts.
+func (c *Conn) Close() error {
+	c.listener.mu.Lock()
+	c.listener.forget(c)
+	c.listener.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// CloseWrite is what net/http looks for to say the last word and still listen.
+func (c *Conn) CloseWrite() error {
+	if conn, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return conn.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}

@@ -1,0 +1,301 @@
+package inbound
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// world is a server behind a Listener.
+type world struct {
+	*Listener
+
+	addr    string
+	entered chan *Conn    // of each request for /hold
+	release chan struct{} // lets these go
+
+	mu     sync.Mutex
+	closed map[string]int // by reason
+}
+
+func start(t *testing.T, config Config) *world {
+	t.Helper()
+	socket, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{addr: socket.Addr().String(), entered: make(chan *Conn, 10), release: make(chan struct{}), closed: map[string]int{}}
+	config.Closed = func(reason string, _ net.Addr, _ error) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.closed[reason]++
+	}
+	if config.HelloTimeout == 0 {
+		config.HelloTimeout = time.Minute
+	}
+	w.Listener = New(socket, config)
+	server := &http.Server{
+		MaxHeaderBytes: 1 << 20, ConnContext: ConnContext, ConnState: w.ConnState, ReadHeaderTimeout: time.Minute,
+		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			c := From(r.Context())
+			c.HeadersRead()
+			defer c.Answered()
+			if r.URL.Path == "/hold" {
+				c.Authenticated()
+				w.entered <- c
+				<-w.release
+			}
+			scheme := "plain"
+			if r.TLS != nil {
+				scheme = "tls"
+			}
+			_, _ = io.WriteString(rw, scheme+" "+r.RemoteAddr)
+		}),
+	}
+	go func() { _ = server.Serve(w) }()
+	t.Cleanup(func() { _ = server.Close() })
+	return w
+}
+
+// busy reports whether a connection is not idle.
+func (w *world) busy() bool {
+	w.Listener.mu.Lock()
+	defer w.Listener.mu.Unlock()
+	for e := w.waiting.Front(); e != nil; e = e.Next() {
+		if e.Value.(*Conn).cost.Load() != headerCost {
+			return true
+		}
+	}
+	return false
+}
+
+// count returns how many connections were closed for a reason.
+func (w *world) count(reason string) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.closed[reason]
+}
+
+func (w *world) dial(t *testing.T, first string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", w.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+	if _, err := io.WriteString(conn, first); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+const get = "GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+
+// answer reads one answer's body.
+func answer(conn net.Conn) (string, error) {
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return "", err
+	}
+	body, err := io.ReadAll(resp.Body)
+	return string(body), err
+}
+
+// isClosed reports that the other end has closed a connection, and has not merely kept silent.
+func isClosed(conn net.Conn) bool {
+	_, err := conn.Read(make([]byte, 1))
+	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+func TestOldestIdleConnectionMakesRoom(t *testing.T) {
+	w := start(t, Config{Connections: 3, HeaderMemory: 1 << 20})
+	var conns []net.Conn
+	for range 4 {
+		conn := w.dial(t, get)
+		if _, err := answer(conn); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+		for w.busy() { // until the server has seen that the answer is complete
+			runtime.Gosched()
+		}
+	}
+	if !isClosed(conns[0]) || w.count(Evicted) != 1 {
+		t.Errorf("the oldest is open; closed: %v", w.closed)
+	}
+	for _, conn := range conns[1:] {
+		if _, err := io.WriteString(conn, get); err != nil {
+			t.Error(err)
+		}
+		if _, err := answer(conn); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestAuthenticatedRequestsKeepTheirConnections(t *testing.T) {
+	w := start(t, Config{Connections: 2, HeaderMemory: 1 << 20})
+	hold := strings.Replace(get, "/", "/hold", 1)
+	held := []net.Conn{w.dial(t, hold), w.dial(t, hold)}
+	for range held {
+		<-w.entered
+	}
+	if late, err := net.Dial("tcp", w.addr); err == nil && !isClosed(late) || w.count(TooMany) != 1 {
+		t.Errorf("a third connection is open (%v); closed: %v", err, w.closed)
+	}
+	close(w.release)
+	for _, conn := range held {
+		if _, err := answer(conn); err != nil {
+			t.Error(err)
+		}
+	}
+	// Answered, they are idle, and make room.
+	if _, err := answer(w.dial(t, get)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAbortEndsARequest(t *testing.T) {
+	w := start(t, Config{Connections: 2, HeaderMemory: 1 << 20})
+	conn := w.dial(t, strings.Replace(get, "/", "/hold", 1))
+	c := <-w.entered
+	c.Abort()
+	c.Abort() // once more does no harm
+	close(w.release)
+	if !isClosed(conn) {
+		t.Error("the connection is open")
+	}
+	if open, _ := w.InUse(); open != 0 {
+		t.Errorf("%d connections count as open", open)
+	}
+}
+
+// TestLargestHeadersAreClosedFirst: a few callers with large unfinished headers do not keep out those with small ones.
+func TestLargestHeadersAreClosedFirst(t *testing.T) {
+	const memory = 100 << 10
+	w := start(t, Config{Connections: 1000, HeaderMemory: memory})
+	var floods []net.Conn
+	for range 4 { // of which two fit
+		floods = append(floods, w.dial(t, "GET / HTTP/1.1\r\n"+strings.Repeat("a:b\r\n", 400)))
+	}
+	for range 50 {
+		if body, err := answer(w.dial(t, get)); err != nil {
+			t.Fatalf("a small request is refused: %q, %v", body, err)
+		}
+	}
+	if _, headers := w.InUse(); headers > memory {
+		t.Errorf("headers take %d bytes", headers)
+	}
+	if w.count(HeaderMemory) == 0 {
+		t.Error("no flood was closed")
+	}
+	for _, conn := range floods {
+		_ = conn.Close()
+	}
+	for headers := int64(1); headers > 0; { // until the server has seen it
+		_, headers = w.InUse()
+		runtime.Gosched()
+	}
+	whole := strings.Replace(get, "\r\n\r\n", "\r\n"+strings.Repeat("a:b\r\n", 900)+"\r\n", 1)
+	if body, err := answer(w.dial(t, whole)); err != nil {
+		t.Errorf("large headers alone: %q, %v", body, err)
+	}
+	if !isClosed(w.dial(t, strings.Replace(get, "\r\n\r\n", "\r\n"+strings.Repeat("a:b\r\n", 2000), 1))) {
+		t.Error("headers larger than all memory are read on")
+	}
+}
+
+func TestHeaderMemoryIsReturned(t *testing.T) {
+	w := start(t, Config{Connections: 10, HeaderMemory: 1 << 20})
+	conn := w.dial(t, "")
+	for range 100 { // together more than the memory
+		if _, err := io.WriteString(conn, strings.Replace(get, "\r\n\r\n", "\r\nA: "+strings.Repeat("b", 2000)+"\r\n\r\n", 1)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := answer(conn); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// proxyHeader is a PROXY header for 192.0.2.7:4711.
+func proxyHeader(command, family byte, addresses []byte) string {
+	return signature + string([]byte{command, family}) + string(binary.BigEndian.AppendUint16(nil, uint16(len(addresses)))) + string(addresses)
+}
+
+func TestProxyHeader(t *testing.T) {
+	servers := httptest.NewUnstartedServer(nil)
+	servers.StartTLS()
+	servers.Close()
+	config := &tls.Config{Certificates: servers.TLS.Certificates, MinVersion: tls.VersionTLS12}
+	w := start(t, Config{Connections: 100, HeaderMemory: 1 << 20, TLS: config})
+	v4 := []byte{192, 0, 2, 7, 192, 0, 2, 8, 0x12, 0x67, 0x01, 0xbb}
+	v6 := append(append(net.ParseIP("2001:db8::7"), net.ParseIP("2001:db8::8")...), 0x12, 0x67, 0x01, 0xbb)
+	for name, test := range map[string]struct{ header, want string }{
+		"none":                   {"", "127.0.0.1:"},
+		"IPv4":                   {proxyHeader(0x21, 0x11, v4), "192.0.2.7:4711"},
+		"IPv4 and more fields":   {proxyHeader(0x21, 0x11, append(v4, 0x20, 0, 1, 0)), "192.0.2.7:4711"},
+		"IPv6":                   {proxyHeader(0x21, 0x21, v6), "[2001:db8::7]:4711"},
+		"local":                  {proxyHeader(0x20, 0, nil), "127.0.0.1:"},
+		"Unix":                   {proxyHeader(0x21, 0x31, make([]byte, 216)), ""},
+		"version 1":              {"PROXY TCP4 192.0.2.7 192.0.2.8 4711 443\r\n", ""},
+		"version 3":              {proxyHeader(0x31, 0x11, v4), ""},
+		"too short":              {proxyHeader(0x21, 0x11, v4[:8]), ""},
+		"too long":               {proxyHeader(0x21, 0x11, make([]byte, maxProxyHeader+1)), ""},
+		"another signature":      {"\r\n\r\n\x00\r\nQUIT\r" + proxyHeader(0x21, 0x11, v4)[12:], ""},
+		"two of them":            {proxyHeader(0x21, 0x11, v4) + proxyHeader(0x21, 0x11, v4), ""},
+		"an empty line in front": {"\r\n", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if body, _ := answer(w.dial(t, test.header+get)); test.want == "" && strings.HasPrefix(body, "plain") || test.want != "" && !strings.HasPrefix(body, "plain "+test.want) {
+				t.Errorf("plain: answered %q, want %q", body, test.want)
+			}
+			conn := tls.Client(w.dial(t, test.header), &tls.Config{InsecureSkipVerify: true})
+			_, err := io.WriteString(conn, get)
+			body := ""
+			if err == nil {
+				body, _ = answer(conn)
+			}
+			if test.want == "" && body != "" || test.want != "" && !strings.HasPrefix(body, "tls "+test.want) {
+				t.Errorf("TLS: answered %q, %v, want %q", body, err, test.want)
+			}
+		})
+	}
+}
+
+// TestHelloTimeout: whoever does not say what they want is cut off, whatever they have said so far.
+func TestHelloTimeout(t *testing.T) {
+	w := start(t, Config{Connections: 10, HeaderMemory: 1 << 20, HelloTimeout: 50 * time.Millisecond, TLS: &tls.Config{MinVersion: tls.VersionTLS12}})
+	for _, said := range []string{"", signature[:5], signature, "\x16", "\x16\x03\x01\x02\x00"} {
+		if !isClosed(w.dial(t, said)) {
+			t.Errorf("%q: the connection is open", said)
+		}
+	}
+	if n := w.count(Invalid); n != 5 {
+		t.Errorf("%d connections count as invalid", n)
+	}
+}
+
+func TestNilConn(t *testing.T) {
+	c := From(context.Background())
+	c.HeadersRead()
+	c.Authenticated()
+	c.Answered()
+	c.Abort()
+	if c.Proxied() {
+		t.Error("no connection has a PROXY header")
+	}
+}

@@ -1,0 +1,243 @@
+package kube
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	utilnet "k8s.io/apimachinery/pkg/util/net"
+	"k8s.io/client-go/rest"
+)
+
+const (
+	// streamWindow is how many bytes of an answer the API server may send ahead of its caller. Go's default of
+	// 4 MiB is held for each caller who does not read.
+	streamWindow = 64 << 10
+	// socketBuffer is the same for connections of HTTP/1.1, where the kernel holds them.
+	socketBuffer = 128 << 10
+	// maxResponseHeaders is the size in bytes of the headers of an answer. The API server adds little to what a
+	// pod behind services/proxy sends.
+	maxResponseHeaders = 64 << 10
+	// headersTimeout is how long an API server of HTTP/1.1 may take to begin its answer: longer than it gives
+	// itself (--request-timeout, 60 s). Over HTTP/2 pings tell whether it is there.
+	headersTimeout = 75 * time.Second
+)
+
+// lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2, if the API server speaks it.
+type lanes struct {
+	http2, http1 http.RoundTripper
+	latency      Observer
+	connecting   chan struct{} // holds the one that looks for a connection
+	onlyHTTP1    atomic.Bool   // the API server speaks no HTTP/2
+	plugin       *plugin       // nil: the credential comes from no plugin
+}
+
+func newLanes(config *rest.Config, target *url.URL, latency Observer) (*lanes, error) {
+	l := &lanes{latency: latency, connecting: make(chan struct{}, 1)}
+	l.onlyHTTP1.Store(target.Scheme == "http")
+	if config.ExecProvider != nil {
+		l.plugin = &plugin{command: config.ExecProvider.Command}
+	}
+	// Said, although it is the default: where a configuration says nothing of TLS, client-go hands out
+	// http.DefaultTransport, which knows nothing of DisableCompression.
+	config.NextProtos = []string{"h2", "http/1.1"}
+	var err error
+	if l.http2, err = transportFor(config, 0); err != nil {
+		return nil, err
+	}
+	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
+	config.NextProtos = []string{"http/1.1"}
+	dial := config.Dial
+	if dial == nil {
+		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext // as client-go
+	}
+	config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			_ = tcp.SetReadBuffer(socketBuffer)
+		}
+		return conn, err
+	}
+	if l.http1, err = transportFor(config, headersTimeout); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// transportFor returns client-go's transport with bounds on what it holds of answers.
+func transportFor(config *rest.Config, headersTimeout time.Duration) (http.RoundTripper, error) {
+	config = rest.CopyConfig(config)
+	bounded := false
+	config.Wrap(func(rt http.RoundTripper) http.RoundTripper {
+		inner := rt
+		for {
+			wrapper, ok := inner.(utilnet.RoundTripperWrapper) // such as the one that reloads CA files
+			if !ok {
+				break
+			}
+			inner = wrapper.WrappedRoundTripper()
+		}
+		if t, ok := inner.(*http.Transport); ok {
+			t.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
+			t.MaxResponseHeaderBytes = maxResponseHeaders
+			t.ResponseHeaderTimeout = headersTimeout
+			bounded = true
+		}
+		return rt
+	})
+	transport, err := rest.TransportFor(config)
+	if err == nil && !bounded {
+		err = errors.New("client-go has no *http.Transport to set limits on")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the connection to the API server: %w", err)
+	}
+	return transport, nil
+}
+
+func (l *lanes) RoundTrip(r *http.Request) (*http.Response, error) {
+	start := time.Now()
+	send := l.call
+	if r.Header.Get("Upgrade") != "" {
+		send = l.http1.RoundTrip
+	}
+	if l.plugin != nil {
+		send = l.plugin.bound(send)
+	}
+	resp, err := send(r)
+	if err != nil && worthAnother(r, err) {
+		resp, err = send(r)
+	}
+	if err == nil {
+		l.latency.Observe(time.Since(start).Seconds())
+	}
+	return resp, err
+}
+
+// call sends a request that is no upgrade.
+//
+// One request at a time looks for a connection. A connection cannot be shared before it is made: without this,
+// two thousand watches that begin at once, as after a restart of the API server, dialled five thousand.
+func (l *lanes) call(r *http.Request) (*http.Response, error) {
+	if l.onlyHTTP1.Load() {
+		return l.http1.RoundTrip(r)
+	}
+	release := l.queue(r.Context())
+	defer release()
+	return l.http2.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{
+		GotConn: func(got httptrace.GotConnInfo) {
+			release()
+			if conn, ok := got.Conn.(*tls.Conn); ok && conn.ConnectionState().NegotiatedProtocol != "h2" {
+				l.onlyHTTP1.Store(true)
+			}
+		},
+	})))
+}
+
+// queue waits for its turn, and returns what lets the next have it. Whoever has to dial lets the next have it
+// after a moment, even if the dial hangs: the next may find a connection with room. Nobody waits for long.
+func (l *lanes) queue(ctx context.Context) (release func()) {
+	select {
+	case l.connecting <- struct{}{}:
+	default:
+		patience := time.NewTimer(5 * time.Second)
+		defer patience.Stop()
+		select {
+		case l.connecting <- struct{}{}:
+		case <-patience.C:
+			return func() {}
+		case <-ctx.Done():
+			return func() {}
+		}
+	}
+	leave := sync.OnceFunc(func() { <-l.connecting })
+	moment := time.AfterFunc(100*time.Millisecond, leave)
+	return func() {
+		moment.Stop()
+		leave()
+	}
+}
+
+// worthAnother says whether a connection has died under a request that can be sent again on a new one: another
+// API server behind the same address may answer. client-go does the same where nothing is between.
+// Source: k8s.io/client-go/rest/request.go, isErrRetryableFunc.
+func worthAnother(r *http.Request, err error) bool {
+	return (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Body == nil && r.Header.Get("Upgrade") == "" &&
+		r.Context().Err() == nil && (utilnet.IsHTTP2ConnectionLost(err) || utilnet.IsConnectionReset(err) || utilnet.IsProbableEOF(err))
+}
+
+// plugin is the program that the kubeconfig names for its credential. client-go runs it under a lock, and waits
+// for it without end.
+type plugin struct {
+	command   string
+	abandoned atomic.Int32 // requests that wait for it though their callers have gone
+}
+
+const (
+	pluginTimeout = 30 * time.Second
+	maxAbandoned  = 32
+)
+
+// bound ends the wait for the plugin with the caller, and after pluginTimeout.
+func (p *plugin) bound(send func(*http.Request) (*http.Response, error)) func(*http.Request) (*http.Response, error) {
+	return func(r *http.Request) (*http.Response, error) {
+		if p.abandoned.Load() >= maxAbandoned {
+			return nil, &pluginError{p.command}
+		}
+		type answer struct {
+			resp *http.Response
+			err  error
+		}
+		answered, sending := make(chan answer, 1), make(chan struct{})
+		sent := sync.OnceFunc(func() { close(sending) })
+		ctx, cancel := context.WithCancel(r.Context())
+		traced := r.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GetConn: func(string) { sent() }}))
+		go func() {
+			resp, err := send(traced)
+			answered <- answer{resp, err}
+		}()
+		context.AfterFunc(r.Context(), cancel) // not before: the caller reads the answer
+		limit := time.NewTimer(pluginTimeout)
+		defer limit.Stop()
+		var err error = &pluginError{p.command}
+		for waiting := sending; ; {
+			select {
+			case a := <-answered:
+				return a.resp, a.err
+			case <-waiting: // the plugin has given a credential
+				limit.Stop()
+				waiting, err = nil, nil
+				continue
+			case <-r.Context().Done():
+				err = cmp.Or(err, context.Cause(r.Context()))
+			case <-limit.C:
+			}
+			break
+		}
+		cancel()
+		p.abandoned.Add(1)
+		go func() {
+			defer p.abandoned.Add(-1)
+			if a := <-answered; a.err == nil {
+				_ = a.resp.Body.Close()
+			}
+		}()
+		return nil, err
+	}
+}
+
+// pluginError is a credential plugin that does not come to its end.
+type pluginError struct{ command string }
+
+func (e *pluginError) Error() string {
+	return fmt.Sprintf("the kubeconfig's credential plugin %s does not answer: check it, or use a kubeconfig with another credential", e.command)
+}

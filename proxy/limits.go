@@ -1,0 +1,107 @@
+package main
+
+import (
+	"math"
+	"net"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	"github.com/pipeops/vm-agent/proxy/inbound"
+)
+
+// limits are the bounds of what callers can make the proxy hold. README.md has the table with the reasons.
+type limits struct {
+	connections    int   // open on the tunnel listener; on the operations listener opsConnections
+	headerMemory   int64 // bytes for headers until their request is authenticated, for each listener
+	requestMemory  int64 // bytes for headers and small bodies of authenticated requests
+	requests       int   // authenticated requests for the API server or a runner, streams included
+	caller         int   // of these, from one caller's address
+	commands       int   // of these, for runners
+	stalledCalls   int   // of these, calls whose caller does not read
+	stalledStreams int   // and watches, logs and upgrades
+}
+
+const (
+	maxHeaderBytes    = 128 << 10 // of a request on the tunnel listener; net/http adds 4 KiB
+	opsHeaderBytes    = 16 << 10
+	opsConnections    = 100
+	maxScrapes        = 4 // of /metrics at the same time
+	maxCommands       = 32
+	maxStalledCalls   = 16      // each may hold some of the few seats that the API server gives the agent
+	defaultMemory     = 1 << 30 // bytes, where nothing limits it
+	baseMemory        = 24 << 20
+	connectionMemory  = 100 << 10 // that the number of connections is reckoned with, in bytes of all memory
+	requestsMemory    = 160 << 10
+	stalledMemory     = 96 << 10 // the window of a stream and what is underway
+	memoryForStalled  = 8        // its share of all memory: an eighth
+	memoryForHeaders  = 8
+	memoryForRequests = 5
+)
+
+// newLimits shares out memory, in bytes, beside what the proxy needs for itself.
+func newLimits(memory int64) limits {
+	memory = max(memory-baseMemory, memory/4)
+	requests := int(memory / requestsMemory)
+	return limits{
+		connections: int(memory / connectionMemory), headerMemory: memory / memoryForHeaders,
+		requestMemory: memory / memoryForRequests, requests: requests, caller: requests * 3 / 4, commands: maxCommands,
+		stalledCalls: maxStalledCalls, stalledStreams: int(memory / memoryForStalled / stalledMemory),
+	}
+}
+
+// memoryLimit returns how many bytes of memory the proxy may take: GOMEMLIMIT if it is set, else four fifths of the
+// container's limit, which Go is then told to keep to.
+func memoryLimit() int64 {
+	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
+		return limit
+	}
+	for _, file := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} { // v2, v1
+		data, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		if limit, err := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64); err == nil && limit < 1<<40 {
+			debug.SetMemoryLimit(limit / 5 * 4)
+			return limit / 5 * 4
+		}
+	}
+	return defaultMemory
+}
+
+// bound keeps a listener to its limits, and shows them.
+func (s *server) bound(l listener, socket net.Listener, runDir string) *inbound.Listener {
+	config := inbound.Config{
+		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
+		TLS: newTLSConfig(runDir, s.log),
+		Closed: func(limit string, caller net.Addr, err error) {
+			s.metrics.refused.WithLabelValues(limit).Inc()
+			s.log.Debug("connection closed", "listener", l.String(), "limit", limit, "caller", caller.String(), "error", err)
+		},
+	}
+	prefix := ""
+	if l == operations {
+		config.Connections, config.HeaderMemory, config.TLS, prefix = opsConnections, s.limits.headerMemory/4, nil, "operations_"
+	}
+	bounded := inbound.New(socket, config)
+	s.metrics.limit(prefix+"connections", int64(config.Connections), func() int64 { n, _ := bounded.InUse(); return int64(n) })
+	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, func() int64 { _, n := bounded.InUse(); return n })
+	return bounded
+}
+
+// pool counts memory.
+type pool struct {
+	used atomic.Int64
+	size int64
+}
+
+// take takes bytes if there are as many.
+func (p *pool) take(bytes int64) bool {
+	if p.used.Add(bytes) > p.size {
+		p.used.Add(-bytes)
+		return false
+	}
+	return true
+}

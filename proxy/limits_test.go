@@ -1,0 +1,467 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"k8s.io/client-go/rest"
+)
+
+// listening serves a server's tunnel listener, and returns its address.
+func listening(t *testing.T, s *server) string {
+	t.Helper()
+	socket, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bounded := s.bound(tunnel, socket, t.TempDir())
+	server := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), slog.New(slog.DiscardHandler))
+	server.ConnState = bounded.ConnState
+	go func() { _ = server.Serve(bounded) }()
+	t.Cleanup(func() { _ = server.Close() })
+	return socket.Addr().String()
+}
+
+// withLimits is a server with limits before an API server.
+func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *server {
+	t.Helper()
+	upstream := httptest.NewUnstartedServer(api)
+	upstream.EnableHTTP2 = true
+	upstream.StartTLS()
+	t.Cleanup(func() {
+		upstream.CloseClientConnections()
+		upstream.Close()
+	})
+	l := newLimits(defaultMemory)
+	change(&l)
+	return serverWithin(t, &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, token, l, slog.New(slog.DiscardHandler))
+}
+
+func refused(s *server, limit string) float64 {
+	return testutil.ToFloat64(s.metrics.refused.WithLabelValues(limit))
+}
+
+// call sends a request with the token over a connection of its own, and returns it when the answer's headers have
+// come; whoever wants the rest reads it.
+func call(t *testing.T, addr, request string) (net.Conn, *http.Response, error) {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.WriteString(conn, request+" HTTP/1.1\r\nHost: a\r\n"+auth+"\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	return conn, resp, err
+}
+
+func silent(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	_ = http.NewResponseController(w).Flush()
+	<-r.Context().Done()
+}
+
+func TestRequestsInFlightAreBounded(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.requests, l.caller = 3, 2 }, silent)
+	addr := listening(t, s)
+	watch := func(from string, want int) net.Conn {
+		t.Helper()
+		conn, resp, err := call(t, addr, "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\nX-Forwarded-For: "+from+"\r\nX-Rest:")
+		if err != nil || resp.StatusCode != want {
+			t.Fatalf("from %s: answered %v, %v, want %d", from, resp, err, want)
+		}
+		if want == http.StatusTooManyRequests {
+			body, _ := io.ReadAll(resp.Body)
+			if resp.Header.Get("Retry-After") != "1" || !strings.Contains(string(body), "try again") || !strings.Contains(string(body), `"TooManyRequests"`) {
+				t.Errorf("answered %v %s", resp.Header, body)
+			}
+		}
+		return conn
+	}
+	first := watch("192.0.2.1", http.StatusOK)
+	watch("192.0.2.1", http.StatusOK)
+	watch("192.0.2.1", http.StatusTooManyRequests) // one caller's share
+	watch("192.0.2.2", http.StatusOK)
+	watch("192.0.2.3", http.StatusTooManyRequests) // all
+	if refused(s, "caller") != 1 || refused(s, "requests") != 1 || s.gate.inUse() != 3 {
+		t.Errorf("counted %v and %v, %d run", refused(s, "caller"), refused(s, "requests"), s.gate.inUse())
+	}
+	_ = first.Close()
+	eventually(t, func() bool { return s.gate.inUse() == 2 })
+	watch("192.0.2.3", http.StatusOK)
+}
+
+// eventually waits until a condition holds.
+func eventually(t *testing.T, holds func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it does not come to be")
+		}
+	}
+}
+
+// flood answers without end, as fast as it is read.
+func flood(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	chunk := []byte(strings.Repeat("x", 32<<10))
+	for r.Context().Err() == nil {
+		if _, err := w.Write(chunk); err != nil {
+			return
+		}
+	}
+}
+
+// TestStalledRequestsMakeRoom: of those who do not read, the longest stalled are ended when there are too many, each
+// kind for itself; those who read are left alone.
+func TestStalledRequestsMakeRoom(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.stalledCalls, l.stalledStreams = 1, 2 }, flood)
+	addr := listening(t, s)
+	stall := func(path string, n int) (conns []net.Conn) {
+		for i := range n {
+			conn, resp, err := call(t, addr, "GET /api/k8s/api/v1/"+path)
+			if err != nil || resp.StatusCode != http.StatusOK {
+				t.Fatalf("answered %v, %v", resp, err)
+			}
+			conns = append(conns, conn)
+			eventually(t, func() bool { return len(s.gate.stalledNow()) == i+1 })
+		}
+		return conns
+	}
+	reader, resp, err := call(t, addr, "GET /api/k8s/api/v1/pods")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var read atomic.Int64
+	go func() {
+		for {
+			n, err := io.CopyN(io.Discard, resp.Body, 1<<20)
+			read.Add(n)
+			if err != nil {
+				return
+			}
+		}
+	}()
+	_ = reader
+	for kind, path := range map[string]string{"stalled_calls": "pods", "stalled_streams": "pods?watch=1"} {
+		before := s.gate.inUse()
+		conns := stall(path, 4)
+		s.gate.endStalled(time.Now().Add(stallGrace))
+		allowed := map[string]int{"stalled_calls": 1, "stalled_streams": 2}[kind]
+		eventually(t, func() bool { return s.gate.inUse() == before+allowed })
+		if refused(s, kind) != float64(4-allowed) {
+			t.Errorf("%s: %v ended", kind, refused(s, kind))
+		}
+		for i, conn := range conns { // those that were ended lose what the kernel held
+			_, err := io.CopyN(io.Discard, conn, 8<<20)
+			if ended := err != nil; ended != (i < 4-allowed) {
+				t.Errorf("%s: request %d has ended: %v", kind, i, err)
+			}
+			_ = conn.Close()
+		}
+		eventually(t, func() bool { return s.gate.inUse() == before })
+	}
+	now := read.Load()
+	eventually(t, func() bool { return read.Load() > now })
+}
+
+// stalledNow returns those that wait for their callers at this moment.
+func (g *gate) stalledNow() []*recorder {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.stalled(time.Now().Add(stallGrace), func(rec *recorder) bool { return rec.blocked.Load() < time.Now().Add(-100*time.Millisecond).UnixNano() })
+}
+
+// TestStalledCallEnds: a call is ended after a minute although there is room; a watch and a log are not.
+func TestStalledCallEnds(t *testing.T) {
+	s := withLimits(t, func(*limits) {}, flood)
+	addr := listening(t, s)
+	for _, path := range []string{"pods", "pods?watch=1", "namespaces/a/pods/p/log"} {
+		if _, resp, err := call(t, addr, "GET /api/k8s/api/v1/"+path); err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatalf("answered %v, %v", resp, err)
+		}
+	}
+	eventually(t, func() bool { return len(s.gate.stalledNow()) == 3 })
+	s.gate.endStalled(time.Now().Add(callStall / 2))
+	if n := s.gate.inUse(); n != 3 {
+		t.Errorf("%d run after half a minute", n)
+	}
+	s.gate.endStalled(time.Now().Add(2 * callStall))
+	eventually(t, func() bool { return s.gate.inUse() == 2 })
+	if refused(s, "stalled_calls") != 1 {
+		t.Errorf("%v calls were ended", refused(s, "stalled_calls"))
+	}
+}
+
+// TestSlowReaderIsNotRead: the agent takes no more of an answer than its windows hold for a caller who does not read.
+func TestSlowReaderIsNotRead(t *testing.T) {
+	var sent atomic.Int64
+	s := withLimits(t, func(*limits) {}, func(w http.ResponseWriter, r *http.Request) {
+		chunk := []byte(strings.Repeat("x", 32<<10))
+		for r.Context().Err() == nil {
+			if n, err := w.Write(chunk); err == nil {
+				sent.Add(int64(n))
+			}
+		}
+	})
+	if _, _, err := call(t, listening(t, s), "GET /api/k8s/api/v1/pods"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() bool { return len(s.gate.stalledNow()) == 1 })
+	// The agent's windows, both sockets of the caller's connection, and what the API server has yet to send. By
+	// default Go and Linux hold more than 4 MiB of it here.
+	if held := sent.Load(); held > 2<<20 {
+		t.Errorf("%d bytes are held for a caller who reads nothing", held)
+	}
+}
+
+// TestBodiesAreKeptWithinMemory: where memory is short, small bodies are passed on as they come.
+func TestBodiesAreKeptWithinMemory(t *testing.T) {
+	lengths := make(chan int64, 10)
+	s := withLimits(t, func(l *limits) { l.requestMemory = 300 << 10 }, func(_ http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		lengths <- n
+	})
+	addr := listening(t, s)
+	post := func(size int) net.Conn {
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		_, _ = fmt.Fprintf(conn, "POST /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n%s", auth, size, strings.Repeat("x", size-1))
+		return conn
+	}
+	kept := post(200 << 10)
+	eventually(t, func() bool { return s.memory.used.Load() > 200<<10 })
+	streamed := post(200 << 10)
+	eventually(t, func() bool { return refused(s, "request_memory") == 1 })
+	for _, conn := range []net.Conn{kept, streamed} {
+		_, _ = io.WriteString(conn, "x")
+		if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || resp.StatusCode != http.StatusOK {
+			t.Errorf("answered %v, %v", resp, err)
+		}
+		if n := <-lengths; n != 200<<10 {
+			t.Errorf("the API server got %d bytes", n)
+		}
+	}
+	eventually(t, func() bool { return s.memory.used.Load() == 0 })
+}
+
+// TestLargeHeadersOfRequestsAreCounted: also while their requests run.
+func TestLargeHeadersOfRequestsAreCounted(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.requestMemory = 300 << 10 }, silent)
+	addr := listening(t, s)
+	large := "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\n" + strings.Repeat("a:b\r\n", 2000) + "X-Rest:"
+	if _, resp, err := call(t, addr, large); err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("answered %v, %v", resp, err)
+	}
+	for range 3 {
+		if _, resp, err := call(t, addr, large); err != nil {
+			t.Fatal(err)
+		} else if resp.StatusCode == http.StatusTooManyRequests {
+			return
+		}
+	}
+	t.Errorf("no request is refused; %d bytes are counted", s.memory.used.Load())
+}
+
+// TestHeadersOfAnswersAreBounded: of an API server that speaks HTTP/2, of one that speaks HTTP/1.1, and of an upgrade.
+func TestHeadersOfAnswersAreBounded(t *testing.T) {
+	huge := func(w http.ResponseWriter, _ *http.Request) {
+		for i := range 10_000 {
+			w.Header()[fmt.Sprintf("A%d", i)] = []string{"b"}
+		}
+	}
+	for name, http2 := range map[string]bool{"HTTP/2": true, "HTTP/1.1": false} {
+		upstream := httptest.NewUnstartedServer(http.HandlerFunc(huge))
+		upstream.EnableHTTP2 = http2
+		upstream.StartTLS()
+		t.Cleanup(upstream.Close)
+		s := serverBefore(t, &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, token, slog.New(slog.DiscardHandler))
+		addr := listening(t, s)
+		for kind, request := range map[string]string{
+			"call": "GET /api/k8s/api/v1/pods", "upgrade": "GET /api/k8s/x HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nX-Rest:",
+		} {
+			if _, resp, err := call(t, addr, request); err != nil || resp.StatusCode != http.StatusBadGateway {
+				t.Errorf("%s, %s: answered %v, %v", name, kind, resp, err)
+			}
+		}
+	}
+}
+
+// TestOddStatusCodes: what is no status of HTTP is a 502, and what a backend makes up gets no label of its own.
+func TestOddStatusCodes(t *testing.T) {
+	for code, want := range map[int]struct {
+		answer int
+		label  string
+	}{7: {502, "502"}, 99: {502, "502"}, 600: {502, "502"}, 999: {502, "502"}, 299: {299, "other"}, 418: {418, "418"}} {
+		upstream, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = upstream.Close() })
+		go func() {
+			for {
+				conn, err := upstream.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = http.ReadRequest(bufio.NewReader(conn))
+				_, _ = fmt.Fprintf(conn, "HTTP/1.1 %03d X\r\nContent-Length: 0\r\n\r\n", code)
+				_ = conn.Close()
+			}
+		}()
+		s := serverBefore(t, &rest.Config{Host: "http://" + upstream.Addr().String()}, token, slog.New(slog.DiscardHandler))
+		if w := do(s.handler(tunnel), "POST", "/api/k8s/x", "Bearer "+token); w.Code != want.answer {
+			t.Errorf("%d: answered %d %s", code, w.Code, w.Body)
+		}
+		if n := testutil.ToFloat64(s.metrics.requests.WithLabelValues("/api/k8s/", "POST", want.label)); n != 1 {
+			t.Errorf("%d: label %q counts %v", code, want.label, n)
+		}
+	}
+}
+
+// TestSilentAPIServer: one that speaks HTTP/1.1 and says nothing is given up.
+func TestSilentAPIServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, silentAPI := serverBeforeSilence(t)
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest("GET", "/api/k8s/version", nil)
+		r.Header.Set("Authorization", "Bearer "+token)
+		start := time.Now()
+		s.handler(tunnel).ServeHTTP(w, r)
+		if took := time.Since(start); w.Code != http.StatusGatewayTimeout || took > 2*time.Minute {
+			t.Errorf("after %s answered %d %s", took, w.Code, w.Body)
+		}
+		_ = silentAPI.Close()
+	})
+}
+
+// serverBeforeSilence is a server before an API server that speaks plain HTTP, and nothing at all.
+func serverBeforeSilence(t *testing.T) (*server, *pipes) {
+	t.Helper()
+	toAPI := newPipes()
+	go func() {
+		for {
+			conn, err := toAPI.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _, _ = io.Copy(io.Discard, conn) }()
+		}
+	}()
+	return serverBefore(t, &rest.Config{Host: "http://api.example", Dial: toAPI.DialContext}, token, slog.New(slog.DiscardHandler)), toAPI
+}
+
+// TestGuessesAtReadyAreCounted: like those anywhere else.
+func TestGuessesAtReadyAreCounted(t *testing.T) {
+	s, _, handlers := newTest(t, token)
+	for range maxFailures {
+		if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code == http.StatusTooManyRequests || strings.Contains(w.Body.String(), "detail") {
+			t.Fatalf("answered %d %s", w.Code, w.Body)
+		}
+	}
+	if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code != http.StatusTooManyRequests || w.Header().Get("Retry-After") == "" {
+		t.Errorf("answered %d %v", w.Code, w.Header())
+	}
+	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != maxFailures+1 {
+		t.Errorf("counted %v", n)
+	}
+	for _, right := range [][]string{nil, {"Bearer " + token}} { // frpc asks without; the right one is let in
+		if w := do(handlers[tunnel], "GET", "/ready", right...); w.Code == http.StatusTooManyRequests || strings.Contains(w.Body.String(), "detail") != (right != nil) {
+			t.Errorf("%v: answered %d %s", right, w.Code, w.Body)
+		}
+	}
+}
+
+// TestAnonymousRequestsDoNotFillTheLog: they are counted, and logged for those who look closely.
+func TestAnonymousRequestsDoNotFillTheLog(t *testing.T) {
+	var log strings.Builder
+	s := serverBefore(t, &rest.Config{Host: "http://127.0.0.1:1"}, token, slog.New(slog.NewJSONHandler(&log, nil)))
+	for range 1000 {
+		for _, path := range []string{"/nowhere", "/api/k8s/x", "/openapi.yaml", "/api/runners/a/command"} {
+			do(s.handler(tunnel), "GET", path)
+		}
+	}
+	if lines := strings.Count(log.String(), "\n"); lines > 3 {
+		t.Errorf("%d lines", lines)
+	}
+	do(s.handler(tunnel), "GET", "/metrics", "Bearer "+token)
+	if !strings.Contains(log.String(), `"msg":"request"`) {
+		t.Error("an authenticated request is not logged")
+	}
+}
+
+// TestPlainHTTPBesideHTTPS: while the tunnel is of type https, plain HTTP is for frpc's health check.
+func TestPlainHTTPBesideHTTPS(t *testing.T) {
+	s, _, handlers := newTest(t, token)
+	s.ready.tunnel.https.Store(true)
+	for path, want := range map[string]int{
+		"/ready?exclude=kubernetes&exclude=tunnel": 200, "/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
+	} {
+		if w := do(handlers[tunnel], "GET", path, "Bearer "+token); w.Code != want {
+			t.Errorf("%s: answered %d %s", path, w.Code, w.Body)
+		}
+		if w := do(handlers[operations], "GET", "/health"); w.Code != 200 {
+			t.Errorf("the operations listener answers %d", w.Code)
+		}
+	}
+}
+
+func TestMethodsOfTheKubernetesAPI(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} {
+		if w := do(handlers[tunnel], method, "/api/k8s/x", "Bearer "+token); w.Code != 200 {
+			t.Errorf("%s: answered %d", method, w.Code)
+		}
+	}
+	for _, method := range []string{"TRACE", "PROPFIND", "get"} {
+		if w := do(handlers[tunnel], method, "/api/k8s/x", "Bearer "+token); w.Code != 405 || w.Header().Get("Allow") == "" {
+			t.Errorf("%s: answered %d", method, w.Code)
+		}
+	}
+}
+
+// TestCallerOfATunnelIsTheOneWhoDialled: a PROXY header says who asks, and X-Forwarded-For does not.
+func TestCallerOfATunnelIsTheOneWhoDialled(t *testing.T) {
+	var log strings.Builder
+	api := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(api.Close)
+	s := serverBefore(t, &rest.Config{Host: api.URL}, token, slog.New(slog.NewJSONHandler(&log, nil)))
+	header := "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + "\xc0\x00\x02\x07\xc0\x00\x02\x08\x12\x67\x01\xbb"
+	if _, resp, err := call(t, listening(t, s), header+"GET /api/k8s/version HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Rest:"); err != nil || resp.StatusCode != 200 {
+		t.Fatalf("answered %v, %v", resp, err)
+	}
+	if !strings.Contains(log.String(), `"caller":"192.0.2.7"`) || !strings.Contains(log.String(), `"forwarded_for":"198.51.100.9"`) {
+		t.Errorf("logged %s", &log)
+	}
+}
+
+func TestLimitsFitTheMemory(t *testing.T) {
+	for _, memory := range []int64{64 << 20, 205 << 20, 1 << 30} {
+		l := newLimits(memory)
+		const idle, request, base = 40 << 10, 70 << 10, 25 << 20 // measured: tests/bench/README.md
+		sum := int64(base) + int64(l.requests)*request + int64(l.connections-l.requests)*idle + l.headerMemory*5/4 + l.requestMemory + int64(l.stalledStreams+l.stalledCalls)*stalledMemory
+		if sum > memory*5/4 {
+			t.Errorf("%d MiB: the limits allow %d MiB", memory>>20, sum>>20)
+		}
+		if l.requests < 1 || l.requests >= l.connections || l.caller >= l.requests {
+			t.Errorf("%d MiB: %+v", memory>>20, l)
+		}
+	}
+}
