@@ -166,12 +166,15 @@ func TestStalledRequestsMakeRoom(t *testing.T) {
 		if refused(s, kind) != float64(4-allowed) {
 			t.Errorf("%s: %v ended", kind, refused(s, kind))
 		}
-		for i, conn := range conns { // those that were ended lose what the kernel held
-			_, err := io.CopyN(io.Discard, conn, 8<<20)
-			if ended := err != nil; ended != (i < 4-allowed) {
-				t.Errorf("%s: request %d has ended: %v", kind, i, err)
+		ended := 0
+		for _, conn := range conns { // those that were ended lose what the kernel held
+			if _, err := io.CopyN(io.Discard, conn, 8<<20); err != nil {
+				ended++
 			}
 			_ = conn.Close()
+		}
+		if ended != 4-allowed {
+			t.Errorf("%s: %d of 4 have ended, %d may stay", kind, ended, allowed)
 		}
 		eventually(t, func() bool { return s.gate.inUse() == before })
 	}
