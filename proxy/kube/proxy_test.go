@@ -101,6 +101,8 @@ func TestPathsGoThroughByteForByteOrNotAtAll(t *testing.T) {
 		{"/..", ""}, {"/../x", ""}, {"/a/./b", ""}, {"/a/%2e%2e/b", ""}, {"/a/.%2E/b", ""}, {"/a%2f..%2fb", ""},
 		{"/a\\b", ""}, {"/a%5cb", ""}, {"/a%00b", ""}, {"/n\xc3\xa4me", ""}, {"/a\"b", ""},
 		{"/api/v1/nodes/n/proxy/exec", ""}, {"/api/v1/nodes/n/proxy", ""}, {"/api/v1//nodes/n/%70roxy/x", ""}, {"//api/v1/nodes/https:n:10250/proxy/", ""},
+		{"/api/v1/namespaces/a/serviceaccounts/b/token", ""}, {"/api//v1/namespaces/a/serviceaccounts/b/%74oken/", ""},
+		{"/api/v1/namespaces/a/serviceaccounts/b", "/base/api/v1/namespaces/a/serviceaccounts/b"},
 		{"/metrics", ""}, {"/debug/pprof/", ""}, {"/logs/kube-apiserver.log", ""}, {"//metrics", ""},
 	} {
 		u.requestURI = ""
