@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -141,10 +140,8 @@ func (p *patient) authentication(ctx context.Context) (string, error) {
 	}
 	// The certificate that is in use: the control plane would trust another one in its place.
 	var certificate []byte
-	if now, err := written(p.cfg); err == nil && now.Frpc.Tunnel.Type == "https" {
-		if certificate, err = os.ReadFile(filepath.Join(p.cfg.RunDir, frpc.CertFile)); err != nil {
-			return "", err
-		}
+	if now, err := written(p.cfg); err == nil {
+		certificate = now.Certificate
 	}
 	answer, fail := ask(ctx, certificate)
 	if fail != nil {

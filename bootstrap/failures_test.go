@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -123,7 +124,78 @@ func TestRunDirectory(t *testing.T) {
 		t.Errorf("ready without frpc.toml: %s", output)
 	}
 	env["PIPEOPS_RUN_DIR"] = leftover // not there
-	if code, lastError, _ := bootstrap(t, env, "--once"); code != exitFailed || !strings.Contains(lastError, "the run directory cannot be written") || !strings.Contains(lastError, "check run_dir (PIPEOPS_RUN_DIR)") {
+	if code, lastError, _ := bootstrap(t, env, "--once"); code != exitFailed || !strings.Contains(lastError, "the run directory cannot be opened") || !strings.Contains(lastError, "check run_dir (PIPEOPS_RUN_DIR)") {
 		t.Errorf("exit code %d: %s", code, lastError)
+	}
+}
+
+// TestOneBootstrapForARunDirectory: a second would change frpc's password for the first. It is refused before it asks
+// the control plane for anything; doctor and the probe are not.
+func TestOneBootstrapForARunDirectory(t *testing.T) {
+	asked := atomic.Int32{}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		answer(200, "application/json", `{"frp_token":"f"}`)(w, r)
+	}))
+	defer server.Close()
+	env := environment(t, server.URL)
+	if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
+		t.Fatal(output)
+	}
+	release, err := lock(env["PIPEOPS_RUN_DIR"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := asked.Load()
+	for _, args := range [][]string{{"--once"}, nil} {
+		if code, lastError, output := bootstrap(t, env, args...); code != exitFailed || !strings.Contains(lastError, "another bootstrap already uses the run directory "+env["PIPEOPS_RUN_DIR"]) {
+			t.Errorf("%v: exit code %d: %s", args, code, output)
+		}
+	}
+	if asked.Load() != before {
+		t.Error("the refused bootstrap asked for a lease")
+	}
+	if code, _, output := bootstrap(t, env, "ready"); code != exitOK {
+		t.Errorf("ready: %s", output)
+	}
+	if _, _, output := bootstrap(t, env, "doctor"); strings.Contains(output, "another bootstrap") {
+		t.Errorf("doctor: %s", output)
+	}
+	release()
+	if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
+		t.Errorf("after the first has ended: %s", output)
+	}
+}
+
+// TestAdminPasswordStays: frpc may still run with it, whatever has become of the files.
+func TestAdminPasswordStays(t *testing.T) {
+	server := httptest.NewServer(answer(200, "application/json", `{"frp_token":"f"}`))
+	defer server.Close()
+	env := environment(t, server.URL)
+	dir := env["PIPEOPS_RUN_DIR"]
+	write := func(name, content string) func() error {
+		return func() error { return os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600) }
+	}
+	remove := func(name string) func() error { return func() error { return os.Remove(filepath.Join(dir, name)) } }
+	var want frpc.Secret
+	for _, harm := range []func() error{
+		func() error { return nil }, write(frpc.LeaseFile, "{"), remove(frpc.LeaseFile), write(frpc.ConfigFile, "serverAd"), remove(frpc.ConfigFile),
+	} {
+		if err := harm(); err != nil {
+			t.Fatal(err)
+		}
+		if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
+			t.Fatal(output)
+		}
+		lease, err := frpc.ReadLease(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want == "" {
+			want = lease.Frpc.Admin.Password
+		}
+		if lease.Frpc.Admin.Password != want || len(want) < 20 {
+			t.Error("another password")
+		}
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net/http"
 	"slices"
@@ -56,12 +55,13 @@ type keeper struct {
 	outSince time.Time // since when frpc is logged out
 	outWait  time.Duration
 	unheard  bool // frpc could not be told to end, and that was said
+	unsaved  bool // the run directory could not be written, and that was said
 }
 
 // write puts the lease's files into the run directory.
 func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
-	if err := lease.Write(cfg.RunDir); err != nil {
-		return fmt.Errorf("the run directory cannot be written: %w: check run_dir (PIPEOPS_RUN_DIR) and the volume mounted there", err)
+	if _, err := lease.Write(cfg.RunDir); err != nil {
+		return unwritable(err)
 	}
 	if !lease.ExpiresAt.IsZero() {
 		log = log.With("expires_at", lease.ExpiresAt)
@@ -69,6 +69,10 @@ func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 	log.Info("lease written", "run_dir", cfg.RunDir, "server_addr", lease.Frpc.ServerAddr,
 		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type)
 	return nil
+}
+
+func unwritable(err error) error {
+	return fmt.Errorf("the run directory cannot be written: %w: check run_dir (PIPEOPS_RUN_DIR), and that the volume mounted there is not full", err)
 }
 
 // inherit notes in the next lease that frpc may still run with what it was told before.
@@ -103,10 +107,11 @@ func (k *keeper) run(ctx context.Context) error {
 	admin := frpc.NewAdminClient(k.lease.Frpc.Admin)
 	for {
 		now := time.Now()
+		k.repair()
 		k.see(look(ctx, admin), now)
 		if k.due(now) {
 			if fail := k.renew(ctx); fail != nil && fail.refused {
-				return closeTunnel(ctx, k.cfg.RunDir, fail)
+				return closeTunnel(ctx, k.cfg.RunDir, k.lease.Frpc.Admin, fail)
 			}
 		}
 		why := k.restart(now)
@@ -140,28 +145,33 @@ func (k *keeper) stop(ctx context.Context, admin *frpc.AdminClient, why string) 
 func (k *keeper) fresh() {
 	if k.lease.Stale != nil {
 		k.lease.Stale = nil
-		k.writeState()
+		k.save()
 	}
 }
 
-func (k *keeper) writeState() {
-	if err := k.lease.WriteState(k.cfg.RunDir); err != nil {
-		k.log.Warn("lease.json cannot be written", "error", err)
+// save makes the run directory hold the lease as it is in memory, and returns the names of the files that it wrote.
+func (k *keeper) save() []string {
+	written, err := k.lease.Write(k.cfg.RunDir)
+	if err != nil && !k.unsaved {
+		k.log.Warn("trying again every few seconds to write the lease's files", "error", unwritable(err))
+	}
+	k.unsaved = err != nil
+	return written
+}
+
+// repair restores what has been removed from the run directory or changed there.
+func (k *keeper) repair() {
+	if restored := k.save(); len(restored) > 0 {
+		k.log.Warn("restored missing or changed files of the run directory", "run_dir", k.cfg.RunDir, "files", restored)
 	}
 }
 
 // closeTunnel takes away what frpc would log in with, ends it, and makes sure that it has ended. It returns the
 // refusal, with what has become of the tunnel.
-func closeTunnel(ctx context.Context, runDir string, refusal *failure) error {
-	lease, err := frpc.ReadLease(runDir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return refusal // there was none
-	}
-	if gone := frpc.Withdraw(runDir); err == nil {
-		err = gone
-	}
+func closeTunnel(ctx context.Context, runDir string, api frpc.Admin, refusal *failure) error {
+	admin := frpc.NewAdminClient(api)
+	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
-		admin := frpc.NewAdminClient(lease.Frpc.Admin)
 		if look(ctx, admin) == away {
 			return fmt.Errorf("%w; the tunnel is closed", refusal)
 		}
@@ -266,7 +276,7 @@ func (k *keeper) renew(ctx context.Context) *failure {
 		since = k.lease.Renewal.FailingSince
 	}
 	k.lease.Renewal = &frpc.Renewal{FailingSince: since, Error: fail.Error()}
-	k.writeState()
+	k.save()
 	return fail
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -155,6 +156,69 @@ func TestFailedRenewal(t *testing.T) {
 	}
 }
 
+// TestRunDirectoryIsRepaired: the keeper holds everything that it writes, also after its own restart, says once what it
+// has restored, and says once that it cannot.
+func TestRunDirectoryIsRepaired(t *testing.T) {
+	k := newKeeper(t, func(_ context.Context, _ []byte) (authAnswer, *failure) {
+		return authAnswer{FRPToken: "f", AuthMethod: "oidc", Tunnel: frpc.Tunnel{Type: "https"}}, nil
+	})
+	old, err := written(k.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.lease = *old
+	var log strings.Builder
+	k.log = slog.New(slog.NewTextHandler(&log, nil))
+	for _, name := range []string{frpc.ConfigFile, frpc.TokenFile, frpc.CertFile, frpc.KeyFile, frpc.LeaseFile} {
+		path := filepath.Join(k.cfg.RunDir, name)
+		want, err := os.ReadFile(path)
+		if err != nil || os.Remove(path) != nil {
+			t.Fatal(err)
+		}
+		log.Reset()
+		for range 3 {
+			k.repair()
+		}
+		if got, err := os.ReadFile(path); err != nil || string(got) != string(want) {
+			t.Errorf("%s holds %q, %v", name, got, err)
+		}
+		if said := log.String(); strings.Count(said, "\n") != 1 || !strings.Contains(said, "["+name+"]") {
+			t.Errorf("%s: said %q", name, said)
+		}
+	}
+	log.Reset()
+	dir := k.cfg.RunDir
+	k.cfg.RunDir = filepath.Join(dir, "gone")
+	for range 3 {
+		k.repair()
+	}
+	if said := log.String(); strings.Count(said, "\n") != 1 || !strings.Contains(said, "the run directory cannot be written") || !strings.Contains(said, "is not full") {
+		t.Errorf("said %q", said)
+	}
+	// What could not be written is written as soon as it can be.
+	k.lease.Renewal = &frpc.Renewal{Error: "it is away"}
+	k.cfg.RunDir = dir
+	k.repair()
+	if lease, err := frpc.ReadLease(dir); err != nil || lease.Renewal == nil {
+		t.Errorf("lease.json says %+v, %v", lease, err)
+	}
+}
+
+// TestFrpcMayRunWithAnother: bootstrap finds an frpc.toml that is not what it writes.
+func TestFrpcMayRunWithAnother(t *testing.T) {
+	k := newKeeper(t, giving())
+	toml, err := k.lease.Frpc.TOML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for found, want := range map[string]bool{"": false, string(toml): false, "another": true} {
+		lease := k.lease
+		if markStale(&lease, []byte(found)); (lease.Stale != nil) != want {
+			t.Errorf("%.10q: stale %v", found, lease.Stale)
+		}
+	}
+}
+
 // TestIdle: only the proxy's own word counts.
 func TestIdle(t *testing.T) {
 	for body, want := range map[string]bool{
@@ -203,7 +267,7 @@ func TestCertificateOfTheLease(t *testing.T) {
 	if !fits(lease.Certificate, tunnel, end) {
 		t.Error("the certificate does not fit its own lease")
 	}
-	if err := lease.Write(cfg.RunDir); err != nil {
+	if _, err := lease.Write(cfg.RunDir); err != nil {
 		t.Fatal(err)
 	}
 	// The next is asked for with the right certificate at once, where the clocks agree.

@@ -20,6 +20,9 @@ import (
 // certificate is that of a tunnel of type https, PEM, or empty.
 type source func(ctx context.Context, certificate []byte) (authAnswer, *failure)
 
+// adminUser is frpc's name for bootstrap and the proxy.
+const adminUser = "pipeops"
+
 // newSource finds out who is to be asked.
 func newSource(cfg *config.Config) (source, error) {
 	if cfg.FRP.Token == "" {
@@ -91,7 +94,7 @@ func redact(cfg *config.Config, fail *failure) *failure {
 }
 
 // newLease joins the configuration and the control plane's answer; the answer wins. admin is what frpc was told
-// before, if it was: it may still run.
+// before, if it was: it may still run. What admin leaves out is made up.
 func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lease, error) {
 	answer.AuthMethod = cmp.Or(answer.AuthMethod, "token")
 	if answer.AuthMethod != "token" && answer.AuthMethod != "oidc" {
@@ -127,8 +130,8 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 		}
 	}
 	tunnel.Name = name
-	if admin.Password == "" {
-		admin = frpc.Admin{Port: cfg.FRP.AdminPort, User: "pipeops", Password: frpc.Secret(rand.Text())}
+	admin = frpc.Admin{
+		Port: cmp.Or(admin.Port, cfg.FRP.AdminPort), User: cmp.Or(admin.User, adminUser), Password: cmp.Or(admin.Password, frpc.Secret(rand.Text())),
 	}
 	lease := frpc.Lease{
 		IssuedAt:    time.Now().UTC().Truncate(time.Second),

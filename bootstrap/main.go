@@ -3,12 +3,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -128,11 +130,57 @@ func written(cfg *config.Config) (*frpc.Lease, error) {
 	if err == nil {
 		_, err = os.Stat(filepath.Join(cfg.RunDir, frpc.ConfigFile))
 	}
+	if err == nil && lease.Frpc.Tunnel.Type == "https" {
+		lease.Certificate, err = os.ReadFile(filepath.Join(cfg.RunDir, frpc.CertFile))
+		if err == nil {
+			lease.Key, err = os.ReadFile(filepath.Join(cfg.RunDir, frpc.KeyFile))
+		}
+	}
 	return lease, err
+}
+
+// previousAdmin finds the admin API of the frpc that may still run with files from before: in lease.json, or where
+// that cannot be read, in frpc.toml. Its error is fs.ErrNotExist if there are none.
+func previousAdmin(cfg *config.Config, toml []byte) (frpc.Admin, error) {
+	lease, err := frpc.ReadLease(cfg.RunDir)
+	if err == nil {
+		return lease.Frpc.Admin, nil
+	}
+	admin := frpc.Admin{Port: cfg.FRP.AdminPort, User: adminUser, Password: frpc.AdminPassword(toml)}
+	if admin.Password != "" {
+		err = nil
+	}
+	return admin, err
+}
+
+// markStale notes in the lease that frpc may run with another frpc.toml, which stood there when bootstrap started.
+func markStale(lease *frpc.Lease, toml []byte) {
+	if now, err := lease.Frpc.TOML(); err == nil && lease.Stale == nil && len(toml) > 0 && !bytes.Equal(toml, now) {
+		lease.Stale = &frpc.Stale{}
+	}
+}
+
+// lock takes the run directory for this process, until release is called or the process ends: two that write there
+// would change frpc's password for each other. It locks the directory itself: a file in it could be removed.
+func lock(runDir string) (release func(), err error) {
+	dir, err := os.Open(runDir)
+	if err != nil {
+		return nil, fmt.Errorf("the run directory cannot be opened: %w: check run_dir (PIPEOPS_RUN_DIR) and the volume mounted there", err)
+	}
+	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		_ = dir.Close()
+		return nil, fmt.Errorf("another bootstrap already uses the run directory %s (%w): leave the lease to that one, or stop it first", runDir, err)
+	}
+	return func() { _ = dir.Close() }, nil
 }
 
 // serve gets a lease, writes its files, and unless once is set keeps it fresh until ctx ends.
 func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once bool, log *slog.Logger) error {
+	release, err := lock(cfg.RunDir)
+	if err != nil {
+		return err
+	}
+	defer release()
 	if cfg.FRP.TLS.CAFile == "" {
 		log.Warn("frpc will not verify frps: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)")
 	}
@@ -141,11 +189,14 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 		return err
 	}
 	k := &keeper{cfg: cfg, ask: ask, log: log, backoff: backoffMin}
+	toml, _ := os.ReadFile(filepath.Join(cfg.RunDir, frpc.ConfigFile)) // empty: none from before
 	if old, err := written(cfg); err == nil && !once {
 		// This container was started again; frpc may run with what is there, so it stays until there is better.
 		k.lease, k.renewAt = *old, time.Now()
+		markStale(&k.lease, toml)
 		return k.run(ctx)
 	}
+	admin, noTunnel := previousAdmin(cfg, toml)
 	if k.token, err = k.credential(); err != nil {
 		return err
 	}
@@ -153,13 +204,14 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	defer cancel()
 	lease, fail := obtain(first, cfg, func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
 		return persist(ctx, ask, log, certificate)
-	}, frpc.Lease{})
-	if fail != nil && fail.refused {
-		return closeTunnel(ctx, cfg.RunDir, fail) // there may be one from before
+	}, frpc.Lease{Frpc: frpc.Config{Admin: frpc.Admin{Password: admin.Password}}})
+	if fail != nil && fail.refused && !errors.Is(noTunnel, fs.ErrNotExist) {
+		return closeTunnel(ctx, cfg.RunDir, admin, fail)
 	}
 	if fail != nil {
 		return fail
 	}
+	markStale(&lease, toml)
 	if err := write(cfg, lease, log); err != nil || once {
 		return err
 	}

@@ -125,6 +125,17 @@ func (c Config) TOML() ([]byte, error) {
 	return w.buf.Bytes(), w.err
 }
 
+// AdminPassword finds the admin API's password in an frpc.toml that TOML has rendered. It is empty if there is none.
+func AdminPassword(toml []byte) Secret {
+	for line := range strings.Lines(string(toml)) {
+		if quoted, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "webServer.password = "); ok {
+			password, _ := strconv.Unquote(quoted) // what quote escapes, Go escapes the same way
+			return Secret(password)
+		}
+	}
+	return ""
+}
+
 // tomlWriter writes key = value lines, leaves zero values to frp's defaults, and keeps the first error.
 type tomlWriter struct {
 	buf bytes.Buffer

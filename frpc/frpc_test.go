@@ -49,7 +49,7 @@ func TestLeaseIsWrittenForItsReadersOnly(t *testing.T) {
 	dir := t.TempDir()
 	want := lease()
 	for range 2 { // the second write replaces files that are there
-		if err := want.Write(dir); err != nil {
+		if _, err := want.Write(dir); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -80,21 +80,72 @@ func TestLeaseIsWrittenForItsReadersOnly(t *testing.T) {
 	}
 }
 
+// TestWriteRepairs: what is removed or changed is written again, and nothing else is.
+func TestWriteRepairs(t *testing.T) {
+	dir, l := t.TempDir(), lease()
+	l.Frpc.AuthMethod, l.Frpc.TokenFile, l.Certificate, l.Key = "oidc", "/f", []byte("certificate"), []byte("key")
+	all := []string{TokenFile, KeyFile, CertFile, LeaseFile, ConfigFile}
+	if written, err := l.Write(dir); err != nil || !reflect.DeepEqual(written, all) {
+		t.Fatalf("wrote %v, %v", written, err)
+	}
+	for _, name := range all {
+		path := filepath.Join(dir, name)
+		want, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, harm := range []func() error{
+			func() error { return os.Remove(path) },
+			func() error { return os.WriteFile(path, []byte("{"), 0o600) },
+		} {
+			if err := harm(); err != nil {
+				t.Fatal(err)
+			}
+			written, err := l.Write(dir)
+			if got, _ := os.ReadFile(path); err != nil || !reflect.DeepEqual(written, []string{name}) || !bytes.Equal(got, want) {
+				t.Errorf("%s: wrote %v, %v, %q", name, written, err, got)
+			}
+		}
+	}
+	if written, err := l.Write(dir); err != nil || written != nil {
+		t.Errorf("wrote %v without need, %v", written, err)
+	}
+}
+
+func TestAdminPasswordIsReadBack(t *testing.T) {
+	for _, want := range []Secret{"p", "", `a"b\c{{.}}'#=`, "\x00\x1f\x7f\n\u0080\u2028🦊", "webServer.password = \"x\""} {
+		c := lease().Frpc
+		c.User, c.Token, c.Admin.Password = "webServer.password = \"y\"", "\nwebServer.password = \"y\"", want
+		toml, err := c.TOML()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := AdminPassword(toml); got != want {
+			t.Errorf("got %q, want %q", got.Reveal(), want.Reveal())
+		}
+	}
+	for _, broken := range []string{"", "serverAd", "webServer.password = ", `webServer.password = "half a pass`} {
+		if got := AdminPassword([]byte(broken)); got != "" {
+			t.Errorf("%q: got %q", broken, got.Reveal())
+		}
+	}
+}
+
 func TestFailedWriteLeavesTheOldFiles(t *testing.T) {
 	dir := t.TempDir()
 	old := lease()
-	if err := old.Write(dir); err != nil {
+	if _, err := old.Write(dir); err != nil {
 		t.Fatal(err)
 	}
 	bad := lease()
 	bad.Frpc.Token = "\xff"
-	if err := bad.Write(dir); err == nil {
+	if _, err := bad.Write(dir); err == nil {
 		t.Fatal("a token that is not UTF-8 was written")
 	}
 	if got, err := ReadLease(dir); err != nil || got.Frpc.Token != old.Frpc.Token {
 		t.Errorf("the old lease is gone: %+v, %v", got, err)
 	}
-	if err := old.Write(filepath.Join(dir, "missing")); err == nil {
+	if _, err := old.Write(filepath.Join(dir, "missing")); err == nil {
 		t.Error("no error for a directory that does not exist")
 	}
 }

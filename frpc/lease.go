@@ -46,39 +46,38 @@ type Stale struct {
 }
 
 // Write puts the files of the lease into dir, each with mode 0600 and replaced in one step: a reader sees the
-// old file or the new one, never a part. Those that are as they should be are left alone. frpc.toml comes last,
-// so that who sees it finds the others too.
-func (l Lease) Write(dir string) error {
+// old file or the new one, never a part. Files with the right content are left alone; Write returns the names of
+// the others. frpc.toml comes last, so that who sees it finds the others too.
+func (l Lease) Write(dir string) (written []string, err error) {
 	toml, err := l.Frpc.TOML()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if l.Frpc.AuthMethod == "oidc" {
-		if err := writeFile(filepath.Join(dir, TokenFile), []byte(l.Frpc.Token.Reveal())); err != nil {
-			return err
-		}
-	}
-	if l.Certificate != nil {
-		if err := writeFile(filepath.Join(dir, KeyFile), l.Key); err != nil {
-			return err
-		}
-		if err := writeFile(filepath.Join(dir, CertFile), l.Certificate); err != nil {
-			return err
-		}
-	}
-	if err := l.WriteState(dir); err != nil {
-		return err
-	}
-	return writeFile(filepath.Join(dir, ConfigFile), toml)
-}
-
-// WriteState writes lease.json alone.
-func (l Lease) WriteState(dir string) error {
-	data, err := json.MarshalIndent(l, "", "  ")
+	state, err := json.MarshalIndent(l, "", "  ")
 	if err != nil {
-		return fmt.Errorf("encode %s: %w", LeaseFile, err)
+		return nil, fmt.Errorf("encode %s: %w", LeaseFile, err)
 	}
-	return writeFile(filepath.Join(dir, LeaseFile), append(data, '\n'))
+	for _, file := range []struct {
+		name string
+		has  bool
+		data []byte
+	}{
+		{TokenFile, l.Frpc.AuthMethod == "oidc", []byte(l.Frpc.Token.Reveal())},
+		{KeyFile, l.Certificate != nil, l.Key},
+		{CertFile, l.Certificate != nil, l.Certificate},
+		{LeaseFile, true, append(state, '\n')},
+		{ConfigFile, true, toml},
+	} {
+		path := filepath.Join(dir, file.name)
+		if old, err := os.ReadFile(path); !file.has || err == nil && bytes.Equal(old, file.data) {
+			continue
+		}
+		if err := writeFile(path, file.data); err != nil {
+			return written, err
+		}
+		written = append(written, file.name)
+	}
+	return written, nil
 }
 
 // Withdraw removes what frpc would log in with.
@@ -120,9 +119,6 @@ func writeFile(path string, data []byte) error {
 	}
 	for _, leftover := range leftovers {
 		_ = os.Remove(leftover)
-	}
-	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
-		return nil
 	}
 	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {

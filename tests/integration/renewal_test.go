@@ -13,6 +13,7 @@ import (
 
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/process"
 )
 
 // renewing is a connected agent with leases of the given life, whose frpc is started again as a kubelet does.
@@ -160,6 +161,67 @@ func (w *world) file(name string) string {
 		w.t.Fatal(err)
 	}
 	return string(data)
+}
+
+// TestRunDirectoryIsRepaired: bootstrap restores each of its files within seconds, and frpc, which still runs, keeps
+// its admin password. A second bootstrap on the same directory is refused, for it would change both.
+func TestRunDirectoryIsRepaired(t *testing.T) {
+	t.Parallel()
+	w := renewing(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"}, func(o *controlplane.Options) { o.OIDC = true })
+	for _, args := range [][]string{{"--once"}, nil} {
+		second, err := w.agent.Command(args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		const want = "another bootstrap already uses the run directory"
+		select {
+		case <-second.Done():
+			if code := second.ExitCode(); code != 1 || !strings.Contains(second.Log(), want) {
+				t.Errorf("bootstrap %v beside a running one: exit code %d, want 1 and %q:\n%s", args, code, want, second.Log())
+			}
+		case <-time.After(10 * time.Second):
+			second.Stop()
+			t.Errorf("bootstrap %v runs beside another", args)
+		}
+	}
+	harms := map[string]func(path string) error{
+		"removed": os.Remove,
+		"broken":  func(path string) error { return os.WriteFile(path, []byte("{"), 0o600) },
+	}
+	for _, name := range []string{frpc.ConfigFile, frpc.TokenFile, frpc.CertFile, frpc.KeyFile, frpc.LeaseFile} {
+		before := w.file(name)
+		for harm, do := range harms {
+			if err := do(filepath.Join(w.agent.RunDir, name)); err != nil {
+				t.Fatal(err)
+			}
+			err := process.Poll(t.Context(), 10*time.Second, nil, func() error {
+				if now, err := os.ReadFile(filepath.Join(w.agent.RunDir, name)); err != nil || string(now) != before {
+					return fmt.Errorf("%s was %s and is not restored: %w", name, harm, err)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Error(err)
+	}
+	// bootstrap restarts with a broken lease.json: frpc still runs with the password of before.
+	w.agent.Bootstrap.Stop()
+	if err := os.WriteFile(filepath.Join(w.agent.RunDir, frpc.LeaseFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.agent.StartBootstrap(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if w.agent.FrpcRestarts() != 0 {
+		t.Errorf("frpc was restarted %d times", w.agent.FrpcRestarts())
+	}
 }
 
 // TestControlPlaneAway: the tunnel stays, /ready and status say why the lease is not renewed, and it comes back by
