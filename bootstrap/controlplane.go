@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	mathrand "math/rand/v2"
+	"mime"
 	"net"
 	"net/http"
 	"strconv"
@@ -81,7 +82,9 @@ func newControlPlane(cfg *config.Config) (*controlPlane, error) {
 type failure struct {
 	err        error
 	final      bool
-	refused    bool          // the control plane does not want this agent
+	refused    bool          // 401 or 403, from whoever is on the way
+	revoked    bool          // the control plane itself says that the agent is revoked
+	confirmed  bool          // and has said so before
 	retryAfter time.Duration // what the control plane asked for, if anything
 }
 
@@ -178,9 +181,14 @@ func (c *controlPlane) attempt(ctx context.Context, certificate []byte) (authAns
 // refusal says what an answer other than 200 means.
 func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte) *failure {
 	said := resp.Status
-	if detail := detail(body); detail != "" {
+	detail, revoked := detail(body)
+	if detail != "" {
 		said += ": " + detail
 	}
+	// What stands on the way may refuse requests too, and not as the contract has it.
+	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	fromControlPlane := mediaType == "application/json"
+	revoked = revoked && fromControlPlane
 	retryAfter := 0 * time.Second
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
 		retryAfter = time.Duration(min(seconds, 24*60*60)) * time.Second
@@ -188,10 +196,12 @@ func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte) *fa
 		retryAfter = time.Until(at)
 	}
 	switch code := resp.StatusCode; {
+	case (code == http.StatusUnauthorized || code == http.StatusForbidden) && !fromControlPlane:
+		return &failure{final: true, refused: true, err: fmt.Errorf("%s, or something on the way there, refuses the request (%s, %s): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way", hop, said, contentType(resp))}
 	case code == http.StatusUnauthorized:
-		return &failure{final: true, refused: true, err: fmt.Errorf("%s refuses the agent's token (%s): check agent.token (PIPEOPS_AGENT_TOKEN), or get a new one from the control plane", hop, said)}
+		return &failure{final: true, refused: true, revoked: revoked, err: fmt.Errorf("%s refuses the agent's token (%s): check agent.token (PIPEOPS_AGENT_TOKEN), or get a new one from the control plane", hop, said)}
 	case code == http.StatusForbidden:
-		return &failure{final: true, refused: true, err: fmt.Errorf("%s knows the token but does not let agent %q connect (%s): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked", hop, c.cfg.Agent.ID, said)}
+		return &failure{final: true, refused: true, revoked: revoked, err: fmt.Errorf("%s knows the token but does not let agent %q connect (%s): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked", hop, c.cfg.Agent.ID, said)}
 	case code >= 300 && code < 400:
 		return &failure{final: true, err: fmt.Errorf("%s redirects to %.200q, and the token is not sent there: set agent.api_url (PIPEOPS_API_URL) to that if it is right", hop, resp.Header.Get("Location"))}
 	case code == http.StatusRequestTimeout, code == http.StatusTooManyRequests, code >= 500:
@@ -201,13 +211,16 @@ func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte) *fa
 	}
 }
 
-// detail is what a JSON body says of an error, short.
-func detail(body []byte) string {
-	var problem struct{ Detail, Message, Error string }
-	if json.Unmarshal(body, &problem) != nil {
-		return ""
+// detail is what a JSON body says of an error, short, and whether it says that the agent is revoked.
+func detail(body []byte) (text string, revoked bool) {
+	var problem struct {
+		Detail, Message, Error string
+		Revoked                bool
 	}
-	return fmt.Sprintf("%.200s", cmp.Or(problem.Detail, problem.Message, problem.Error))
+	if json.Unmarshal(body, &problem) != nil {
+		return "", false
+	}
+	return fmt.Sprintf("%.200s", cmp.Or(problem.Detail, problem.Message, problem.Error)), problem.Revoked
 }
 
 func contentType(resp *http.Response) string {

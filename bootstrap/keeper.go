@@ -27,6 +27,7 @@ const (
 	backoffMax    = time.Minute
 	waitMax       = 90 * time.Second // between two attempts, whatever the control plane asks for
 	loggedOutMax  = 5 * time.Minute  // between two leases that are asked for because frpc is logged out
+	confirmAfter  = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
 )
 
 // frpcState is what a look at frpc finds.
@@ -51,6 +52,9 @@ type keeper struct {
 	renewAt time.Time     // when to ask for the next; zero: this one has no end
 	backoff time.Duration // after the attempt that failed last
 	notYet  time.Time     // no attempt before this
+
+	failed       *failure  // why the last attempt got no lease; nil: it got one
+	revokedSince time.Time // when the control plane first said that the agent is revoked; zero: not since the last lease
 
 	outSince time.Time // since when frpc is logged out
 	outWait  time.Duration
@@ -101,6 +105,13 @@ func (k *keeper) adopt(lease frpc.Lease, now time.Time) {
 	}
 }
 
+// unwanted reports whether the tunnel must be closed: the control plane has said twice that the agent is revoked, or
+// the agent was refused until its lease ended.
+func (k *keeper) unwanted(now time.Time) bool {
+	ended := !k.lease.ExpiresAt.IsZero() && now.After(k.lease.ExpiresAt)
+	return k.failed != nil && (k.failed.confirmed || k.failed.refused && ended)
+}
+
 // run keeps the lease until ctx ends. Its error means that the control plane does not want this agent: then the
 // tunnel is closed.
 func (k *keeper) run(ctx context.Context) error {
@@ -110,9 +121,10 @@ func (k *keeper) run(ctx context.Context) error {
 		k.repair()
 		k.see(look(ctx, admin), now)
 		if k.due(now) {
-			if fail := k.renew(ctx); fail != nil && fail.refused {
-				return closeTunnel(ctx, k.cfg.RunDir, k.lease.Frpc.Admin, fail)
-			}
+			k.renew(ctx)
+		}
+		if k.unwanted(time.Now()) {
+			return closeTunnel(ctx, k.cfg.RunDir, k.lease.Frpc.Admin, k.failed)
 		}
 		why := k.restart(now)
 		if why == "" && k.lease.Stale != nil && k.idle(ctx) {
@@ -256,26 +268,41 @@ func (k *keeper) renew(ctx context.Context) *failure {
 	}
 	now := time.Now()
 	if fail == nil {
+		k.revokedSince = time.Time{}
 		k.inherit(&lease)
 		err := write(k.cfg, lease, k.log)
 		if err == nil {
-			k.token = token
+			k.token, k.failed = token, nil
 			k.adopt(lease, now)
 			return nil
 		}
 		fail = &failure{err: err}
 	}
+	k.failed = fail
 	wait := min(max(jitter(k.backoff), fail.retryAfter), waitMax)
+	next := "the tunnel stays as it is"
+	if fail.refused && !k.lease.ExpiresAt.IsZero() {
+		next = "unless the next attempts succeed, the tunnel is closed when the lease ends"
+	}
+	if fail.revoked {
+		if k.revokedSince.IsZero() {
+			k.revokedSince = now
+		}
+		since := now.Sub(k.revokedSince)
+		fail.confirmed, wait = since >= confirmAfter, max(wait, confirmAfter-since)
+		next = "the tunnel is closed if the next attempt is answered so too"
+	}
+	if k.unwanted(now) {
+		next = "the tunnel is closed"
+	}
 	k.backoff, k.notYet = min(2*k.backoff, backoffMax), now.Add(wait)
 	k.renewAt = k.notYet
-	if !fail.refused {
-		k.log.Warn("the lease is not renewed; the tunnel stays as it is", "error", fail, "next_attempt_in", wait.String(), "expires_at", k.lease.ExpiresAt)
-	}
+	k.log.Warn("lease not renewed", "error", fail, "consequence", next, "next_attempt_in", wait.String(), "expires_at", k.lease.ExpiresAt)
 	since := now.UTC()
 	if k.lease.Renewal != nil {
 		since = k.lease.Renewal.FailingSince
 	}
-	k.lease.Renewal = &frpc.Renewal{FailingSince: since, Error: fail.Error()}
+	k.lease.Renewal = &frpc.Renewal{FailingSince: since, Error: fail.Error() + "; " + next}
 	k.save()
 	return fail
 }

@@ -144,7 +144,7 @@ func TestFailedRenewal(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if lease.Renewal == nil || lease.Renewal.Error != "it is away" || lease.Renewal.FailingSince.After(time.Now()) || lease.Frpc.Token != first.Frpc.Token {
+	if lease.Renewal == nil || lease.Renewal.Error != "it is away; the tunnel stays as it is" || lease.Renewal.FailingSince.After(time.Now()) || lease.Frpc.Token != first.Frpc.Token {
 		t.Errorf("lease.json says %+v", lease)
 	}
 	k.ask = giving()

@@ -205,7 +205,7 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	lease, fail := obtain(first, cfg, func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
 		return persist(ctx, ask, log, certificate)
 	}, frpc.Lease{Frpc: frpc.Config{Admin: frpc.Admin{Password: admin.Password}}})
-	if fail != nil && fail.refused && !errors.Is(noTunnel, fs.ErrNotExist) {
+	if fail != nil && fail.revoked && !errors.Is(noTunnel, fs.ErrNotExist) {
 		return closeTunnel(ctx, cfg.RunDir, admin, fail)
 	}
 	if fail != nil {

@@ -216,12 +216,13 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	defer c.mu.Unlock()
 	token := c.agents[request.AgentID]
 	if token == "" || subtle.ConstantTimeCompare([]byte(shown), []byte(token)) != 1 {
+		// Not revoked: the right token may be on its way to the agent.
 		c.options.Log.Warn("agent refused", "agent_id", request.AgentID)
 		writeJSON(w, http.StatusUnauthorized, map[string]string{"error": "unknown agent or wrong token"})
 		return
 	}
 	if c.revoked[request.AgentID] {
-		writeJSON(w, http.StatusForbidden, map[string]string{"error": "the agent was revoked"})
+		writeJSON(w, http.StatusForbidden, map[string]any{"error": "the agent was revoked", "revoked": true})
 		return
 	}
 	credential := rand.Text()

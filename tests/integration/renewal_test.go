@@ -258,15 +258,76 @@ func TestControlPlaneAway(t *testing.T) {
 	w.answers()
 }
 
-// TestRevokedAgent: its tunnel is closed, and bootstrap ends with the reason. Let in again, it comes back.
+// TestSomethingOnTheWayRefuses: a middlebox that answers 403 with a page of its own closes no tunnel before the lease
+// ends.
+func TestSomethingOnTheWayRefuses(t *testing.T) {
+	t.Parallel()
+	w := renewing(t, controlplane.Terms{Life: 20 * time.Second})
+	blocked := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		w.WriteHeader(http.StatusForbidden)
+		_, _ = io.WriteString(w, `<html>{"revoked":true}</html>`)
+	})
+	wantProblem := func() {
+		t.Helper()
+		eventually(t, func() error {
+			const want = "or something on the way there, refuses the request (403 Forbidden, text/html): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; unless the next attempts succeed, the tunnel is closed when the lease ends"
+			if code, ready, err := w.agent.Ready(t.Context()); err != nil || code != http.StatusOK || !strings.Contains(ready.Checks["tunnel"].Detail, want) {
+				return fmt.Errorf("/ready answers %d %+v, %w", code, ready, err)
+			}
+			return nil
+		})
+	}
+	w.cp.Fail(blocked)
+	watch := w.stream()
+	first := w.lease()
+	wantProblem()
+	if !runs(watch) {
+		t.Error("the watch was cut")
+	}
+	w.cp.Fail(nil)
+	second := w.renewed(first)
+	w.cp.Fail(blocked)
+	wantProblem()
+	if code := w.agent.Bootstrap.ExitCode(); code != 1 || !strings.Contains(w.agent.Bootstrap.Log(), "on the way; the tunnel is closed") {
+		t.Errorf("bootstrap ends with %d:\n%s", code, w.agent.Bootstrap.Log())
+	}
+	if early := time.Until(second.ExpiresAt); early > 0 {
+		t.Errorf("the tunnel was closed %s before the lease ended", early)
+	}
+	if _, err := os.Stat(filepath.Join(w.agent.RunDir, frpc.ConfigFile)); err == nil {
+		t.Error("frpc.toml is still there")
+	}
+	w.cp.Fail(nil)
+	if err := w.agent.StartBootstrap(); err != nil {
+		t.Fatal(err)
+	}
+	w.answers()
+}
+
+// TestRevokedAgent: when the control plane has said so twice its tunnel is closed, and bootstrap ends with the reason.
+// Let in again, it comes back.
 func TestRevokedAgent(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 15 * time.Second})
+	w := renewing(t, controlplane.Terms{Life: time.Hour})
+	watch := w.stream()
 	w.cp.Revoke(agentID, true)
+	w.agent.Bootstrap.Stop()
+	if err := w.agent.StartBootstrap(); err != nil { // it asks at once
+		t.Fatal(err)
+	}
+	wantMetric(t, w.agent, "pipeops_agent_tunnel_lease_renewal_failing 1")
+	first := w.lease().Renewal
+	if !runs(watch) || first == nil || !strings.HasSuffix(first.Error, "; the tunnel is closed if the next attempt is answered so too") {
+		t.Errorf("after the first answer: the watch runs: %v, lease.json says %+v", runs(watch), first)
+	}
 	if code := w.agent.Bootstrap.ExitCode(); code != 1 {
 		t.Errorf("bootstrap ends with %d", code)
 	}
 	const want = `knows the token but does not let agent \"agent-001\" connect (403 Forbidden: the agent was revoked): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked; the tunnel is closed`
+	if took := time.Since(first.FailingSince); took < 30*time.Second || took > 45*time.Second {
+		t.Errorf("the tunnel was closed after %s", took)
+	}
 	lines := strings.Split(strings.TrimSpace(w.agent.Bootstrap.Log()), "\n")
 	if last := lines[len(lines)-1]; !strings.Contains(last, want) {
 		t.Errorf("its last line is %s\nwant %s", last, want)
