@@ -319,7 +319,7 @@ func (l *loader) complete() {
 		c.Logging.Level, l.origins["logging.level"] = "debug", "derived from agent.debug"
 	}
 
-	if (c.FRP.TLS.CertFile == "") != (c.FRP.TLS.KeyFile == "") {
+	if (c.FRP.TLS.CertFile == "") != (c.FRP.TLS.KeyFile == "") && !l.told["frp.tls.cert_file"] && !l.told["frp.tls.key_file"] {
 		l.mistake("frp.tls.cert_file", "goes with frp.tls.key_file: set both or neither")
 	}
 	tunnel := &c.FRP.Tunnel

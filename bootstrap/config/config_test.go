@@ -100,6 +100,24 @@ func TestSecretFiles(t *testing.T) {
 	}
 }
 
+// TestRelativePaths: those of files that there are need no ./ before them. Of the kubeconfigs of a list, some may be missing.
+func TestRelativePaths(t *testing.T) {
+	t.Chdir(t.TempDir())
+	if err := os.WriteFile("a file", []byte("hunter2"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kubeconfigs := "a file:/missing:~/.kube/config:"
+	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": "a file", "KUBECONFIG": kubeconfigs, "PIPEOPS_API_CA_FILE": "/" + strings.Repeat("x", 4095)})
+	if err != nil || c.Agent.Token != "hunter2" || c.Agent.TokenFile != "a file" || c.Kubernetes.Kubeconfig != kubeconfigs {
+		t.Errorf("got %+v, %v", c, err)
+	}
+	for _, value := range []string{"missing:/missing", "/missing:apiVersion: v1", "/" + strings.Repeat("hunter2", 1000)} {
+		if _, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": "a file", "KUBECONFIG": value}); err == nil || strings.Contains(err.Error(), value) || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%.20s…: %v", value, err)
+		}
+	}
+}
+
 func TestHTTPSTunnelIsNamedAsHTTP(t *testing.T) {
 	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_FRP_TUNNEL_TYPE": "https"})
 	if err != nil {
@@ -210,7 +228,7 @@ func TestDescribe(t *testing.T) {
 		}},
 		"file and environment": {`
 agent: {id: a1, name: "B\u00fcro \"7\" # \x7f\t[redacted]", instance: pod-1, token: hunter2, api_url: "https://control.example/", debug: true}
-frp: {server_addr: "", token: hunter2, proxy_url: "http://u:hunter2@proxy:3128", tls: {cert_file: c, key_file: k}, tunnel: {type: https, custom_domains: [a.example, b.example]}}
+frp: {server_addr: "", token: hunter2, proxy_url: "http://u:hunter2@proxy:3128", tls: {cert_file: ./c, key_file: /k}, tunnel: {type: https, custom_domains: [a.example, b.example]}}
 proxy: {drain_timeout: 90s}
 logging: {level: warn}
 `, map[string]string{"PIPEOPS_RUNNERS_ALLOWED_HOSTS": "*.SVC , 10.0.0.1"}, []string{

@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/pipeops/vm-agent/frpc"
 )
@@ -38,11 +41,11 @@ var settings = []setting{
 	{key: "agent.token", env: "PIPEOPS_AGENT_TOKEN", doc: "Token of the agent. Callers through the tunnel show the same token. Required, here or as a file.",
 		field: func(c *Config) any { return &c.Agent.Token }, check: checkToken},
 	{key: "agent.token_file", env: "PIPEOPS_AGENT_TOKEN_FILE", doc: "File that holds agent.token.",
-		field: func(c *Config) any { return &c.Agent.TokenFile }},
+		field: func(c *Config) any { return &c.Agent.TokenFile }, check: path},
 	{key: "agent.api_url", env: "PIPEOPS_API_URL", def: "https://api.pipeops.io", doc: "URL of the control plane. https, or http to this host only.",
 		field: func(c *Config) any { return &c.Agent.APIURL }, check: apiURL},
 	{key: "agent.ca_file", env: "PIPEOPS_API_CA_FILE", doc: "PEM file of the authorities that may sign the control plane's certificate. Default: the system's.",
-		field: func(c *Config) any { return &c.Agent.CAFile }},
+		field: func(c *Config) any { return &c.Agent.CAFile }, check: path},
 	{key: "agent.debug", env: "PIPEOPS_DEBUG", def: "false", doc: "The same as logging.level debug.",
 		field: func(c *Config) any { return &c.Logging.Debug }},
 
@@ -53,7 +56,7 @@ var settings = []setting{
 	{key: "frp.token", env: "PIPEOPS_FRP_TOKEN", doc: "frp's shared token. Default: ask the control plane. If set, nobody is asked.",
 		field: func(c *Config) any { return &c.FRP.Token }, check: checkToken},
 	{key: "frp.token_file", env: "PIPEOPS_FRP_TOKEN_FILE", doc: "File that holds frp.token.",
-		field: func(c *Config) any { return &c.FRP.TokenFile }},
+		field: func(c *Config) any { return &c.FRP.TokenFile }, check: path},
 	{key: "frp.admin_port", env: "PIPEOPS_FRP_ADMIN_PORT", def: "7400", doc: "Port of frpc's admin API, on 127.0.0.1.",
 		field: func(c *Config) any { return &c.FRP.AdminPort }},
 	{key: "frp.protocol", env: "PIPEOPS_FRP_PROTOCOL", def: "tcp", doc: "How frpc speaks to frps: tcp, kcp, quic, websocket or wss.",
@@ -61,15 +64,15 @@ var settings = []setting{
 	{key: "frp.proxy_url", env: "PIPEOPS_FRP_PROXY_URL", doc: "HTTP or SOCKS5 proxy between frpc and frps.",
 		field: func(c *Config) any { return &c.FRP.ProxyURL }, check: proxyURL},
 	{key: "frp.proxy_url_file", env: "PIPEOPS_FRP_PROXY_URL_FILE", doc: "File that holds frp.proxy_url.",
-		field: func(c *Config) any { return &c.FRP.ProxyURLFile }},
+		field: func(c *Config) any { return &c.FRP.ProxyURLFile }, check: path},
 	{key: "frp.tls.ca_file", env: "PIPEOPS_FRP_TLS_CA_FILE", doc: "PEM file of the authorities that may sign frps's certificate. Without it frpc encrypts but verifies nothing.",
-		field: func(c *Config) any { return &c.FRP.TLS.CAFile }},
+		field: func(c *Config) any { return &c.FRP.TLS.CAFile }, check: path},
 	{key: "frp.tls.server_name", env: "PIPEOPS_FRP_TLS_SERVER_NAME", doc: "Name in frps's certificate. Default: the server's address.",
 		field: func(c *Config) any { return &c.FRP.TLS.ServerName }},
 	{key: "frp.tls.cert_file", env: "PIPEOPS_FRP_TLS_CERT_FILE", doc: "Client certificate for frps, PEM.",
-		field: func(c *Config) any { return &c.FRP.TLS.CertFile }},
+		field: func(c *Config) any { return &c.FRP.TLS.CertFile }, check: path},
 	{key: "frp.tls.key_file", env: "PIPEOPS_FRP_TLS_KEY_FILE", doc: "Key of the client certificate, PEM.",
-		field: func(c *Config) any { return &c.FRP.TLS.KeyFile }},
+		field: func(c *Config) any { return &c.FRP.TLS.KeyFile }, check: path},
 	{key: "frp.tunnel.type", env: "PIPEOPS_FRP_TUNNEL_TYPE", def: "http", doc: "Type of the frp proxy: http, https (TLS as far as the agent, so that nobody on the way can read) or tcp. The lease may name another.",
 		field: func(c *Config) any { return &c.FRP.Tunnel.Type }, check: oneOf("http", "https", "tcp")},
 	{key: "frp.tunnel.subdomain", env: "PIPEOPS_FRP_TUNNEL_SUBDOMAIN", doc: "Subdomain at frps. Default: the agent's id.",
@@ -80,7 +83,7 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.FRP.Tunnel.RemotePort }},
 
 	{key: "kubernetes.kubeconfig", env: "KUBECONFIG", doc: "Kubeconfig of the cluster. Default: in-cluster, else ~/.kube/config.",
-		field: func(c *Config) any { return &c.Kubernetes.Kubeconfig }},
+		field: func(c *Config) any { return &c.Kubernetes.Kubeconfig }, check: paths},
 	{key: "kubernetes.in_cluster", def: "false", doc: "Use the pod's ServiceAccount and nothing else.",
 		field: func(c *Config) any { return &c.Kubernetes.InCluster }},
 	{key: "kubernetes.namespace", env: "PIPEOPS_NAMESPACE", def: "pipeops-system", doc: "Namespace of the agent, where it keeps the registry of runners.",
@@ -255,6 +258,27 @@ func listenAddr(v string) (string, error) {
 	}
 	if err != nil {
 		return v, fmt.Errorf("%q is not an address to listen on: give host:port or :port", v)
+	}
+	return v, nil
+}
+
+// path takes what looks like a path, or names a file that is there. It does not repeat other values: somebody may
+// have put the secret itself where its file belongs.
+func path(v string) (string, error) {
+	rooted := slices.ContainsFunc([]string{"/", "./", "../", "~/"}, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
+	strange := strings.ContainsFunc(v, func(r rune) bool { return r == ' ' || !unicode.IsPrint(r) })
+	if _, err := os.Stat(v); err != nil && (!rooted || strange || len(v) > 4096) {
+		return "", errors.New("the file that it names cannot be read, and its value is not shown, because it does not look like a path: give one such as /etc/pipeops/file")
+	}
+	return v, nil
+}
+
+// paths takes several, as KUBECONFIG may hold.
+func paths(v string) (string, error) {
+	for _, p := range filepath.SplitList(v) {
+		if _, err := path(p); p != "" && err != nil {
+			return "", err
+		}
 	}
 	return v, nil
 }
