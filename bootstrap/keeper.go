@@ -67,6 +67,9 @@ func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 	if _, err := lease.Write(cfg.RunDir); err != nil {
 		return unwritable(err)
 	}
+	if cfg.FRP.Tunnel.Type == "https" && lease.Frpc.Tunnel.Type != "https" {
+		log.Warn("the lease turns off TLS as far as the agent", "tunnel_type", lease.Frpc.Tunnel.Type, "next_step", "set frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) to https to refuse such leases")
+	}
 	if !lease.ExpiresAt.IsZero() {
 		log = log.With("expires_at", lease.ExpiresAt)
 	}

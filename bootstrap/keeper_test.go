@@ -219,6 +219,70 @@ func TestFrpcMayRunWithAnother(t *testing.T) {
 	}
 }
 
+// TestLeaseMustNotLeadElsewhere: to the host of the agent or its neighbours, unless the configuration does.
+func TestLeaseMustNotLeadElsewhere(t *testing.T) {
+	for _, addr := range []string{
+		"127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "::ffff:169.254.169.254", "fe80::1", "0.0.0.0", "::", "::ffff:0.0.0.0", "224.0.0.1", "ff02::1",
+		"localhost", "LOCALHOST", "frps.localhost",
+	} {
+		env := environment(t, "https://control.example")
+		_, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{})
+		if err == nil || !strings.Contains(err.Error(), `names "`+addr+`" as frps`) || !strings.Contains(err.Error(), "set frp.server_addr (PIPEOPS_FRP_SERVER_ADDR)") {
+			t.Errorf("%s: %v", addr, err)
+		}
+		env["PIPEOPS_FRP_SERVER_ADDR"] = addr
+		if lease, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: strings.ToLower(addr)}, frpc.Admin{}); err != nil || !strings.EqualFold(lease.Frpc.ServerAddr, addr) {
+			t.Errorf("%s, as configured: %v", addr, err)
+		}
+		if _, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: "127.9.9.9"}, frpc.Admin{}); err == nil {
+			t.Errorf("127.9.9.9 where %s is configured", addr)
+		}
+	}
+	for _, addr := range []string{"", "frp.example", "localhost.example", "192.0.2.1", "10.0.0.1", "2001:db8::1"} {
+		if _, err := newLease(configuration(t, environment(t, "https://control.example")), authAnswer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{}); err != nil {
+			t.Errorf("%q: %v", addr, err)
+		}
+	}
+}
+
+// TestLeaseMustNotRemoveTLS: a tunnel that is configured as https stays so; where https is only the default, the log
+// says that it does not.
+func TestLeaseMustNotRemoveTLS(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(file, []byte("frp: {tunnel: {type: https}}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, got := range []string{"http", "tcp"} {
+		env := environment(t, "https://control.example")
+		fromFile, err := config.Load(file, env)
+		if err != nil {
+			t.Fatal(err)
+		}
+		env["PIPEOPS_FRP_TUNNEL_TYPE"] = "https"
+		answer := authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: got}}
+		for origin, cfg := range map[string]*config.Config{"file": fromFile, "environment": configuration(t, env)} {
+			_, err := newLease(cfg, answer, frpc.Admin{})
+			if want := "the control plane's lease has a tunnel of type " + got + ", but frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) is https"; err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s from the %s: %v", got, origin, err)
+			}
+		}
+		cfg := configuration(t, environment(t, "https://control.example"))
+		cfg.FRP.Tunnel.Type = "https" // as if that were the default
+		lease, err := newLease(cfg, answer, frpc.Admin{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var log strings.Builder
+		if err := write(cfg, lease, slog.New(slog.NewTextHandler(&log, nil))); err != nil || !strings.Contains(log.String(), "level=WARN msg=\"the lease turns off TLS as far as the agent\"") {
+			t.Errorf("%v, said %s", err, log.String())
+		}
+	}
+	// The other way is an improvement.
+	if _, err := newLease(configuration(t, environment(t, "https://control.example")), authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, frpc.Admin{}); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestIdle: only the proxy's own word counts.
 func TestIdle(t *testing.T) {
 	for body, want := range map[string]bool{

@@ -93,6 +93,13 @@ func redact(cfg *config.Config, fail *failure) *failure {
 	return fail
 }
 
+// isLocal reports whether a host is this one, or one that no router leads to, such as the cloud's metadata service.
+func isLocal(host string) bool {
+	ip := net.ParseIP(host)
+	return strings.HasSuffix("."+strings.ToLower(host), ".localhost") ||
+		ip != nil && (ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast())
+}
+
 // newLease joins the configuration and the control plane's answer; the answer wins. admin is what frpc was told
 // before, if it was: it may still run. What admin leaves out is made up.
 func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lease, error) {
@@ -113,6 +120,9 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 	if !slices.Contains([]string{"http", "https", "tcp"}, tunnel.Type) {
 		return frpc.Lease{}, fmt.Errorf("the control plane's lease has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
 	}
+	if configured.Type == "https" && tunnel.Type != "https" && cfg.FRP.TypeConfigured { // else write warns
+		return frpc.Lease{}, fmt.Errorf("the control plane's lease has a tunnel of type %s, but frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) is https: have the control plane give https, or change the setting if others may read what passes", tunnel.Type)
+	}
 	// frpc takes no key that is not the type's.
 	if tunnel.Type == "tcp" {
 		tunnel.Subdomain, tunnel.CustomDomains = "", nil
@@ -123,6 +133,9 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 		if host != "" && (config.CheckHost(host) != nil || host != answer.ServerAddr && net.ParseIP(host) != nil) {
 			return frpc.Lease{}, fmt.Errorf("the control plane's lease names the host %.100q, which is none: tell those who run it", host)
 		}
+	}
+	if isLocal(answer.ServerAddr) && !strings.EqualFold(answer.ServerAddr, cfg.FRP.ServerAddr) {
+		return frpc.Lease{}, fmt.Errorf("the control plane's lease names %q as frps, which is not another host: tell those who run it, or set frp.server_addr (PIPEOPS_FRP_SERVER_ADDR) to the same if frps does run there", answer.ServerAddr)
 	}
 	for _, port := range []int{answer.ServerPort, tunnel.RemotePort} {
 		if port < 0 || port > 65535 {

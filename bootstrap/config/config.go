@@ -49,6 +49,8 @@ type Config struct {
 		ProxyURLFile string
 		TLS          frpc.TLS
 		Tunnel       frpc.Tunnel // Type, Subdomain, CustomDomains and RemotePort
+		// TypeConfigured is whether the file or the environment sets Tunnel.Type: then no lease may weaken it.
+		TypeConfigured bool
 	}
 	Kubernetes struct {
 		Kubeconfig string
@@ -322,6 +324,7 @@ func (l *loader) complete() {
 	if (c.FRP.TLS.CertFile == "") != (c.FRP.TLS.KeyFile == "") && !l.told["frp.tls.cert_file"] && !l.told["frp.tls.key_file"] {
 		l.mistake("frp.tls.cert_file", "goes with frp.tls.key_file: set both or neither")
 	}
+	c.FRP.TypeConfigured = l.origins["frp.tunnel.type"] != "default"
 	tunnel := &c.FRP.Tunnel
 	switch tunnel.Type {
 	case "http", "https":

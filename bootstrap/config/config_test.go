@@ -123,7 +123,7 @@ func TestHTTPSTunnelIsNamedAsHTTP(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if tunnel := c.FRP.Tunnel; tunnel.Type != "https" || tunnel.Subdomain != "a" {
+	if tunnel := c.FRP.Tunnel; tunnel.Type != "https" || tunnel.Subdomain != "a" || !c.FRP.TypeConfigured {
 		t.Errorf("got %+v", tunnel)
 	}
 }
@@ -270,6 +270,7 @@ logging: {level: warn}
 			if err != nil {
 				t.Fatal(err)
 			}
+			want.FRP.TypeConfigured = true // now it is in the file
 			if !reflect.DeepEqual(got, want) {
 				t.Errorf("got  %+v\nwant %+v", got, want)
 			}
@@ -354,6 +355,7 @@ func TestExample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	got.FRP.TypeConfigured = true // as without the #
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}

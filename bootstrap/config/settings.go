@@ -49,7 +49,7 @@ var settings = []setting{
 	{key: "agent.debug", env: "PIPEOPS_DEBUG", def: "false", doc: "The same as logging.level debug.",
 		field: func(c *Config) any { return &c.Logging.Debug }},
 
-	{key: "frp.server_addr", env: "PIPEOPS_FRP_SERVER_ADDR", def: "frp.pipeops.io", doc: "Host of frps. The lease may name another.",
+	{key: "frp.server_addr", env: "PIPEOPS_FRP_SERVER_ADDR", def: "frp.pipeops.io", doc: "Host of frps. The lease may name another, but this host (loopback) and link-local addresses only if they are named here too.",
 		field: func(c *Config) any { return &c.FRP.ServerAddr }, check: host},
 	{key: "frp.server_port", env: "PIPEOPS_FRP_SERVER_PORT", def: "7000", doc: "Port of frps. The lease may name another.",
 		field: func(c *Config) any { return &c.FRP.ServerPort }},
@@ -73,7 +73,7 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.FRP.TLS.CertFile }, check: path},
 	{key: "frp.tls.key_file", env: "PIPEOPS_FRP_TLS_KEY_FILE", doc: "Key of the client certificate, PEM.",
 		field: func(c *Config) any { return &c.FRP.TLS.KeyFile }, check: path},
-	{key: "frp.tunnel.type", env: "PIPEOPS_FRP_TUNNEL_TYPE", def: "http", doc: "Type of the frp proxy: http, https (TLS as far as the agent, so that nobody on the way can read) or tcp. The lease may name another.",
+	{key: "frp.tunnel.type", env: "PIPEOPS_FRP_TUNNEL_TYPE", def: "http", doc: "Type of the frp proxy: http, https (TLS as far as the agent, so that nobody on the way can read) or tcp. The lease may name another, but not in the place of an https that is set here.",
 		field: func(c *Config) any { return &c.FRP.Tunnel.Type }, check: oneOf("http", "https", "tcp")},
 	{key: "frp.tunnel.subdomain", env: "PIPEOPS_FRP_TUNNEL_SUBDOMAIN", doc: "Subdomain at frps. Default: the agent's id.",
 		field: func(c *Config) any { return &c.FRP.Tunnel.Subdomain }, check: dnsLabel},

@@ -60,6 +60,7 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 		Env: []string{
 			"PIPEOPS_AGENT_ID=" + id, "PIPEOPS_AGENT_TOKEN=" + token,
 			"PIPEOPS_API_URL=" + cp.APIURL, "PIPEOPS_API_CA_FILE=" + cp.CAFile, "PIPEOPS_FRP_TLS_CA_FILE=" + cp.CAFile,
+			"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", // else no lease may name it
 			"PIPEOPS_FRP_ADMIN_PORT=" + strconv.Itoa(ports[2]),
 			"PIPEOPS_LISTEN_ADDR=" + listen, "PIPEOPS_METRICS_ADDR=" + metrics,
 			"PIPEOPS_RUN_DIR=" + dir, "KUBECONFIG=" + kubeconfig,
