@@ -44,7 +44,7 @@ func doctor(ctx context.Context, configPath string, env map[string]string, stdou
 		name string
 		take func(context.Context) (string, error)
 	}{
-		{"configuration", func(context.Context) (string, error) { p.cfg = cfg; return "valid", err }},
+		{"configuration", func(context.Context) (string, error) { return p.configuration(cfg), err }},
 		{"dns", p.dns},
 		{"control plane", p.controlPlane},
 		{"authentication", p.authentication},
@@ -82,6 +82,14 @@ type patient struct {
 	cfg     *config.Config
 	reached bool        // the control plane answers
 	lease   *frpc.Lease // from the control plane
+}
+
+func (p *patient) configuration(cfg *config.Config) string {
+	p.cfg = cfg
+	if cfg != nil && cfg.WeakToken() {
+		return "valid, but " + weakToken
+	}
+	return "valid"
 }
 
 const ownToken = skipped("frp.token is set: no control plane is asked")

@@ -139,6 +139,7 @@ func TestOneBootstrapForARunDirectory(t *testing.T) {
 	}))
 	defer server.Close()
 	env := environment(t, server.URL)
+	env["PIPEOPS_FRP_SERVER_ADDR"] = "127.0.0.1" // doctor knocks there
 	if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
 		t.Fatal(output)
 	}

@@ -124,6 +124,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	return exitOK
 }
 
+const weakToken = "agent.token (PIPEOPS_AGENT_TOKEN) has fewer than 16 characters and could be guessed: replace it by a random one"
+
 // written reads the lease whose files are complete.
 func written(cfg *config.Config) (*frpc.Lease, error) {
 	lease, err := frpc.ReadLease(cfg.RunDir)
@@ -181,6 +183,9 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 		return err
 	}
 	defer release()
+	if cfg.WeakToken() {
+		log.Warn(weakToken)
+	}
 	if cfg.FRP.TLS.CAFile == "" {
 		log.Warn("frpc will not verify frps: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)")
 	}

@@ -186,3 +186,21 @@ func TestCommandLine(t *testing.T) {
 		}
 	}
 }
+
+// TestShortToken: it works, and is warned of where somebody looks.
+func TestShortToken(t *testing.T) {
+	server := httptest.NewServer(answer(200, "application/json", `{"frp_token":"f"}`))
+	defer server.Close()
+	for token, short := range map[string]bool{"fifteen-letters": true, "your-agent-token": false} {
+		env := environment(t, server.URL)
+		env["PIPEOPS_AGENT_TOKEN"], env["PIPEOPS_FRP_SERVER_ADDR"] = token, "127.0.0.1" // doctor knocks there
+		const warning = "agent.token (PIPEOPS_AGENT_TOKEN) has fewer than 16 characters"
+		code, _, output := bootstrap(t, env, "--once")
+		if code != exitOK || strings.Contains(output, warning) != short || strings.Contains(output, token) {
+			t.Errorf("exit code %d: %s", code, output)
+		}
+		if _, _, output := bootstrap(t, env, "doctor"); !strings.HasPrefix(output, "ok       configuration   valid") || strings.Contains(output, warning) != short {
+			t.Errorf("doctor: %s", output)
+		}
+	}
+}

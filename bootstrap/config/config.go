@@ -391,6 +391,9 @@ func (l *loader) secret(key string) {
 // AgentToken is the agent's token as it now is: read anew where it comes from a file.
 func (c *Config) AgentToken() (frpc.Secret, error) { return current(c.Agent.Token, c.Agent.TokenFile) }
 
+// WeakToken reports whether the agent's token is so short that it could be guessed. It is accepted all the same.
+func (c *Config) WeakToken() bool { return len(c.Agent.Token) < 16 }
+
 // FRPToken is frp's token as it now is, empty where the control plane is asked for it.
 func (c *Config) FRPToken() (frpc.Secret, error) { return current(c.FRP.Token, c.FRP.TokenFile) }
 

@@ -38,7 +38,7 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.Agent.ClusterName }},
 	{key: "agent.instance", env: "PIPEOPS_INSTANCE", doc: "Tells the replicas of one agent apart. Default: the host name, which is the pod's name.",
 		field: func(c *Config) any { return &c.Agent.Instance }, check: dnsName},
-	{key: "agent.token", env: "PIPEOPS_AGENT_TOKEN", doc: "Token of the agent. Callers through the tunnel show the same token. Required, here or as a file.",
+	{key: "agent.token", env: "PIPEOPS_AGENT_TOKEN", doc: "Token of the agent. Callers through the tunnel show the same token. Required, here or as a file. Fewer than 16 characters are warned of.",
 		field: func(c *Config) any { return &c.Agent.Token }, check: checkToken},
 	{key: "agent.token_file", env: "PIPEOPS_AGENT_TOKEN_FILE", doc: "File that holds agent.token.",
 		field: func(c *Config) any { return &c.Agent.TokenFile }, check: path},
