@@ -166,7 +166,7 @@ func (t *tunnelCheck) remember(lease *frpc.Lease, proxies []frpc.ProxyStatus, er
 	t.last.LeaseProblem = ""
 	if lease != nil {
 		t.last.LeaseProblem = leaseProblem(lease)
-		if lease.Renewal != nil {
+		if lease.Renewal != nil || overdue(lease) {
 			t.renewalFailing.Set(1)
 		}
 		t.last.LeaseIssuedAt, t.last.LeaseExpiresAt = timeOrNil(lease.IssuedAt), timeOrNil(lease.ExpiresAt)
@@ -182,10 +182,19 @@ func leaseProblem(lease *frpc.Lease) string {
 	case lease.Renewal != nil:
 		return fmt.Sprintf("the lease cannot be renewed since %s: %s", lease.Renewal.FailingSince.Format(time.RFC3339), lease.Renewal.Error)
 	case ended:
-		return fmt.Sprintf("the lease ended at %s, and frps will refuse the next login: check that the bootstrap container runs, and its log", lease.ExpiresAt.Format(time.RFC3339))
+		return fmt.Sprintf("the lease ended at %s, and frps will refuse the next login: check the bootstrap container and its log, and that the run directory is not full", lease.ExpiresAt.Format(time.RFC3339))
+	case overdue(lease):
+		return fmt.Sprintf("the lease should have been renewed by now, and ends at %s: check the bootstrap container and its log, and that the run directory is not full", lease.ExpiresAt.Format(time.RFC3339))
 	default:
 		return ""
 	}
+}
+
+// overdue reports whether most of the lease's life is over. bootstrap renews it after 65 to 75%, and notes in it if
+// that fails: unless bootstrap has ended, or the run directory is full. Very short leases are never overdue.
+func overdue(lease *frpc.Lease) bool {
+	life := lease.ExpiresAt.Sub(lease.IssuedAt) // negative for a lease without an end
+	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
 }
 
 func (t *tunnelCheck) leaseProblem() string { return t.status().LeaseProblem }

@@ -1,0 +1,55 @@
+package main
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// TestLeaseIsOverdue: bootstrap cannot always say that the renewal fails. It may have ended, or the run directory may
+// be full. Then the lease's age says it.
+func TestLeaseIsOverdue(t *testing.T) {
+	now := time.Now()
+	lease := func(age, left time.Duration) *frpc.Lease {
+		return &frpc.Lease{IssuedAt: now.Add(-age), ExpiresAt: now.Add(left)}
+	}
+	noted := lease(time.Minute, time.Hour)
+	noted.Renewal = &frpc.Renewal{FailingSince: now, Error: "it is away"}
+	const overdue = "the lease should have been renewed by now, and ends at "
+	for name, test := range map[string]struct {
+		lease   *frpc.Lease
+		failing float64
+		problem string // its beginning
+	}{
+		"fresh":                {lease(time.Minute, time.Hour), 0, ""},
+		"due":                  {lease(80*time.Minute, 20*time.Minute), 0, ""},
+		"overdue":              {lease(86*time.Minute, 14*time.Minute), 1, overdue},
+		"of two minutes":       {lease(110*time.Second, 10*time.Second), 1, overdue},
+		"of less":              {lease(100*time.Second, 10*time.Second), 0, ""},
+		"of a hundred years":   {lease(50*365*24*time.Hour, 50*365*24*time.Hour), 0, ""},
+		"without an end":       {&frpc.Lease{IssuedAt: now.Add(-24 * time.Hour)}, 0, ""},
+		"noted by bootstrap":   {noted, 1, "the lease cannot be renewed since "},
+		"ended":                {lease(time.Hour, -time.Second), 1, "the lease ended at "},
+		"ended, of no minutes": {lease(time.Minute, -time.Second), 0, "the lease ended at "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMetrics()
+			check := &tunnelCheck{up: m.tunnelUp, leaseEnd: m.leaseEnd, renewalFailing: m.renewalFailing, restarts: m.frpcRestarts}
+			check.remember(test.lease, nil, nil)
+			if got := testutil.ToFloat64(m.renewalFailing); got != test.failing {
+				t.Errorf("the metric is %v, want %v", got, test.failing)
+			}
+			problem := check.leaseProblem()
+			if !strings.HasPrefix(problem, test.problem) || (problem == "") != (test.problem == "") {
+				t.Errorf("the problem is %q, want %q", problem, test.problem)
+			}
+			if test.problem == overdue && !strings.HasSuffix(problem, ": check the bootstrap container and its log, and that the run directory is not full") {
+				t.Errorf("the problem is %q", problem)
+			}
+		})
+	}
+}
