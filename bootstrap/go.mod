@@ -7,6 +7,6 @@ require (
 	sigs.k8s.io/yaml v1.6.0
 )
 
-require go.yaml.in/yaml/v2 v2.4.2 // indirect
+require go.yaml.in/yaml/v2 v2.4.5 // indirect
 
 replace github.com/pipeops/vm-agent/frpc => ../frpc
