@@ -2,6 +2,8 @@ module github.com/pipeops/vm-agent/bootstrap
 
 go 1.26.0
 
+toolchain go1.26.8
+
 require (
 	github.com/pipeops/vm-agent/frpc v0.0.0
 	sigs.k8s.io/yaml v1.6.0

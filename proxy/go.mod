@@ -2,6 +2,8 @@ module github.com/pipeops/vm-agent/proxy
 
 go 1.26.0
 
+toolchain go1.26.8
+
 require (
 	github.com/pipeops/vm-agent/bootstrap v0.0.0
 	github.com/pipeops/vm-agent/frpc v0.0.0
