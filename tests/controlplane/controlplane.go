@@ -138,7 +138,7 @@ func (c *ControlPlane) serve(ctx context.Context, handler http.Handler, tlsConfi
 		return "", err
 	}
 	server := &http.Server{
-		Handler: handler, TLSConfig: tlsConfig, ReadHeaderTimeout: 30 * time.Second,
+		Handler: handler, ReadHeaderTimeout: 30 * time.Second,
 		ErrorLog: slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
 	}
 	c.servers = append(c.servers, server)
@@ -146,6 +146,7 @@ func (c *ControlPlane) serve(ctx context.Context, handler http.Handler, tlsConfi
 		go func() { _ = server.Serve(listener) }()
 		return "http://" + listener.Addr().String(), nil
 	}
+	server.TLSConfig = tlsConfig.Clone() // the server changes it
 	go func() { _ = server.ServeTLS(listener, "", "") }()
 	return "https://" + listener.Addr().String(), nil
 }

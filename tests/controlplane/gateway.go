@@ -54,7 +54,7 @@ func (c *ControlPlane) gateway() http.Handler {
 		ErrorLog:     slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
 		Transport: &http.Transport{
 			MaxIdleConnsPerHost: 100, DisableCompression: true, IdleConnTimeout: 50 * time.Second,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dial(ctx, &c.vhostPort) }, DialTLSContext: c.dialAgent,
+			DialContext: c.dial, DialTLSContext: c.dialAgent,
 		},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -77,12 +77,27 @@ func (c *ControlPlane) tunnelType(id string) string {
 	return c.tunnels[id]
 }
 
-// dial connects to one of the ports of frps.
-func (c *ControlPlane) dial(ctx context.Context, port *int) (net.Conn, error) {
+// dial connects to where frps takes callers of tunnels of type http.
+func (c *ControlPlane) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	c.mu.Lock()
-	addr := net.JoinHostPort(c.options.IP, strconv.Itoa(*port))
+	addr := net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostPort))
 	c.mu.Unlock()
 	return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+}
+
+// Direct returns where frps takes the callers of an agent that has a tunnel of type https, and what they must know to
+// speak TLS with the agent itself.
+func (c *ControlPlane) Direct(id string) (addr string, config *tls.Config) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	trusted := x509.NewCertPool()
+	for _, l := range c.leases {
+		if l.agentID == id && !l.ended() {
+			trusted.AppendCertsFromPEM([]byte(l.certificate))
+		}
+	}
+	return net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostTLSPort)),
+		&tls.Config{ServerName: id + "." + tlsDomain, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 }
 
 // dialAgent speaks TLS with an agent, which frps finds by the name in the handshake.
@@ -91,19 +106,13 @@ func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn,
 	if err != nil {
 		return nil, err
 	}
-	trusted := x509.NewCertPool()
-	c.mu.Lock()
-	for _, l := range c.leases {
-		if l.agentID+"."+tlsDomain == name && !l.ended() {
-			trusted.AppendCertsFromPEM([]byte(l.certificate))
-		}
-	}
-	c.mu.Unlock()
-	conn, err := c.dial(ctx, &c.vhostTLSPort)
+	id, _ := strings.CutSuffix(name, "."+tlsDomain)
+	addr, config := c.Direct(id)
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}
-	tlsConn := tls.Client(conn, &tls.Config{ServerName: name, RootCAs: trusted, MinVersion: tls.VersionTLS12})
+	tlsConn := tls.Client(conn, config)
 	if err := tlsConn.HandshakeContext(ctx); err != nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("%w: %w", errNoAgent, err)
