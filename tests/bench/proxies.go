@@ -320,22 +320,12 @@ func cpuSeconds(pid int) (float64, error) {
 	return ticks / 100, nil // USER_HZ
 }
 
-// memory is a line of /proc/pid/status in MB.
+// memory is process.Memory for a peer, which may be none.
 func memory(pid int, line string) (float64, error) {
 	if pid == 0 {
 		return 0, nil
 	}
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	for text := range strings.Lines(string(data)) {
-		if value, ok := strings.CutPrefix(text, line+":"); ok {
-			kb, err := strconv.ParseFloat(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB")), 64)
-			return kb * 1024 / 1e6, err
-		}
-	}
-	return 0, fmt.Errorf("process %d has no %s", pid, line)
+	return process.Memory(pid, line)
 }
 
 // resetPeak makes VmHWM start anew. Source: proc(5), /proc/pid/clear_refs.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 )
 
@@ -38,4 +39,19 @@ func Crashing() (cmd *exec.Cmd, line string, err error) {
 func Alive(pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	return err == nil && !strings.Contains(string(stat), ") Z ")
+}
+
+// Memory returns a line of /proc/pid/status in MB: VmRSS is the memory that a process has, VmHWM the most it had.
+func Memory(pid int, line string) (float64, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for text := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(text, line+":"); ok {
+			kb, err := strconv.ParseFloat(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB")), 64)
+			return kb * 1024 / 1e6, err
+		}
+	}
+	return 0, fmt.Errorf("process %d has no %s", pid, line)
 }
