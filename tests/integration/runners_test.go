@@ -43,11 +43,12 @@ func assignment(runner, endpoint string) string {
 }
 
 // withRunners is a world whose agent keeps its registry in a namespace of its own and may relay to this machine.
-func withRunners(t *testing.T) (*world, string) {
+func withRunners(t *testing.T, env ...string) (*world, string) {
 	t.Helper()
 	w := newWorld(t)
 	ns := w.namespace()
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_NAMESPACE="+ns, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc")
+	w.agent.Env = append(w.agent.Env, env...)
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
 	}
