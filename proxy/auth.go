@@ -152,7 +152,7 @@ func (s *server) authenticate(w http.ResponseWriter, r *http.Request, refuse fun
 	if refused == nil {
 		rec := w.(*recorder) // observe has put it there
 		rec.authenticated = true
-		if !rec.reserve(kube.HeaderMemory(r.Header) + 8*int64(len(r.RequestURI))) {
+		if !rec.reserve(kube.HeaderMemory(r.Header) + 8*int64(len(r.RequestURI)), false) {
 			refuse(w, r, http.StatusTooManyRequests, "its headers are too large beside the other requests that are answered now: try again", 1)
 			return false
 		}

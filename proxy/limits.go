@@ -97,9 +97,13 @@ type pool struct {
 	size int64
 }
 
-// take takes bytes if there are as many.
-func (p *pool) take(bytes int64) bool {
-	if p.used.Add(bytes) > p.size {
+// take takes bytes if there are as many. What is optional leaves half for what is not.
+func (p *pool) take(bytes int64, optional bool) bool {
+	size := p.size
+	if optional {
+		size /= 2
+	}
+	if p.used.Add(bytes) > size {
 		p.used.Add(-bytes)
 		return false
 	}

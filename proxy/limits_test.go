@@ -237,7 +237,7 @@ func TestSlowReaderIsNotRead(t *testing.T) {
 // TestBodiesAreKeptWithinMemory: where memory is short, small bodies are passed on as they come.
 func TestBodiesAreKeptWithinMemory(t *testing.T) {
 	lengths := make(chan int64, 10)
-	s := withLimits(t, func(l *limits) { l.requestMemory = 300 << 10 }, func(_ http.ResponseWriter, r *http.Request) {
+	s := withLimits(t, func(l *limits) { l.requestMemory = 500 << 10 }, func(_ http.ResponseWriter, r *http.Request) {
 		n, _ := io.Copy(io.Discard, r.Body)
 		lengths <- n
 	})

@@ -48,7 +48,7 @@ func (e invalidError) Error() string { return e.why }
 
 // message answers POST /api/control-plane/message.
 func (s *server) message(w http.ResponseWriter, r *http.Request) {
-	if !w.(*recorder).reserve(maxMessage) { // observe has put it there
+	if !w.(*recorder).reserve(maxMessage, false) { // observe has put it there
 		refuseWithProblem(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
 		return
 	}

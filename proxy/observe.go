@@ -220,9 +220,9 @@ func (r *recorder) isStream() bool {
 	return d.Verb == "watch" || d.Verb == "connect" || d.Subresource == "log"
 }
 
-// reserve takes memory until the request is answered, and returns false if there is not enough.
-func (r *recorder) reserve(bytes int64) bool {
-	if !r.pool.take(bytes) {
+// reserve implements kube.Reserve.
+func (r *recorder) reserve(bytes int64, optional bool) bool {
+	if !r.pool.take(bytes, optional) {
 		r.metrics.refused.WithLabelValues("request_memory").Inc()
 		return false
 	}

@@ -87,7 +87,7 @@ func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
 type request struct {
 	path    string // at the API server
 	body    *callerBody
-	reserve func(bytes int64) bool
+	reserve Reserve
 	*Description
 }
 
@@ -127,9 +127,12 @@ func found(ctx context.Context) *request {
 	return ctx.Value(contextKey{}).(*request) // Serve has put it there
 }
 
-// Serve answers a request below Prefix. d is what Describe says of it. reserve asks for memory until the request
-// is answered, and returns false if there is none.
-func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, reserve func(bytes int64) bool) {
+// Reserve takes bytes of memory until the request is answered, and returns false if there are not as many. What
+// is optional leaves some for what is not.
+type Reserve func(bytes int64, optional bool) bool
+
+// Serve answers a request below Prefix. d is what Describe says of it.
+func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, reserve Reserve) {
 	path, ok := admit(w, r)
 	if !ok {
 		return
@@ -138,7 +141,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, re
 	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
 	if r.Body != nil && r.Body != http.NoBody {
 		found.body = &callerBody{ReadCloser: r.Body, control: http.NewResponseController(w)}
-		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength) {
+		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true) {
 			if err := found.body.keep(r); err != nil {
 				writeBroken(w, r, err)
 				return
@@ -283,7 +286,7 @@ func (p *Proxy) modify(resp *http.Response) error {
 	if resp.StatusCode < 100 || resp.StatusCode > 599 {
 		return fmt.Errorf("its status is %d, which is none of HTTP", resp.StatusCode)
 	}
-	if !request.reserve(HeaderMemory(resp.Header)) {
+	if !request.reserve(HeaderMemory(resp.Header), false) {
 		return errNoMemory
 	}
 	if resp.StatusCode == http.StatusUnauthorized && request.Subresource == "" {

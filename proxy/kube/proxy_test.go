@@ -40,7 +40,7 @@ func newUpstream(t *testing.T) *upstream {
 
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	d := Describe(r)
-	p.Serve(w, r, &d, func(int64) bool { return true })
+	p.Serve(w, r, &d, func(int64, bool) bool { return true })
 }
 
 // ignored is a latency that nobody wants to know.

@@ -24,7 +24,8 @@ import (
 // container, honest callers notice nothing but time, and it returns what it took. Each attack has an address of its
 // own. ATTACKS="stalled loop" leaves out those whose names contain none of these words.
 func TestAttack(t *testing.T) {
-	w, ns := withRunners(t, "PIPEOPS_FRP_TUNNEL_TYPE=https")
+	// Four fifths of the limit, as the proxy makes of it in a container.
+	w, ns := withRunners(t, "PIPEOPS_FRP_TUNNEL_TYPE=https", "GOMEMLIMIT=204MiB")
 	for i := range 40 { // a list of 10 MB
 		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("large-%d", i)}, Data: map[string]string{"x": strings.Repeat("x", 250_000)}}
 		if _, err := api.Client.CoreV1().ConfigMaps(ns).Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
