@@ -88,9 +88,9 @@ func (g *gate) inUse() int {
 }
 
 const (
-	stallInterval = 500 * time.Millisecond // between two looks for stalled requests
-	stallGrace    = 2 * time.Second        // a caller who reads nothing for less is not stalled
-	callStall     = time.Minute            // a call whose caller reads nothing for as long is ended
+	stallInterval = 250 * time.Millisecond // between two looks for stalled requests
+	stallGrace    = time.Second            // a caller who reads or sends nothing for less is not stalled
+	callStall     = time.Minute            // a call whose caller reads or sends nothing for as long is ended
 )
 
 // watch ends stalled requests until ctx ends: calls after callStall, and those of both kinds that have stalled
@@ -119,17 +119,17 @@ func (g *gate) endStalled(now time.Time) {
 	g.end(streams, len(streams)-g.limits.stalledStreams, "stalled_streams")
 }
 
-// stalled returns the requests of a kind whose callers have read nothing for stallGrace, the longest first. g.mu is
+// stalled returns the requests of a kind whose callers have read or sent nothing for stallGrace, the longest first. g.mu is
 // held.
 func (g *gate) stalled(now time.Time, of func(*recorder) bool) []*recorder {
 	var stalled []*recorder
 	for rec := range g.running {
-		since := rec.blocked.Load()
+		since := rec.stalled()
 		if since != 0 && now.UnixNano()-since >= int64(stallGrace) && !rec.ended && of(rec) {
 			stalled = append(stalled, rec)
 		}
 	}
-	slices.SortFunc(stalled, func(a, b *recorder) int { return cmp.Compare(a.blocked.Load(), b.blocked.Load()) })
+	slices.SortFunc(stalled, func(a, b *recorder) int { return cmp.Compare(a.stalled(), b.stalled()) })
 	return stalled
 }
 
@@ -137,8 +137,8 @@ func (g *gate) stalled(now time.Time, of func(*recorder) bool) []*recorder {
 func (g *gate) end(requests []*recorder, n int, limit string) {
 	for _, rec := range requests[:min(max(n, 0), len(requests))] {
 		rec.ended = true
-		rec.conn.Abort()
+		rec.abort()
 		g.refused(limit)
-		g.log.Warn("ended a request whose caller does not read", "request_id", rec.requestID, "caller", rec.caller, "limit", limit)
+		g.log.Warn("ended a stalled request", "request_id", rec.requestID, "caller", rec.caller, "limit", limit)
 	}
 }

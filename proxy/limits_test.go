@@ -188,7 +188,39 @@ func TestStalledRequestsMakeRoom(t *testing.T) {
 func (g *gate) stalledNow() []*recorder {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.stalled(time.Now().Add(stallGrace), func(rec *recorder) bool { return rec.blocked.Load() < time.Now().Add(-100*time.Millisecond).UnixNano() })
+	return g.stalled(time.Now().Add(stallGrace), func(rec *recorder) bool { return rec.stalled() < time.Now().Add(-100*time.Millisecond).UnixNano() })
+}
+
+// TestStalledUploadsMakeRoom: each holds one of the API server's seats, which others wait for.
+func TestStalledUploadsMakeRoom(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.stalledCalls = 1 }, func(_ http.ResponseWriter, r *http.Request) {
+		if _, err := io.Copy(io.Discard, r.Body); err != nil {
+			panic(http.ErrAbortHandler)
+		}
+	})
+	addr := listening(t, s)
+	var conns []net.Conn
+	for _, size := range []int{100, 1 << 20, 100} { // kept, streamed
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		_, _ = fmt.Fprintf(conn, "POST /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n%s", auth, size, strings.Repeat("x", size-1))
+		conns = append(conns, conn)
+		eventually(t, func() bool { return len(s.gate.stalledNow()) == len(conns) })
+	}
+	eventually(t, func() bool {
+		s.gate.endStalled(time.Now())
+		return s.gate.inUse() == 1
+	})
+	for i, conn := range conns {
+		_, _ = io.WriteString(conn, "x")
+		want := map[bool]int{true: http.StatusRequestTimeout, false: http.StatusOK}[i < 2]
+		if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || resp.StatusCode != want {
+			t.Errorf("request %d: answered %v, %v, want %d", i, resp, err, want)
+		}
+	}
 }
 
 // TestStalledCallEnds: a call is ended after a minute although there is room; a watch and a log are not.

@@ -220,6 +220,25 @@ func (r *recorder) isStream() bool {
 	return d.Verb == "watch" || d.Verb == "connect" || d.Subresource == "log"
 }
 
+// stalled returns since when the caller reads nothing of the answer, or sends nothing of the body, in Unix
+// nanoseconds; 0 if neither is so.
+func (r *recorder) stalled() int64 {
+	since := r.blocked.Load()
+	if since == 0 && r.body != nil {
+		since = r.body.blocked.Load()
+	}
+	return since
+}
+
+// abort ends a stalled request: with an answer, if there is none yet and the caller may read it.
+func (r *recorder) abort() {
+	if r.blocked.Load() == 0 && r.body != nil {
+		_ = r.body.control.SetReadDeadline(time.Now())
+		return
+	}
+	r.conn.Abort()
+}
+
 // reserve implements kube.Reserve.
 func (r *recorder) reserve(bytes int64, optional bool) bool {
 	if !r.pool.take(bytes, optional) {
@@ -294,6 +313,7 @@ type counted struct {
 	bytes   prometheus.Counter
 	control *http.ResponseController
 	end     atomic.Pointer[error] // what reading it has ended with: io.EOF if all has come
+	blocked atomic.Int64          // since when a read has not returned, in Unix nanoseconds; 0: none is under way
 }
 
 // within gives the caller so long to send all of it. Else there is no limit: it may be a stream.
@@ -304,7 +324,9 @@ func (c *counted) within(limit time.Duration) {
 }
 
 func (c *counted) Read(p []byte) (int, error) {
+	c.blocked.Store(time.Now().UnixNano())
 	n, err := c.ReadCloser.Read(p)
+	c.blocked.Store(0)
 	c.bytes.Add(float64(n))
 	if err != nil {
 		c.end.Store(&err)
