@@ -109,6 +109,12 @@ func (b *callerBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// late reports whether the body did not come in its time.
+func (b *callerBody) late() bool {
+	err := b.broken.Load()
+	return err != nil && errors.Is(*err, os.ErrDeadlineExceeded)
+}
+
 // begin waits for the first byte. With it net/http tells the caller to continue; were that left to the
 // transport, which reads the body elsewhere, it would race with a 1xx of the API server on the way back.
 func (b *callerBody) begin() {
@@ -304,6 +310,11 @@ var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API se
 
 // fail answers for an API server that did not. r is the request as rewritten.
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
+	body := found(r.Context()).body
+	if body != nil && body.late() { // net/http ends the request's context then, as if the caller had gone
+		writeBroken(w, r, os.ErrDeadlineExceeded)
+		return
+	}
 	switch cause := context.Cause(r.Context()); {
 	case errors.Is(cause, ErrShutdown):
 		// No Retry-After: it may have been done, and once may be enough.
@@ -312,7 +323,7 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
 	}
-	if body := found(r.Context()).body; body != nil && body.broken.Load() != nil {
+	if body != nil && body.broken.Load() != nil {
 		writeBroken(w, r, *body.broken.Load())
 		return
 	}

@@ -119,7 +119,7 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 			case <-ctx.Done():
 				return
 			}
-			next, err := a.start("frpc", nil, a.frpcArgs...)
+			next, err := a.start("frpc", frpcEnv, a.frpcArgs...)
 			if err != nil {
 				return
 			}
@@ -137,9 +137,12 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 // FrpcRestarts is how often RestartFrpc has done so.
 func (a *Agent) FrpcRestarts() int { return int(a.restarts.Load()) }
 
+// frpcEnv is what the manifests set.
+var frpcEnv = []string{"GOMEMLIMIT=204MiB"}
+
 // StartFrpc starts the stock frpc, as it is.
 func (a *Agent) StartFrpc() (err error) {
-	a.Frpc, err = a.start("frpc", nil, a.frpcArgs...)
+	a.Frpc, err = a.start("frpc", frpcEnv, a.frpcArgs...)
 	return err
 }
 
