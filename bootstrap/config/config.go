@@ -35,8 +35,10 @@ type Config struct {
 		Instance    string
 		Token       frpc.Secret // from agent.token or the file that agent.token_file names
 		TokenFile   string
-		APIURL      string // without a slash at its end
-		CAFile      string
+		// TokenOverlap is how long the proxy accepts the token before, after a new one has come.
+		TokenOverlap time.Duration
+		APIURL       string // without a slash at its end
+		CAFile       string
 	}
 	FRP struct {
 		ServerAddr   string
@@ -404,15 +406,21 @@ func current(token frpc.Secret, file string) (frpc.Secret, error) {
 	return readSecret(file, checkToken)
 }
 
+// ErrNoSecret is for the file of a secret that is empty or missing, and not merely unreadable for the moment.
+var ErrNoSecret = errors.New("no secret")
+
 // readSecret reads the file of a setting such as agent.token_file.
 func readSecret(file string, check func(string) (string, error)) (frpc.Secret, error) {
 	data, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("%w: %w: create the file or correct its path", ErrNoSecret, err)
+	}
 	if err != nil {
 		return "", fmt.Errorf("%w: create the file or correct its path", err)
 	}
 	value := strings.TrimSpace(string(data))
 	if value == "" {
-		return "", fmt.Errorf("%s is empty: write the secret into it", file)
+		return "", fmt.Errorf("%w: %s is empty: write the secret into it", ErrNoSecret, file)
 	}
 	if _, err := check(value); err != nil {
 		return "", fmt.Errorf("%s: %w", file, err)

@@ -33,7 +33,7 @@ func TestDefaults(t *testing.T) {
 	var want Config
 	want.Agent.ID, want.Agent.Name, want.Agent.ClusterName = "a1", "a1", "a1"
 	want.Agent.Instance, _ = os.Hostname()
-	want.Agent.Token, want.Agent.APIURL = "hunter2", "https://api.pipeops.io"
+	want.Agent.Token, want.Agent.TokenOverlap, want.Agent.APIURL = "hunter2", 5*time.Minute, "https://api.pipeops.io"
 	want.FRP.ServerAddr, want.FRP.ServerPort, want.FRP.AdminPort, want.FRP.Protocol = "frp.pipeops.io", 7000, 7400, "tcp"
 	want.FRP.Tunnel.Type, want.FRP.Tunnel.Subdomain = "http", "a1"
 	want.FRP.Tunnel.LocalIP, want.FRP.Tunnel.LocalPort = "127.0.0.1", 8080
@@ -97,6 +97,42 @@ func TestSecretFiles(t *testing.T) {
 	}
 	if c.Agent.Token != "hunter2" || c.FRP.Token != "hunter3" || c.FRP.ProxyURL != "http://u:hunter2@proxy:3128" {
 		t.Errorf("got %q, %q and %q", c.Agent.Token.Reveal(), c.FRP.Token.Reveal(), c.FRP.ProxyURL.Reveal())
+	}
+}
+
+func TestTokenOverlap(t *testing.T) {
+	for value, want := range map[string]time.Duration{"0": 0, "0s": 0, "90s": 90 * time.Second} {
+		c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_AGENT_TOKEN_OVERLAP": value})
+		if err != nil || c.Agent.TokenOverlap != want {
+			t.Errorf("%s: %+v, %v", value, c, err)
+		}
+	}
+}
+
+// TestNoSecret: a secret that somebody has removed is told from one that cannot be read.
+func TestNoSecret(t *testing.T) {
+	path := file(t, "hunter2")
+	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		name     string
+		change   func() error
+		noSecret bool
+	}{
+		{"empty", func() error { return os.WriteFile(path, nil, 0o600) }, true},
+		{"blank", func() error { return os.WriteFile(path, []byte(" \n"), 0o600) }, true},
+		{"no token", func() error { return os.WriteFile(path, []byte("a b"), 0o600) }, false},
+		{"removed", func() error { return os.Remove(path) }, true},
+		{"a directory", func() error { return os.Mkdir(path, 0o700) }, false},
+	} {
+		if err := test.change(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.AgentToken(); err == nil || errors.Is(err, ErrNoSecret) != test.noSecret {
+			t.Errorf("%s: %v", test.name, err)
+		}
 	}
 }
 

@@ -42,6 +42,8 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.Agent.Token }, check: checkToken},
 	{key: "agent.token_file", env: "PIPEOPS_AGENT_TOKEN_FILE", doc: "File that holds agent.token.",
 		field: func(c *Config) any { return &c.Agent.TokenFile }, check: path},
+	{key: "agent.token_overlap", env: "PIPEOPS_AGENT_TOKEN_OVERLAP", def: "5m", doc: "How long callers may still show the token before, when agent.token_file changes. 0: not at all.",
+		field: func(c *Config) any { return &c.Agent.TokenOverlap }},
 	{key: "agent.api_url", env: "PIPEOPS_API_URL", def: "https://api.pipeops.io", doc: "URL of the control plane. https, or http to this host only.",
 		field: func(c *Config) any { return &c.Agent.APIURL }, check: apiURL},
 	{key: "agent.ca_file", env: "PIPEOPS_API_CA_FILE", doc: "PEM file of the authorities that may sign the control plane's certificate. Default: the system's.",
