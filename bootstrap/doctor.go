@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +12,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -214,12 +214,8 @@ func (p *patient) proxy(ctx context.Context) (string, error) {
 	if err := p.call(ctx, http.MethodGet, p.cfg.Proxy.MetricsAddr, "/version", nil, &version); err != nil {
 		return "", fmt.Errorf("%w: check that the proxy container runs, and its log", err)
 	}
-	if lease, err := written(p.cfg); err == nil && lease.Frpc.Tunnel.Type == "https" {
-		trusted, err := frpc.CertPool(filepath.Join(p.cfg.RunDir, frpc.CertFile))
-		if err != nil {
-			return "", fmt.Errorf("the tunnel's certificate: %w: restart the bootstrap container", err)
-		}
-		dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: local.Timeout}, Config: &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}}
+	if tlsConfig := p.tunnelTLS(); tlsConfig != nil {
+		dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: local.Timeout}, Config: tlsConfig}
 		conn, err := dialer.DialContext(ctx, "tcp", config.Local(p.cfg.Proxy.ListenAddr))
 		if err != nil {
 			return "", fmt.Errorf("the proxy does not speak TLS with the tunnel's certificate: %w: see its log", err)
@@ -281,7 +277,19 @@ func (p *patient) permissions(ctx context.Context) (string, error) {
 	return detail, nil
 }
 
-// call asks the proxy, with the agent's token.
+// tunnelTLS is how callers speak with the proxy where the tunnel is of type https, nil where it is not: by the agent's
+// id, and trusting the tunnel's certificate alone.
+func (p *patient) tunnelTLS() *tls.Config {
+	lease, err := written(p.cfg)
+	if err != nil || lease.Certificate == nil {
+		return nil
+	}
+	trusted := x509.NewCertPool()
+	trusted.AppendCertsFromPEM(lease.Certificate)
+	return &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}
+}
+
+// call asks the proxy, with the agent's token, at one of its two addresses.
 func (p *patient) call(ctx context.Context, method, addr, path string, body, answer any) error {
 	token, err := p.cfg.AgentToken()
 	if err != nil {
@@ -293,13 +301,18 @@ func (p *patient) call(ctx context.Context, method, addr, path string, body, ans
 			return err
 		}
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+config.Local(addr)+path, bytes.NewReader(data))
+	scheme, client := "http", local
+	if tlsConfig := p.tunnelTLS(); tlsConfig != nil && addr == p.cfg.Proxy.ListenAddr {
+		scheme = "https"
+		client = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: tlsConfig}, Timeout: local.Timeout}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, scheme+"://"+config.Local(addr)+path, bytes.NewReader(data))
 	if err != nil {
 		return err
 	}
 	req.Header.Set("Authorization", "Bearer "+token.Reveal())
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := local.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		return fmt.Errorf("the proxy does not answer: %w", err)
 	}
