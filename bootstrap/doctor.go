@@ -87,7 +87,7 @@ type patient struct {
 func (p *patient) configuration(cfg *config.Config) string {
 	p.cfg = cfg
 	if cfg != nil && cfg.WeakToken() {
-		return "valid, but " + weakToken
+		return "valid, but " + tooShort
 	}
 	return "valid"
 }

@@ -124,7 +124,7 @@ func (k *keeper) run(ctx context.Context) error {
 		k.repair()
 		k.see(look(ctx, admin), now)
 		if k.due(now) {
-			k.renew(ctx)
+			_ = k.renew(ctx) // k.failed has it
 		}
 		if k.unwanted(time.Now()) {
 			return closeTunnel(ctx, k.cfg.RunDir, k.lease.Frpc.Admin, k.failed)

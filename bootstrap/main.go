@@ -124,7 +124,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	return exitOK
 }
 
-const weakToken = "agent.token (PIPEOPS_AGENT_TOKEN) has fewer than 16 characters and could be guessed: replace it by a random one"
+const tooShort = "agent.token (PIPEOPS_AGENT_TOKEN) has fewer than 16 characters and could be guessed: replace it by a random one"
 
 // written reads the lease whose files are complete.
 func written(cfg *config.Config) (*frpc.Lease, error) {
@@ -184,7 +184,7 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	}
 	defer release()
 	if cfg.WeakToken() {
-		log.Warn(weakToken)
+		log.Warn(tooShort)
 	}
 	if cfg.FRP.TLS.CAFile == "" {
 		log.Warn("frpc will not verify frps: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)")

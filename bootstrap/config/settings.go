@@ -269,7 +269,7 @@ func listenAddr(v string) (string, error) {
 func path(v string) (string, error) {
 	rooted := slices.ContainsFunc([]string{"/", "./", "../", "~/"}, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
 	strange := strings.ContainsFunc(v, func(r rune) bool { return r == ' ' || !unicode.IsPrint(r) })
-	if _, err := os.Stat(v); err != nil && (!rooted || strange || len(v) > 4096) {
+	if _, err := os.Stat(v); err != nil && (!rooted || strange || len(v) > 4096) { //nolint:gosec // it asks only whether the file is there
 		return "", errors.New("the file that it names cannot be read, and its value is not shown, because it does not look like a path: give one such as /etc/pipeops/file")
 	}
 	return v, nil
