@@ -291,8 +291,8 @@ func (k *keeper) renew(ctx context.Context) *failure {
 		if k.revokedSince.IsZero() {
 			k.revokedSince = now
 		}
-		since := now.Sub(k.revokedSince)
-		fail.confirmed, wait = since >= confirmAfter, max(wait, confirmAfter-since)
+		elapsed := now.Sub(k.revokedSince)
+		fail.confirmed, wait = elapsed >= confirmAfter, max(wait, confirmAfter-elapsed)
 		next = "the tunnel is closed if the next attempt is answered so too"
 	}
 	if k.unwanted(now) {
