@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -16,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -23,8 +25,6 @@ import (
 const (
 	// tokenAge is how often the token's file is read.
 	tokenAge = 2 * time.Second
-	// tokenOverlap is how long the token before is good for, so that callers can change theirs after the agent.
-	tokenOverlap = 5 * time.Minute
 	// Within failureWindow a source may fail maxFailures times before it is told to wait. At most maxSources are
 	// told apart.
 	failureWindow = time.Minute
@@ -36,6 +36,7 @@ const (
 type authenticator struct {
 	failures *prometheus.CounterVec
 	log      *slog.Logger
+	overlap  time.Duration // how long the token before is good for, so that callers can change theirs after the agent
 
 	mu       sync.Mutex
 	current  [sha256.Size]byte
@@ -48,16 +49,16 @@ type authenticator struct {
 }
 
 // newAuthenticator takes the token that callers must show.
-func newAuthenticator(token frpc.Secret, m *metrics, log *slog.Logger) *authenticator {
+func newAuthenticator(token frpc.Secret, overlap time.Duration, m *metrics, log *slog.Logger) *authenticator {
 	return &authenticator{
-		failures: m.authFailures, log: log,
+		failures: m.authFailures, log: log, overlap: overlap,
 		current: sha256.Sum256([]byte(token.Reveal())), empty: token == "",
 	}
 }
 
 // follow reads the token anew from time to time, until ctx ends: not when somebody asks, or a token that was
 // replaced while nobody did would be good until its own next use, and for a while from there. While it cannot be
-// read, the token stays as it was.
+// read, the token stays as it was; where it is gone, nobody is let in any more.
 func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, error)) {
 	unread := false
 	for {
@@ -67,6 +68,9 @@ func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, er
 			return
 		}
 		token, err := read()
+		if errors.Is(err, config.ErrNoSecret) {
+			token, err = "", nil
+		}
 		if err != nil && !unread {
 			a.log.Warn("the agent's token cannot be read anew: the one before stays", "error", err)
 		}
@@ -79,8 +83,18 @@ func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, er
 func (a *authenticator) change(token frpc.Secret) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if hash := sha256.Sum256([]byte(token.Reveal())); hash != a.current {
-		a.previous, a.until, a.current = a.current, time.Now().Add(tokenOverlap), hash
+	hash := sha256.Sum256([]byte(token.Reveal()))
+	switch {
+	case hash == a.current:
+	case token == "":
+		a.current, a.empty, a.until = hash, true, time.Time{}
+		a.log.Warn("the agent's token is gone from its file: nobody is let in")
+	default:
+		a.previous, a.until = a.current, time.Now().Add(a.overlap)
+		if a.empty { // there was none before
+			a.until = time.Time{}
+		}
+		a.current, a.empty = hash, false
 		a.log.Info("the agent's token has changed", "previous_valid_until", a.until.UTC())
 	}
 }
@@ -152,7 +166,7 @@ func (s *server) authenticate(w http.ResponseWriter, r *http.Request, refuse fun
 	if refused == nil {
 		rec := w.(*recorder) // observe has put it there
 		rec.authenticated = true
-		if !rec.reserve(kube.HeaderMemory(r.Header) + 8*int64(len(r.RequestURI)), false) {
+		if !rec.reserve(kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), false) {
 			refuse(w, r, http.StatusTooManyRequests, "its headers are too large beside the other requests that are answered now: try again", 1)
 			return false
 		}

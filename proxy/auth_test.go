@@ -16,6 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 )
 
@@ -25,8 +26,19 @@ func bearer(token string) *http.Request {
 	return r
 }
 
+const tokenOverlap = 5 * time.Minute
+
+// TestTokenWithoutOverlap: the token before is worth nothing as soon as there is another.
+func TestTokenWithoutOverlap(t *testing.T) {
+	a := newAuthenticator("first", 0, newMetrics(), slog.New(slog.DiscardHandler))
+	a.change("second")
+	if a.check(bearer("first")) == nil || a.check(bearer("second")) != nil {
+		t.Error("the first token is let in, or the second is not")
+	}
+}
+
 // TestTokenChanges: a new token counts soon, the one before for a while more, whether anybody asks meanwhile or
-// not, and a file that cannot be read changes nothing.
+// not; a file that cannot be read changes nothing, and one that is empty or gone lets nobody in.
 func TestTokenChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
@@ -44,7 +56,7 @@ func TestTokenChanges(t *testing.T) {
 			content, broken = token, err
 		}
 		log := &strings.Builder{}
-		a := newAuthenticator("first", newMetrics(), slog.New(slog.NewTextHandler(log, nil)))
+		a := newAuthenticator("first", tokenOverlap, newMetrics(), slog.New(slog.NewTextHandler(log, nil)))
 		go a.follow(ctx, read)
 		want := func(accepted ...string) {
 			t.Helper()
@@ -59,7 +71,7 @@ func TestTokenChanges(t *testing.T) {
 		write("second", nil)
 		time.Sleep(tokenAge + 1)
 		want("first", "second")
-		write("", errors.New("no such file"))
+		write("", errors.New("input/output error"))
 		time.Sleep(time.Minute)
 		want("first", "second")
 		write("second", nil)
@@ -73,6 +85,12 @@ func TestTokenChanges(t *testing.T) {
 		write("fourth", nil)
 		time.Sleep(tokenAge + tokenOverlap) // and nobody asks
 		want("fourth")
+		write("", fmt.Errorf("%w: the file is empty", config.ErrNoSecret))
+		time.Sleep(tokenAge + 1)
+		want() // neither the last token nor an empty one
+		write("first", nil)
+		time.Sleep(tokenAge + 1)
+		want("first")
 		if n := strings.Count(log.String(), "cannot be read anew"); n != 1 || strings.Contains(log.String(), "second") {
 			t.Errorf("the log says %d times that the file cannot be read:\n%s", n, log)
 		}

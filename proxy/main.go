@@ -80,6 +80,9 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	log, level := cfg.Logger(stderr)
 	go changeLevel(ctx, log, level)
+	if cfg.WeakToken() {
+		log.Warn("the agent's token has fewer than 16 characters and could be guessed: replace it by a longer one")
+	}
 	limits := newLimits(memoryLimit())
 	metrics := newMetrics()
 	api, err := kube.New(restConfig, metrics.latency, log)

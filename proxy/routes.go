@@ -78,7 +78,7 @@ type server struct {
 func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, log *slog.Logger) *server {
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &server{
-		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
+		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
 		runners: newRunners(api, cfg.Agent.ID, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(limits, refused, log),
 		memory: &pool{size: limits.requestMemory}, limits: limits, log: log,
 	}

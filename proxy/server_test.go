@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"k8s.io/client-go/rest"
@@ -52,7 +53,7 @@ func serverWithin(t testing.TB, api *rest.Config, agentToken frpc.Secret, l limi
 		t.Fatal(err)
 	}
 	cfg := &config.Config{RunDir: t.TempDir()}
-	cfg.Agent.ID, cfg.Agent.Token = "agent-001", agentToken
+	cfg.Agent.ID, cfg.Agent.Token, cfg.Agent.TokenOverlap = "agent-001", agentToken, 5*time.Minute
 	cfg.Runners.AllowedHosts = []string{"*.svc"}
 	return newServer(cfg, proxy, m, l, log)
 }

@@ -18,6 +18,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/pipeops/vm-agent/tests/attack"
+	"github.com/pipeops/vm-agent/tests/process"
 )
 
 // TestAttack: under attacks on its memory from all sides at once, the proxy stays below the memory limit of its
@@ -88,6 +89,10 @@ func TestAttack(t *testing.T) {
 	victim := &attack.Victim{Pid: w.agent.Proxy.Pid(), Operations: operations, Honest: honest, Within: 90 * time.Second}
 	if err := victim.Attack(ctx, waves, t.Logf); err != nil {
 		t.Error(err)
+	}
+	// frpc holds what callers send until the proxy has read it, and its container has the same limit.
+	if peak, err := process.Memory(w.agent.Frpc.Pid(), "VmHWM"); err != nil || peak > attack.Limit {
+		t.Errorf("frpc had %.0f MB, %v", peak, err)
 	}
 	for _, p := range []interface{ Done() <-chan struct{} }{w.agent.Bootstrap, w.agent.Frpc, w.agent.Proxy} {
 		select {
