@@ -114,6 +114,11 @@ func (c Config) TOML() ([]byte, error) {
 	w.number("remotePort", c.Tunnel.RemotePort)
 	w.text("loadBalancer.group", c.Tunnel.Group)
 	w.text("loadBalancer.groupKey", c.Tunnel.GroupKey.Reveal())
+	if c.Tunnel.Type != "http" {
+		// The only way to learn the caller's address. Of type http, X-Forwarded-For has it, and frps sends requests of
+		// several callers over one connection.
+		w.text("transport.proxyProtocolVersion", "v2")
+	}
 	// frpc registers the tunnel while the proxy takes requests, and withdraws it when the proxy drains: streams
 	// that run go on, new requests go to another instance. It counts failures for ever, not in a row, so that
 	// more than one allowed failure would only be the same later.

@@ -106,6 +106,9 @@ func want(c frpc.Config) *v1.ClientConfig {
 		HealthCheck:  v1.HealthCheckConfig{Type: "http", Path: frpc.HealthPath, IntervalSeconds: 1, TimeoutSeconds: 5, MaxFailed: 1},
 		ProxyBackend: v1.ProxyBackend{LocalIP: c.Tunnel.LocalIP, LocalPort: c.Tunnel.LocalPort},
 	}
+	if c.Tunnel.Type != "http" {
+		base.Transport.ProxyProtocolVersion = "v2"
+	}
 	var proxy v1.ProxyConfigurer
 	switch c.Tunnel.Type {
 	case "http":
@@ -177,24 +180,38 @@ func TestStockFrpcVerifies(t *testing.T) {
 	if _, err := os.Stat(binary); err != nil {
 		t.Fatalf("%v: make tools builds it", err)
 	}
+	verify := func(t *testing.T, c frpc.Config) {
+		t.Helper()
+		c.LogLevel = "info"
+		c.TLS = frpc.TLS{ServerName: c.TLS.ServerName}
+		c.Tunnel.LocalIP = "127.0.0.1"
+		toml, err := c.TOML()
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(t.TempDir(), frpc.ConfigFile)
+		if err := os.WriteFile(path, toml, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command(binary, "verify", "-c", path).CombinedOutput(); err != nil {
+			t.Errorf("frpc verify: %v\n%s", err, out)
+		}
+	}
 	for name, value := range hostile {
 		t.Run(name, func(t *testing.T) {
 			c := with(value)
-			c.LogLevel = "info"
-			c.TLS = frpc.TLS{ServerName: value}
-			c.Tunnel.LocalIP = "127.0.0.1"
 			c.Tunnel.Subdomain, c.Tunnel.CustomDomains = "agent-001", nil
-			toml, err := c.TOML()
-			if err != nil {
-				t.Fatal(err)
-			}
-			path := filepath.Join(t.TempDir(), frpc.ConfigFile)
-			if err := os.WriteFile(path, toml, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if out, err := exec.Command(binary, "verify", "-c", path).CombinedOutput(); err != nil {
-				t.Errorf("frpc verify: %v\n%s", err, out)
-			}
+			verify(t, c)
 		})
 	}
+	t.Run("https", func(t *testing.T) {
+		c := with("x")
+		c.Tunnel.Type, c.Tunnel.Subdomain, c.Tunnel.CustomDomains = "https", "agent-001", nil
+		verify(t, c)
+	})
+	t.Run("tcp", func(t *testing.T) {
+		c := with("x")
+		c.Tunnel = frpc.Tunnel{Name: "n", Type: "tcp", RemotePort: 20001, LocalPort: 1}
+		verify(t, c)
+	})
 }
