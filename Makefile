@@ -63,6 +63,8 @@ e2e-missing:
 bench: build tools ## Measure; the figures and what they mean are in tests/bench/README.md
 	@cd tests && go build -o $(BIN)/bench ./bench && exec $(BIN)/bench $(PARTS)
 
+# What releases are built with. A machine that downloads no toolchain (GOTOOLCHAIN=local) may have an older one: `make
+# verify` judges this one, and says what is known of the machine's.
 GO_RELEASE = $(or $(shell sed -n 's/^toolchain //p' go.work),$(error go.work names no toolchain))
 
 # The vulnerability database is a pinned module: the check needs no network and cannot be skipped. It does not
@@ -95,7 +97,11 @@ verify: $(BIN)/golangci-lint $(BIN)/govulncheck $(VULNDB_INDEX) ## Check format,
 		echo "== $$m: unit tests with the race detector"; (cd $$m && CGO_ENABLED=1 go test -race ./...) || exit 1; done
 	@echo "== known vulnerabilities, as of $(VULNDB_DATE)"
 	@cd proxy && $(GOVULNCHECK) -mode query -format json golang.org/x/net@v0.49.0 | grep -q GO-2026-4918 || { echo "the database in $(VULNDB_DIR) does not find GO-2026-4918: remove the directory and repeat"; exit 1; }
-	@for m in bootstrap proxy; do echo "$$m:"; (cd $$m && $(GOVULNCHECK) ./...) || exit 1; done
+	@for m in bootstrap proxy; do echo "$$m, built with $(GO_RELEASE):"; (cd $$m && GOVERSION=$(GO_RELEASE) $(GOVULNCHECK) ./...) || exit 1; done
+	@go=$$(go env GOVERSION); [ $$go = $(GO_RELEASE) ] || { \
+		echo "DO NOT RELEASE what this machine builds: it has $$go, go.work names $(GO_RELEASE). Known in the standard library of $$go:"; \
+		out=$$(cd proxy && $(GOVULNCHECK) -scan module) || [ $$? = 3 ] || exit 1; \
+		echo "$$out" | sed -n 's/^Vulnerability #[0-9]*: /  /p'; }
 
 .PHONY: build
 build: ## Build bootstrap and proxy, and the development commands, into .build/bin

@@ -2,7 +2,7 @@ module github.com/pipeops/vm-agent/bootstrap
 
 go 1.26.0
 
-toolchain go1.26.8
+toolchain go1.26.10
 
 require (
 	github.com/pipeops/vm-agent/frpc v0.0.0
