@@ -14,6 +14,9 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -41,9 +44,35 @@ func main() {
 		<-signals
 		drain()
 		<-signals // ends the process at once
-		os.Exit(exitKilled)
+		exit(exitKilled)
 	}()
-	os.Exit(run(ctx, os.Args[1:], config.Environ(), os.Stdout, os.Stderr))
+	exit(run(ctx, os.Args[1:], config.Environ(), os.Stdout, os.Stderr))
+}
+
+// exit ends the process, and with it a credential plugin that still runs: client-go would leave it behind.
+func exit(code int) {
+	killChildren(os.Getpid())
+	os.Exit(code)
+}
+
+// killChildren kills the children of a process, and theirs.
+func killChildren(pid int) {
+	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil {
+		return
+	}
+	for _, list := range lists {
+		children, err := os.ReadFile(list)
+		if err != nil {
+			continue // the thread has ended
+		}
+		for _, child := range strings.Fields(string(children)) {
+			if pid, err := strconv.Atoi(child); err == nil {
+				killChildren(pid)
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+	}
 }
 
 func run(ctx context.Context, args []string, env map[string]string, stdout, stderr io.Writer) int {

@@ -1,0 +1,108 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/rest"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+)
+
+// hangingPlugin is a credential plugin that does not come to its end until release is closed. It returns the path of a
+// file that exists once the plugin runs.
+func hangingPlugin(t *testing.T) (config *rest.Config, started string, release func()) {
+	t.Helper()
+	dir := t.TempDir()
+	started, released := filepath.Join(dir, "started"), filepath.Join(dir, "released")
+	program := filepath.Join(dir, "slow-plugin")
+	script := fmt.Sprintf(`#!/bin/sh
+touch %s
+while [ ! -e %s ]; do sleep 0.05; done
+echo '{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"from-the-plugin"}}'
+`, started, released)
+	if err := os.WriteFile(program, []byte(script), 0o700); err != nil { //nolint:gosec // it is run
+		t.Fatal(err)
+	}
+	api := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = fmt.Fprint(w, r.Header.Get("Authorization"))
+	}))
+	t.Cleanup(api.Close)
+	release = func() {
+		if err := os.WriteFile(released, nil, 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Cleanup(release)
+	return &rest.Config{Host: api.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}, ExecProvider: &clientcmdapi.ExecConfig{
+		Command: program, APIVersion: "client.authentication.k8s.io/v1", InteractiveMode: clientcmdapi.NeverExecInteractiveMode,
+	}}, started, release
+}
+
+// TestHangingCredentialPlugin: nobody waits for it longer than they want, it is named, and what waited goes when it ends.
+func TestHangingCredentialPlugin(t *testing.T) {
+	config, _, release := hangingPlugin(t)
+	s := serverBefore(t, config, token, slog.New(slog.DiscardHandler))
+	before := runtime.NumGoroutine()
+	for range 40 { // more than may wait at a time
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		err := s.kube.Check(ctx)
+		cancel()
+		if err == nil || !strings.Contains(err.Error(), "slow-plugin does not answer") {
+			t.Fatalf("the check says %v", err)
+		}
+	}
+	if n := runtime.NumGoroutine(); n > before+100 {
+		t.Errorf("%d goroutines, %d before", n, before)
+	}
+	w := do(s.handler(tunnel), "GET", "/api/k8s/version", "Bearer "+token) // many wait: refused at once
+	if w.Code != http.StatusGatewayTimeout || !strings.Contains(w.Body.String(), "slow-plugin") {
+		t.Errorf("answered %d %s", w.Code, w.Body)
+	}
+	release()
+	eventually(t, func() bool {
+		w := do(s.handler(tunnel), "GET", "/api/k8s/version", "Bearer "+token)
+		return w.Code == http.StatusOK && w.Body.String() == "Bearer from-the-plugin"
+	})
+	eventually(t, func() bool { return runtime.NumGoroutine() < before+40 })
+}
+
+// TestKillChildren: a plugin, and what it has started, end with the proxy.
+func TestKillChildren(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "pids")
+	parent := exec.Command("sh", "-c", `sh -c 'sleep 1000 & echo $$ $! >'"$0"'.new; mv "$0".new "$0"; wait' "$0"; exit 0`, file)
+	if err := parent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var pids []int
+	eventually(t, func() bool {
+		data, err := os.ReadFile(file)
+		for _, field := range strings.Fields(string(data)) {
+			pid, err := strconv.Atoi(field)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pids = append(pids, pid)
+		}
+		return err == nil
+	})
+	killChildren(os.Getpid())
+	_ = parent.Wait()
+	for _, pid := range pids {
+		eventually(t, func() bool {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			return syscall.Kill(pid, 0) != nil || err == nil && strings.Contains(string(stat), ") Z ")
+		})
+	}
+}
