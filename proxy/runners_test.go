@@ -140,6 +140,49 @@ func TestCommandsWithoutAnEnd(t *testing.T) {
 	}
 }
 
+// TestRunnersDoNotLeadInside: a name is allowed, and what it resolves to is not.
+func TestRunnersDoNotLeadInside(t *testing.T) {
+	r := &runners{allowed: []string{"*.svc", "127.0.0.2", "fd00:ec2::254"}}
+	for address, allowed := range map[string]bool{
+		"127.0.0.1:80": false, "127.0.0.2:80": true, "[::1]:80": false, "[::ffff:127.0.0.1]:80": false, "[::ffff:127.0.0.2]:80": true,
+		"169.254.169.254:80": false, "[fe80::1%25lo]:80": false, "0.0.0.0:80": false, "[::]:80": false, "224.0.0.1:80": false,
+		"100.100.100.200:80": false, "[fd00:ec2::254]:80": true, "10.96.0.10:80": true, "[fd00::1]:80": true, "name.svc:80": false,
+	} {
+		if err := r.mayDial(t.Context(), "tcp", address, nil); (err == nil) != allowed {
+			t.Errorf("%s: %v", address, err)
+		}
+	}
+	// The dialer asks, and its answer reaches the caller.
+	runner := httptest.NewServer(http.NotFoundHandler())
+	defer runner.Close()
+	s := serverBefore(t, &rest.Config{Host: "http://127.0.0.1:1"}, token, slog.New(slog.DiscardHandler))
+	req := httptest.NewRequest(http.MethodGet, runner.URL, nil)
+	req.RequestURI = ""
+	if _, err := s.runners.relay.Transport.RoundTrip(req); !errors.Is(err, errForbiddenAddress) { //nolint:bodyclose // there is none
+		t.Errorf("dialled: %v", err)
+	}
+}
+
+// TestLoopOfRunners: a command that has been through this agent is not relayed again.
+func TestLoopOfRunners(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	for via, want := range map[string]int{
+		"1.1 agent-001": http.StatusLoopDetected, "1.1 gateway, 1.1 agent-001, 1.1 x": http.StatusLoopDetected,
+		"1.1 agent-0012": http.StatusBadGateway, "": http.StatusBadGateway, // no registry is read here
+	} {
+		r := httptest.NewRequest(http.MethodPost, "/api/runners/a/command", nil)
+		r.Header.Set("Authorization", "Bearer "+token)
+		if via != "" {
+			r.Header.Set("Via", via)
+		}
+		w := httptest.NewRecorder()
+		handlers[tunnel].ServeHTTP(w, r)
+		if w.Code != want {
+			t.Errorf("%q: answered %d %s, want %d", via, w.Code, w.Body, want)
+		}
+	}
+}
+
 // TestCommandsKeepTheirQuery beside the endpoint's own.
 func TestCommandsKeepTheirQuery(t *testing.T) {
 	runner := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.RequestURI) }))

@@ -16,7 +16,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -97,22 +96,30 @@ type callerBody struct {
 	io.ReadCloser
 
 	control *http.ResponseController
-	broken  atomic.Pointer[error]
+	once    sync.Once
+	ended   chan struct{} // closed when err is set
+	err     error         // what reading ended with
+}
+
+// failure returns why the body could not be read, nil if it could, or is being read.
+func (b *callerBody) failure() error {
+	select {
+	case <-b.ended:
+		if !errors.Is(b.err, io.EOF) {
+			return b.err
+		}
+	default:
+	}
+	return nil
 }
 
 func (b *callerBody) Read(p []byte) (int, error) {
 	_ = b.control.SetReadDeadline(time.Now().Add(uploadTimeout)) // ended by whoever reads io.EOF
 	n, err := b.ReadCloser.Read(p)
-	if err != nil && !errors.Is(err, io.EOF) {
-		b.broken.Store(&err)
+	if err != nil {
+		b.once.Do(func() { b.err = err; close(b.ended) })
 	}
 	return n, err
-}
-
-// late reports whether the body did not come in its time.
-func (b *callerBody) late() bool {
-	err := b.broken.Load()
-	return err != nil && errors.Is(*err, os.ErrDeadlineExceeded)
 }
 
 // begin waits for the first byte. With it net/http tells the caller to continue; were that left to the
@@ -146,17 +153,17 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, re
 	found := &request{path: path, Description: d, reserve: reserve}
 	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
 	if r.Body != nil && r.Body != http.NoBody {
-		found.body = &callerBody{ReadCloser: r.Body, control: http.NewResponseController(w)}
+		body := &callerBody{ReadCloser: r.Body, control: http.NewResponseController(w), ended: make(chan struct{})}
 		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true) {
-			if err := found.body.keep(r); err != nil {
+			if err := body.keep(r); err != nil {
 				writeBroken(w, r, err)
 				return
 			}
 		} else {
 			if r.Header.Get("Expect") != "" {
-				found.body.begin()
+				body.begin()
 			}
-			r.Body = found.body
+			r.Body, found.body = body, body
 		}
 	}
 	if d.Verb == "watch" {
@@ -311,9 +318,17 @@ var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API se
 // fail answers for an API server that did not. r is the request as rewritten.
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	body := found(r.Context()).body
-	if body != nil && body.late() { // net/http ends the request's context then, as if the caller had gone
-		writeBroken(w, r, os.ErrDeadlineExceeded)
-		return
+	if body != nil && r.Context().Err() != nil {
+		// net/http ends the context of a request whose body is late, as if the caller had gone, a moment before that
+		// read returns.
+		select {
+		case <-body.ended:
+		case <-time.After(100 * time.Millisecond):
+		}
+		if errors.Is(body.failure(), os.ErrDeadlineExceeded) {
+			writeBroken(w, r, os.ErrDeadlineExceeded)
+			return
+		}
 	}
 	switch cause := context.Cause(r.Context()); {
 	case errors.Is(cause, ErrShutdown):
@@ -323,8 +338,8 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
 	}
-	if body != nil && body.broken.Load() != nil {
-		writeBroken(w, r, *body.broken.Load())
+	if body != nil && body.failure() != nil {
+		writeBroken(w, r, body.failure())
 		return
 	}
 	code, reason, message := explain(p.target.Host, err)

@@ -45,7 +45,8 @@ func (c *ControlPlane) gateway() http.Handler {
 		},
 		ModifyResponse: func(resp *http.Response) error {
 			id, _, _ := strings.Cut(resp.Request.Host, ".")
-			if resp.Header.Get(agentHeader) != id {
+			bare := resp.StatusCode == http.StatusBadRequest || resp.StatusCode == http.StatusRequestHeaderFieldsTooLarge
+			if resp.Header.Get(agentHeader) != id && !bare { // net/http says these by itself, and so does an agent's
 				return errNoAgent
 			}
 			return nil
