@@ -1,9 +1,35 @@
 package attack
 
 import (
+	"context"
+	"fmt"
+	"io"
 	"net/http"
+	"strings"
 	"time"
 )
+
+// Assign tells the agent of a runner, as its control plane does.
+func (t Target) Assign(ctx context.Context, runner, endpoint string) error {
+	message := fmt.Sprintf(`{"id": "assign-%s", "type": "runner_assigned", "timestamp": "2026-01-02T03:04:05Z", "data": {
+		"runner_id": %[1]q, "runner_endpoint": %q, "runner_token": "secret", "assigned_at": "2026-01-02T03:04:05Z"}}`, runner, endpoint)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, t.URL("/api/control-plane/message"), strings.NewReader(message))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Authorization", "Bearer "+t.Token)
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := t.Transport(false).RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		answer, _ := io.ReadAll(resp.Body)
+		return fmt.Errorf("assign runner %s: %s: %s", runner, resp.Status, answer)
+	}
+	return nil
+}
 
 // HostileRunner answers every command with 10 MB of short headers, which is less than net/http's client takes.
 func HostileRunner() http.Handler {
@@ -23,7 +49,7 @@ func HostileRunner() http.Handler {
 // LoopRunner sends each command back to the agent as a command for the runner of that name, with nothing that tells it
 // from a new one. Each is answered after all those that come after it.
 func LoopRunner(agent Target, runner string) http.Handler {
-	transport := agent.Transport(false)
+	transport := agent.from("127.0.0.2").Transport(false)
 	transport.ResponseHeaderTimeout = 0
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		again, err := http.NewRequestWithContext(r.Context(), http.MethodPost, agent.URL(commandPath(runner)), http.NoBody)

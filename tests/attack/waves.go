@@ -1,0 +1,99 @@
+package attack
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+)
+
+// Names of the runners that the waves send commands to: HostileRunner and LoopRunner.
+const (
+	Hostile = "hostile"
+	Loop    = "loop"
+)
+
+// Create makes what the waves read: a list of 10 MB in a namespace, of which a watch of the waves sees 1 MB.
+func Create(ctx context.Context, client kubernetes.Interface, namespace string) error {
+	for i := range 40 {
+		object := &corev1.ConfigMap{
+			ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("large-%d", i), Labels: map[string]string{"watched": fmt.Sprint(i < 4)}},
+			Data:       map[string]string{"x": strings.Repeat("x", 250_000)},
+		}
+		if _, err := client.CoreV1().ConfigMaps(namespace).Create(ctx, object, metav1.CreateOptions{}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Ways are how attackers reach the proxy.
+type Ways struct {
+	Operations Target // the operations listener
+	Tunnel     Target // the tunnel listener, by TLS, with a token
+	Frps       Target // the same, as all the world does
+	Namespace  string // that Create was told
+}
+
+// Size is how many attackers there are of each kind.
+type Size struct {
+	Floods   int // on each listener, and a quarter of that through frps
+	Watches  int
+	Lists    int
+	Uploads  int
+	Idle     int
+	Commands int // for each of the two runners
+}
+
+// Waves returns all attacks. Each kind has an address of its own, so that the proxy can tell them apart from one another
+// and from honest callers. ATTACKS="stalled lists,loop" leaves out those whose names contain neither.
+func Waves(w Ways, s Size) ([]Wave, error) {
+	var waves []Wave
+	add := func(name string, n int, attack Attack) {
+		// So that most are there after 10 s, and the handshakes leave some of two cores for others.
+		waves = append(waves, Wave{name, n, min(max(n/10, 10), 75), attack})
+	}
+	path := "/api/v1/namespaces/" + w.Namespace + "/configmaps"
+	watch := path + "?watch=true&labelSelector=watched%3Dtrue"
+	plain := w.Tunnel
+	plain.TLS = nil
+	const flooder, reader, uploader, idler, commander = "127.0.0.3", "127.0.0.4", "127.0.0.5", "127.0.0.6", "127.0.0.7"
+
+	add("header floods, operations listener", s.Floods/2, HeaderFlood(w.Operations, false))
+	add("header floods, operations listener, whole", s.Floods/2, HeaderFlood(w.Operations, true))
+	add("header floods, tunnel listener, TLS", s.Floods/2, HeaderFlood(w.Tunnel.from(flooder), false))
+	add("header floods, tunnel listener, plain, whole", s.Floods/2, HeaderFlood(plain.from(flooder), true))
+	add("header floods, frps", s.Floods/4, HeaderFlood(w.Frps.from(flooder), false))
+	// frps and the sockets on the way hold most of an answer; straight at the listener, nobody else does.
+	for name, way := range map[string]Target{"frps": w.Frps, "tunnel listener": w.Tunnel} {
+		add("stalled watches, "+name, s.Watches/2, StalledRead(way.from(reader), watch))
+		add("stalled lists, "+name, s.Lists/2, StalledRead(way.from(reader), path))
+	}
+	add("stalled uploads of 256 KiB", s.Uploads*3/4, StalledUpload(w.Frps.from(uploader), path, 256<<10))
+	add("stalled uploads of 1 MiB", s.Uploads/4, StalledUpload(w.Frps.from(uploader), path, 1<<20))
+	add("idle connections, operations listener", s.Idle/5, IdleConnection(w.Operations))
+	add("idle connections, tunnel listener", s.Idle*2/5, IdleConnection(w.Tunnel.from(idler)))
+	add("idle connections, frps", s.Idle*2/5, IdleConnection(w.Frps.from(idler)))
+	add("hostile runner", s.Commands, Command(w.Frps.from(commander), Hostile))
+	add("loop of runners", s.Commands, Command(w.Frps.from(commander), Loop))
+
+	if only := os.Getenv("ATTACKS"); only != "" {
+		waves = slices.DeleteFunc(waves, func(w Wave) bool {
+			return !slices.ContainsFunc(strings.Split(only, ","), func(word string) bool { return strings.Contains(w.Name, word) })
+		})
+		if len(waves) == 0 {
+			return nil, fmt.Errorf("ATTACKS=%q: no attack has such a name", only)
+		}
+	}
+	return waves, nil
+}
+
+func (t Target) from(ip string) Target {
+	t.From = ip
+	return t
+}
