@@ -44,9 +44,15 @@ missing-packages = for p in $(E2E_PACKAGES); do dpkg-query -W -f '$${Status}\n' 
 # What a node is made of beside the tools, and Compose. Nothing else needs them, and they take minutes to build.
 NODE := kube-controller-manager kube-proxy kube-router kube-scheduler kubelet
 
+E2E_PARTS := e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE) docker-compose)
+
 .PHONY: e2e
-e2e: e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE) docker-compose) ## Run the tests on a whole Kubernetes node: root, Debian
+e2e: $(E2E_PARTS) ## Run the tests on a whole Kubernetes node: root, Debian
 	@cd tests && go test -count=1 -v -timeout 20m ./monitoring ./e2e
+
+.PHONY: attack
+attack: $(E2E_PARTS) ## Attack the agent's memory on such a node for three minutes, in place of e2e's 30 s
+	@cd tests && ATTACK_DURATION=$(or $(ATTACK_DURATION),3m) go test -count=1 -v -timeout 20m -run 'TestAttack$$' ./e2e
 
 .PHONY: e2e-ready
 e2e-ready:

@@ -28,6 +28,7 @@ type Victim struct {
 	Pid        int
 	Operations Target        // its operations listener
 	Honest     Target        // how its honest callers reach it
+	Slowest    time.Duration // 99 of 100 honest calls are faster; 0: they need not be
 	Within     time.Duration // how long it may take to recover
 
 	rss        float64 // MB, before
@@ -84,6 +85,9 @@ func (v *Victim) Attack(ctx context.Context, waves []Wave, logf func(string, ...
 	}
 	if len(calls.Failures) > 0 {
 		failed = append(failed, fmt.Errorf("honest caller: %s", calls))
+	}
+	if p99 := calls.Percentile(99); v.Slowest > 0 && p99 >= v.Slowest {
+		failed = append(failed, fmt.Errorf("honest caller: p99 is %s: %s", p99, calls))
 	}
 	begin = time.Now()
 	err := v.recovered(context.WithoutCancel(ctx))
