@@ -76,7 +76,7 @@ func newMetrics() *metrics {
 		authFailures:   counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
 		tunnelUp:       gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
 		leaseEnd:       gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
-		renewalFailing: gauge("tunnel_lease_renewal_failing", "1 if bootstrap has tried to renew the lease and could not, else 0."),
+		renewalFailing: gauge("tunnel_lease_renewal_failing", "1 if the renewal of the lease has failed or is overdue, else 0."),
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
 	}

@@ -249,3 +249,22 @@ func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
 		t.Errorf("kubectl get: %+v\nwant %q", r, want)
 	}
 }
+
+// TestStorageOfTheAPIServerStops: the API server still answers, and can do nothing; the agent says so.
+func TestStorageOfTheAPIServerStops(t *testing.T) {
+	group, err := process.NewGroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(group.Close)
+	own, err := cluster.Start(t.Context(), group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := leadingTo(t, func(config *rest.Config) { *config = *own.Config })
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	own.Etcd.Kill()
+	wantReady(t, w.agent, "kubernetes", "the Kubernetes API server at "+strings.TrimPrefix(own.Config.Host, "https://")+" answers GET /readyz: 500 Internal Server Error; [-]etcd failed")
+}
