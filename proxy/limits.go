@@ -72,7 +72,7 @@ func memoryLimit() int64 {
 }
 
 // bound keeps a listener to its limits, and shows them.
-func (s *server) bound(l listener, socket net.Listener, runDir string) *inbound.Listener {
+func (s *server) bound(l listener, socket *net.TCPListener, runDir string) *inbound.Listener {
 	config := inbound.Config{
 		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
 		TLS: newTLSConfig(runDir, s.log),

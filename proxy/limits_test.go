@@ -25,7 +25,7 @@ func listening(t *testing.T, s *server) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bounded := s.bound(tunnel, socket, t.TempDir())
+	bounded := s.bound(tunnel, socket.(*net.TCPListener), t.TempDir())
 	server := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), slog.New(slog.DiscardHandler))
 	server.ConnState = bounded.ConnState
 	go func() { _ = server.Serve(bounded) }()
@@ -378,7 +378,7 @@ func TestSilentAPIServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, silentAPI := serverBeforeSilence(t)
 		w := httptest.NewRecorder()
-		r := httptest.NewRequest("GET", "/api/k8s/version", nil)
+		r := httptest.NewRequest(http.MethodGet, "/api/k8s/version", nil)
 		r.Header.Set("Authorization", "Bearer "+token)
 		start := time.Now()
 		s.handler(tunnel).ServeHTTP(w, r)
@@ -481,7 +481,7 @@ func TestCallerOfATunnelIsTheOneWhoDialled(t *testing.T) {
 	t.Cleanup(api.Close)
 	s := serverBefore(t, &rest.Config{Host: api.URL}, token, slog.New(slog.NewJSONHandler(&log, nil)))
 	header := "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + "\xc0\x00\x02\x07\xc0\x00\x02\x08\x12\x67\x01\xbb"
-	if _, resp, err := call(t, listening(t, s), header+"GET /api/k8s/version HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Rest:"); err != nil || resp.StatusCode != 200 {
+	if _, resp, err := call(t, listening(t, s), header+"GET /api/k8s/version HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Rest:"); err != nil || resp.StatusCode != http.StatusOK {
 		t.Fatalf("answered %v, %v", resp, err)
 	}
 	if !strings.Contains(log.String(), `"caller":"192.0.2.7"`) || !strings.Contains(log.String(), `"forwarded_for":"198.51.100.9"`) {

@@ -195,7 +195,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 		if err != nil {
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
-		listener := s.bound(l.listener, socket, cfg.RunDir)
+		listener := s.bound(l.listener, socket.(*net.TCPListener), cfg.RunDir)
 		server := newHTTPServer(streams, l.listener, s.handler(l.listener), log)
 		server.ConnState = listener.ConnState
 		servers = append(servers, server)

@@ -158,7 +158,7 @@ func TestRunnersDoNotLeadInside(t *testing.T) {
 	s := serverBefore(t, &rest.Config{Host: "http://127.0.0.1:1"}, token, slog.New(slog.DiscardHandler))
 	req := httptest.NewRequest(http.MethodGet, runner.URL, nil)
 	req.RequestURI = ""
-	if _, err := s.runners.relay.Transport.RoundTrip(req); !errors.Is(err, errForbiddenAddress) { //nolint:bodyclose // there is none
+	if _, err := s.runners.relay.Transport.RoundTrip(req); !errors.Is(err, errForbiddenAddress) {
 		t.Errorf("dialled: %v", err)
 	}
 }

@@ -72,7 +72,7 @@ func TestTunnelListenerSpeaksBoth(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		_, _ = io.WriteString(w, r.Proto+" "+string(body))
 	}), quiet)
-	go func() { _ = server.Serve(s.bound(tunnel, listener, dir)) }()
+	go func() { _ = server.Serve(s.bound(tunnel, listener.(*net.TCPListener), dir)) }()
 	t.Cleanup(func() { _ = server.Close() })
 
 	caller := func(trusted *x509.Certificate) *http.Client {

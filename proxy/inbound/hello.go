@@ -2,6 +2,7 @@ package inbound
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
@@ -37,7 +38,7 @@ func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 		return c, nil
 	}
 	conn := tls.Server(c, config)
-	return conn, conn.Handshake() // bounded by the deadline of the connection
+	return conn, conn.HandshakeContext(context.Background()) // the connection has a deadline
 }
 
 // peek waits for the first byte.

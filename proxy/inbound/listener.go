@@ -47,7 +47,7 @@ type Config struct {
 
 // Listener wraps a net.Listener. Its Accept returns a *Conn, or a *tls.Conn around one after its handshake.
 type Listener struct {
-	net.Listener
+	*net.TCPListener
 
 	config Config
 	ready  chan net.Conn
@@ -61,9 +61,9 @@ type Listener struct {
 }
 
 // New starts to accept from inner. It ends when inner, or what it returns, is closed.
-func New(inner net.Listener, config Config) *Listener {
+func New(inner *net.TCPListener, config Config) *Listener {
 	l := &Listener{
-		Listener: inner, config: config, waiting: list.New(),
+		TCPListener: inner, config: config, waiting: list.New(),
 		ready: make(chan net.Conn), failed: make(chan error), closed: make(chan struct{}),
 	}
 	go l.accept()
@@ -85,7 +85,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 func (l *Listener) accept() {
 	defer close(l.closed)
 	for {
-		accepted, err := l.Listener.Accept()
+		accepted, err := l.AcceptTCP()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -93,11 +93,9 @@ func (l *Listener) accept() {
 			l.failed <- err
 			continue
 		}
-		if tcp, ok := accepted.(*net.TCPConn); ok {
-			_ = tcp.SetReadBuffer(socketBuffer)
-			_ = tcp.SetWriteBuffer(socketBuffer)
-		}
-		c := &Conn{Conn: accepted, listener: l, remote: accepted.RemoteAddr()}
+		_ = accepted.SetReadBuffer(socketBuffer)
+		_ = accepted.SetWriteBuffer(socketBuffer)
+		c := &Conn{TCPConn: accepted, listener: l, remote: accepted.RemoteAddr()}
 		if l.admit(c) {
 			go l.begin(c)
 		}
@@ -191,7 +189,7 @@ func (l *Listener) InUse() (connections int, headers int64) {
 // Conn is one connection. A nil *Conn does nothing: there is none in the context of requests that came by another
 // listener.
 type Conn struct {
-	net.Conn
+	*net.TCPConn
 
 	listener *Listener
 	remote   net.Addr
@@ -285,7 +283,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		c.unread = c.unread[n:]
 		return n, nil
 	}
-	n, err := c.Conn.Read(p)
+	n, err := c.TCPConn.Read(p)
 	if cost := c.cost.Load(); cost > 0 && n > 0 && !c.listener.charge(c, int64(n)*cost) {
 		return 0, errHeaderMemory
 	}
@@ -327,10 +325,8 @@ func (c *Conn) Abort() {
 
 // reset drops what the kernel still holds for a caller who does not read.
 func (c *Conn) reset() {
-	if tcp, ok := c.Conn.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0)
-	}
-	_ = c.Conn.Close()
+	_ = c.SetLinger(0)
+	_ = c.TCPConn.Close()
 }
 
 // Close closes the connection and takes it out of the counts.
@@ -338,13 +334,5 @@ func (c *Conn) Close() error {
 	c.listener.mu.Lock()
 	c.listener.forget(c)
 	c.listener.mu.Unlock()
-	return c.Conn.Close()
-}
-
-// CloseWrite is what net/http looks for to say the last word and still listen.
-func (c *Conn) CloseWrite() error {
-	if conn, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return conn.CloseWrite()
-	}
-	return errors.ErrUnsupported
+	return c.TCPConn.Close()
 }

@@ -45,7 +45,7 @@ func start(t *testing.T, config Config) *world {
 	if config.HelloTimeout == 0 {
 		config.HelloTimeout = time.Minute
 	}
-	w.Listener = New(socket, config)
+	w.Listener = New(socket.(*net.TCPListener), config)
 	server := &http.Server{
 		MaxHeaderBytes: 1 << 20, ConnContext: ConnContext, ConnState: w.ConnState, ReadHeaderTimeout: time.Minute,
 		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {

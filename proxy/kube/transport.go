@@ -3,7 +3,6 @@ package kube
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -30,19 +29,22 @@ const (
 	// headersTimeout is how long an API server of HTTP/1.1 may take to begin its answer: longer than it gives
 	// itself (--request-timeout, 60 s). Over HTTP/2 pings tell whether it is there.
 	headersTimeout = 75 * time.Second
+	// maxDials is how many connections are made at a time. A connection of HTTP/2 cannot be shared before it is made:
+	// without this, two thousand watches that begin at once, as after a restart of the API server, dialled five
+	// thousand. It does not bound how many there are.
+	maxDials = 3
 )
 
 // lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2, if the API server speaks it.
 type lanes struct {
 	http2, http1 http.RoundTripper
 	latency      Observer
-	connecting   chan struct{} // holds the one that looks for a connection
-	onlyHTTP1    atomic.Bool   // the API server speaks no HTTP/2
-	plugin       *plugin       // nil: the credential comes from no plugin
+	onlyHTTP1    atomic.Bool // the API server speaks no HTTP/2
+	plugin       *plugin     // nil: the credential comes from no plugin
 }
 
 func newLanes(config *rest.Config, target *url.URL, latency Observer) (*lanes, error) {
-	l := &lanes{latency: latency, connecting: make(chan struct{}, 1)}
+	l := &lanes{latency: latency}
 	l.onlyHTTP1.Store(target.Scheme == "http")
 	if config.ExecProvider != nil {
 		l.plugin = &plugin{command: config.ExecProvider.Command}
@@ -51,7 +53,7 @@ func newLanes(config *rest.Config, target *url.URL, latency Observer) (*lanes, e
 	// http.DefaultTransport, which knows nothing of DisableCompression.
 	config.NextProtos = []string{"h2", "http/1.1"}
 	var err error
-	if l.http2, err = transportFor(config, 0); err != nil {
+	if l.http2, err = transportFor(config, func(t *http.Transport) { t.MaxConnsPerHost = maxDials }); err != nil {
 		return nil, err
 	}
 	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
@@ -67,14 +69,14 @@ func newLanes(config *rest.Config, target *url.URL, latency Observer) (*lanes, e
 		}
 		return conn, err
 	}
-	if l.http1, err = transportFor(config, headersTimeout); err != nil {
+	if l.http1, err = transportFor(config, func(t *http.Transport) { t.ResponseHeaderTimeout = headersTimeout }); err != nil {
 		return nil, err
 	}
 	return l, nil
 }
 
 // transportFor returns client-go's transport with bounds on what it holds of answers.
-func transportFor(config *rest.Config, headersTimeout time.Duration) (http.RoundTripper, error) {
+func transportFor(config *rest.Config, bound func(*http.Transport)) (http.RoundTripper, error) {
 	config = rest.CopyConfig(config)
 	bounded := false
 	config.Wrap(func(rt http.RoundTripper) http.RoundTripper {
@@ -89,7 +91,7 @@ func transportFor(config *rest.Config, headersTimeout time.Duration) (http.Round
 		if t, ok := inner.(*http.Transport); ok {
 			t.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
 			t.MaxResponseHeaderBytes = maxResponseHeaders
-			t.ResponseHeaderTimeout = headersTimeout
+			bound(t)
 			bounded = true
 		}
 		return rt
@@ -124,47 +126,15 @@ func (l *lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // call sends a request that is no upgrade.
-//
-// One request at a time looks for a connection. A connection cannot be shared before it is made: without this,
-// two thousand watches that begin at once, as after a restart of the API server, dialled five thousand.
 func (l *lanes) call(r *http.Request) (*http.Response, error) {
 	if l.onlyHTTP1.Load() {
 		return l.http1.RoundTrip(r)
 	}
-	release := l.queue(r.Context())
-	defer release()
-	return l.http2.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{
-		GotConn: func(got httptrace.GotConnInfo) {
-			release()
-			if conn, ok := got.Conn.(*tls.Conn); ok && conn.ConnectionState().NegotiatedProtocol != "h2" {
-				l.onlyHTTP1.Store(true)
-			}
-		},
-	})))
-}
-
-// queue waits for its turn, and returns what lets the next have it. Whoever has to dial lets the next have it
-// after a moment, even if the dial hangs: the next may find a connection with room. Nobody waits for long.
-func (l *lanes) queue(ctx context.Context) (release func()) {
-	select {
-	case l.connecting <- struct{}{}:
-	default:
-		patience := time.NewTimer(5 * time.Second)
-		defer patience.Stop()
-		select {
-		case l.connecting <- struct{}{}:
-		case <-patience.C:
-			return func() {}
-		case <-ctx.Done():
-			return func() {}
-		}
+	resp, err := l.http2.RoundTrip(r)
+	if err == nil && resp.ProtoMajor == 1 {
+		l.onlyHTTP1.Store(true)
 	}
-	leave := sync.OnceFunc(func() { <-l.connecting })
-	moment := time.AfterFunc(100*time.Millisecond, leave)
-	return func() {
-		moment.Stop()
-		leave()
-	}
+	return resp, err
 }
 
 // worthAnother says whether a connection has died under a request that can be sent again on a new one: another
