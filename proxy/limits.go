@@ -19,36 +19,30 @@ type limits struct {
 	requestMemory  int64 // bytes for headers and small bodies of authenticated requests
 	requests       int   // authenticated requests for the API server or a runner, streams included
 	caller         int   // of these, from one caller's address
-	commands       int   // of these, for runners
 	stalledCalls   int   // of these, calls whose caller does not read
 	stalledStreams int   // and watches, logs and upgrades
 }
 
 const (
-	maxHeaderBytes    = 128 << 10 // of a request on the tunnel listener; net/http adds 4 KiB
-	opsHeaderBytes    = 16 << 10
-	opsConnections    = 100
-	maxScrapes        = 4 // of /metrics at the same time
-	maxCommands       = 32
-	maxStalledCalls   = 16      // each may hold some of the few seats that the API server gives the agent
-	defaultMemory     = 1 << 30 // bytes, where nothing limits it
-	baseMemory        = 24 << 20
-	connectionMemory  = 100 << 10 // that the number of connections is reckoned with, in bytes of all memory
-	requestsMemory    = 160 << 10
-	stalledMemory     = 96 << 10 // the window of a stream and what is underway
-	memoryForStalled  = 8        // its share of all memory: an eighth
-	memoryForHeaders  = 8
-	memoryForRequests = 5
+	maxHeaderBytes = 128 << 10 // of a request on the tunnel listener; net/http adds 4 KiB
+	opsHeaderBytes = 16 << 10
+	opsConnections = 100
+	maxScrapes     = 4 // of /metrics at the same time
+	maxCommands    = 32
+	defaultMemory  = 1 << 30 // bytes, where nothing limits it
+	baseMemory     = 24 << 20
+	stalledMemory  = 96 << 10 // bytes for a stream whose caller does not read: its window, and what is under way
 )
 
 // newLimits shares out memory, in bytes, beside what the proxy needs for itself.
 func newLimits(memory int64) limits {
 	memory = max(memory-baseMemory, memory/4)
-	requests := int(memory / requestsMemory)
+	requests := int(memory / (160 << 10))
 	return limits{
-		connections: int(memory / connectionMemory), headerMemory: memory / memoryForHeaders,
-		requestMemory: memory / memoryForRequests, requests: requests, caller: requests * 3 / 4, commands: maxCommands,
-		stalledCalls: maxStalledCalls, stalledStreams: int(memory / memoryForStalled / stalledMemory),
+		connections: int(memory / (100 << 10)), headerMemory: memory / 8, requestMemory: memory / 5,
+		requests: requests, caller: requests * 3 / 4,
+		stalledCalls:   16, // each may hold some of the few seats that the API server gives the agent
+		stalledStreams: int(memory / 8 / stalledMemory),
 	}
 }
 

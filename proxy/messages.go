@@ -93,7 +93,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool
 		writeProblem(w, http.StatusUnsupportedMediaType, "send the body as Content-Type: application/json")
 		return nil, false
 	}
-	w.(*recorder).body.within(messageTime) // observe has put it there
+	w.(*recorder).body.Within(messageTime) // observe has put it there
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
 	var tooLarge *http.MaxBytesError
 	switch {

@@ -2,9 +2,8 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"crypto/rand"
-	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -48,7 +47,7 @@ func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*re
 		rec.agentID = s.agent.ID
 	}
 	if r.Body != http.NoBody {
-		rec.body = &counted{ReadCloser: r.Body, bytes: s.metrics.received, control: http.NewResponseController(w)}
+		rec.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
 		// In a copy: net/http looks at its own request's body to see whether the caller still sends, and then
 		// closes the connection gently, so that the answer is not lost.
 		r = r.WithContext(r.Context())
@@ -192,9 +191,9 @@ type recorder struct {
 	start         time.Time
 	requestID     string
 	caller        string
-	agentID       string   // empty on the operations listener
-	body          *counted // nil: the request has none
-	streams       bool     // an answer may begin before the request has ended
+	agentID       string     // empty on the operations listener
+	body          *kube.Body // nil: the request has none
+	streams       bool       // an answer may begin before the request has ended
 	authenticated bool
 	code          int
 	bytes         int64
@@ -223,17 +222,13 @@ func (r *recorder) isStream() bool {
 // stalled returns since when the caller reads nothing of the answer, or sends nothing of the body, in Unix
 // nanoseconds; 0 if neither is so.
 func (r *recorder) stalled() int64 {
-	since := r.blocked.Load()
-	if since == 0 && r.body != nil {
-		since = r.body.blocked.Load()
-	}
-	return since
+	return cmp.Or(r.blocked.Load(), r.body.Blocked())
 }
 
 // abort ends a stalled request: with an answer, if there is none yet and the caller may read it.
 func (r *recorder) abort() {
-	if r.blocked.Load() == 0 && r.body != nil {
-		_ = r.body.control.SetReadDeadline(time.Now())
+	if r.blocked.Load() == 0 {
+		r.body.Within(0)
 		return
 	}
 	r.conn.Abort()
@@ -253,7 +248,7 @@ func (r *recorder) WriteHeader(code int) {
 	if code >= 200 {
 		r.code = code
 		r.mark()
-		if r.body != nil && r.body.end.Load() == nil && (code >= 400 || !r.streams) {
+		if !r.body.Ended() && (code >= 400 || !r.streams) {
 			// Nobody will read the rest of the body. Else net/http, or ReverseProxy, would wait for it before the
 			// answer is sent, and a caller could hold the connection for ever.
 			r.Header().Set("Connection", "close")
@@ -305,46 +300,6 @@ func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 
 // Unwrap lets http.ResponseController reach what this type does not wrap.
 func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
-
-// counted counts the bytes of a request's body.
-type counted struct {
-	io.ReadCloser
-
-	bytes   prometheus.Counter
-	control *http.ResponseController
-	end     atomic.Pointer[error] // what reading it has ended with: io.EOF if all has come
-	blocked atomic.Int64          // since when a read has not returned, in Unix nanoseconds; 0: none is under way
-}
-
-// within gives the caller so long to send all of it. Else there is no limit: it may be a stream.
-func (c *counted) within(limit time.Duration) {
-	if c != nil {
-		_ = c.control.SetReadDeadline(time.Now().Add(limit))
-	}
-}
-
-func (c *counted) Read(p []byte) (int, error) {
-	c.blocked.Store(time.Now().UnixNano())
-	n, err := c.ReadCloser.Read(p)
-	c.blocked.Store(0)
-	c.bytes.Add(float64(n))
-	if err != nil {
-		c.end.Store(&err)
-	}
-	if errors.Is(err, io.EOF) {
-		// From here net/http reads, and would take the end of the limit for the caller's leaving.
-		_ = c.control.SetReadDeadline(time.Time{})
-	}
-	return n, err
-}
-
-// failure is why the body could not be read to its end.
-func (c *counted) failure() error {
-	if c == nil || c.end.Load() == nil || errors.Is(*c.end.Load(), io.EOF) {
-		return nil
-	}
-	return *c.end.Load()
-}
 
 // countedConn counts the bytes of an upgraded connection.
 type countedConn struct {

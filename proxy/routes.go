@@ -159,7 +159,7 @@ func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer s.gate.leave(rec)
-	s.kube.Serve(w, r, &rec.description, rec.reserve)
+	s.kube.Serve(w, r, &rec.description, rec.body, rec.reserve)
 }
 
 // belowKubernetes looks at the path as it came, before anything is decoded.

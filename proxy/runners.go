@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -90,10 +89,7 @@ func newRunners(api *kube.Proxy, agentID, namespace string, allowed []string, lo
 			if resp.StatusCode < 200 || resp.StatusCode > 599 {
 				return fmt.Errorf("its status is %d", resp.StatusCode)
 			}
-			resp.Body = struct {
-				io.Reader
-				io.Closer
-			}{&limited{resp.Body, maxCommandAnswer}, resp.Body}
+			resp.Body = http.MaxBytesReader(nil, resp.Body, maxCommandAnswer) // an error beyond, and no early end
 			return nil
 		},
 		ErrorHandler: commandFailed,
@@ -108,7 +104,7 @@ func commandFailed(w http.ResponseWriter, r *http.Request, err error) {
 	var timeout net.Error
 	late := errors.As(err, &timeout) && timeout.Timeout()
 	target, cause := relayed(r.Context()), context.Cause(r.Context())
-	unread := w.(*recorder).body.failure() // observe has put it there
+	unread := w.(*recorder).body.Failure() // observe has put it there
 	code, what, do := http.StatusBadGateway, "broke off or gave no valid answer", "it may have done the command: look at its log"
 	switch {
 	case errors.As(err, &tooLarge):
@@ -132,21 +128,6 @@ func commandFailed(w http.ResponseWriter, r *http.Request, err error) {
 		code = http.StatusGatewayTimeout
 	}
 	writeProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", target.url.Host, what, err, do))
-}
-
-// limited ends with an error where io.LimitReader would end as if that were all.
-type limited struct {
-	io.Reader
-
-	left int64
-}
-
-func (l *limited) Read(p []byte) (int, error) {
-	n, err := l.Reader.Read(p)
-	if l.left -= int64(n); l.left < 0 {
-		return 0, errors.New("the runner's answer is too large")
-	}
-	return n, err
 }
 
 // namePattern is what DNS names are made of. No last label begins with a digit: some resolvers would read an IP.
@@ -338,7 +319,7 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 		refuseWithProblem(w, r, http.StatusTooManyRequests, "too many commands are being relayed: try again", 1)
 		return
 	}
-	rec.body.within(commandTotal)
+	rec.body.Within(commandTotal)
 	ctx, cancel := context.WithTimeout(r.Context(), commandTotal)
 	defer cancel()
 	// Read anew each time: another replica may have changed it.

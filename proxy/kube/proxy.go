@@ -3,7 +3,6 @@
 package kube
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -13,7 +12,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -85,53 +83,9 @@ func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
 // request is what Serve has found out of a request, for those who see it later.
 type request struct {
 	path    string // at the API server
-	body    *callerBody
+	body    *Body  // nil if there is none, or it was kept
 	reserve Reserve
 	*Description
-}
-
-// callerBody remembers why the caller's body could not be read, so that the API server does not get the blame. It
-// ends where nothing comes for uploadTimeout.
-type callerBody struct {
-	io.ReadCloser
-
-	control *http.ResponseController
-	once    sync.Once
-	ended   chan struct{} // closed when err is set
-	err     error         // what reading ended with
-}
-
-// failure returns why the body could not be read, nil if it could, or is being read.
-func (b *callerBody) failure() error {
-	select {
-	case <-b.ended:
-		if !errors.Is(b.err, io.EOF) {
-			return b.err
-		}
-	default:
-	}
-	return nil
-}
-
-func (b *callerBody) Read(p []byte) (int, error) {
-	_ = b.control.SetReadDeadline(time.Now().Add(uploadTimeout)) // ended by whoever reads io.EOF
-	n, err := b.ReadCloser.Read(p)
-	if err != nil {
-		b.once.Do(func() { b.err = err; close(b.ended) })
-	}
-	return n, err
-}
-
-// begin waits for the first byte. With it net/http tells the caller to continue; were that left to the
-// transport, which reads the body elsewhere, it would race with a 1xx of the API server on the way back.
-func (b *callerBody) begin() {
-	_ = b.control.SetReadDeadline(time.Now().Add(uploadTimeout))
-	reader := bufio.NewReader(b.ReadCloser)
-	_, _ = reader.Peek(1) // an error comes again with the first Read
-	b.ReadCloser = struct {
-		io.Reader
-		io.Closer
-	}{reader, b.ReadCloser}
 }
 
 type contextKey struct{}
@@ -144,26 +98,25 @@ func found(ctx context.Context) *request {
 // is optional leaves some for what is not.
 type Reserve func(bytes int64, optional bool) bool
 
-// Serve answers a request below Prefix. d is what Describe says of it.
-func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, reserve Reserve) {
+// Serve answers a request below Prefix. d is what Describe says of it, and body its Body; nil if it has none.
+func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, body *Body, reserve Reserve) {
 	path, ok := admit(w, r)
 	if !ok {
 		return
 	}
 	found := &request{path: path, Description: d, reserve: reserve}
 	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
-	if r.Body != nil && r.Body != http.NoBody {
-		body := &callerBody{ReadCloser: r.Body, control: http.NewResponseController(w), ended: make(chan struct{})}
+	if body != nil {
 		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true) {
-			if err := body.keep(r); err != nil {
+			if err := keep(r, body); err != nil {
 				writeBroken(w, r, err)
 				return
 			}
 		} else {
+			body.patience, found.body = uploadTimeout, body
 			if r.Header.Get("Expect") != "" {
 				body.begin()
 			}
-			r.Body, found.body = body, body
 		}
 	}
 	if d.Verb == "watch" {
@@ -188,27 +141,17 @@ const (
 	uploadTimeout = time.Minute      // between two parts of any other
 )
 
-// keep reads the whole body.
-func (b *callerBody) keep(r *http.Request) error {
-	_ = b.control.SetReadDeadline(time.Now().Add(keepTimeout))
+// keep reads a small body whole.
+func keep(r *http.Request, body *Body) error {
+	body.Within(keepTimeout)
 	data := make([]byte, r.ContentLength)
-	if _, err := io.ReadFull(b.ReadCloser, data); err != nil {
+	if _, err := io.ReadFull(body, data); err != nil {
 		return err
 	}
-	_, _ = io.Copy(io.Discard, b.ReadCloser) // to its end, of which there is nothing left
+	_, _ = io.Copy(io.Discard, body) // to its end, of which there is nothing left
 	r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
 	r.Body, _ = r.GetBody()
 	return nil
-}
-
-// writeBroken answers for a body that could not be read.
-func writeBroken(w http.ResponseWriter, r *http.Request, err error) {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		WriteStatus(w, r, http.StatusRequestTimeout, metav1.StatusReasonTimeout, "the body of the request does not come to its end: nothing came for a minute, or a small body took longer than 32 s", 0)
-		return
-	}
-	WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest,
-		"the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
 }
 
 // admit returns the path at the API server, or answers a request that must not get there.
@@ -318,17 +261,9 @@ var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API se
 // fail answers for an API server that did not. r is the request as rewritten.
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	body := found(r.Context()).body
-	if body != nil && r.Context().Err() != nil {
-		// net/http ends the context of a request whose body is late, as if the caller had gone, a moment before that
-		// read returns.
-		select {
-		case <-body.ended:
-		case <-time.After(100 * time.Millisecond):
-		}
-		if errors.Is(body.failure(), os.ErrDeadlineExceeded) {
-			writeBroken(w, r, os.ErrDeadlineExceeded)
-			return
-		}
+	if r.Context().Err() != nil && body.late() {
+		writeBroken(w, r, body.Failure())
+		return
 	}
 	switch cause := context.Cause(r.Context()); {
 	case errors.Is(cause, ErrShutdown):
@@ -338,8 +273,8 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
 	}
-	if body != nil && body.failure() != nil {
-		writeBroken(w, r, body.failure())
+	if err := body.Failure(); err != nil {
+		writeBroken(w, r, err)
 		return
 	}
 	code, reason, message := explain(p.target.Host, err)

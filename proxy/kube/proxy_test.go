@@ -40,7 +40,13 @@ func newUpstream(t *testing.T) *upstream {
 
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	d := Describe(r)
-	p.Serve(w, r, &d, func(int64, bool) bool { return true })
+	var body *Body
+	if r.Body != nil && r.Body != http.NoBody {
+		body = NewBody(w, r.Body, func(float64) {})
+		r = r.WithContext(r.Context())
+		r.Body = body
+	}
+	p.Serve(w, r, &d, body, func(int64, bool) bool { return true })
 }
 
 // ignored is a latency that nobody wants to know.

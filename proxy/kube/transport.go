@@ -1,7 +1,6 @@
 package kube
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,7 +8,6 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -49,19 +47,19 @@ func newLanes(config *rest.Config, target *url.URL, latency Observer) (*lanes, e
 	if config.ExecProvider != nil {
 		l.plugin = &plugin{command: config.ExecProvider.Command}
 	}
-	// Said, although it is the default: where a configuration says nothing of TLS, client-go hands out
-	// http.DefaultTransport, which knows nothing of DisableCompression.
-	config.NextProtos = []string{"h2", "http/1.1"}
+	// With a dialer, client-go makes a transport for this lane alone; it shares the others in a cache. And with
+	// protocols said, although they are the default: without TLS it hands out http.DefaultTransport.
+	dial := config.Dial
+	if dial == nil {
+		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext // as client-go
+	}
+	config.Dial, config.NextProtos = dial, []string{"h2", "http/1.1"}
 	var err error
 	if l.http2, err = transportFor(config, func(t *http.Transport) { t.MaxConnsPerHost = maxDials }); err != nil {
 		return nil, err
 	}
 	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
 	config.NextProtos = []string{"http/1.1"}
-	dial := config.Dial
-	if dial == nil {
-		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext // as client-go
-	}
 	config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := dial(ctx, network, address)
 		if tcp, ok := conn.(*net.TCPConn); ok {
@@ -163,45 +161,34 @@ func (p *plugin) bound(send func(*http.Request) (*http.Response, error)) func(*h
 		if p.abandoned.Load() >= maxAbandoned {
 			return nil, &pluginError{p.command}
 		}
-		type answer struct {
-			resp *http.Response
-			err  error
-		}
-		answered, sending := make(chan answer, 1), make(chan struct{})
-		sent := sync.OnceFunc(func() { close(sending) })
 		ctx, cancel := context.WithCancel(r.Context())
-		traced := r.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GetConn: func(string) { sent() }}))
-		go func() {
-			resp, err := send(traced)
-			answered <- answer{resp, err}
-		}()
 		context.AfterFunc(r.Context(), cancel) // not before: the caller reads the answer
-		limit := time.NewTimer(pluginTimeout)
-		defer limit.Stop()
-		var err error = &pluginError{p.command}
-		for waiting := sending; ; {
-			select {
-			case a := <-answered:
-				return a.resp, a.err
-			case <-waiting: // the plugin has given a credential
-				limit.Stop()
-				waiting, err = nil, nil
-				continue
-			case <-r.Context().Done():
-				err = cmp.Or(err, context.Cause(r.Context()))
-			case <-limit.C:
-			}
-			break
+		limit := time.AfterFunc(pluginTimeout, cancel)
+		var given atomic.Bool // the credential
+		traced := r.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GetConn: func(string) { limit.Stop(); given.Store(true) }}))
+		var resp *http.Response
+		var err error
+		answered := make(chan struct{})
+		go func() {
+			defer close(answered)
+			resp, err = send(traced) //nolint:bodyclose // below, or by the caller
+		}()
+		select {
+		case <-answered:
+			return resp, err
+		case <-ctx.Done():
 		}
-		cancel()
 		p.abandoned.Add(1)
 		go func() {
 			defer p.abandoned.Add(-1)
-			if a := <-answered; a.err == nil {
-				_ = a.resp.Body.Close()
+			if <-answered; err == nil {
+				_ = resp.Body.Close()
 			}
 		}()
-		return nil, err
+		if given.Load() {
+			return nil, context.Cause(ctx)
+		}
+		return nil, &pluginError{p.command}
 	}
 }
 

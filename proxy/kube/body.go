@@ -1,0 +1,121 @@
+package kube
+
+import (
+	"bufio"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// Body is a request's body as its caller sends it. A nil *Body is that of a request without one.
+type Body struct {
+	io.ReadCloser
+
+	control  *http.ResponseController
+	received func(bytes float64)
+	patience time.Duration // between two parts; 0: as long as it takes
+	blocked  atomic.Int64
+	once     sync.Once
+	ended    chan struct{} // closed when err is set
+	err      error         // what reading has ended with: io.EOF if all has come
+}
+
+// NewBody wraps the body of a request that w answers. It tells received how many bytes have come.
+func NewBody(w http.ResponseWriter, body io.ReadCloser, received func(bytes float64)) *Body {
+	return &Body{ReadCloser: body, control: http.NewResponseController(w), received: received, ended: make(chan struct{})}
+}
+
+// Within gives the caller so long to send all of it. Else there is no limit: it may be a stream.
+func (b *Body) Within(limit time.Duration) {
+	if b != nil {
+		_ = b.control.SetReadDeadline(time.Now().Add(limit))
+	}
+}
+
+// Blocked returns since when a read has not returned, in Unix nanoseconds; 0 if none is under way.
+func (b *Body) Blocked() int64 {
+	if b == nil {
+		return 0
+	}
+	return b.blocked.Load()
+}
+
+// Ended reports whether there is nothing more to read.
+func (b *Body) Ended() bool {
+	if b == nil {
+		return true
+	}
+	select {
+	case <-b.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+// Failure returns why the body could not be read to its end, nil if it could, or is being read.
+func (b *Body) Failure() error {
+	if b == nil || !b.Ended() || errors.Is(b.err, io.EOF) {
+		return nil
+	}
+	return b.err
+}
+
+func (b *Body) Read(p []byte) (int, error) {
+	if b.patience > 0 {
+		b.Within(b.patience)
+	}
+	b.blocked.Store(time.Now().UnixNano())
+	n, err := b.ReadCloser.Read(p)
+	b.blocked.Store(0)
+	b.received(float64(n))
+	if errors.Is(err, io.EOF) {
+		// From here net/http reads, and would take the end of the limit for the caller's leaving.
+		_ = b.control.SetReadDeadline(time.Time{})
+	}
+	if err != nil {
+		b.once.Do(func() { b.err = err; close(b.ended) })
+	}
+	return n, err
+}
+
+// begin waits for the first byte. With it net/http tells the caller to continue; were that left to the
+// transport, which reads the body elsewhere, it would race with a 1xx of the API server on the way back.
+func (b *Body) begin() {
+	b.Within(b.patience)
+	reader := bufio.NewReader(b.ReadCloser)
+	_, _ = reader.Peek(1) // an error comes again with the first Read
+	b.ReadCloser = struct {
+		io.Reader
+		io.Closer
+	}{reader, b.ReadCloser}
+}
+
+// late reports whether the body did not come in its time. net/http then ends the request's context, as if the caller
+// had gone, a moment before that read returns.
+func (b *Body) late() bool {
+	if b == nil {
+		return false
+	}
+	select {
+	case <-b.ended:
+	case <-time.After(100 * time.Millisecond):
+	}
+	return errors.Is(b.Failure(), os.ErrDeadlineExceeded)
+}
+
+// writeBroken answers for a body that could not be read.
+func writeBroken(w http.ResponseWriter, r *http.Request, err error) {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		WriteStatus(w, r, http.StatusRequestTimeout, metav1.StatusReasonTimeout, "the body of the request does not come to its end: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
+		return
+	}
+	WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest,
+		"the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
+}
