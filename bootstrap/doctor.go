@@ -38,13 +38,17 @@ func doctor(ctx context.Context, configPath string, env map[string]string, stdou
 	defer cancel()
 	p := &patient{}
 	cfg, err := config.Load(configPath, env)
+	valid := "valid"
+	if cfg != nil && cfg.WeakToken() {
+		valid += ", but " + tooShort
+	}
 	findings := []finding{}
 	code := exitOK
 	for _, step := range []struct {
 		name string
 		take func(context.Context) (string, error)
 	}{
-		{"configuration", func(context.Context) (string, error) { return p.configuration(cfg), err }},
+		{"configuration", func(context.Context) (string, error) { p.cfg = cfg; return valid, err }},
 		{"dns", p.dns},
 		{"control plane", p.controlPlane},
 		{"authentication", p.authentication},
@@ -82,14 +86,6 @@ type patient struct {
 	cfg     *config.Config
 	reached bool        // the control plane answers
 	lease   *frpc.Lease // from the control plane
-}
-
-func (p *patient) configuration(cfg *config.Config) string {
-	p.cfg = cfg
-	if cfg != nil && cfg.WeakToken() {
-		return "valid, but " + tooShort
-	}
-	return "valid"
 }
 
 const ownToken = skipped("frp.token is set: no control plane is asked")

@@ -132,13 +132,10 @@ func (c Config) TOML() ([]byte, error) {
 
 // AdminPassword finds the admin API's password in an frpc.toml that TOML has rendered. It is empty if there is none.
 func AdminPassword(toml []byte) Secret {
-	for line := range strings.Lines(string(toml)) {
-		if quoted, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "webServer.password = "); ok {
-			password, _ := strconv.Unquote(quoted) // what quote escapes, Go escapes the same way
-			return Secret(password)
-		}
-	}
-	return ""
+	_, after, _ := bytes.Cut(toml, []byte("\nwebServer.password = "))
+	quoted, _, _ := bytes.Cut(after, []byte("\n"))
+	password, _ := strconv.Unquote(string(quoted)) // what quote escapes, Go escapes the same way
+	return Secret(password)
 }
 
 // tomlWriter writes key = value lines, leaves zero values to frp's defaults, and keeps the first error.

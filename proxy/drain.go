@@ -75,16 +75,10 @@ func (g *gate) close() {
 	g.closed = true
 }
 
-func (g *gate) isClosed() bool {
+func (g *gate) state() (running int, closed bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.closed
-}
-
-func (g *gate) inUse() int {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return len(g.running)
+	return len(g.running), g.closed
 }
 
 const (

@@ -97,12 +97,17 @@ func TestRequestsInFlightAreBounded(t *testing.T) {
 	watch("192.0.2.1", http.StatusTooManyRequests) // one caller's share
 	watch("192.0.2.2", http.StatusOK)
 	watch("192.0.2.3", http.StatusTooManyRequests) // all
-	if refused(s, "caller") != 1 || refused(s, "requests") != 1 || s.gate.inUse() != 3 {
-		t.Errorf("counted %v and %v, %d run", refused(s, "caller"), refused(s, "requests"), s.gate.inUse())
+	if refused(s, "caller") != 1 || refused(s, "requests") != 1 || inUse(s) != 3 {
+		t.Errorf("counted %v and %v, %d run", refused(s, "caller"), refused(s, "requests"), inUse(s))
 	}
 	_ = first.Close()
-	eventually(t, func() bool { return s.gate.inUse() == 2 })
+	eventually(t, func() bool { return inUse(s) == 2 })
 	watch("192.0.2.3", http.StatusOK)
+}
+
+func inUse(s *server) int {
+	n, _ := s.gate.state()
+	return n
 }
 
 // eventually waits until a condition holds.
@@ -158,12 +163,12 @@ func TestStalledRequestsMakeRoom(t *testing.T) {
 	}()
 	_ = reader
 	for kind, path := range map[string]string{"stalled_calls": "pods", "stalled_streams": "pods?watch=1"} {
-		before := s.gate.inUse()
+		before := inUse(s)
 		conns := stall(path, 4)
 		allowed := map[string]int{"stalled_calls": 1, "stalled_streams": 2}[kind]
 		eventually(t, func() bool {
 			s.gate.endStalled(time.Now())
-			return s.gate.inUse() == before+allowed
+			return inUse(s) == before+allowed
 		})
 		if refused(s, kind) != float64(4-allowed) {
 			t.Errorf("%s: %v ended", kind, refused(s, kind))
@@ -178,7 +183,7 @@ func TestStalledRequestsMakeRoom(t *testing.T) {
 		if ended != 4-allowed {
 			t.Errorf("%s: %d of 4 have ended, %d may stay", kind, ended, allowed)
 		}
-		eventually(t, func() bool { return s.gate.inUse() == before })
+		eventually(t, func() bool { return inUse(s) == before })
 	}
 	now := read.Load()
 	eventually(t, func() bool { return read.Load() > now })
@@ -212,7 +217,7 @@ func TestStalledUploadsMakeRoom(t *testing.T) {
 	}
 	eventually(t, func() bool {
 		s.gate.endStalled(time.Now())
-		return s.gate.inUse() == 1
+		return inUse(s) == 1
 	})
 	for i, conn := range conns {
 		_, _ = io.WriteString(conn, "x")
@@ -234,11 +239,11 @@ func TestStalledCallEnds(t *testing.T) {
 	}
 	eventually(t, func() bool { return len(s.gate.stalledNow()) == 3 })
 	s.gate.endStalled(time.Now().Add(callStall / 2))
-	if n := s.gate.inUse(); n != 3 {
+	if n := inUse(s); n != 3 {
 		t.Errorf("%d run after half a minute", n)
 	}
 	s.gate.endStalled(time.Now().Add(2 * callStall))
-	eventually(t, func() bool { return s.gate.inUse() == 2 })
+	eventually(t, func() bool { return inUse(s) == 2 })
 	if refused(s, "stalled_calls") != 1 {
 		t.Errorf("%v calls were ended", refused(s, "stalled_calls"))
 	}

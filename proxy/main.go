@@ -57,16 +57,10 @@ func exit(code int) {
 
 // killChildren kills the children of a process, and theirs.
 func killChildren(pid int) {
-	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-	if err != nil {
-		return
-	}
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, list := range lists {
-		children, err := os.ReadFile(list)
-		if err != nil {
-			continue // the thread has ended
-		}
-		for _, child := range strings.Fields(string(children)) {
+		children, _ := os.ReadFile(list) // its thread may have ended
+		for child := range strings.FieldsSeq(string(children)) {
 			if pid, err := strconv.Atoi(child); err == nil {
 				killChildren(pid)
 				_ = syscall.Kill(pid, syscall.SIGKILL)
@@ -89,9 +83,12 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	} else if err != nil {
 		return exitUsage
 	}
-	if flags.NArg() > 0 {
-		_, _ = fmt.Fprintf(stderr, "proxy: unknown argument %q: see proxy --help\n", flags.Arg(0))
+	complain := func(err error) int {
+		_, _ = fmt.Fprintln(stderr, "proxy:", err)
 		return exitUsage
+	}
+	if flags.NArg() > 0 {
+		return complain(fmt.Errorf("unknown argument %q: see proxy --help", flags.Arg(0)))
 	}
 	if *showVersion {
 		_ = json.NewEncoder(stdout).Encode(version.Get())
@@ -99,13 +96,11 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {
-		_, _ = fmt.Fprintln(stderr, "proxy:", err)
-		return exitUsage
+		return complain(err)
 	}
 	restConfig, err := kube.RESTConfig(cfg.Kubernetes.Kubeconfig, cfg.Kubernetes.InCluster)
 	if err != nil {
-		_, _ = fmt.Fprintln(stderr, "proxy: no way to the Kubernetes API server:", err)
-		return exitUsage
+		return complain(fmt.Errorf("no way to the Kubernetes API server: %w", err))
 	}
 	log, level := cfg.Logger(stderr)
 	go changeLevel(ctx, log, level)
@@ -116,8 +111,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	metrics := newMetrics()
 	api, err := kube.New(restConfig, metrics.latency, log)
 	if err != nil {
-		_, _ = fmt.Fprintln(stderr, "proxy:", err)
-		return exitUsage
+		return complain(err)
 	}
 	if err := serve(ctx, cfg, newServer(cfg, api, metrics, limits, log), log); err != nil {
 		log.Error("stopped", "error", err)

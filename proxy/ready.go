@@ -38,7 +38,7 @@ func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readines
 		{name: "kubernetes", age: checkAge, run: api.Check},
 		{name: "tunnel", age: checkAge, run: t.run, note: t.leaseProblem},
 		{name: "shutdown", run: func(context.Context) error {
-			if g.isClosed() {
+			if _, closed := g.state(); closed {
 				return errors.New("the agent is shutting down and takes nothing new")
 			}
 			return nil

@@ -47,9 +47,9 @@ type route struct {
 // ServeMux would redirect some of its paths.
 func (s *server) routes(l listener) []route {
 	return []route{
-		{method: "GET", path: "/health", ops: true, handler: s.health},
+		{method: "GET", path: "/health", ops: true, handler: health},
 		{method: "GET", path: "/ready", ops: true, handler: s.getReady(l)},
-		{method: "GET", path: "/version", ops: true, handler: s.version},
+		{method: "GET", path: "/version", ops: true, handler: getVersion},
 		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
 		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.heartbeat},
 		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.message},
@@ -82,7 +82,7 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, l
 		runners: newRunners(api, cfg.Agent.ID, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(limits, refused, log),
 		memory: &pool{size: limits.requestMemory}, limits: limits, log: log,
 	}
-	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse()) })
+	m.limit("requests", int64(limits.requests), func() int64 { n, _ := s.gate.state(); return int64(n) })
 	m.limit("request_memory_bytes", limits.requestMemory, s.memory.used.Load)
 	m.limit("commands", maxCommands, func() int64 { return int64(len(s.runners.running)) })
 	if cfg.Agent.TokenFile != "" { // as long as the process, and so while it drains
@@ -169,10 +169,10 @@ func belowKubernetes(r *http.Request) bool {
 }
 
 // health answers while the process works. It depends on nothing else: a restart would mend nothing else.
-func (s *server) health(w http.ResponseWriter, _ *http.Request) {
+func health(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 }
 
-func (s *server) version(w http.ResponseWriter, _ *http.Request) {
+func getVersion(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, version.Get())
 }

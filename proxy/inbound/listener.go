@@ -51,7 +51,6 @@ type Listener struct {
 
 	config Config
 	ready  chan net.Conn
-	failed chan error
 	closed chan struct{}
 
 	mu      sync.Mutex
@@ -64,7 +63,7 @@ type Listener struct {
 func New(inner *net.TCPListener, config Config) *Listener {
 	l := &Listener{
 		TCPListener: inner, config: config, waiting: list.New(),
-		ready: make(chan net.Conn), failed: make(chan error), closed: make(chan struct{}),
+		ready: make(chan net.Conn), closed: make(chan struct{}),
 	}
 	go l.accept()
 	return l
@@ -75,8 +74,6 @@ func (l *Listener) Accept() (net.Conn, error) {
 	select {
 	case conn := <-l.ready:
 		return conn, nil
-	case err := <-l.failed:
-		return nil, err
 	case <-l.closed:
 		return nil, net.ErrClosed
 	}
@@ -89,8 +86,8 @@ func (l *Listener) accept() {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil { // net/http waits, and asks again
-			l.failed <- err
+		if err != nil { // no file descriptors are left, for example
+			time.Sleep(100 * time.Millisecond)
 			continue
 		}
 		_ = accepted.SetReadBuffer(socketBuffer)

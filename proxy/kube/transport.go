@@ -79,12 +79,8 @@ func transportFor(config *rest.Config, bound func(*http.Transport)) (http.RoundT
 	bounded := false
 	config.Wrap(func(rt http.RoundTripper) http.RoundTripper {
 		inner := rt
-		for {
-			wrapper, ok := inner.(utilnet.RoundTripperWrapper) // such as the one that reloads CA files
-			if !ok {
-				break
-			}
-			inner = wrapper.WrappedRoundTripper()
+		for w, ok := inner.(utilnet.RoundTripperWrapper); ok; w, ok = inner.(utilnet.RoundTripperWrapper) {
+			inner = w.WrappedRoundTripper() // such as the one that reloads CA files
 		}
 		if t, ok := inner.(*http.Transport); ok {
 			t.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
