@@ -30,8 +30,7 @@ func newGate(l limits, refused func(limit string), log *slog.Logger) *gate {
 	return &gate{limits: l, refused: refused, log: log, running: map[*recorder]string{}, callers: map[string]int{}, empty: make(chan struct{})}
 }
 
-// enter lets a request in, or says why not. leave must follow if it is empty.
-// source is who asks, for the bound on what one caller may have.
+// enter lets a request of source in, or says why not. leave must follow if refusal is empty.
 func (g *gate) enter(rec *recorder, source string) (refusal string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

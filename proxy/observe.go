@@ -141,6 +141,9 @@ func forwardedFor(r *http.Request) string {
 	return addr.WithZone("").String()
 }
 
+// callerLeft is the code for a caller who left before there was an answer, as nginx has it.
+const callerLeft = 499
+
 // codeLabel keeps codes that a backend makes up out of labels.
 func codeLabel(code int) string {
 	if http.StatusText(code) == "" && code != callerLeft {
@@ -148,9 +151,6 @@ func codeLabel(code int) string {
 	}
 	return strconv.Itoa(code)
 }
-
-// callerLeft is the code for a caller who left before there was an answer, as nginx has it.
-const callerLeft = 499
 
 // routeLabel is the route's path, never the caller's.
 func routeLabel(r *http.Request) string {
@@ -170,12 +170,7 @@ func methodLabel(method string) string {
 	return "other"
 }
 
-func (l listener) String() string {
-	if l == operations {
-		return "operations"
-	}
-	return "tunnel"
-}
+func (l listener) String() string { return [...]string{tunnel: "tunnel", operations: "operations"}[l] }
 
 // unreadBody is how long the rest of a body that nobody wants may take: callers who still send then see the
 // answer, and not a connection that is reset.
@@ -206,12 +201,7 @@ type recorder struct {
 }
 
 // status returns the code of the answer, or callerLeft.
-func (r *recorder) status() int {
-	if r.code == 0 {
-		return callerLeft
-	}
-	return r.code
-}
+func (r *recorder) status() int { return cmp.Or(r.code, callerLeft) }
 
 // isStream reports whether the answer is one that a caller may read at leisure.
 func (r *recorder) isStream() bool {

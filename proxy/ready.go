@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -249,18 +248,16 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 		excluded := query["exclude"]
 		for _, name := range excluded {
 			if s.ready.check(name) == nil {
-				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are %s", name, strings.Join(s.ready.names(), ", ")))
+				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are kubernetes, tunnel and shutdown", name))
 				return
 			}
 		}
-		detailed := l == operations
-		if l == tunnel && len(r.Header["Authorization"]) > 0 {
-			refused := s.auth.check(r)
-			if detailed = refused == nil; !detailed {
-				if wait := s.auth.failed(r, refused); wait > 0 {
-					refuseWithProblem(w, r, http.StatusTooManyRequests, tooManyGuesses(r, refused), int32(wait.Seconds())+1)
-					return
-				}
+		refused := s.auth.check(r)
+		detailed := l == operations || refused == nil
+		if !detailed && refused.reason != "none" {
+			if wait := s.auth.failed(r, refused); wait > 0 {
+				refuseWithProblem(w, r, http.StatusTooManyRequests, tooManyGuesses(r, refused), int32(wait.Seconds())+1)
+				return
 			}
 		}
 		code, status := http.StatusOK, "ready"
@@ -295,12 +292,4 @@ func (r *readiness) check(name string) *check {
 		}
 	}
 	return nil
-}
-
-func (r *readiness) names() []string {
-	var names []string
-	for _, c := range r.checks {
-		names = append(names, c.name)
-	}
-	return names
 }

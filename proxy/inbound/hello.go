@@ -18,8 +18,7 @@ const handshakeRecord = 0x16
 // signature is how a PROXY header begins. Source: the PROXY protocol, version 2, section 2.2.
 const signature = "\r\n\r\n\x00\r\nQUIT\n"
 
-// maxProxyHeader is the size in bytes of what may follow the first 16: two IPv6 addresses with their ports, and
-// further fields.
+// maxProxyHeader is the size in bytes of what may follow the first 16: addresses, ports, and further fields.
 const maxProxyHeader = 512
 
 // hello reads the PROXY header, if there is one, and then by the first byte decides whether the caller speaks TLS

@@ -15,12 +15,8 @@ import (
 	"time"
 )
 
-// What a byte that is read costs in memory, at most. Measured with headers of three bytes each: net/http keeps
-// strings, slices and a map for them.
-const (
-	handshakeCost = 2
-	headerCost    = 20
-)
+// What a byte that is read costs in memory, at most. Measured with the shortest headers.
+const handshakeCost, headerCost = 2, 20
 
 // socketBuffer is how many bytes the kernel may hold for a connection in each direction. By default it grows to
 // several MiB for a caller who does not read, and counts as the pod's memory.
@@ -39,10 +35,9 @@ type Config struct {
 	Connections  int           // how many may be open
 	HeaderMemory int64         // bytes of memory that headers may take until their request is authenticated
 	HelloTimeout time.Duration // how long a connection may take until its TLS handshake is over
-	// TLS makes connections that begin with a TLS handshake a *tls.Conn, and PROXY headers accepted. nil: plain
-	// connections only, as they are.
-	TLS    *tls.Config
-	Closed func(reason string, caller net.Addr, err error) // is told of each connection that was closed; err may be nil
+	TLS          *tls.Config   // for connections that begin with a handshake; nil: neither TLS nor PROXY headers
+	// Closed is told of each connection that was closed. err may be nil.
+	Closed func(reason string, caller net.Addr, err error)
 }
 
 // Listener wraps a net.Listener. Its Accept returns a *Conn, or a *tls.Conn around one after its handshake.
@@ -139,10 +134,7 @@ func (l *Listener) forget(c *Conn) {
 }
 
 // settle ends what a connection's headers count for. l.mu is held.
-func (l *Listener) settle(c *Conn) {
-	l.headers -= c.memory
-	c.memory = 0
-}
+func (l *Listener) settle(c *Conn) { l.headers, c.memory = l.headers-c.memory, 0 }
 
 // begin finds out what a connection is, and hands it to Accept.
 func (l *Listener) begin(c *Conn) {
@@ -183,8 +175,7 @@ func (l *Listener) InUse() (connections int, headers int64) {
 	return l.open, l.headers
 }
 
-// Conn is one connection. A nil *Conn does nothing: there is none in the context of requests that came by another
-// listener.
+// Conn is one connection. A nil *Conn does nothing: it is that of requests which came by another listener.
 type Conn struct {
 	*net.TCPConn
 

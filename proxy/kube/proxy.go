@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -202,15 +203,11 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
 	out.URL.RawQuery = pr.In.URL.RawQuery               // byte for byte: ReverseProxy had tidied it
 
-	for name := range out.Header {
-		if hasPrefixFold(name, "X-Remote-") {
+	for name := range out.Header { // Expect: the caller has been told to continue
+		if hasPrefixFold(name, "X-Remote-") || slices.Contains([]string{"Authorization", "Cookie", "X-Real-Ip", "Expect"}, name) {
 			out.Header.Del(name)
 		}
 	}
-	out.Header.Del("Authorization")
-	out.Header.Del("Cookie")
-	out.Header.Del("X-Real-Ip")
-	out.Header.Del("Expect") // the caller has been told to continue
 	// The API server takes a token from this list too.
 	if protocols := withoutTokens(out.Header.Values("Sec-Websocket-Protocol")); protocols != "" && out.Header.Get("Upgrade") != "" {
 		out.Header.Set("Sec-Websocket-Protocol", protocols)

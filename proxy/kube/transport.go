@@ -16,20 +16,17 @@ import (
 )
 
 const (
-	// streamWindow is how many bytes of an answer the API server may send ahead of its caller. Go's default of
-	// 4 MiB is held for each caller who does not read.
+	// streamWindow is how many bytes of an answer the API server may send ahead of its caller; Go's default is 4 MiB.
 	streamWindow = 64 << 10
 	// socketBuffer is the same for connections of HTTP/1.1, where the kernel holds them.
 	socketBuffer = 128 << 10
-	// maxResponseHeaders is the size in bytes of the headers of an answer. The API server adds little to what a
-	// pod behind services/proxy sends.
+	// maxResponseHeaders is the size in bytes of the headers of an answer, which a pod behind services/proxy chooses.
 	maxResponseHeaders = 64 << 10
 	// headersTimeout is how long an API server of HTTP/1.1 may take to begin its answer: longer than it gives
 	// itself (--request-timeout, 60 s). Over HTTP/2 pings tell whether it is there.
 	headersTimeout = 75 * time.Second
-	// maxDials is how many connections are made at a time. A connection of HTTP/2 cannot be shared before it is made:
-	// without this, two thousand watches that begin at once, as after a restart of the API server, dialled five
-	// thousand. It does not bound how many there are.
+	// maxDials is how many connections are made at a time, not how many there are. Before it is made, a connection
+	// cannot be shared: two thousand watches that began at once dialled five thousand.
 	maxDials = 3
 )
 
@@ -139,8 +136,7 @@ func worthAnother(r *http.Request, err error) bool {
 		r.Context().Err() == nil && (utilnet.IsHTTP2ConnectionLost(err) || utilnet.IsConnectionReset(err) || utilnet.IsProbableEOF(err))
 }
 
-// plugin is the program that the kubeconfig names for its credential. client-go runs it under a lock, and waits
-// for it without end.
+// plugin is the program that the kubeconfig names for its credential. client-go waits for it without end.
 type plugin struct {
 	command   string
 	abandoned atomic.Int32 // requests that wait for it though their callers have gone
