@@ -95,12 +95,12 @@ type Attack func(ctx context.Context, c *Counts)
 // Run lets n attackers repeat an attack until ctx ends. They begin evenly at rate attempts per second; after each
 // attempt an attacker pauses so long that all n together do not exceed that rate, and for at least a second: an
 // attack on memory must not become a benchmark of the CPU.
-func Run(ctx context.Context, n, rate int, attack Attack) *Counts {
+func Run(ctx context.Context, n int, rate float64, attack Attack) *Counts {
 	c := &Counts{attackers: n, answers: map[int]int{}}
 	var attackers sync.WaitGroup
 	for i := range n {
 		attackers.Go(func() {
-			wait := time.Duration(i) * time.Second / time.Duration(rate)
+			wait := seconds(float64(i) / rate)
 			for {
 				select {
 				case <-time.After(wait):
@@ -108,13 +108,15 @@ func Run(ctx context.Context, n, rate int, attack Attack) *Counts {
 					return
 				}
 				attack(ctx, c)
-				wait = max(time.Second, time.Duration(n)*time.Second/time.Duration(rate))
+				wait = max(time.Second, seconds(float64(n)/rate))
 			}
 		})
 	}
 	attackers.Wait()
 	return c
 }
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
 // Counts records what became of the attempts of an attack. Safe for concurrent use.
 type Counts struct {

@@ -37,9 +37,10 @@ type Victim struct {
 
 // Wave is an attack by several attackers.
 type Wave struct {
-	Name    string
-	N, Rate int // as for Run
-	Attack  Attack
+	Name   string
+	N      int // as for Run, like Rate
+	Rate   float64
+	Attack Attack
 }
 
 // Attack lets all waves run at once until ctx ends while an honest caller calls, and waits until the victim has

@@ -32,7 +32,7 @@ func TestAttack(t *testing.T) {
 		}
 	}
 	waves, err := attack.Waves(attack.Ways{Operations: operations, Tunnel: tunnel, Frps: frps, Namespace: ns},
-		attack.Size{Floods: 50, Watches: 100, Lists: 100, Uploads: 300, Idle: 1000, Commands: 10})
+		attack.Size{Floods: 50, Watches: 100, Lists: 100, Uploads: 300, Idle: 1000, Commands: 10, Ramp: 10 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
