@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -27,9 +28,10 @@ import (
 const (
 	small = 2 << 10
 	large = 64 << 20
+	list  = 10 << 20
 )
 
-// api stands in for the API server, so that it does not decide the figures: an answer of 2 KiB, one of 64 MiB,
+// api stands in for the API server, so that it does not decide the figures: answers of 2 KiB, 10 and 64 MiB,
 // an upload, and watches that stay silent after one event.
 func api() http.Handler {
 	part := bytes.Repeat([]byte("x"), small)
@@ -38,13 +40,15 @@ func api() http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(part)
 	})
-	mux.HandleFunc("GET /api/v1/large", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		block := bytes.Repeat(part, 16)
-		for range large / len(block) {
-			_, _ = w.Write(block)
-		}
-	})
+	for path, size := range map[string]int{"large": large, "list": list} {
+		mux.HandleFunc("GET /api/v1/"+path, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			block := bytes.Repeat(part, 16)
+			for range size / len(block) {
+				_, _ = w.Write(block)
+			}
+		})
+	}
 	mux.HandleFunc("POST /api/v1/large", func(w http.ResponseWriter, r *http.Request) {
 		n, _ := io.Copy(io.Discard, r.Body)
 		_, _ = fmt.Fprint(w, n)
@@ -94,8 +98,9 @@ type peer struct {
 	pid    int // 0: there is none
 }
 
-// startPeers starts the upstream, and before it our proxy and what users would pick instead.
-func startPeers(ctx context.Context, group *process.Group) ([]peer, error) {
+// startPeers starts the upstream, and before it our proxy and what users would pick instead, or those of the names.
+// What enter holds, unless it is empty, is the beginning of their commands, and limits their memory to 256 MiB.
+func startPeers(ctx context.Context, group *process.Group, enter []string, names ...string) ([]peer, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -114,8 +119,16 @@ func startPeers(ctx context.Context, group *process.Group) ([]peer, error) {
 		return nil, err
 	}
 
+	run := func(name string, env []string, binary string, args ...string) (*process.Process, error) {
+		command := slices.Concat(enter, []string{binary}, args)
+		return group.Start(name, env, command[0], command[1:]...)
+	}
+	limited := len(enter) > 0
 	var peers []peer
 	add := func(name, root string, header http.Header, start func(addr string) (*process.Process, error)) error {
+		if len(names) > 0 && !slices.Contains(names, name) {
+			return nil
+		}
 		addr, err := freeAddr()
 		if err != nil {
 			return err
@@ -147,10 +160,14 @@ func startPeers(ctx context.Context, group *process.Group) ([]peer, error) {
 		if err != nil {
 			return nil, err
 		}
-		return group.Start("proxy", []string{
+		env := []string{
 			"PIPEOPS_AGENT_ID=bench", "PIPEOPS_AGENT_TOKEN=callers", "KUBECONFIG=" + kubeconfig,
 			"PIPEOPS_LISTEN_ADDR=" + addr, "PIPEOPS_METRICS_ADDR=" + metrics,
-		}, binary)
+		}
+		if limited {
+			env = append(env, "GOMEMLIMIT=204MiB") // four fifths, as it sets itself in a container
+		}
+		return run("proxy", env, binary)
 	})
 	if err != nil {
 		return nil, err
@@ -161,7 +178,7 @@ func startPeers(ctx context.Context, group *process.Group) ([]peer, error) {
 			return nil, err
 		}
 		_, port, _ := net.SplitHostPort(addr)
-		return group.Start("kubectl-proxy", []string{"KUBECONFIG=" + kubeconfig}, binary, "proxy", "--port", port)
+		return run("kubectl-proxy", []string{"KUBECONFIG=" + kubeconfig}, binary, "proxy", "--port", port)
 	})
 	if err != nil {
 		return nil, err
@@ -180,13 +197,13 @@ func startPeers(ctx context.Context, group *process.Group) ([]peer, error) {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			return nil, err
 		}
-		return group.Start("nginx", nil, binary, "-c", file, "-p", dir, "-g", "daemon off;")
+		return run("nginx", nil, binary, "-c", file, "-p", dir, "-g", "daemon off;")
 	})
 	if err != nil {
 		return nil, err
 	}
 	err = add("bare ReverseProxy", "", nil, func(addr string) (*process.Process, error) {
-		return group.Start("bare", nil, self, "bare", addr, target)
+		return run("bare", nil, self, "bare", addr, target)
 	})
 	if err != nil {
 		return nil, err

@@ -45,7 +45,7 @@ func proxies(ctx context.Context) error {
 		return err
 	}
 	defer group.Close()
-	peers, err := startPeers(ctx, group)
+	peers, err := startPeers(ctx, group, nil)
 	if err != nil {
 		return err
 	}
