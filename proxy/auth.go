@@ -198,15 +198,15 @@ func (s *server) requireBearer(next http.HandlerFunc) http.HandlerFunc {
 // admit lets an authenticated request through the gate, or has refuse answer it. s.gate.leave must follow if it
 // returns true.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32)) bool {
-	switch why := s.gate.enter(w.(*recorder), cmp.Or(forwardedFor(r), caller(r))); why {
-	case "":
-		return true
-	case shuttingDown:
-		refuse(w, r, http.StatusServiceUnavailable, why, 1)
-	default:
-		refuse(w, r, http.StatusTooManyRequests, why, 1)
+	rec, code := w.(*recorder), http.StatusTooManyRequests
+	why := s.gate.enter(rec, cmp.Or(forwardedFor(r), rec.caller))
+	if why == shuttingDown {
+		code = http.StatusServiceUnavailable
 	}
-	return false
+	if why != "" {
+		refuse(w, r, code, why, 1)
+	}
+	return why == ""
 }
 
 func refuseWithProblem(w http.ResponseWriter, _ *http.Request, code int, why string, retryAfter int32) {

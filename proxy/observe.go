@@ -85,8 +85,8 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 	attrs = append(attrs, slog.String("request_id", rec.requestID), slog.String("method", method),
 		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
 		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", rec.caller))
-	if from := forwardedFor(r); rec.conn.Proxied() && from != "" {
-		attrs = append(attrs, slog.String("forwarded_for", from))
+	if rec.conn.Proxied() {
+		attrs = append(attrs, slog.String("forwarded_for", forwardedFor(r)))
 	}
 	if d := &rec.description; d.Verb != "" {
 		attrs = append(attrs, slog.String("verb", d.Verb))
@@ -120,8 +120,10 @@ func lane(d *kube.Description) string {
 // caller returns the address of who asked: for tunnels of type https and tcp frpc says it in a PROXY header. For
 // type http frps appends the address that it has seen to the caller's own X-Forwarded-For, so the last is true.
 func caller(r *http.Request) string {
-	if from := forwardedFor(r); from != "" && !inbound.From(r.Context()).Proxied() {
-		return from
+	if !inbound.From(r.Context()).Proxied() {
+		if from := forwardedFor(r); from != "" {
+			return from
+		}
 	}
 	host, _, _ := net.SplitHostPort(r.RemoteAddr)
 	return host
@@ -129,7 +131,7 @@ func caller(r *http.Request) string {
 
 // forwardedFor returns the last address of X-Forwarded-For, empty if there is none.
 func forwardedFor(r *http.Request) string {
-	forwarded := r.Header.Values("X-Forwarded-For")
+	forwarded := r.Header["X-Forwarded-For"]
 	if len(forwarded) == 0 {
 		return ""
 	}
