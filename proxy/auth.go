@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -164,13 +163,7 @@ const challenge = `Bearer realm="pipeops-agent"`
 func (s *server) authenticate(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32)) bool {
 	refused := s.auth.check(r)
 	if refused == nil {
-		rec := w.(*recorder) // observe has put it there
-		rec.authenticated = true
-		if !rec.reserve(kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), false) {
-			refuse(w, r, http.StatusTooManyRequests, "its headers are too large beside the other requests that are answered now: try again", 1)
-			return false
-		}
-		rec.conn.Authenticated()
+		w.(*recorder).authenticated = true // observe has put it there
 		return true
 	}
 	if wait := s.auth.failed(r, refused); wait > 0 {
@@ -186,10 +179,11 @@ func tooManyGuesses(r *http.Request, refused *refusal) string {
 	return fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why)
 }
 
-// requireBearer lets next answer only those who show the agent's token.
-func (s *server) requireBearer(next http.HandlerFunc) http.HandlerFunc {
+// requireBearer lets next answer only those who show the agent's token; while the agent drains, if it may.
+func (s *server) requireBearer(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if s.authenticate(w, r, refuseWithProblem) {
+		if s.authenticate(w, r, refuseWithProblem) && s.admit(w, r, refuseWithProblem, whileDraining) {
+			defer s.gate.leave(w.(*recorder)) // observe has put it there
 			next(w, r)
 		}
 	}
@@ -197,16 +191,18 @@ func (s *server) requireBearer(next http.HandlerFunc) http.HandlerFunc {
 
 // admit lets an authenticated request through the gate, or has refuse answer it. s.gate.leave must follow if it
 // returns true.
-func (s *server) admit(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32)) bool {
-	rec, code := w.(*recorder), http.StatusTooManyRequests
-	why := s.gate.enter(rec, cmp.Or(forwardedFor(r), rec.caller))
-	if why == shuttingDown {
-		code = http.StatusServiceUnavailable
+func (s *server) admit(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32), whileDraining bool) bool {
+	rec := w.(*recorder) // observe has put it there
+	switch why := s.gate.enter(rec, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), whileDraining); why {
+	case "":
+		rec.conn.Authenticated()
+		return true
+	case shuttingDown:
+		refuse(w, r, http.StatusServiceUnavailable, why, 1)
+	default:
+		refuse(w, r, http.StatusTooManyRequests, why, 1)
 	}
-	if why != "" {
-		refuse(w, r, code, why, 1)
-	}
-	return why == ""
+	return false
 }
 
 func refuseWithProblem(w http.ResponseWriter, _ *http.Request, code int, why string, retryAfter int32) {

@@ -7,7 +7,6 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync/atomic"
 
 	"github.com/pipeops/vm-agent/proxy/inbound"
 )
@@ -27,7 +26,6 @@ const (
 	maxHeaderBytes = 128 << 10 // of a request on the tunnel listener; net/http adds 4 KiB
 	opsHeaderBytes = 16 << 10
 	opsConnections = 100
-	maxScrapes     = 4 // of /metrics at the same time
 	maxCommands    = 32
 	defaultMemory  = 1 << 30 // bytes, where nothing limits it
 	baseMemory     = 24 << 20
@@ -65,8 +63,7 @@ func memoryLimit() int64 {
 // bound keeps a listener to its limits, and shows them.
 func (s *server) bound(l listener, socket *net.TCPListener, runDir string) *inbound.Listener {
 	config := inbound.Config{
-		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
-		TLS: newTLSConfig(runDir, s.log),
+		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime, TLS: newTLSConfig(runDir, s.log),
 		Closed: func(limit string, caller net.Addr, err error) {
 			s.metrics.refused.WithLabelValues(limit).Inc()
 			s.log.Debug("connection closed", "listener", l.String(), "limit", limit, "caller", caller.String(), "error", err)
@@ -80,23 +77,4 @@ func (s *server) bound(l listener, socket *net.TCPListener, runDir string) *inbo
 	s.metrics.limit(prefix+"connections", int64(config.Connections), func() int64 { n, _ := bounded.InUse(); return int64(n) })
 	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, func() int64 { _, n := bounded.InUse(); return n })
 	return bounded
-}
-
-// pool counts memory.
-type pool struct {
-	used atomic.Int64
-	size int64
-}
-
-// take takes bytes if there are as many. What is optional leaves half for what is not.
-func (p *pool) take(bytes int64, optional bool) bool {
-	size := p.size
-	if optional {
-		size /= 2
-	}
-	if p.used.Add(bytes) > size {
-		p.used.Add(-bytes)
-		return false
-	}
-	return true
 }

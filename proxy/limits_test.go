@@ -106,7 +106,7 @@ func TestRequestsInFlightAreBounded(t *testing.T) {
 }
 
 func inUse(s *server) int {
-	n, _ := s.gate.state()
+	n, _, _ := s.gate.state()
 	return n
 }
 
@@ -289,7 +289,7 @@ func TestBodiesAreKeptWithinMemory(t *testing.T) {
 		return conn
 	}
 	kept := post(200 << 10)
-	eventually(t, func() bool { return s.memory.used.Load() > 200<<10 })
+	eventually(t, func() bool { return memoryInUse(s) > 200<<10 })
 	streamed := post(200 << 10)
 	eventually(t, func() bool { return refused(s, "request_memory") == 1 })
 	for _, conn := range []net.Conn{kept, streamed} {
@@ -301,7 +301,7 @@ func TestBodiesAreKeptWithinMemory(t *testing.T) {
 			t.Errorf("the API server got %d bytes", n)
 		}
 	}
-	eventually(t, func() bool { return s.memory.used.Load() == 0 })
+	eventually(t, func() bool { return memoryInUse(s) == 0 })
 }
 
 // TestLargeHeadersOfRequestsAreCounted: also while their requests run.
@@ -319,7 +319,7 @@ func TestLargeHeadersOfRequestsAreCounted(t *testing.T) {
 			return
 		}
 	}
-	t.Errorf("no request is refused; %d bytes are counted", s.memory.used.Load())
+	t.Errorf("no request is refused; %d bytes are counted", memoryInUse(s))
 }
 
 // TestHeadersOfAnswersAreBounded: of an API server that speaks HTTP/2, of one that speaks HTTP/1.1, and of an upgrade.
@@ -506,4 +506,9 @@ func TestLimitsFitTheMemory(t *testing.T) {
 			t.Errorf("%d MiB: %+v", memory>>20, l)
 		}
 	}
+}
+
+func memoryInUse(s *server) int64 {
+	_, n, _ := s.gate.state()
+	return n
 }

@@ -48,7 +48,7 @@ func (e invalidError) Error() string { return e.why }
 
 // message answers POST /api/control-plane/message.
 func (s *server) message(w http.ResponseWriter, r *http.Request) {
-	if !w.(*recorder).reserve(maxMessage, false) { // observe has put it there
+	if !s.gate.reserve(w.(*recorder), maxMessage, false) { // observe has put it there
 		refuseWithProblem(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
 		return
 	}
@@ -135,7 +135,7 @@ func decodeStrict(field string, data []byte, into any) error {
 	case err != nil: // it is JSON, so it is another type or not there at all
 		return invalidError{name + ": give an object"}
 	case len(strict) > 0:
-		return invalidError{name + ": " + strict[0].Error()}
+		return invalidError{fmt.Sprintf("%s: %.200s", name, strict[0])}
 	}
 	return nil
 }

@@ -2,13 +2,13 @@ package main
 
 import (
 	"net/http"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pipeops/vm-agent/bootstrap/version"
-	"github.com/pipeops/vm-agent/proxy/inbound"
 )
 
 // metrics are all that /metrics shows. Labels hold nothing that a caller can make up.
@@ -80,10 +80,7 @@ func newMetrics() *metrics {
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
 	}
-	for _, limit := range []string{
-		inbound.TooMany, inbound.Evicted, inbound.HeaderMemory, inbound.Invalid,
-		"requests", "caller", "request_memory", "stalled_calls", "stalled_streams", "commands",
-	} {
+	for limit := range strings.FieldsSeq("connections idle header_memory handshake requests caller request_memory stalled_calls stalled_streams commands") {
 		m.refused.WithLabelValues(limit)
 	}
 	for _, reason := range []string{"none", "several", "scheme", "token", "unconfigured"} {
@@ -99,6 +96,6 @@ func newMetrics() *metrics {
 	m.registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.renewalFailing, m.lastHeartbeat,
 		m.frpcRestarts, m.authFailures, m.commands, m.refused, m.limits, m.statusDuration, m.statusRequests, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	m.handler = promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: maxScrapes})
+	m.handler = promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
 	return m
 }

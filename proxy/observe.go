@@ -38,7 +38,7 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 // record gives the request its id and returns what remembers how it is answered.
 func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*recorder, *http.Request) {
 	rec := &recorder{
-		ResponseWriter: w, metrics: s.metrics, pool: s.memory, start: time.Now(), requestID: rand.Text(),
+		ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text(),
 		conn: inbound.From(r.Context()), caller: caller(r),
 	}
 	rec.conn.HeadersRead()
@@ -60,7 +60,6 @@ func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*re
 func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFlight prometheus.Gauge) {
 	inFlight.Dec()
 	rec.conn.Answered()
-	rec.pool.used.Add(-rec.memory)
 	code := rec.status()
 	// ReverseProxy drops a connection by a panic of its own; any other is a mistake of ours.
 	if p := recover(); p != nil {
@@ -183,7 +182,6 @@ type recorder struct {
 	http.ResponseWriter
 
 	metrics       *metrics
-	pool          *pool
 	conn          *inbound.Conn // nil in tests without a listener
 	start         time.Time
 	requestID     string
@@ -194,7 +192,7 @@ type recorder struct {
 	authenticated bool
 	code          int
 	bytes         int64
-	memory        int64            // taken from pool
+	memory        int64            // bytes, reserved at the gate
 	description   kube.Description // empty but for requests for the Kubernetes API
 	inLane        prometheus.Gauge // where that one counts as being answered
 
@@ -217,29 +215,25 @@ func (r *recorder) stalled() int64 {
 	return cmp.Or(r.blocked.Load(), r.body.Blocked())
 }
 
-// abort ends a stalled request: with an answer, if there is none yet and the caller may read it.
-func (r *recorder) abort() {
-	if r.blocked.Load() == 0 {
+// abort ends a stalled request: with an answer, if there is none yet and the caller may read it. It returns false if
+// that was tried before, and was in vain.
+func (r *recorder) abort() (first bool) {
+	if first = !r.ended; first && r.blocked.Load() == 0 {
 		r.body.Within(0)
-		return
+	} else {
+		r.conn.Abort()
 	}
-	r.conn.Abort()
-}
-
-// reserve implements kube.Reserve.
-func (r *recorder) reserve(bytes int64, optional bool) bool {
-	if !r.pool.take(bytes, optional) {
-		r.metrics.refused.WithLabelValues("request_memory").Inc()
-		return false
-	}
-	r.memory += bytes
-	return true
+	r.ended = true
+	return first
 }
 
 func (r *recorder) WriteHeader(code int) {
 	if code >= 200 {
 		r.code = code
 		r.mark()
+		if !r.authenticated && r.agentID != "" { // else one could pipeline requests, and read no answer
+			r.Header().Set("Connection", "close")
+		}
 		if !r.body.Ended() && (code >= 400 || !r.streams) {
 			// Nobody will read the rest of the body. Else net/http, or ReverseProxy, would wait for it before the
 			// answer is sent, and a caller could hold the connection for ever.
@@ -316,8 +310,5 @@ func (c *countedConn) Write(p []byte) (int, error) {
 
 // CloseWrite lets ReverseProxy end one direction of the connection and leave the other.
 func (c *countedConn) CloseWrite() error {
-	if conn, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return conn.CloseWrite()
-	}
-	return c.Close()
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // of TCP or TLS
 }

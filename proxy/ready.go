@@ -37,7 +37,7 @@ func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readines
 		{name: "kubernetes", age: checkAge, run: api.Check},
 		{name: "tunnel", age: checkAge, run: t.run, note: t.leaseProblem},
 		{name: "shutdown", run: func(context.Context) error {
-			if _, closed := g.state(); closed {
+			if _, _, closed := g.state(); closed {
 				return errors.New("the agent is shutting down and takes nothing new")
 			}
 			return nil
@@ -57,29 +57,36 @@ type check struct {
 	note   func() string // what to say though it passes; may be nil
 	passed interface{ Set(float64) }
 
-	mu   sync.Mutex
-	at   time.Time
-	last error
+	running sync.Mutex
+	last    atomic.Pointer[outcome]
 }
 
-// result runs the check unless its last outcome is fresh. Callers at the same time share one run, which no
-// caller's leaving cuts short.
+// outcome is what a check has found.
+type outcome struct {
+	at  time.Time
+	err error
+}
+
+// result runs the check unless its last outcome is fresh. While it runs, other callers get the outcome before: many
+// who wait would be many to hold. No caller's leaving cuts a run short.
 func (c *check) result(ctx context.Context) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if time.Since(c.at) < c.age {
-		return c.last
+	last := c.last.Load()
+	if last != nil && time.Since(last.at) < c.age {
+		return last.err
 	}
+	if !c.running.TryLock() {
+		if last == nil {
+			return errors.New("this was not checked yet: ask again")
+		}
+		return last.err
+	}
+	defer c.running.Unlock()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 8*time.Second)
 	defer cancel()
-	c.last = c.run(ctx)
-	c.at = time.Now()
-	if c.last == nil {
-		c.passed.Set(1)
-	} else {
-		c.passed.Set(0)
-	}
-	return c.last
+	err := c.run(ctx)
+	c.last.Store(&outcome{time.Now(), err})
+	c.passed.Set(map[bool]float64{true: 1}[err == nil])
+	return err
 }
 
 // watch runs the checks now and then, until ctx ends: metrics, and since when the tunnel is up, then hold
@@ -235,7 +242,7 @@ func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []fr
 // getReady answers GET /ready. Checks named by ?exclude= are left out. Why a check fails is told on the
 // operations listener, and on the tunnel listener to those who show the agent's token.
 func (s *server) getReady(l listener) http.HandlerFunc {
-	type outcome struct {
+	type answer struct {
 		OK     bool   `json:"ok"`
 		Detail string `json:"detail,omitempty"`
 	}
@@ -261,13 +268,13 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 			}
 		}
 		code, status := http.StatusOK, "ready"
-		checks := map[string]outcome{}
+		checks := map[string]answer{}
 		for _, c := range s.ready.checks {
 			if slices.Contains(excluded, c.name) {
 				continue
 			}
 			err := c.result(r.Context())
-			o := outcome{OK: err == nil}
+			o := answer{OK: err == nil}
 			switch {
 			case err != nil:
 				o.Detail = err.Error()

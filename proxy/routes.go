@@ -53,11 +53,13 @@ func (s *server) routes(l listener) []route {
 		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
 		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.heartbeat},
 		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.message},
-		{method: "POST", path: "/api/runners/{runner_id}/command", bearer: true, handler: s.command},
+		{method: "POST", path: commandPattern, bearer: true, handler: s.command},
 		{method: "GET", path: "/openapi.yaml", handler: getOpenAPI},
 		{method: "GET", path: "/metrics", ops: true, bearer: true, handler: s.metrics.handler.ServeHTTP},
 	}
 }
+
+const commandPattern = "/api/runners/{runner_id}/command"
 
 // server holds what the handlers share.
 type server struct {
@@ -70,7 +72,6 @@ type server struct {
 	metrics *metrics
 	ready   *readiness
 	gate    *gate
-	memory  *pool
 	limits  limits
 	log     *slog.Logger
 }
@@ -80,10 +81,10 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, l
 	s := &server{
 		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
 		runners: newRunners(api, cfg.Agent.ID, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(limits, refused, log),
-		memory: &pool{size: limits.requestMemory}, limits: limits, log: log,
+		limits: limits, log: log,
 	}
-	m.limit("requests", int64(limits.requests), func() int64 { n, _ := s.gate.state(); return int64(n) })
-	m.limit("request_memory_bytes", limits.requestMemory, s.memory.used.Load)
+	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
+	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { _, n, _ := s.gate.state(); return n })
 	m.limit("commands", maxCommands, func() int64 { return int64(len(s.runners.running)) })
 	if cfg.Agent.TokenFile != "" { // as long as the process, and so while it drains
 		go s.auth.follow(context.Background(), cfg.AgentToken)
@@ -101,7 +102,7 @@ func (s *server) handler(l listener) http.Handler {
 		}
 		handler := r.handler
 		if r.bearer && l == tunnel {
-			handler = s.requireBearer(handler)
+			handler = s.requireBearer(handler, r.path != commandPattern)
 		}
 		mux.HandleFunc(r.method+" "+r.path, handler)
 		allow := strings.Replace(r.method, "GET", "GET, HEAD", 1)
@@ -155,11 +156,11 @@ func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	}
 	rec := w.(*recorder) // observe has put it there
 	rec.describe(r)
-	if !s.admit(w, r, refuseWithStatus) {
+	if !s.admit(w, r, refuseWithStatus, false) {
 		return
 	}
 	defer s.gate.leave(rec)
-	s.kube.Serve(w, r, &rec.description, rec.body, rec.reserve)
+	s.kube.Serve(w, r, &rec.description, rec.body, func(bytes int64, optional bool) bool { return s.gate.reserve(rec, bytes, optional) })
 }
 
 // belowKubernetes looks at the path as it came, before anything is decoded.

@@ -218,7 +218,7 @@ func TestIdleConnectionsOutliveFrps(t *testing.T) {
 		}
 		answers := bufio.NewReader(conn)
 		for range 2 {
-			if _, err := io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: agent.example\r\n\r\n"); err != nil {
+			if _, err := io.WriteString(conn, "GET /metrics HTTP/1.1\r\nHost: agent.example\r\n"+auth+"\r\n"); err != nil {
 				t.Fatal(err)
 			}
 			resp, err := http.ReadResponse(answers, nil)

@@ -44,6 +44,6 @@ func (f *certificateFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	if f.last != nil { // bootstrap may be between the two files
 		return f.last, nil
 	}
-	f.log.Warn("a caller cannot be shown the tunnel's certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
+	f.log.Debug("a caller cannot be shown the tunnel's certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
 	return nil, err
 }

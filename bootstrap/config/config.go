@@ -29,15 +29,14 @@ const DefaultPath = "/etc/pipeops/config.yaml"
 // Config is the agent's configuration, complete and valid.
 type Config struct {
 	Agent struct {
-		ID          string
-		Name        string
-		ClusterName string
-		Instance    string
-		Token       frpc.Secret // from agent.token or the file that agent.token_file names
-		TokenFile   string
-		// TokenOverlap is how long the proxy accepts the token before, after a new one has come.
-		TokenOverlap time.Duration
-		APIURL       string // without a slash at its end
+		ID           string
+		Name         string
+		ClusterName  string
+		Instance     string
+		Token        frpc.Secret // from agent.token or the file that agent.token_file names
+		TokenFile    string
+		TokenOverlap time.Duration // how long the proxy accepts the token before, after a new one has come
+		APIURL       string        // without a slash at its end
 		CAFile       string
 	}
 	FRP struct {

@@ -18,17 +18,13 @@ import (
 // What a byte that is read costs in memory, at most. Measured with the shortest headers.
 const handshakeCost, headerCost = 2, 20
 
-// socketBuffer is how many bytes the kernel may hold for a connection in each direction. By default it grows to
-// several MiB for a caller who does not read, and counts as the pod's memory.
-const socketBuffer = 128 << 10
+// What the kernel may hold for a connection, in bytes; it takes twice that. By default it takes several MiB for a
+// caller who does not read, of the pod's memory. With less than 48 KiB to read, loopback has 8 MB/s.
+const readBuffer, writeBuffer = 64 << 10, 32 << 10
 
-// Reasons why a connection was closed, for Config.Closed.
-const (
-	TooMany      = "connections"   // there were too many, and none that could make room
-	Evicted      = "idle"          // it was the one that had done nothing for longest, and there were too many
-	HeaderMemory = "header_memory" // it had the largest unfinished headers, and they were too large together
-	Invalid      = "handshake"     // it sent no valid PROXY header, or the TLS handshake failed or took too long
-)
+// Reasons for Config.Closed: there were too many connections, all of them in use; it made room for another; its headers
+// were unfinished for longest, and all of them too large together; it sent no valid PROXY header or TLS handshake.
+const TooMany, Evicted, HeaderMemory, Invalid = "connections", "idle", "header_memory", "handshake"
 
 // Config is what a Listener keeps to.
 type Config struct {
@@ -85,9 +81,9 @@ func (l *Listener) accept() {
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
-		_ = accepted.SetReadBuffer(socketBuffer)
-		_ = accepted.SetWriteBuffer(socketBuffer)
 		c := &Conn{TCPConn: accepted, listener: l, remote: accepted.RemoteAddr()}
+		_ = c.SetReadBuffer(readBuffer)
+		_ = c.SetWriteBuffer(writeBuffer)
 		if l.admit(c) {
 			go l.begin(c)
 		}
@@ -278,24 +274,26 @@ func (c *Conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// charge counts what was read of headers. Beyond the bound, connections are closed, the one with the largest
-// headers first: a few large ones must not keep out the many small ones. It returns false if that is c.
+// charge counts what was read of headers. Beyond the bound, connections are closed, the one whose headers are
+// unfinished for longest first: those who are slow, or send without end, must not keep out those who come with whole
+// headers at once. It returns false if that is c.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if c.gone {
 		return false
 	}
+	if c.memory == 0 && c.place != nil {
+		l.waiting.MoveToBack(c.place)
+	}
 	c.memory += memory
 	l.headers += memory
-	for l.headers > l.config.HeaderMemory {
-		largest := c
-		for e := l.waiting.Front(); e != nil; e = e.Next() {
-			if other := e.Value.(*Conn); other.memory > largest.memory {
-				largest = other
-			}
+	for e := l.waiting.Front(); e != nil && l.headers > l.config.HeaderMemory; {
+		other := e.Value.(*Conn)
+		e = e.Next()
+		if other.memory > 0 {
+			l.evict(other, HeaderMemory)
 		}
-		l.evict(largest, HeaderMemory)
 	}
 	return !c.gone
 }

@@ -116,6 +116,5 @@ func writeBroken(w http.ResponseWriter, r *http.Request, err error) {
 		WriteStatus(w, r, http.StatusRequestTimeout, metav1.StatusReasonTimeout, "the body of the request does not come to its end: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
 		return
 	}
-	WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest,
-		"the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
+	WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
 }

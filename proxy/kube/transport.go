@@ -27,7 +27,7 @@ const (
 	headersTimeout = 75 * time.Second
 	// maxDials is how many connections are made at a time, not how many there are. Before it is made, a connection
 	// cannot be shared: two thousand watches that began at once dialled five thousand.
-	maxDials = 3
+	maxDials = 6
 )
 
 // lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2, if the API server speaks it.

@@ -138,7 +138,7 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 func (a *Agent) FrpcRestarts() int { return int(a.restarts.Load()) }
 
 // frpcEnv is what the manifests set.
-var frpcEnv = []string{"GOMEMLIMIT=204MiB"}
+var frpcEnv = []string{"GOMEMLIMIT=409MiB"}
 
 // StartFrpc starts the stock frpc, as it is.
 func (a *Agent) StartFrpc() (err error) {
