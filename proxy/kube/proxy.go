@@ -137,10 +137,8 @@ const maxHeaderSize = 112 << 10
 // looked at (GOAWAY), and each of them would be an error else. Where memory is short they are not kept.
 const maxRepeatable = 256 << 10
 
-const (
-	keepTimeout   = 32 * time.Second // for all of a body that is kept; as long as headers may take
-	uploadTimeout = time.Minute      // between two parts of any other
-)
+// How long all of a body that is kept may take, as headers may, and any other between two parts.
+const keepTimeout, uploadTimeout = 32 * time.Second, time.Minute
 
 // keep reads a small body whole.
 func keep(r *http.Request, body *Body) error {

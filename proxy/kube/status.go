@@ -45,10 +45,8 @@ func WriteStatus(w http.ResponseWriter, r *http.Request, code int, reason metav1
 // errCredential is an API server that does not accept the agent's own credential.
 var errCredential = errors.New("the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted")
 
-const (
-	reasonLargeHeaders metav1.StatusReason = "RequestHeaderFieldsTooLarge"
-	largeHeaders       string              = "the headers of the request are too large"
-)
+const reasonLargeHeaders metav1.StatusReason = "RequestHeaderFieldsTooLarge"
+const largeHeaders = "the headers of the request are too large"
 
 // errNoMemory is an answer whose headers are too large beside those of the other requests.
 var errNoMemory = errors.New("the headers of the answer are too large beside the other requests that the agent answers now: try again")

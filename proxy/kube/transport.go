@@ -142,10 +142,7 @@ type plugin struct {
 	abandoned atomic.Int32 // requests that wait for it though their callers have gone
 }
 
-const (
-	pluginTimeout = 30 * time.Second
-	maxAbandoned  = 32
-)
+const pluginTimeout, maxAbandoned = 30 * time.Second, 32
 
 // bound ends the wait for the plugin with the caller, and after pluginTimeout.
 func (p *plugin) bound(send func(*http.Request) (*http.Response, error)) func(*http.Request) (*http.Response, error) {
