@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -14,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"k8s.io/client-go/rest"
 )
@@ -302,6 +304,48 @@ func TestBodiesAreKeptWithinMemory(t *testing.T) {
 		}
 	}
 	eventually(t, func() bool { return memoryInUse(s) == 0 })
+}
+
+// TestOneCallerLeavesMemoryForOthers: messages that do not come to their end take no more than a share, and are ended.
+func TestOneCallerLeavesMemoryForOthers(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.requestMemory, l.stalledCalls = 400<<10, 2 }, silent)
+	addr := listening(t, s)
+	for range 10 {
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		_, _ = io.WriteString(conn, "POST /api/control-plane/message HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.1\r\nContent-Type: application/json\r\n"+auth+"Content-Length: 100\r\n\r\n{")
+	}
+	eventually(t, func() bool { return refused(s, "request_memory") > 0 })
+	if _, resp, err := call(t, addr, "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\nX-Forwarded-For: 192.0.2.2\r\nX-Rest:"); err != nil || resp.StatusCode != http.StatusOK {
+		t.Errorf("another caller is answered %v, %v", resp, err)
+	}
+	eventually(t, func() bool {
+		s.gate.endStalled(time.Now())
+		return inUse(s) <= 3 // two messages, and the watch
+	})
+}
+
+// TestSlowCheckHoldsNobody: while a check of /ready runs, other callers get its outcome before.
+func TestSlowCheckHoldsNobody(t *testing.T) {
+	begun, end := make(chan struct{}), make(chan struct{})
+	c := &check{name: "slow", passed: prometheus.NewGauge(prometheus.GaugeOpts{}), run: func(context.Context) error {
+		close(begun)
+		<-end
+		return nil
+	}}
+	done := make(chan error, 1)
+	go func() { done <- c.result(t.Context()) }()
+	<-begun
+	if err := c.result(t.Context()); err == nil || !strings.Contains(err.Error(), "not checked yet") {
+		t.Errorf("before the first outcome: %v", err)
+	}
+	close(end)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
 }
 
 // TestLargeHeadersOfRequestsAreCounted: also while their requests run.

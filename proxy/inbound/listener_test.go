@@ -183,8 +183,25 @@ func TestAbortEndsARequest(t *testing.T) {
 	}
 }
 
-// TestLargestHeadersAreClosedFirst: a few callers with large unfinished headers do not keep out those with small ones.
-func TestLargestHeadersAreClosedFirst(t *testing.T) {
+// TestSlowHeadersDoNotLockOut: many callers with unfinished headers, however small, do not keep out whole requests, even
+// such as are larger.
+func TestSlowHeadersDoNotLockOut(t *testing.T) {
+	const memory = 200 << 10
+	w := start(t, Config{Connections: 1000, HeaderMemory: memory})
+	unfinished := "GET / HTTP/1.1\r\nHost: a\r\nA: " + strings.Repeat("b", 70)
+	for range 2 * memory / headerCost / len(unfinished) { // twice what fits
+		w.dial(t, unfinished)
+	}
+	for range 20 {
+		request := strings.Replace(get, "\r\n\r\n", "\r\nA: "+strings.Repeat("b", 2000)+"\r\n\r\n", 1)
+		if body, err := answer(w.dial(t, request)); err != nil {
+			t.Fatalf("a whole request is refused: %q, %v", body, err)
+		}
+	}
+}
+
+// TestUnfinishedHeadersAreBounded: a few callers with large unfinished headers do not keep out those with small ones.
+func TestUnfinishedHeadersAreBounded(t *testing.T) {
 	const memory = 100 << 10
 	w := start(t, Config{Connections: 1000, HeaderMemory: memory})
 	var floods []net.Conn

@@ -36,6 +36,11 @@ func TestAttack(t *testing.T) {
 	}
 	i := prepare(t)
 	i.setting("PIPEOPS_RUNNERS_ALLOWED_HOSTS=" + node.HostIP)
+	// Attackers, control plane and API server have the same two cores, and a thousand shares of them: without as many of
+	// its own, the pod would be attacked on its CPU. Memory is as shipped.
+	i.patches = `{target: {kind: Deployment}, patch: '[
+		{"op": "replace", "path": "/spec/template/spec/initContainers/1/resources/requests/cpu", "value": "700m"},
+		{"op": "replace", "path": "/spec/template/spec/containers/0/resources/requests/cpu", "value": "700m"}]'}`
 	i.components("manage", "runners")
 	i.apply()
 	ns := namespace(t)
