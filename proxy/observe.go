@@ -84,8 +84,8 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 	attrs = append(attrs, slog.String("request_id", rec.requestID), slog.String("method", method),
 		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
 		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", rec.caller))
-	if rec.conn.Proxied() {
-		attrs = append(attrs, slog.String("forwarded_for", forwardedFor(r)))
+	if from := forwardedFor(r); rec.conn.Proxied() && from != "" {
+		attrs = append(attrs, slog.String("forwarded_for", from))
 	}
 	if d := &rec.description; d.Verb != "" {
 		attrs = append(attrs, slog.String("verb", d.Verb))
