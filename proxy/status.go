@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -83,23 +84,8 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 
 // pulse counts the control plane's heartbeats.
 type pulse struct {
-	mu    sync.Mutex
-	count uint64
-	last  time.Time
-}
-
-func (p *pulse) beat() uint64 {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.count++
-	p.last = time.Now()
-	return p.count
-}
-
-func (p *pulse) status() controlPlaneStatus {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return controlPlaneStatus{Heartbeats: p.count, LastHeartbeat: timeOrNil(p.last)}
+	count atomic.Uint64
+	last  atomic.Pointer[time.Time] // in UTC; nil: none since the start
 }
 
 // timeOrNil makes null of a time that is not known.
@@ -122,7 +108,7 @@ func newAgentStatus(cfg *config.Config) agentStatus {
 func (s *server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
 	writeJSON(w, http.StatusOK, status{
-		Agent: s.agent, ControlPlane: s.pulse.status(), Tunnel: s.tunnelStatus(r.Context()), Cluster: summary, Timestamp: at.UTC(),
+		Agent: s.agent, ControlPlane: controlPlaneStatus{s.pulse.count.Load(), s.pulse.last.Load()}, Tunnel: s.tunnelStatus(r.Context()), Cluster: summary, Timestamp: at.UTC(),
 	})
 }
 
@@ -134,7 +120,9 @@ func (s *server) tunnelStatus(ctx context.Context) tunnelStatus {
 
 // heartbeat answers POST /api/agent/heartbeat, the control plane's pulse. A body is not looked at.
 func (s *server) heartbeat(w http.ResponseWriter, _ *http.Request) {
-	sequence := s.pulse.beat()
+	now := time.Now().UTC()
+	s.pulse.last.Store(&now)
+	sequence := s.pulse.count.Add(1)
 	s.metrics.lastHeartbeat.SetToCurrentTime()
 	writeJSON(w, http.StatusOK, map[string]any{
 		"status": "alive", "agent": s.agent, "uptime_seconds": int64(time.Since(s.agent.StartedAt).Seconds()), "sequence": sequence,

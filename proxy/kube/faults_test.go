@@ -234,3 +234,36 @@ func TestEarlyAnswersAndTrailersGoThrough(t *testing.T) {
 		t.Errorf("%s %q, %v; trailers %v; 1xx %v", resp.Status, body, err, resp.Trailer, early)
 	}
 }
+
+// TestWatchesBeforeAnHTTP1Server: those that begin before it is known that nothing can be shared all get their answers.
+func TestWatchesBeforeAnHTTP1Server(t *testing.T) {
+	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	}))
+	api.StartTLS()
+	t.Cleanup(func() {
+		api.CloseClientConnections()
+		api.Close()
+	})
+	server := front(t, api.URL)
+	var group sync.WaitGroup
+	ctx, cancel := context.WithCancel(t.Context())
+	for range 20 {
+		group.Go(func() {
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, server.URL+Prefix+"/api/v1/pods?watch=true", nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp, err := (&http.Client{Transport: &http.Transport{}}).Do(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			t.Cleanup(func() { _ = resp.Body.Close() })
+		})
+	}
+	group.Wait()
+	cancel()
+}

@@ -27,19 +27,21 @@ const (
 	headersTimeout = 75 * time.Second
 	// maxDials is how many connections are made at a time, not how many there are. Before it is made, a connection
 	// cannot be shared: two thousand watches that began at once dialled five thousand.
-	maxDials = 6
+	maxDials = 3
 )
 
 // lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2, if the API server speaks it.
 type lanes struct {
 	http2, http1 http.RoundTripper
 	latency      Observer
-	onlyHTTP1    atomic.Bool // the API server speaks no HTTP/2
-	plugin       *plugin     // nil: the credential comes from no plugin
+	settled      atomic.Bool   // it is known what the API server speaks
+	onlyHTTP1    atomic.Bool   // and that is not HTTP/2
+	first        chan struct{} // holds the request that finds out
+	plugin       *plugin       // nil: the credential comes from no plugin
 }
 
 func newLanes(config *rest.Config, target *url.URL, latency Observer) (*lanes, error) {
-	l := &lanes{latency: latency}
+	l := &lanes{latency: latency, first: make(chan struct{}, 1)}
 	l.onlyHTTP1.Store(target.Scheme == "http")
 	if config.ExecProvider != nil {
 		l.plugin = &plugin{command: config.ExecProvider.Command}
@@ -121,9 +123,20 @@ func (l *lanes) call(r *http.Request) (*http.Response, error) {
 	if l.onlyHTTP1.Load() {
 		return l.http1.RoundTrip(r)
 	}
+	if !l.settled.Load() && r.Body == nil { // one at a time: over HTTP/1.1 watches behind maxDials would wait for ever
+		select {
+		case l.first <- struct{}{}:
+			defer func() { <-l.first }()
+		case <-time.After(5 * time.Second):
+		}
+		if l.onlyHTTP1.Load() {
+			return l.http1.RoundTrip(r)
+		}
+	}
 	resp, err := l.http2.RoundTrip(r)
-	if err == nil && resp.ProtoMajor == 1 {
-		l.onlyHTTP1.Store(true)
+	if err == nil && !l.settled.Load() {
+		l.onlyHTTP1.Store(resp.ProtoMajor == 1)
+		l.settled.Store(true)
 	}
 	return resp, err
 }
