@@ -86,19 +86,25 @@ func (c *ControlPlane) dial(ctx context.Context, _, _ string) (net.Conn, error) 
 	return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 }
 
-// Direct returns where frps takes the callers of an agent that has a tunnel of type https, and what they must know to
-// speak TLS with the agent itself.
+// Direct returns where frps takes the callers of an agent that has a tunnel of type https, and how they speak TLS with
+// the agent itself: they trust the certificates of the leases that it has at the time.
 func (c *ControlPlane) Direct(id string) (addr string, config *tls.Config) {
+	config = &tls.Config{ServerName: id + "." + tlsDomain, MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}
+	config.VerifyConnection = func(state tls.ConnectionState) error {
+		trusted := x509.NewCertPool()
+		c.mu.Lock()
+		for _, l := range c.leases {
+			if l.agentID == id && !l.ended() {
+				trusted.AppendCertsFromPEM([]byte(l.certificate))
+			}
+		}
+		c.mu.Unlock()
+		_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{DNSName: config.ServerName, Roots: trusted})
+		return err
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	trusted := x509.NewCertPool()
-	for _, l := range c.leases {
-		if l.agentID == id && !l.ended() {
-			trusted.AppendCertsFromPEM([]byte(l.certificate))
-		}
-	}
-	return net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostTLSPort)),
-		&tls.Config{ServerName: id + "." + tlsDomain, RootCAs: trusted, MinVersion: tls.VersionTLS12}
+	return net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostTLSPort)), config
 }
 
 // dialAgent speaks TLS with an agent, which frps finds by the name in the handshake.
