@@ -89,8 +89,9 @@ func (t Target) dial(ctx context.Context, receiveBuffer int) (conn net.Conn, err
 	return conn, err
 }
 
-// Attack is one attempt of one attacker. It returns when the server has answered or cut it, or when ctx ends.
-type Attack func(ctx context.Context, c *Counts)
+// Attack is one attempt of one attacker. It returns when the server has answered or cut it, or when ctx ends, or, for
+// another attempt at once, true.
+type Attack func(ctx context.Context, c *Counts) (again bool)
 
 // Run lets n attackers repeat an attack until ctx ends. They begin evenly at rate attempts per second; after each
 // attempt an attacker pauses so long that all n together do not exceed that rate, and for at least a second: an
@@ -107,7 +108,9 @@ func Run(ctx context.Context, n int, rate float64, attack Attack) *Counts {
 				case <-ctx.Done():
 					return
 				}
-				attack(ctx, c)
+				for attack(ctx, c) && ctx.Err() == nil {
+					continue
+				}
 				wait = max(time.Second, seconds(float64(n)/rate))
 			}
 		})

@@ -15,7 +15,7 @@ func HeaderFlood(t Target, finish bool) Attack {
 	if finish {
 		headers = append(headers, "\r\n"...)
 	}
-	return func(ctx context.Context, c *Counts) {
+	return func(ctx context.Context, c *Counts) bool {
 		if conn := t.connect(ctx, c, 0); conn != nil {
 			_, err := fmt.Fprintf(conn, "GET /health HTTP/1.1\r\nHost: %s\r\n", t.Host)
 			if err == nil {
@@ -23,15 +23,16 @@ func HeaderFlood(t Target, finish bool) Attack {
 			}
 			conn.await("GET")
 		}
+		return false
 	}
 }
 
 // IdleConnection asks for /health once and then says nothing more.
 func IdleConnection(t Target) Attack {
-	return func(ctx context.Context, c *Counts) {
+	return func(ctx context.Context, c *Counts) bool {
 		conn := t.connect(ctx, c, 0)
 		if conn == nil {
-			return
+			return false
 		}
 		if _, err := fmt.Fprintf(conn, "GET /health HTTP/1.1\r\nHost: %s\r\n\r\n", t.Host); err == nil {
 			if resp, err := http.ReadResponse(bufio.NewReaderSize(conn, 512), nil); err == nil {
@@ -41,6 +42,7 @@ func IdleConnection(t Target) Attack {
 			}
 		}
 		conn.end(true)
+		return false
 	}
 }
 
@@ -48,22 +50,22 @@ func IdleConnection(t Target) Attack {
 // buffer is small, so that the rest waits on the other side. An attacker cannot see behind frps whether the agent has
 // cut it, so it begins again after a minute.
 func StalledRead(t Target, path string) Attack {
-	return func(ctx context.Context, c *Counts) {
+	return func(ctx context.Context, c *Counts) bool {
 		conn := t.connect(ctx, c, 4<<10)
 		if conn == nil {
-			return
+			return false
 		}
 		_, _ = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\n\r\n", t.Prefix+path, t.Host, t.Token)
 		resp, err := http.ReadResponse(bufio.NewReaderSize(conn, 512), nil)
 		if err != nil {
 			conn.end(true)
-			return
+			return false
 		}
 		defer func() { _ = resp.Body.Close() }() // reads it to its end, or until the connection's, which comes before
 		c.answer(resp.StatusCode)
 		if resp.StatusCode != http.StatusOK {
 			conn.end(false)
-			return
+			return false
 		}
 		tick := time.NewTicker(time.Second)
 		defer tick.Stop()
@@ -76,13 +78,14 @@ func StalledRead(t Target, path string) Attack {
 			}
 		}
 		conn.end(cut)
+		return !cut
 	}
 }
 
 // StalledUpload sends an object for a path of the Kubernetes API, but for its last byte.
 func StalledUpload(t Target, path string, size int) Attack {
 	body := make([]byte, size-1)
-	return func(ctx context.Context, c *Counts) {
+	return func(ctx context.Context, c *Counts) bool {
 		if conn := t.connect(ctx, c, 0); conn != nil {
 			_, err := fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n",
 				t.Prefix+path, t.Host, t.Token, size)
@@ -91,16 +94,18 @@ func StalledUpload(t Target, path string, size int) Attack {
 			}
 			conn.await("POST")
 		}
+		return false
 	}
 }
 
 // Command sends a command to a runner.
 func Command(t Target, runner string) Attack {
-	return func(ctx context.Context, c *Counts) {
+	return func(ctx context.Context, c *Counts) bool {
 		if conn := t.connect(ctx, c, 0); conn != nil {
 			_, _ = fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Length: 2\r\n\r\n{}", commandPath(runner), t.Host, t.Token)
 			conn.await("POST")
 		}
+		return false
 	}
 }
 
