@@ -113,6 +113,9 @@ func TestOpenAPI(t *testing.T) {
 		if body != "plain" {
 			header.Set("Content-Type", "application/json")
 		}
+		if body == "loop" {
+			header.Set("Via", "1.1 "+agentID)
+		}
 		resp, answer := exchange(t, asItIs, method, w.agent.Tunnel+actual, header, body)
 		key := fmt.Sprintf("%s %s %d", method, path, resp.StatusCode)
 		content, ok := said[key]
@@ -172,6 +175,7 @@ func TestOpenAPI(t *testing.T) {
 	sink := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
 	tell(t, w.agent, "sink", "runner_assigned", assignment("sink", serve(t, sink)), false)
 	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, strings.Repeat("x", 11<<20))
+	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, "loop")
 	fillRegistry(t, runnersNS)
 	try(http.MethodPost, messages, messages, agentToken, `{"id":"full","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/"+strings.Repeat("x", 2000))+`}`)
 	noRight := viewer(t)
@@ -183,6 +187,7 @@ func TestOpenAPI(t *testing.T) {
 		try(http.MethodPost, "/api/agent/heartbeat", "/api/agent/heartbeat", "wrong", "")
 		try(http.MethodPost, messages, messages, "wrong", "")
 		try(http.MethodPost, command, "/api/runners/r/command", "wrong", "")
+		try(http.MethodGet, "/ready", "/ready", "wrong", "")
 		for range 20 {
 			try(http.MethodGet, "/metrics", "/metrics", "wrong", "")
 		}
