@@ -18,7 +18,7 @@ type limits struct {
 	requestMemory  int64 // bytes for headers and small bodies of authenticated requests
 	requests       int   // authenticated requests for the API server or a runner, streams included
 	caller         int   // of these, from one caller's address
-	stalledCalls   int   // of these, calls whose caller does not read
+	stalledCalls   int   // of these, calls whose caller neither reads nor sends
 	stalledStreams int   // and watches, logs and upgrades
 }
 

@@ -123,6 +123,11 @@ func (l *Listener) forget(c *Conn) {
 	c.gone = true
 	l.open--
 	l.settle(c)
+	l.keep(c)
+}
+
+// keep takes a connection out of those that may be evicted. l.mu is held.
+func (l *Listener) keep(c *Conn) {
 	if c.place != nil {
 		l.waiting.Remove(c.place)
 		c.place = nil
@@ -230,10 +235,7 @@ func (c *Conn) Authenticated() {
 	c.listener.mu.Lock()
 	defer c.listener.mu.Unlock()
 	c.listener.settle(c)
-	if c.place != nil {
-		c.listener.waiting.Remove(c.place)
-		c.place = nil
-	}
+	c.listener.keep(c)
 }
 
 // Answered is called when a handler has returned. The last bytes of the answer may still be on their way.
