@@ -39,7 +39,7 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*recorder, *http.Request) {
 	rec := &recorder{
 		ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text(),
-		conn: inbound.From(r.Context()), caller: caller(r),
+		conn: inbound.From(r.Context()), cut: r.Context().Err, caller: caller(r),
 	}
 	rec.conn.HeadersRead()
 	r.Header.Set("X-Request-Id", rec.requestID)
@@ -184,6 +184,7 @@ type recorder struct {
 	metrics       *metrics
 	conn          *inbound.Conn // nil in tests without a listener
 	start         time.Time
+	cut           func() error // an error once the request's context has ended
 	requestID     string
 	caller        string
 	agentID       string     // empty on the operations listener
@@ -301,6 +302,10 @@ func (c *countedConn) Read(p []byte) (int, error) {
 }
 
 func (c *countedConn) Write(p []byte) (int, error) {
+	// The API server says goodbye to a connection that is cut, which kubectl exec would take for success.
+	if err := c.recorder.cut(); err != nil {
+		return 0, err
+	}
 	c.recorder.blocked.Store(time.Now().UnixNano())
 	n, err := c.Conn.Write(p)
 	c.recorder.blocked.Store(0)

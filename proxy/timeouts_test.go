@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
 // These tests take hours, on the clock of testing/synctest, which jumps ahead whenever all wait. It knows no
@@ -292,4 +294,64 @@ func TestHalfARequest(t *testing.T) {
 			}
 		}
 	})
+}
+
+// lateClose is a connection to an API server that gets an answer to the end of a connection on its way.
+type lateClose struct{ *net.TCPConn }
+
+func (c lateClose) Close() error {
+	_ = c.CloseWrite()
+	time.AfterFunc(10*time.Second, func() { _ = c.TCPConn.Close() })
+	return nil
+}
+
+// TestNoGoodbyeAfterACut: what the API server says when the agent cuts a session reaches nobody. kubectl would take
+// its regular end of a WebSocket for the success of the command.
+func TestNoGoodbyeAfterACut(t *testing.T) {
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Connection", "Upgrade")
+		w.Header().Set("Upgrade", "websocket")
+		w.WriteHeader(http.StatusSwitchingProtocols)
+		conn, buffer, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_, _ = io.WriteString(conn, "hello")
+		_, _ = io.Copy(io.Discard, buffer)
+		_, _ = io.WriteString(conn, "goodbye")
+		_ = conn.Close()
+	}))
+	defer api.Close()
+	s := serverBefore(t, &rest.Config{Host: api.URL, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return lateClose{conn.(*net.TCPConn)}, nil
+	}}, token, slog.New(slog.DiscardHandler))
+	streams, cut := context.WithCancelCause(t.Context())
+	agent := httptest.NewUnstartedServer(s.handler(tunnel))
+	agent.Config.BaseContext = func(net.Listener) context.Context { return streams }
+	agent.Start()
+	defer agent.Close()
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", agent.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	_, _ = io.WriteString(conn, "GET /api/k8s/api/v1/namespaces/a/pods/b/exec HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer "+token+
+		"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	answer := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(answer, nil)
+	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatal(resp, err)
+	}
+	if _, err := io.ReadFull(answer, make([]byte, len("hello"))); err != nil {
+		t.Fatal(err)
+	}
+	cut(kube.ErrShutdown)
+	if rest, err := io.ReadAll(answer); len(rest) > 0 {
+		t.Errorf("after the cut the caller read %q, %v", rest, err)
+	}
 }
