@@ -141,6 +141,8 @@ func (g *gate) endStalled(now time.Time) {
 	isCall := func(rec *recorder) bool { return !rec.isStream() }
 	late := g.stalled(now.Add(stallGrace-callStall), isCall)
 	g.end(late, len(late), "stalled_calls")
+	reads := g.stalled(now, func(rec *recorder) bool { return isCall(rec) && rec.blocked.Load() != 0 })
+	g.end(reads, len(reads)-g.limits.stalledReads, "stalled_reads")
 	calls, streams := g.stalled(now, isCall), g.stalled(now, (*recorder).isStream)
 	g.end(calls, len(calls)-g.limits.stalledCalls, "stalled_calls")
 	g.end(streams, len(streams)-g.limits.stalledStreams, "stalled_streams")

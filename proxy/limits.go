@@ -19,6 +19,7 @@ type limits struct {
 	requests       int   // authenticated requests for the API server or a runner, streams included
 	caller         int   // of these, from one caller's address
 	stalledCalls   int   // of these, calls whose caller neither reads nor sends
+	stalledReads   int   // of these, calls whose caller does not read
 	stalledStreams int   // and watches, logs and upgrades
 }
 
@@ -39,7 +40,8 @@ func newLimits(memory int64) limits {
 	return limits{
 		connections: int(memory / (100 << 10)), headerMemory: memory / 8, requestMemory: memory / 5,
 		requests: requests, caller: requests * 3 / 4,
-		stalledCalls:   16, // each may hold some of the few seats that the API server gives the agent
+		stalledCalls:   16,
+		stalledReads:   2, // an answer of 10 MB holds 100 of the 245 seats that the API server has for the agent
 		stalledStreams: int(memory / 8 / stalledMemory),
 	}
 }

@@ -136,7 +136,7 @@ func flood(w http.ResponseWriter, r *http.Request) {
 // TestStalledRequestsMakeRoom: of those who do not read, the longest stalled are ended when there are too many, each
 // kind for itself; those who read are left alone.
 func TestStalledRequestsMakeRoom(t *testing.T) {
-	s := withLimits(t, func(l *limits) { l.stalledCalls, l.stalledStreams = 1, 2 }, flood)
+	s := withLimits(t, func(l *limits) { l.stalledReads, l.stalledStreams = 1, 2 }, flood)
 	addr := listening(t, s)
 	stall := func(path string, n int) (conns []net.Conn) {
 		for i := range n {
@@ -164,10 +164,10 @@ func TestStalledRequestsMakeRoom(t *testing.T) {
 		}
 	}()
 	_ = reader
-	for kind, path := range map[string]string{"stalled_calls": "pods", "stalled_streams": "pods?watch=1"} {
+	for kind, path := range map[string]string{"stalled_reads": "pods", "stalled_streams": "pods?watch=1"} {
 		before := inUse(s)
 		conns := stall(path, 4)
-		allowed := map[string]int{"stalled_calls": 1, "stalled_streams": 2}[kind]
+		allowed := map[string]int{"stalled_reads": 1, "stalled_streams": 2}[kind]
 		eventually(t, func() bool {
 			s.gate.endStalled(time.Now())
 			return inUse(s) == before+allowed

@@ -80,7 +80,7 @@ func newMetrics() *metrics {
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
 	}
-	for limit := range strings.FieldsSeq("connections idle header_memory handshake requests caller request_memory stalled_calls stalled_streams commands") {
+	for limit := range strings.FieldsSeq("connections idle header_memory handshake requests caller request_memory stalled_calls stalled_reads stalled_streams commands") {
 		m.refused.WithLabelValues(limit)
 	}
 	for _, reason := range []string{"none", "several", "scheme", "token", "unconfigured"} {
