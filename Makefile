@@ -143,7 +143,7 @@ images: ## Build the images for amd64 and arm64, and what they are made of, into
 # For tests on a machine that reaches no registry: see manifests/images/frpc.Dockerfile.
 .PHONY: test-images
 test-images: images $(BIN)/frpc
-	@mkdir -p $(IMAGES)/context && install -m 755 $(BIN)/frpc $(IMAGES)/context/frpc
+	@mkdir -p $(IMAGES)/context && install -m 755 $(BIN)/frpc $(IMAGES)/context/frpc && install -m 755 /bin/busybox $(IMAGES)/context/test
 	@manifests/images/build manifests/images/frpc.Dockerfile $(IMAGES)/context $$(go env GOARCH) $(FRPC_IMAGE) $(IMAGES)/frpc.tar
 	@rm -r $(IMAGES)/context
 

@@ -172,18 +172,18 @@ func (p *patient) frps(ctx context.Context) (string, error) {
 	}
 	c := p.lease.Frpc
 	addr := fmt.Sprintf("%s:%d", c.ServerAddr, c.ServerPort)
-	err := frpc.Login(ctx, c)
+	verified := "verified"
+	if c.TLS.InsecureSkipVerify {
+		verified = "NOT verified, because frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY) is set"
+	}
+	version, err := frpc.Login(ctx, c)
 	if errors.Is(err, frpc.ErrCannotLogin) {
-		return "", skipped(addr + " cannot be tried with protocol " + c.Protocol + " or through a proxy: see the tunnel below")
+		return "", skipped(addr + " cannot be tried with protocol " + c.Protocol + " or through this proxy: see the tunnel below")
 	}
 	if err != nil {
 		return "", err
 	}
-	verified := "verified"
-	if c.TLS.CAFile == "" {
-		verified = "NOT verified: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)"
-	}
-	return addr + " accepts the login; its certificate is " + verified, nil
+	return joined(fmt.Sprintf("%s, version %s, accepts the login; its certificate is %s", addr, version, verified), frpc.Outdated(version)), nil
 }
 
 func (p *patient) tunnel(ctx context.Context) (string, error) {
@@ -202,7 +202,15 @@ func (p *patient) tunnel(ctx context.Context) (string, error) {
 	if t.Status != "running" {
 		return "", fmt.Errorf("%s of type %s: %s %s: see frpc's log", t.Name, t.Type, t.Status, t.Err)
 	}
-	return fmt.Sprintf("%s of type %s is running at %s", t.Name, t.Type, t.RemoteAddr), nil
+	return joined(fmt.Sprintf("%s of type %s is running at %s", t.Name, t.Type, t.RemoteAddr), lease.Frpc.Tunnel.GivesUp()), nil
+}
+
+// joined adds what deserves attention, if anything does.
+func joined(detail, warning string) string {
+	if warning == "" {
+		return detail
+	}
+	return detail + "; " + warning
 }
 
 func (p *patient) proxy(ctx context.Context) (string, error) {

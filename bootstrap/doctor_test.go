@@ -26,7 +26,7 @@ func TestDoctorSpeaksAsTheTunnelDoes(t *testing.T) {
 	})
 	operations := httptest.NewServer(proxy)
 	defer operations.Close()
-	k := newKeeper(t, func(context.Context, []byte) (authAnswer, *failure) {
+	k := newRenewer(t, func(context.Context, []byte) (authAnswer, *failure) {
 		return authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, nil
 	})
 	pair, err := tls.X509KeyPair(k.lease.Certificate, k.lease.Key)

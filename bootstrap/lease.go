@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -93,6 +94,19 @@ func redact(cfg *config.Config, fail *failure) *failure {
 	return fail
 }
 
+// publicRoots returns the public authorities of this host, PEM. Source: crypto/x509/root_linux.go.
+func publicRoots() ([]byte, error) {
+	for _, file := range []string{
+		os.Getenv("SSL_CERT_FILE"), "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
+		"/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/cert.pem",
+	} {
+		if roots, err := os.ReadFile(file); err == nil {
+			return roots, nil
+		}
+	}
+	return nil, errors.New("this host has no list of public authorities to verify frps by: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE), or accept any certificate with frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY)")
+}
+
 // isLocal reports whether a host is this one, or one that no router leads to, such as the cloud's metadata service.
 func isLocal(host string) bool {
 	ip := net.ParseIP(host)
@@ -165,6 +179,13 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 			Admin:      admin,
 			Tunnel:     tunnel,
 		},
+	}
+	if tls := &lease.Frpc.TLS; tls.CAFile == "" && !tls.InsecureSkipVerify {
+		var err error
+		if lease.Roots, err = publicRoots(); err != nil {
+			return frpc.Lease{}, err
+		}
+		tls.CAFile = filepath.Join(cfg.RunDir, frpc.RootsFile)
 	}
 	if answer.AuthMethod == "oidc" {
 		lease.Frpc.TokenFile = filepath.Join(cfg.RunDir, frpc.TokenFile)

@@ -132,6 +132,9 @@ func written(cfg *config.Config) (*frpc.Lease, error) {
 	if err == nil {
 		_, err = os.Stat(filepath.Join(cfg.RunDir, frpc.ConfigFile))
 	}
+	if err == nil && lease.Frpc.TLS.CAFile == filepath.Join(cfg.RunDir, frpc.RootsFile) {
+		lease.Roots, err = os.ReadFile(lease.Frpc.TLS.CAFile)
+	}
 	if err == nil && lease.Frpc.Tunnel.Type == "https" {
 		lease.Certificate, err = os.ReadFile(filepath.Join(cfg.RunDir, frpc.CertFile))
 		if err == nil {
@@ -186,23 +189,23 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	if cfg.WeakToken() {
 		log.Warn(tooShort)
 	}
-	if cfg.FRP.TLS.CAFile == "" {
-		log.Warn("frpc will not verify frps: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)")
+	if cfg.FRP.TLS.InsecureSkipVerify {
+		log.Warn("frpc does not verify frps, because frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY) is set: whoever can redirect the connection gets its credential")
 	}
 	ask, err := newSource(cfg)
 	if err != nil {
 		return err
 	}
-	k := &keeper{cfg: cfg, ask: ask, log: log, backoff: backoffMin}
+	r := &renewer{cfg: cfg, ask: ask, login: frpc.Login, log: log, backoff: backoffMin}
 	toml, _ := os.ReadFile(filepath.Join(cfg.RunDir, frpc.ConfigFile)) // empty: none from before
 	if old, err := written(cfg); err == nil && !once {
 		// This container was started again; frpc may run with what is there, so it stays until there is better.
-		k.lease, k.renewAt = *old, time.Now()
-		markStale(&k.lease, toml)
-		return k.run(ctx)
+		r.lease, r.renewAt = *old, time.Now()
+		markStale(&r.lease, toml)
+		return r.run(ctx)
 	}
 	admin, noTunnel := previousAdmin(cfg, toml)
-	if k.token, err = k.credential(); err != nil {
+	if r.token, err = r.credential(); err != nil {
 		return err
 	}
 	first, cancel := context.WithTimeout(ctx, timeout)
@@ -220,6 +223,6 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	if err := write(cfg, lease, log); err != nil || once {
 		return err
 	}
-	k.adopt(lease, time.Now())
-	return k.run(ctx)
+	r.adopt(lease, time.Now())
+	return r.run(ctx)
 }

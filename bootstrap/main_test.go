@@ -33,10 +33,12 @@ func bootstrap(t *testing.T, env map[string]string, args ...string) (code int, l
 	return code, last.Error, out.String()
 }
 
-// environment configures an agent of the control plane at url.
+// environment configures an agent of the control plane at url, with a tunnel of type http: its lease takes one request,
+// without a certificate.
 func environment(t *testing.T, url string) map[string]string {
 	return map[string]string{
-		"PIPEOPS_AGENT_ID": "agent-001", "PIPEOPS_AGENT_TOKEN": token, "PIPEOPS_INSTANCE": "pod-1",
+		"PIPEOPS_FRP_TUNNEL_TYPE": "http",
+		"PIPEOPS_AGENT_ID":        "agent-001", "PIPEOPS_AGENT_TOKEN": token, "PIPEOPS_INSTANCE": "pod-1",
 		"PIPEOPS_API_URL": url, "PIPEOPS_RUN_DIR": t.TempDir(),
 	}
 }

@@ -88,7 +88,7 @@ func TestWhenTheTunnelIsClosed(t *testing.T) {
 				if fail != nil {
 					t.Fatal(fail)
 				}
-				k := &keeper{cfg: cfg, ask: client.attempt, log: slog.New(slog.DiscardHandler), backoff: backoffMin, lease: lease, token: token, renewAt: time.Now()}
+				k := &renewer{cfg: cfg, ask: client.attempt, log: slog.New(slog.DiscardHandler), backoff: backoffMin, lease: lease, token: token, renewAt: time.Now()}
 				start := time.Now()
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 				defer cancel()

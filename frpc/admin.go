@@ -3,10 +3,12 @@ package frpc
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strconv"
 	"time"
 )
@@ -53,14 +55,37 @@ func (c *AdminClient) Status(ctx context.Context) ([]ProxyStatus, error) {
 	return all, nil
 }
 
-// Stop ends frpc. Who started it (the kubelet) starts it again, with the frpc.toml that then stands.
+// ErrStuck means that frpc was told to stop and has not: it hangs in its first login.
+var ErrStuck = errors.New("frpc does not stop")
+
+// Stop ends frpc, and waits up to five seconds for that. The kubelet restarts it, with the frpc.toml that then stands.
 func (c *AdminClient) Stop(ctx context.Context) error {
-	_, err := c.call(ctx, http.MethodPost, "/api/stop")
+	// A connection ends with its process, of which a successor may listen a moment later.
+	alive, err := (&net.Dialer{}).DialContext(ctx, "tcp", c.addr())
+	if err != nil {
+		return fmt.Errorf("frpc's admin API does not answer: %w", err)
+	}
+	defer func() { _ = alive.Close() }()
+	if _, err := c.call(ctx, http.MethodPost, "/api/stop"); err != nil {
+		return err
+	}
+	_ = alive.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := alive.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+		return ErrStuck
+	}
+	return nil
+}
+
+// Reload has frpc apply the [[proxies]] of its frpc.toml, and nothing else of it. What runs through them goes on.
+func (c *AdminClient) Reload(ctx context.Context) error {
+	_, err := c.call(ctx, http.MethodGet, "/api/reload?strictConfig=true")
 	return err
 }
 
+func (c *AdminClient) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(c.admin.Port)) }
+
 func (c *AdminClient) call(ctx context.Context, method, path string) ([]byte, error) {
-	addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(c.admin.Port))
+	addr := c.addr()
 	req, err := http.NewRequestWithContext(ctx, method, "http://"+addr+path, nil)
 	if err != nil {
 		return nil, err

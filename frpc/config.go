@@ -35,12 +35,13 @@ type Config struct {
 	Tunnel    Tunnel            `json:"tunnel"`
 }
 
-// TLS is how the connection to frps is secured. It is always encrypted; without CAFile frpc verifies nothing.
+// TLS is how the connection to frps is secured. It is always encrypted.
 type TLS struct {
-	CAFile     string `json:"ca_file,omitempty"`
-	ServerName string `json:"server_name,omitempty"` // empty: the server's address
-	CertFile   string `json:"cert_file,omitempty"`
-	KeyFile    string `json:"key_file,omitempty"`
+	CAFile             string `json:"ca_file,omitempty"`     // PEM file of the authorities that may sign frps's certificate
+	ServerName         string `json:"server_name,omitempty"` // empty: the server's address
+	CertFile           string `json:"cert_file,omitempty"`
+	KeyFile            string `json:"key_file,omitempty"`
+	InsecureSkipVerify bool   `json:"insecure_skip_verify,omitempty"` // accept any certificate
 }
 
 // Admin is frpc's own API, on 127.0.0.1.
@@ -61,6 +62,14 @@ type Tunnel struct {
 	GroupKey      Secret   `json:"group_key,omitempty"`
 	LocalIP       string   `json:"local_ip"`
 	LocalPort     int      `json:"local_port"`
+}
+
+// GivesUp says what a tunnel of this type lacks beside one of type https, which lacks nothing.
+func (t Tunnel) GivesUp() string {
+	return map[string]string{
+		"http": "frps can read and alter all that passes, loses the answers to some writes, and slows down beyond five callers at once; kubectl needs a TLS gateway in front of it",
+		"tcp":  "everybody on the way to frps can read and alter all that passes; kubectl needs a TLS gateway in front of it",
+	}[t.Type]
 }
 
 // HealthPath is what frpc asks the proxy whether to keep the tunnel registered: nothing but whether it drains.
@@ -86,6 +95,8 @@ func (c Config) TOML() ([]byte, error) {
 	} else {
 		w.text("auth.token", c.Token.Reveal())
 	}
+	// A frps that asks for these refuses an agent without; any other ignores them.
+	w.texts("auth.additionalScopes", []string{"HeartBeats", "NewWorkConns"})
 	for _, k := range slices.Sorted(maps.Keys(c.Metadatas)) {
 		w.text("metadatas."+quote(k), c.Metadatas[k].Reveal())
 	}
@@ -95,6 +106,9 @@ func (c Config) TOML() ([]byte, error) {
 	// and a frps that has frozen is noticed within 20 s, not 40.
 	w.number("transport.poolCount", 5)
 	w.number("transport.tcpMuxKeepaliveInterval", 10)
+	// With multiplexing frpc sends no heartbeats by default, but a frps whose heartbeatTimeout is set waits for them.
+	w.number("transport.heartbeatInterval", 30)
+	w.number("transport.heartbeatTimeout", 90)
 	w.text("transport.tls.trustedCaFile", c.TLS.CAFile)
 	w.text("transport.tls.serverName", c.TLS.ServerName)
 	w.text("transport.tls.certFile", c.TLS.CertFile)

@@ -1,9 +1,12 @@
 package frpc
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -210,7 +213,7 @@ func TestLoginFaults(t *testing.T) {
 	}()
 	c := lease().Frpc
 	c.ServerAddr, c.ServerPort = "127.0.0.1", listener.Addr().(*net.TCPAddr).Port
-	if err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "does not speak TLS as it should") {
+	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "does not speak TLS as it should") {
 		t.Errorf("a server that speaks no TLS: %v", err)
 	}
 	web := httptest.NewUnstartedServer(http.NotFoundHandler())
@@ -218,11 +221,15 @@ func TestLoginFaults(t *testing.T) {
 	web.StartTLS()
 	defer web.Close()
 	c.ServerPort = web.Listener.Addr().(*net.TCPAddr).Port
-	if err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "does not answer a login") {
+	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "presents a certificate that nobody known has signed") {
+		t.Errorf("a server that cannot be verified: %v", err)
+	}
+	c.TLS.InsecureSkipVerify = true
+	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "does not answer a login") {
 		t.Errorf("a web server: %v", err)
 	}
 	c.Protocol = "kcp"
-	if err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "see frpc's log") {
+	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "see frpc's log") {
 		t.Errorf("another protocol: %v", err)
 	}
 }
@@ -234,5 +241,66 @@ func TestLeaseHoldsSecretsInTheClear(t *testing.T) {
 	}
 	if !strings.Contains(string(data), `"token":"t"`) {
 		t.Errorf("got %s", data)
+	}
+}
+
+// TestWithdraw: nothing is left that frpc could log in with.
+func TestWithdraw(t *testing.T) {
+	dir, l := t.TempDir(), lease()
+	l.Frpc.AuthMethod, l.Frpc.TokenFile = "oidc", filepath.Join(dir, TokenFile)
+	if _, err := l.Write(dir); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := Withdraw(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) != 1 || files[0].Name() != LeaseFile {
+		t.Errorf("left: %v, %v", files, err)
+	}
+}
+
+// TestStop: a frpc that has been told to stop and is still there is stuck.
+func TestStop(t *testing.T) {
+	t.Parallel()
+	for _, stuck := range []bool{false, true} {
+		var server *httptest.Server
+		server = httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodPost || r.URL.Path != "/api/stop" {
+				t.Errorf("asked %s %s", r.Method, r.URL)
+			}
+			if !stuck {
+				go server.CloseClientConnections()
+			}
+		}))
+		defer server.Close()
+		admin := NewAdminClient(Admin{Port: server.Listener.Addr().(*net.TCPAddr).Port})
+		if err := admin.Stop(t.Context()); errors.Is(err, ErrStuck) != stuck {
+			t.Errorf("stuck %v: %v", stuck, err)
+		}
+		server.Close()
+		if err := admin.Stop(t.Context()); err == nil || errors.Is(err, ErrStuck) {
+			t.Errorf("nobody listens: %v", err)
+		}
+	}
+}
+
+// TestWebSocketFrames: frames of all sizes, split and with control frames between.
+func TestWebSocketFrames(t *testing.T) {
+	here, there := net.Pipe()
+	defer func() { _ = here.Close(); _ = there.Close() }()
+	frames := []byte{0x02, 3, 'a', 'b', 'c', 0x89, 2, 'p', 'p', 0x80, 126, 0, 2, 'd', 'e', 0x82, 0, 0x82, 127, 0, 0, 0, 0, 0, 0, 0, 1, 'f'}
+	go func() { _, _ = there.Write(frames) }()
+	socket := &webSocket{Conn: here, reader: bufio.NewReader(here)}
+	got := make([]byte, 6)
+	if _, err := io.ReadFull(socket, got); err != nil || string(got) != "abcdef" {
+		t.Errorf("read %q, %v", got, err)
+	}
+	go func() { _, _ = socket.Write([]byte("xyz")) }()
+	got = make([]byte, 11)
+	if _, err := io.ReadFull(there, got); err != nil || string(got) != "\x82\xfe\x00\x03\x00\x00\x00\x00xyz" {
+		t.Errorf("wrote %q, %v", got, err)
 	}
 }

@@ -18,6 +18,8 @@ const (
 	TokenFile  = "frp.token"  // read by the stock frpc, where the method is oidc
 	CertFile   = "tls.crt"    // of a tunnel of type https: what the proxy shows to callers
 	KeyFile    = "tls.key"
+	RootsFile  = "roots.crt"  // read by the stock frpc: public authorities, where no other is configured
+	StuckFile  = "frpc.stuck" // frpc hangs and cannot be stopped by its admin API: its container must be restarted
 )
 
 // Lease is what the agent got for its tunnel, and all that frpc was told.
@@ -32,6 +34,7 @@ type Lease struct {
 	Stale *Stale `json:"stale,omitempty"`
 
 	Certificate, Key []byte `json:"-"` // PEM, for a tunnel of type https: files of their own
+	Roots            []byte `json:"-"` // PEM, for RootsFile
 }
 
 // Renewal is why there is no next lease.
@@ -40,9 +43,10 @@ type Renewal struct {
 	Error        string    `json:"error"`
 }
 
-// Stale is until when the credential that frpc was started with is good.
+// Stale is what frpc was started with.
 type Stale struct {
-	Until time.Time `json:"until,omitzero"` // by the clock of this host; zero: for ever
+	Until time.Time `json:"until,omitzero"` // when its credential expires, by the clock of this host; zero: never
+	Frpc  *Config   `json:"frpc,omitempty"` // nil: not known
 }
 
 // Write puts the files of the lease into dir, each with mode 0600 and replaced in one step: a reader sees the
@@ -63,6 +67,7 @@ func (l Lease) Write(dir string) (written []string, err error) {
 		data []byte
 	}{
 		{TokenFile, l.Frpc.AuthMethod == "oidc", []byte(l.Frpc.Token.Reveal())},
+		{RootsFile, l.Roots != nil, l.Roots},
 		{KeyFile, l.Certificate != nil, l.Key},
 		{CertFile, l.Certificate != nil, l.Certificate},
 		{LeaseFile, true, append(state, '\n')},

@@ -12,60 +12,104 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/url"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 )
 
-// ErrCannotLogin is for a way to frps that Login cannot walk.
-var ErrCannotLogin = errors.New("see frpc's log for the reason")
+// Reasons why Login fails that its callers tell apart.
+var (
+	ErrCannotLogin = errors.New("see frpc's log for the reason") // Login cannot go the way that frpc goes
+	ErrRefused     = errors.New("refuses the login")             // frps does not accept the credential
+)
 
-// Login walks the way that frpc takes to frps (TCP, TLS, login) and hangs up. It exists because frpc tells
-// why it is not logged in to nobody but its log. The error names the hop, the cause and the next step; nil
-// means that frps accepts the login. It speaks for protocol tcp without a proxy only: for the others it
-// returns ErrCannotLogin. It does not know frpc's environment, where http_proxy would be
-// such a proxy.
-func Login(ctx context.Context, c Config) error {
+// Login goes the way that frpc takes to frps (HTTP proxy, TCP, TLS, WebSocket, login), hangs up, and returns the
+// version of frps. It exists because frpc reports the reason for a failed login only in its log. The error names the
+// hop, the cause and the next step; nil means that frps accepts the login. For protocols quic and kcp, and for
+// proxies other than HTTP, it is ErrCannotLogin. Login does not know frpc's environment, where http_proxy would be a
+// proxy.
+func Login(ctx context.Context, c Config) (version string, err error) {
 	addr := net.JoinHostPort(c.ServerAddr, strconv.Itoa(c.ServerPort))
-	if c.Protocol != "tcp" || c.ProxyURL != "" {
-		return fmt.Errorf("frpc is not logged in to frps at %s: %w", addr, ErrCannotLogin)
+	proxy, err := url.Parse(c.ProxyURL.Reveal())
+	if err != nil || !slices.Contains([]string{"", "http"}, proxy.Scheme) || c.Protocol == "quic" || c.Protocol == "kcp" {
+		return "", fmt.Errorf("frpc is not logged in to frps at %s: %w", addr, ErrCannotLogin)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	next, check := addr, "frps at "+addr+" cannot be reached: %w: check frp.server_addr and frp.server_port, and that the network lets TCP out to it"
+	if proxy.Host != "" {
+		next, check = proxy.Host, "the proxy on the way to frps, "+proxy.Host+", cannot be reached: %w: check frp.proxy_url (PIPEOPS_FRP_PROXY_URL)"
+	}
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", next)
 	if err != nil {
-		return fmt.Errorf("frps at %s cannot be reached: %w: check frp.server_addr and frp.server_port, and that the network lets TCP out to it", addr, err)
+		return "", fmt.Errorf(check, err)
 	}
 	defer func() { _ = conn.Close() }()
 	if deadline, ok := ctx.Deadline(); ok {
 		_ = conn.SetDeadline(deadline)
 	}
-
+	if proxy.Host != "" {
+		if err := connect(conn, proxy, addr); err != nil {
+			return "", fmt.Errorf("the proxy at %s does not connect to frps at %s: %w: check frp.proxy_url (PIPEOPS_FRP_PROXY_URL), and what the proxy allows", proxy.Host, addr, err)
+		}
+	}
+	noWebSocket := "frps at " + addr + " does not open a WebSocket: %w: check that frp.server_port is frps's bindPort, and what stands between"
+	if c.Protocol == "websocket" {
+		if conn, err = openWebSocket(conn, addr); err != nil {
+			return "", fmt.Errorf(noWebSocket, err)
+		}
+	}
 	tlsConfig, err := c.TLS.clientConfig(c.ServerAddr)
 	if err != nil {
-		return err
+		return "", err
 	}
-	tlsConn := tls.Client(conn, tlsConfig)
-	if err := tlsConn.HandshakeContext(ctx); err != nil {
-		if explained := ExplainTLS(err, "frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)", "frp.tls.server_name (PIPEOPS_FRP_TLS_SERVER_NAME)"); explained != nil {
-			return fmt.Errorf("frps at %s %w", addr, explained)
-		}
-		if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
-			return fmt.Errorf("frps at %s takes the connection and does not answer: %w: check that it runs, and what stands between", addr, err)
-		}
-		return fmt.Errorf("frps at %s does not speak TLS as it should: %w: check that frp.server_port (PIPEOPS_FRP_SERVER_PORT) is frps's bindPort, and the client certificate if it asks for one", addr, err)
+	conn = tls.Client(conn, tlsConfig)
+	if err := conn.(*tls.Conn).HandshakeContext(ctx); err != nil {
+		return "", fmt.Errorf("frps at %s %w", addr, explainHandshake(err))
 	}
-	refusal, err := exchangeLogin(tlsConn, c)
+	if c.Protocol == "wss" {
+		if conn, err = openWebSocket(conn, tlsConfig.ServerName); err != nil {
+			return "", fmt.Errorf(noWebSocket, err)
+		}
+	}
+	version, refusal, err := exchangeLogin(conn, c)
 	if alert := tls.AlertError(0); errors.As(err, &alert) { // with TLS 1.3 it comes after the handshake
-		return fmt.Errorf("frps at %s does not accept the agent's client certificate (%w): check frp.tls.cert_file and frp.tls.key_file (PIPEOPS_FRP_TLS_CERT_FILE, _KEY_FILE)", addr, alert)
+		return "", fmt.Errorf("frps at %s does not accept the agent's client certificate (%w): check frp.tls.cert_file and frp.tls.key_file (PIPEOPS_FRP_TLS_CERT_FILE, _KEY_FILE)", addr, alert)
 	}
 	if err != nil {
-		return fmt.Errorf("frps at %s does not answer a login: %w: check that frp.server_port is frps's bindPort", addr, err)
+		return "", fmt.Errorf("frps at %s does not answer a login: %w: check that frp.server_port is frps's bindPort", addr, err)
 	}
 	if refusal != "" {
-		return fmt.Errorf("frps at %s refuses the login: %s: check frp.token, or restart the pod to get a new lease from the control plane", addr, refusal)
+		return version, fmt.Errorf("frps at %s %w: %s: check frp.token, or restart the pod to get a new lease from the control plane", addr, ErrRefused, refusal)
 	}
-	return nil
+	return version, nil
+}
+
+// Outdated says why a version of frps should not be used; empty if it may.
+func Outdated(version string) string {
+	var major, minor int
+	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); n == 2 && major == 0 && minor < 71 {
+		return "frps before 0.71 may never complete the login of an agent whose connection has broken (frp #5391): update it"
+	}
+	return ""
+}
+
+// explainHandshake returns what went wrong with TLS and what to do.
+func explainHandshake(err error) error {
+	var failed *tls.CertificateVerificationError
+	if errors.As(err, &failed) {
+		if c := failed.UnverifiedCertificates[0]; c.Subject.String() == "" && len(c.DNSNames)+len(c.IPAddresses) == 0 {
+			return errors.New("presents the certificate that frps makes for itself, which nobody can verify: give it one (transport.tls.certFile and keyFile in frps.toml) and set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE) to its authority, or accept any with frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY)")
+		}
+		return ExplainTLS(err, "frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)", "frp.tls.server_name (PIPEOPS_FRP_TLS_SERVER_NAME)")
+	}
+	if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
+		return fmt.Errorf("takes the connection and does not answer: %w: check that it runs, and what stands between", err)
+	}
+	return fmt.Errorf("does not speak TLS as it should: %w: check that frp.server_port (PIPEOPS_FRP_SERVER_PORT) is frps's bindPort, and the client certificate if it asks for one", err)
 }
 
 func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
@@ -73,9 +117,8 @@ func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 	if config.ServerName == "" {
 		config.ServerName = serverAddr
 	}
-	if t.CAFile == "" {
-		config.InsecureSkipVerify = true // as frpc does; bootstrap warns of it
-	} else {
+	config.InsecureSkipVerify = t.InsecureSkipVerify            // bootstrap warns of it
+	if t.CAFile != "" && filepath.Base(t.CAFile) != RootsFile { // which holds what Go trusts by itself
 		var err error
 		if config.RootCAs, err = CertPool(t.CAFile); err != nil {
 			return nil, fmt.Errorf("frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE): %w", err)
@@ -91,10 +134,10 @@ func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 	return config, nil
 }
 
-// exchangeLogin sends frp's Login message on stream 1 of a yamux session and returns the refusal in the
-// answer, empty if there is none. Sources: frp pkg/msg (message 'o' and '1', eight bytes of length, JSON),
+// exchangeLogin sends frp's Login message on stream 1 of a yamux session and returns the version and the refusal in
+// the answer, empty if there is none. Sources: frp pkg/msg (message 'o' and '1', eight bytes of length, JSON),
 // pkg/auth/token.go (the key), and the yamux specification (frames of twelve bytes and their data).
-func exchangeLogin(conn io.ReadWriter, c Config) (refusal string, err error) {
+func exchangeLogin(conn io.ReadWriter, c Config) (version, refusal string, err error) {
 	now := time.Now().Unix()
 	key := c.Token.Reveal() // of oidc
 	if c.AuthMethod != "oidc" {
@@ -106,7 +149,7 @@ func exchangeLogin(conn io.ReadWriter, c Config) (refusal string, err error) {
 		"privilege_key": key, "metas": c.Metadatas,
 	})
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
 	message := binary.BigEndian.AppendUint64([]byte{'o'}, uint64(len(login)))
 	message = append(message, login...)
@@ -116,7 +159,7 @@ func exchangeLogin(conn io.ReadWriter, c Config) (refusal string, err error) {
 	frame = binary.BigEndian.AppendUint32(frame, streamID)
 	frame = binary.BigEndian.AppendUint32(frame, uint32(len(message)))
 	if _, err := conn.Write(append(frame, message...)); err != nil {
-		return "", err
+		return "", "", err
 	}
 
 	const limit = 1 << 16 // bytes of answer
@@ -124,33 +167,31 @@ func exchangeLogin(conn io.ReadWriter, c Config) (refusal string, err error) {
 	for {
 		var header [12]byte
 		if _, err := io.ReadFull(conn, header[:]); err != nil {
-			return "", err
+			return "", "", err
 		}
 		if header[1] != typeData {
 			continue // window updates, pings and the like carry no data
 		}
 		length := int64(binary.BigEndian.Uint32(header[8:]))
 		if length > int64(limit-answer.Len()) {
-			return "", errors.New("its answer is too long")
+			return "", "", errors.New("its answer is too long")
 		}
 		if _, err := io.CopyN(&answer, conn, length); err != nil {
-			return "", err
+			return "", "", err
 		}
 		data := answer.Bytes()
 		if len(data) < 9 {
 			continue
 		}
 		if data[0] != '1' {
-			return "", errors.New("it does not speak frp")
+			return "", "", errors.New("it does not speak frp")
 		}
 		size := binary.BigEndian.Uint64(data[1:])
 		if uint64(len(data)-9) < size {
 			continue
 		}
-		var resp struct {
-			Error string `json:"error"`
-		}
+		var resp struct{ Version, Error string }
 		err := json.Unmarshal(data[9:9+size], &resp)
-		return resp.Error, err
+		return resp.Version, resp.Error, err
 	}
 }

@@ -230,7 +230,7 @@ func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []fr
 		}
 	}
 	if time.Since(t.loginAt) > loginAge {
-		t.login = frpc.Login(ctx, lease.Frpc)
+		_, t.login = frpc.Login(ctx, lease.Frpc)
 		t.loginAt = time.Now()
 	}
 	if t.login != nil {

@@ -325,6 +325,9 @@ func (l *loader) complete() {
 	if (c.FRP.TLS.CertFile == "") != (c.FRP.TLS.KeyFile == "") && !l.told["frp.tls.cert_file"] && !l.told["frp.tls.key_file"] {
 		l.mistake("frp.tls.cert_file", "goes with frp.tls.key_file: set both or neither")
 	}
+	if c.FRP.TLS.InsecureSkipVerify && c.FRP.TLS.CAFile != "" {
+		l.mistake("frp.tls.insecure_skip_verify", "true contradicts frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE): remove one of them")
+	}
 	c.FRP.TypeConfigured = l.origins["frp.tunnel.type"] != "default"
 	tunnel := &c.FRP.Tunnel
 	switch tunnel.Type {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strconv"
 	"sync/atomic"
@@ -55,7 +56,7 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 	listen, metrics := loopback(ports[0]), loopback(ports[1])
 	return &Agent{
 		group: group, id: id, RunDir: dir, starts: &atomic.Int32{}, restarts: &atomic.Int32{},
-		Tunnel: "http://" + listen, Operations: "http://" + metrics,
+		Tunnel: "https://" + listen, Operations: "http://" + metrics,
 		frpcArgs: []string{"-c", filepath.Join(dir, frpc.ConfigFile)},
 		Env: []string{
 			"PIPEOPS_AGENT_ID=" + id, "PIPEOPS_AGENT_TOKEN=" + token,
@@ -109,13 +110,22 @@ func (a *Agent) Command(args ...string) (*process.Process, error) {
 	return a.start("bootstrap", a.Env, args...)
 }
 
-// RestartFrpc starts frpc again whenever it ends, as a kubelet does, until ctx ends.
+// RestartFrpc starts frpc again whenever it ends, and kills it when its liveness probe fails, as a kubelet does, until
+// ctx ends.
 func (a *Agent) RestartFrpc(ctx context.Context) {
-	frpc := a.Frpc
+	running := a.Frpc
 	go func() {
+		probe := time.NewTicker(5 * time.Second)
+		defer probe.Stop()
 		for {
 			select {
-			case <-frpc.Done():
+			case <-probe.C:
+				probe.Reset(5 * time.Second)
+				if _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); err == nil {
+					running.Kill()
+				}
+				continue
+			case <-running.Done():
 			case <-ctx.Done():
 				return
 			}
@@ -123,7 +133,8 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 			if err != nil {
 				return
 			}
-			frpc = next
+			running = next
+			probe.Reset(20 * time.Second) // initialDelaySeconds; then every 5 s
 			a.restarts.Add(1)
 			select {
 			case <-time.After(500 * time.Millisecond): // it may end at once, again and again

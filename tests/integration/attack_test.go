@@ -23,7 +23,7 @@ func TestAttack(t *testing.T) {
 	addr, config := w.cp.Direct(agentID)
 	frps := attack.Target{Addr: addr, TLS: config, Host: config.ServerName, Prefix: "/api/k8s", Token: agentToken}
 	tunnel, operations := frps, attack.Target{Addr: strings.TrimPrefix(w.agent.Operations, "http://")}
-	tunnel.Addr = strings.TrimPrefix(w.agent.Tunnel, "http://")
+	tunnel.Addr = strings.TrimPrefix(w.agent.Tunnel, "https://")
 	for name, handler := range map[string]http.Handler{attack.Hostile: attack.HostileRunner(), attack.Loop: attack.LoopRunner(frps, attack.Loop)} {
 		runner := httptest.NewServer(handler)
 		t.Cleanup(func() { runner.CloseClientConnections(); runner.Close() })

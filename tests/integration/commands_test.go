@@ -124,7 +124,7 @@ func TestFrpcAdmin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := frpc.ProxyStatus{Name: lease.Frpc.Tunnel.Name, Type: "http", Status: "running", RemoteAddr: proxies[0].RemoteAddr}
+	want := frpc.ProxyStatus{Name: lease.Frpc.Tunnel.Name, Type: "https", Status: "running", RemoteAddr: proxies[0].RemoteAddr}
 	if len(proxies) != 1 || proxies[0] != want || !strings.HasPrefix(want.RemoteAddr, agentID+".") {
 		t.Errorf("got %+v, want %+v", proxies, want)
 	}
@@ -158,7 +158,7 @@ func TestRunDirectoryIsPrivate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(files) != 2 {
+	if len(files) != 4 { // frpc.toml, lease.json, tls.crt and tls.key
 		t.Errorf("the run directory holds %v", files)
 	}
 	for _, f := range files {

@@ -44,7 +44,7 @@ func TestDoctor(t *testing.T) {
 			"control plane":  `answers over TLS with subject "CN=localhost" for localhost, 127.0.0.1, issued by "CN=development control plane", valid from `,
 			"authentication": "the control plane gives a lease until ",
 			"frps":           "accepts the login; its certificate is verified",
-			"tunnel":         "of type http is running at agent-001.agents.internal",
+			"tunnel":         "of type https is running at agent-001.agents-tls.internal",
 			"permissions":    "may list pods, list nodes, keep runners",
 		}},
 		{"configuration", func(w *world) { w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=nonsense") },

@@ -2,8 +2,10 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -142,6 +144,31 @@ func TestOwnFrpToken(t *testing.T) {
 	}
 }
 
+// TestFrpsIsVerified: by default no credential goes to a frps that shows a certificate of its own making.
+func TestFrpsIsVerified(t *testing.T) {
+	w, addr := ownFrps(t, "the-right-token")
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=false")
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	wantReady(t, w.agent, "tunnel", "frps at "+addr+" presents the certificate that frps makes for itself, which nobody can verify: ")
+	eventually(t, func() error {
+		if !strings.Contains(w.agent.Frpc.Log(), "connect to server error: ") || !strings.Contains(w.agent.Frpc.Log(), "x509: ") {
+			return errors.New(w.agent.Frpc.Log())
+		}
+		return nil
+	})
+	logs, err := filepath.Glob(filepath.Join(w.group.Dir(), "*frps*.log"))
+	if err != nil || len(logs) != 2 {
+		t.Fatal(logs, err)
+	}
+	for _, name := range logs {
+		if data, err := os.ReadFile(name); err != nil || strings.Contains(string(data), "client login") {
+			t.Errorf("%s, %v: frps was sent a login:\n%s", name, err, data)
+		}
+	}
+}
+
 // ownFrps prepares an agent with a token for an operator's own frps, and no control plane that answers.
 func ownFrps(t *testing.T, token string) (w *world, addr string) {
 	t.Helper()
@@ -151,7 +178,7 @@ func ownFrps(t *testing.T, token string) (w *world, addr string) {
 		t.Fatal(err)
 	}
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+closedPort(t),
-		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=")
+		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=", "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true", "PIPEOPS_FRP_TUNNEL_TYPE=http")
 	return w, fmt.Sprintf("127.0.0.1:%d", port)
 }
 

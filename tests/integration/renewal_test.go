@@ -228,7 +228,7 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 // itself.
 func TestControlPlaneAway(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second})
+	w := renewing(t, controlplane.Terms{Life: 40 * time.Second})
 	w.cp.Fail(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
 	watch := w.stream()
 	first := w.lease()

@@ -166,7 +166,7 @@ func TestReplicasShareTheRegistry(t *testing.T) {
 		addr := fmt.Sprintf("127.0.0.1:%d", port)
 		second.Env = append(second.Env, variable+"="+addr)
 		if i == 0 {
-			second.Tunnel = "http://" + addr
+			second.Tunnel = "https://" + addr
 		} else {
 			second.Operations = "http://" + addr
 		}

@@ -133,7 +133,7 @@ func TestEveryWayToFrps(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			s, env := test.prepare(t, w)
-			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t), "PIPEOPS_FRP_TUNNEL_TYPE=http",
 				"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", s.bind))
 			w.agent.Env = append(w.agent.Env, env...)
 			if err := w.agent.Start(); err != nil {
@@ -161,6 +161,18 @@ func TestEveryWayToFrps(t *testing.T) {
 			resp, body := exchange(t, &http.Client{Transport: transport}, http.MethodGet, base+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + agentToken}}, "")
 			if resp.StatusCode != http.StatusOK || !strings.Contains(body, "gitVersion") || resp.Header.Get("Pipeops-Agent") != agentID {
 				t.Errorf("%s: %s", resp.Status, body)
+			}
+			doctor, err := w.agent.Command("doctor")
+			if err != nil {
+				t.Fatal(err)
+			}
+			<-doctor.Done()
+			want := "\nok       frps            127.0.0.1:"
+			if test.name == "kcp" || test.name == "quic" {
+				want = "\nskipped  frps            127.0.0.1:"
+			}
+			if !strings.Contains(doctor.Log(), want) {
+				t.Errorf("doctor says:\n%s", doctor.Log())
 			}
 		})
 	}

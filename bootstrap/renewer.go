@@ -1,0 +1,466 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+const (
+	lookInterval = 2 * time.Second  // between two looks at frpc
+	renewalMin   = 10 * time.Second // between two leases, however short they are
+	backoffMin   = time.Second
+	backoffMax   = time.Minute
+	waitMax      = 90 * time.Second // between two attempts, whatever the control plane asks for
+	confirmAfter = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
+	stuckFor     = 10 * time.Second // how long StuckFile stays: a liveness probe every 5 s sees it, and kills frpc
+
+	// While frpc is logged out; all of them with jitter, and doubled after each time.
+	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login
+	requestMin, requestMax = 30 * time.Second, 5 * time.Minute // until another lease is requested
+	hangsAfter             = 2 * time.Minute                   // frpc hangs if frps accepts trial logins for so long
+)
+
+// frpcState is what a look at frpc finds.
+type frpcState int
+
+const (
+	unknown   frpcState = iota
+	away                // it does not run: when it starts, it reads the files as they then are
+	loggedOut           // frps cannot be reached, or does not let it in
+	rejected            // frps has let it in, and refuses the tunnel
+	connected
+)
+
+// outage is what is known while frpc has no tunnel.
+type outage struct {
+	since    time.Time // zero: it has one
+	rejected bool
+	refused  bool      // frps has refused the last trial login
+	accepted time.Time // since when frps accepts trial logins; zero: it did not accept the last one
+
+	probe, request         time.Time // when to try a login, and when to request another lease
+	probeWait, requestWait time.Duration
+}
+
+// renewer keeps the lease fresh: it requests the next one in time and writes it. It restarts frpc when it must log in
+// with the new one and that cuts nobody off, or when frpc cannot log in with what it has. While frps is away, it leaves
+// frpc alone: a restart would only add the kubelet's back-off to the outage.
+type renewer struct {
+	cfg   *config.Config
+	ask   source
+	login func(context.Context, frpc.Config) (version string, err error) // frpc.Login
+	log   *slog.Logger
+
+	lease   frpc.Lease    // what the files hold
+	token   frpc.Secret   // what the lease was asked for with
+	renewAt time.Time     // when to ask for the next; zero: this one has no end
+	backoff time.Duration // after the attempt that failed last
+	notYet  time.Time     // no attempt before this
+
+	failed       *failure  // why the last attempt got no lease; nil: it got one
+	revokedSince time.Time // when the control plane first said that the agent is revoked; zero: not since the last lease
+
+	outage     outage
+	stuckUntil time.Time // when to remove StuckFile; zero: there is none
+	tried      bool      // a trial login has told the version of frps
+	unheard    bool      // frpc could not be told to end, and that was said
+	unsaved    bool      // the run directory could not be written, and that was said
+}
+
+// write puts the lease's files into the run directory.
+func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
+	if _, err := lease.Write(cfg.RunDir); err != nil {
+		return unwritable(err)
+	}
+	if lacks := lease.Frpc.Tunnel.GivesUp(); lacks != "" {
+		log.Warn("the tunnel is not of type https", "tunnel_type", lease.Frpc.Tunnel.Type, "consequence", lacks,
+			"next_step", "set frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) to https, which refuses other leases too")
+	}
+	if !lease.ExpiresAt.IsZero() {
+		log = log.With("expires_at", lease.ExpiresAt)
+	}
+	log.Info("lease written", "run_dir", cfg.RunDir, "server_addr", lease.Frpc.ServerAddr,
+		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type)
+	return nil
+}
+
+func unwritable(err error) error {
+	return fmt.Errorf("the run directory cannot be written: %w: check run_dir (PIPEOPS_RUN_DIR), and that the volume mounted there is not full", err)
+}
+
+// inherit notes in the next lease that frpc may still run with what it was told before.
+func (r *renewer) inherit(next *frpc.Lease) {
+	before, _ := r.lease.Frpc.TOML() // it was written once
+	after, _ := next.Frpc.TOML()     // it will be
+	next.Stale = r.lease.Stale
+	if next.Stale == nil && r.lease.Frpc.Tunnel.Type != "" && !bytes.Equal(before, after) {
+		old := r.lease.Frpc
+		next.Stale = &frpc.Stale{Until: r.lease.ExpiresAt, Frpc: &old}
+	}
+}
+
+// onlyTunnelDiffers reports whether two configurations of frpc differ in what it can reload.
+func onlyTunnelDiffers(a, b frpc.Config) bool {
+	a.Tunnel, b.Tunnel = frpc.Tunnel{}, frpc.Tunnel{}
+	before, _ := a.TOML()
+	after, _ := b.TOML()
+	return bytes.Equal(before, after)
+}
+
+// adopt makes lease, which has been written, the one that is kept.
+func (r *renewer) adopt(lease frpc.Lease, now time.Time) {
+	r.lease = lease
+	r.backoff, r.notYet = backoffMin, now.Add(renewalMin)
+	r.renewAt = time.Time{}
+	if lease.ExpiresAt.IsZero() {
+		return
+	}
+	// At two thirds of its life, more or less, so that agents which started together part ways.
+	life := lease.ExpiresAt.Sub(now)
+	r.renewAt = now.Add(max(renewalMin, life/10*6+jitter(life/10)))
+	if life <= time.Second {
+		r.log.Warn("the lease has ended before it could be used: check the clock of the control plane, or the life of its leases", "expires_at", lease.ExpiresAt)
+	}
+}
+
+// unwanted reports whether the tunnel must be closed: the control plane has said twice that the agent is revoked, or
+// the agent was refused until its lease ended.
+func (r *renewer) unwanted(now time.Time) bool {
+	ended := !r.lease.ExpiresAt.IsZero() && now.After(r.lease.ExpiresAt)
+	return r.failed != nil && (r.failed.confirmed || r.failed.refused && ended)
+}
+
+// run keeps the lease until ctx ends. Its error means that the control plane does not want this agent: then the
+// tunnel is closed.
+func (r *renewer) run(ctx context.Context) error {
+	_ = os.Remove(filepath.Join(r.cfg.RunDir, frpc.StuckFile)) // of a bootstrap before
+	admin := frpc.NewAdminClient(r.lease.Frpc.Admin)
+	for {
+		now := time.Now()
+		r.repair(now)
+		state := look(ctx, admin)
+		r.recordState(state, now)
+		if state == connected && !r.tried {
+			_ = r.tryLogin(ctx, r.lease.Frpc)
+			r.tried = true
+		}
+		r.probeFrps(ctx, now)
+		if r.tokenChanged() || r.renewalDue(now) {
+			_ = r.renew(ctx) // r.failed has it
+		}
+		if r.unwanted(time.Now()) {
+			return closeTunnel(ctx, r.cfg.RunDir, r.lease.Frpc.Admin, r.failed)
+		}
+		r.reload(ctx, admin)
+		reason := r.restartReason(time.Now())
+		if reason == "" && r.lease.Stale != nil && r.outage.since.IsZero() && r.idle(ctx) {
+			reason = "nothing runs through the tunnel"
+		}
+		if reason != "" {
+			r.restartFrpc(ctx, admin, reason)
+		}
+		select {
+		case <-time.After(lookInterval):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// reload has frpc apply a new lease that differs in the tunnel alone: that cuts nothing.
+func (r *renewer) reload(ctx context.Context, admin *frpc.AdminClient) {
+	stale := r.lease.Stale
+	if stale == nil || stale.Frpc == nil || !onlyTunnelDiffers(*stale.Frpc, r.lease.Frpc) {
+		return
+	}
+	if err := admin.Reload(ctx); err != nil {
+		r.log.Warn("frpc does not reload its configuration", "error", err)
+		stale.Frpc = nil // it must be restarted
+		return
+	}
+	r.log.Info("frpc has reloaded its configuration", "tunnel_type", r.lease.Frpc.Tunnel.Type)
+	r.markFresh()
+}
+
+// restartFrpc ends frpc, which the kubelet then restarts. If frpc hangs, StuckFile has the kubelet kill it.
+func (r *renewer) restartFrpc(ctx context.Context, admin *frpc.AdminClient, reason string) {
+	err := admin.Stop(ctx)
+	if errors.Is(err, frpc.ErrStuck) {
+		r.log.Warn("frpc hangs and does not stop: its liveness probe restarts it; outside Kubernetes, restart it yourself", "reason", reason)
+		err = os.WriteFile(filepath.Join(r.cfg.RunDir, frpc.StuckFile), nil, 0o600)
+		r.stuckUntil = time.Now().Add(stuckFor)
+	}
+	if err == nil {
+		r.log.Info("restarting frpc", "reason", reason)
+		r.outage = outage{}
+		r.markFresh()
+	} else if !r.unheard {
+		r.log.Warn("frpc must be restarted and cannot be told to: restart its container", "reason", reason, "error", err)
+	}
+	r.unheard = err != nil
+}
+
+// markFresh notes that frpc runs, or will run, with the files as they are.
+func (r *renewer) markFresh() {
+	if r.lease.Stale != nil {
+		r.lease.Stale = nil
+		r.save()
+	}
+}
+
+// save makes the run directory hold the lease as it is in memory, and returns the names of the files that it wrote.
+func (r *renewer) save() []string {
+	written, err := r.lease.Write(r.cfg.RunDir)
+	if err != nil && !r.unsaved {
+		r.log.Warn("trying again every few seconds to write the lease's files", "error", unwritable(err))
+	}
+	r.unsaved = err != nil
+	return written
+}
+
+// repair restores what has been removed from the run directory or changed there.
+func (r *renewer) repair(now time.Time) {
+	if !r.stuckUntil.IsZero() && now.After(r.stuckUntil) && os.Remove(filepath.Join(r.cfg.RunDir, frpc.StuckFile)) == nil {
+		r.stuckUntil = time.Time{}
+	}
+	if restored := r.save(); len(restored) > 0 {
+		r.log.Warn("restored missing or changed files of the run directory", "run_dir", r.cfg.RunDir, "files", restored)
+	}
+}
+
+// closeTunnel takes away what frpc would log in with, ends it, and makes sure that it has ended. It returns the
+// refusal, with what has become of the tunnel.
+func closeTunnel(ctx context.Context, runDir string, api frpc.Admin, refusal *failure) error {
+	admin := frpc.NewAdminClient(api)
+	err := frpc.Withdraw(runDir)
+	for attempt := 0; err == nil; attempt++ {
+		if look(ctx, admin) == away {
+			return fmt.Errorf("%w; the tunnel is closed", refusal)
+		}
+		if stopErr := admin.Stop(ctx); errors.Is(stopErr, frpc.ErrStuck) {
+			err = errors.Join(stopErr, os.WriteFile(filepath.Join(runDir, frpc.StuckFile), nil, 0o600)) // its liveness probe ends it
+		} else if attempt == 10 {
+			err = cmp.Or(stopErr, errors.New("it still runs"))
+		}
+		select {
+		case <-time.After(500 * time.Millisecond):
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	return fmt.Errorf("%w; the tunnel may still be open, because frpc could not be ended (%w): delete the pod", refusal, err)
+}
+
+// look asks frpc for its state.
+func look(ctx context.Context, admin *frpc.AdminClient) frpcState {
+	proxies, err := admin.Status(ctx)
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return away
+	case err != nil:
+		return unknown
+	case len(proxies) == 0:
+		return loggedOut
+	case slices.ContainsFunc(proxies, func(p frpc.ProxyStatus) bool { return p.Status == "start error" }):
+		return rejected
+	default:
+		return connected
+	}
+}
+
+// recordState takes in what a look has found.
+func (r *renewer) recordState(state frpcState, now time.Time) {
+	switch state {
+	case away:
+		r.outage = outage{}
+		r.markFresh()
+	case connected:
+		r.outage = outage{}
+	case loggedOut, rejected:
+		if r.outage.since.IsZero() {
+			r.outage = outage{
+				since: now, probe: now.Add(jitter(probeMin)), probeWait: probeMin, request: now.Add(jitter(requestMin)), requestWait: requestMin,
+			}
+		}
+		r.outage.rejected = state == rejected
+	case unknown:
+	}
+}
+
+// probeFrps tries now and then, while frpc is logged out, whether frps accepts what frpc was started with.
+func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
+	o, started := &r.outage, r.lease.Frpc
+	if o.since.IsZero() || o.rejected || now.Before(o.probe) {
+		return
+	}
+	if stale := r.lease.Stale; stale != nil && stale.Frpc != nil {
+		if started = *stale.Frpc; started.AuthMethod == "oidc" {
+			started.Token = r.lease.Frpc.Token // of the file, which frpc reads at every login
+		}
+	}
+	err := r.tryLogin(ctx, started)
+	refused := errors.Is(err, frpc.ErrRefused)
+	if refused && !o.refused {
+		o.request = now // the control plane may have another credential for it
+	}
+	o.refused = refused
+	switch {
+	case err != nil:
+		o.accepted = time.Time{}
+	case o.accepted.IsZero():
+		o.accepted = now
+	}
+	o.probeWait = min(2*o.probeWait, probeMax)
+	o.probe = now.Add(jitter(o.probeWait))
+}
+
+// tryLogin logs in to frps as frpc would, and warns, once, of a frps that is outdated.
+func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
+	version, err := r.login(ctx, as)
+	if outdated := frpc.Outdated(version); outdated != "" && !r.tried {
+		r.log.Warn("frps is outdated", "version", version, "consequence", outdated)
+	}
+	r.tried = r.tried || version != ""
+	return err
+}
+
+// renewalDue reports whether it is time for the next lease: this one ends, or frpc has been logged out for a while.
+// Then frps may be elsewhere, or refuse the lease.
+func (r *renewer) renewalDue(now time.Time) bool {
+	if now.Before(r.notYet) {
+		return false
+	}
+	out := !r.outage.since.IsZero() && r.lease.Stale == nil && r.cfg.FRP.Token == ""
+	return !r.renewAt.IsZero() && !now.Before(r.renewAt) || out && !now.Before(r.outage.request)
+}
+
+// tokenChanged reports whether the lease was requested with another token than the one that now stands.
+func (r *renewer) tokenChanged() bool {
+	token, err := r.credential()
+	return err == nil && token != r.token && !time.Now().Before(r.notYet)
+}
+
+// credential is what leases are asked for with, as it now is.
+func (r *renewer) credential() (frpc.Secret, error) {
+	if r.cfg.FRP.Token != "" {
+		return r.cfg.FRPToken()
+	}
+	return r.cfg.AgentToken()
+}
+
+// renew asks for the next lease, once. If there is none, the one that is stays, and its file says why.
+func (r *renewer) renew(ctx context.Context) *failure {
+	token, err := r.credential()
+	if err != nil {
+		token = r.token
+	}
+	lease, fail := obtain(ctx, r.cfg, r.ask, r.lease)
+	if ctx.Err() != nil {
+		return nil // stopped
+	}
+	now := time.Now()
+	if o := &r.outage; !o.since.IsZero() {
+		o.request = now.Add(jitter(2 * o.requestWait))
+		o.requestWait = min(2*o.requestWait, requestMax)
+	}
+	if fail == nil {
+		r.revokedSince = time.Time{}
+		r.inherit(&lease)
+		err := write(r.cfg, lease, r.log)
+		if err == nil {
+			r.token, r.failed = token, nil
+			r.adopt(lease, now)
+			return nil
+		}
+		fail = &failure{err: err}
+	}
+	r.failed = fail
+	wait := min(max(jitter(r.backoff), fail.retryAfter), waitMax)
+	next := "the tunnel stays as it is"
+	if fail.refused && !r.lease.ExpiresAt.IsZero() {
+		next = "unless the next attempts succeed, the tunnel is closed when the lease ends"
+	}
+	if fail.revoked {
+		if r.revokedSince.IsZero() {
+			r.revokedSince = now
+		}
+		elapsed := now.Sub(r.revokedSince)
+		fail.confirmed, wait = elapsed >= confirmAfter, max(wait, confirmAfter-elapsed)
+		next = "the tunnel is closed if the next attempt is answered so too"
+	}
+	if r.unwanted(now) {
+		next = "the tunnel is closed"
+	}
+	r.backoff, r.notYet = min(2*r.backoff, backoffMax), now.Add(wait)
+	r.renewAt = r.notYet
+	r.log.Warn("lease not renewed", "error", fail, "consequence", next, "next_attempt_in", wait.String(), "expires_at", r.lease.ExpiresAt)
+	since := now.UTC()
+	if r.lease.Renewal != nil {
+		since = r.lease.Renewal.FailingSince
+	}
+	r.lease.Renewal = &frpc.Renewal{FailingSince: since, Error: fail.Error() + "; " + next}
+	r.save()
+	return fail
+}
+
+// restartReason says why frpc must be restarted now, empty if it need not.
+func (r *renewer) restartReason(now time.Time) string {
+	o, stale := &r.outage, r.lease.Stale
+	out := !o.since.IsZero()
+	switch {
+	case stale != nil && !stale.Until.IsZero() && now.After(stale.Until.Add(-5*time.Second)):
+		return "the credential that it was started with expires"
+	case stale != nil && out && (o.refused || o.rejected):
+		return "frps refuses what it was started with"
+	case stale != nil && out && stale.Frpc != nil && (stale.Frpc.ServerAddr != r.lease.Frpc.ServerAddr || stale.Frpc.ServerPort != r.lease.Frpc.ServerPort):
+		return "frps has another address now"
+	case stale != nil && out && stale.Frpc == nil && !o.accepted.IsZero():
+		return "it may run with an old configuration, and frps accepts the new one"
+	case out && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
+		return "it is logged out although frps accepts logins"
+	default:
+		return ""
+	}
+}
+
+// local is a client of the other containers of the pod, past every proxy.
+var local = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+
+// idle says whether nothing runs through the tunnel, by the proxy's own count. If the proxy does not say, something
+// may.
+func (r *renewer) idle(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, lookInterval)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+config.Local(r.cfg.Proxy.MetricsAddr)+"/metrics", nil)
+	if err != nil {
+		return false
+	}
+	resp, err := local.Do(req)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = resp.Body.Close() }()
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		if value, ok := strings.CutPrefix(lines.Text(), `pipeops_agent_http_requests_in_flight{listener="tunnel"} `); ok {
+			n, err := strconv.ParseFloat(value, 64)
+			return err == nil && n == 0
+		}
+	}
+	return false
+}

@@ -1,0 +1,692 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// configuration is what Load makes of an environment.
+func configuration(t *testing.T, env map[string]string) *config.Config {
+	t.Helper()
+	cfg, err := config.Load("", env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// newRenewer keeps leases that source gives; the integration tests have a real control plane and a real frpc.
+func newRenewer(t *testing.T, ask source) *renewer {
+	t.Helper()
+	r := &renewer{cfg: configuration(t, environment(t, "https://control.example")), ask: ask, login: accepts, log: slog.New(slog.DiscardHandler), backoff: backoffMin}
+	r.token = token
+	lease, fail := obtain(t.Context(), r.cfg, ask, frpc.Lease{})
+	if fail != nil {
+		t.Fatal(fail)
+	}
+	if err := write(r.cfg, lease, r.log); err != nil {
+		t.Fatal(err)
+	}
+	r.adopt(lease, time.Now())
+	return r
+}
+
+// giving gives leases that live for an hour, each with another credential.
+func giving() source {
+	n := 0
+	return func(context.Context, []byte) (authAnswer, *failure) {
+		n++
+		return authAnswer{FRPToken: frpc.Secret(fmt.Sprint("lease ", n)), ends: time.Now().Add(time.Hour)}, nil
+	}
+}
+
+// accepts is a frps that lets everybody in.
+func accepts(context.Context, frpc.Config) (string, error) { return "0.71.0", nil }
+
+// lacking returns a frps that does not let anybody in.
+func lacking(err error) func(context.Context, frpc.Config) (string, error) {
+	return func(context.Context, frpc.Config) (string, error) { return "", err }
+}
+
+var errUnreachable = errors.New("connection refused")
+
+// TestRenewalDue: after 65 to 75% of the lease's life, not sooner.
+func TestRenewalDue(t *testing.T) {
+	r := newRenewer(t, giving())
+	start := time.Now()
+	if r.lease.Stale != nil || r.renewalDue(start) || r.renewalDue(start.Add(35*time.Minute)) {
+		t.Error("a lease of an hour is renewed within 35 minutes")
+	}
+	if !r.renewalDue(start.Add(46 * time.Minute)) {
+		t.Error("a lease of an hour is not renewed after 46 minutes")
+	}
+	var renewals []time.Duration
+	for range 20 {
+		r.adopt(r.lease, start)
+		renewals = append(renewals, r.renewAt.Sub(start))
+	}
+	slices.Sort(renewals)
+	if renewals[0] < 35*time.Minute || renewals[19] > 46*time.Minute || renewals[19]-renewals[0] < time.Minute {
+		t.Errorf("agents that started together renew together: after %v", renewals)
+	}
+}
+
+// outageOf lets frpc be logged out for so long, with a look every two seconds, and returns when leases were requested,
+// when logins were tried, and when frpc was to be restarted, and why.
+func outageOf(t *testing.T, r *renewer, state frpcState, life time.Duration) (requests, logins, restarts []time.Duration, reason string) {
+	t.Helper()
+	start := time.Now()
+	now := start
+	ask, login := r.ask, r.login
+	r.ask = func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
+		requests = append(requests, now.Sub(start))
+		return ask(ctx, certificate)
+	}
+	r.login = func(ctx context.Context, c frpc.Config) (string, error) {
+		logins = append(logins, now.Sub(start))
+		return login(ctx, c)
+	}
+	for ; now.Sub(start) < life; now = now.Add(2 * time.Second) {
+		r.recordState(state, now)
+		r.probeFrps(t.Context(), now)
+		if r.renewalDue(now) {
+			_ = r.renew(t.Context())
+			r.notYet = now.Add(10 * time.Second) // renew has it by the real clock
+			if o := &r.outage; !o.since.IsZero() {
+				o.request = now.Add(time.Until(o.request))
+			}
+		}
+		if why := r.restartReason(now); why != "" {
+			restarts, reason = append(restarts, now.Sub(start)), why
+			r.outage, r.lease.Stale = outage{}, nil // as restartFrpc does
+		}
+	}
+	r.ask, r.login = ask, login
+	return requests, logins, restarts, reason
+}
+
+// TestOutage: while frps cannot be reached, frpc is left alone, and leases are requested ever more rarely.
+func TestOutage(t *testing.T) {
+	var first []time.Duration
+	for range 20 {
+		r := newRenewer(t, unchanging)
+		r.login = lacking(errUnreachable)
+		requests, logins, restarts, reason := outageOf(t, r, loggedOut, 10*time.Minute)
+		if len(restarts) > 0 {
+			t.Fatalf("frpc is restarted after %v: %s", restarts, reason)
+		}
+		if len(requests) < 3 || len(requests) > 5 || requests[0] < 15*time.Second || requests[0] > 47*time.Second {
+			t.Fatalf("leases are requested after %v", requests)
+		}
+		if len(logins) < 7 || len(logins) > 20 || logins[0] < 7*time.Second || logins[0] > 24*time.Second {
+			t.Fatalf("logins are tried after %v", logins)
+		}
+		first = append(first, requests[0])
+	}
+	if slices.Sort(first); first[19]-first[0] < 5*time.Second {
+		t.Errorf("agents that lost frps together ask together: after %v", first)
+	}
+	r := newRenewer(t, giving()) // each lease is another: so frpc.toml changes, and still frpc is left alone
+	r.login = lacking(errUnreachable)
+	if requests, _, restarts, reason := outageOf(t, r, loggedOut, 10*time.Minute); len(requests) != 1 || len(restarts) > 0 || r.lease.Stale == nil {
+		t.Errorf("with another lease: requests %v, restarts %v %s", requests, restarts, reason)
+	}
+}
+
+// unchanging gives the same lease every time.
+func unchanging(context.Context, []byte) (authAnswer, *failure) {
+	return authAnswer{FRPToken: "the same", ends: time.Now().Add(time.Hour)}, nil
+}
+
+// TestRefusedCredential: frps is there and refuses what frpc was started with. A new lease is requested at once, and
+// frpc restarted when there is one.
+func TestRefusedCredential(t *testing.T) {
+	r := newRenewer(t, giving())
+	r.login = func(_ context.Context, c frpc.Config) (string, error) {
+		if c.Token != "lease 1" { // with which frpc was started
+			t.Errorf("tried %s", c.Token.Reveal())
+		}
+		return "0.71.0", fmt.Errorf("frps %w", frpc.ErrRefused)
+	}
+	requests, _, restarts, reason := outageOf(t, r, loggedOut, 30*time.Second)
+	if len(requests) != 1 || len(restarts) != 1 || requests[0] > 24*time.Second || restarts[0]-requests[0] > 10*time.Second || reason != "frps refuses what it was started with" {
+		t.Errorf("requests %v, restarts %v: %s", requests, restarts, reason)
+	}
+	r = newRenewer(t, unchanging) // there is no better one
+	r.login = lacking(fmt.Errorf("frps %w", frpc.ErrRefused))
+	if requests, _, restarts, _ := outageOf(t, r, loggedOut, 10*time.Minute); len(requests) > 6 || len(restarts) > 0 {
+		t.Errorf("requests %v, restarts %v", requests, restarts)
+	}
+	r = newRenewer(t, giving()) // the login is fine, the tunnel is not
+	if _, logins, restarts, reason := outageOf(t, r, rejected, time.Minute); len(logins) > 0 || len(restarts) != 1 || restarts[0] > 47*time.Second {
+		t.Errorf("rejected: logins %v, restarts %v: %s", logins, restarts, reason)
+	}
+}
+
+// TestHangingFrpc: frps accepts trial logins for two minutes, and frpc is still logged out.
+func TestHangingFrpc(t *testing.T) {
+	r := newRenewer(t, unchanging)
+	_, _, restarts, reason := outageOf(t, r, loggedOut, 4*time.Minute)
+	if len(restarts) != 1 || restarts[0] < 127*time.Second || restarts[0] > 150*time.Second || reason != "it is logged out although frps accepts logins" {
+		t.Errorf("restarted after %v: %s", restarts, reason)
+	}
+	r.outage = outage{}
+	n := 0
+	r.login = func(context.Context, frpc.Config) (string, error) { // comes and goes
+		n++
+		return "", []error{nil, errUnreachable}[n%2]
+	}
+	if _, _, restarts, _ := outageOf(t, r, loggedOut, 20*time.Minute); len(restarts) > 0 {
+		t.Errorf("restarted after %v, though frps cannot be relied upon", restarts)
+	}
+}
+
+// TestRestartReason: never without need, and not for the sake of an unchanged frpc.toml.
+func TestRestartReason(t *testing.T) {
+	r := newRenewer(t, giving())
+	first, now := r.lease, time.Now()
+	if r.restartReason(now) != "" {
+		t.Error("restarted for the lease it has read")
+	}
+	again := first
+	again.ExpiresAt = first.ExpiresAt.Add(time.Hour) // as with oidc, where only the token's file changes
+	r.inherit(&again)
+	if again.Stale != nil {
+		t.Error("frpc.toml is the same, but frpc is to be restarted")
+	}
+	if fail := r.renew(t.Context()); fail != nil {
+		t.Fatal(fail)
+	}
+	if r.lease.Stale == nil || r.lease.Stale.Frpc.Token != "lease 1" || r.restartReason(now) != "" || r.restartReason(first.ExpiresAt.Add(-6*time.Second)) != "" {
+		t.Errorf("stale %v: restarted before the old credential expires", r.lease.Stale)
+	}
+	if r.restartReason(first.ExpiresAt.Add(-4*time.Second)) == "" {
+		t.Error("not restarted 4 s before the old credential expires")
+	}
+	if fail := r.renew(t.Context()); fail != nil || !r.lease.Stale.Until.Equal(first.ExpiresAt) || r.lease.Stale.Frpc.Token != "lease 1" {
+		t.Errorf("frpc may still run with the first credential, which ends at %s, not %+v (%v)", first.ExpiresAt, r.lease.Stale, fail)
+	}
+	// bootstrap is killed, and started again: what frpc runs with is not forgotten.
+	if old, err := frpc.ReadLease(r.cfg.RunDir); err != nil || old.Stale == nil || !old.Stale.Until.Equal(first.ExpiresAt) || old.Stale.Frpc.Token != "lease 1" {
+		t.Errorf("lease.json does not say that frpc runs with the first credential: %+v, %v", old, err)
+	}
+	r.recordState(loggedOut, now)
+	if reason := r.restartReason(now); reason != "" {
+		t.Errorf("restarted though nothing is known of frps: %s", reason)
+	}
+	r.lease.Frpc.ServerAddr = "another.example"
+	if reason := r.restartReason(now); reason != "frps has another address now" {
+		t.Errorf("frps is elsewhere: %q", reason)
+	}
+	r.recordState(away, now)
+	if r.lease.Stale != nil || r.restartReason(now) != "" {
+		t.Error("restarted though it has not started yet")
+	}
+}
+
+// TestFailedRenewal: the lease stays, its file says why, the attempts grow rare, and what the control plane asks
+// for is respected.
+func TestFailedRenewal(t *testing.T) {
+	r := newRenewer(t, giving())
+	first := r.lease
+	r.ask = func(context.Context, []byte) (authAnswer, *failure) {
+		return authAnswer{}, &failure{err: errors.New("it is away"), retryAfter: 24 * time.Hour}
+	}
+	for range 10 {
+		if fail := r.renew(t.Context()); fail == nil {
+			t.Fatal("a failure is taken for a lease")
+		}
+	}
+	wait := time.Until(r.notYet)
+	if r.renewalDue(time.Now().Add(89*time.Second)) || wait > 90*time.Second || !r.renewalDue(r.notYet) {
+		t.Errorf("the next attempt is in %s", wait)
+	}
+	lease, err := frpc.ReadLease(r.cfg.RunDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lease.Renewal == nil || lease.Renewal.Error != "it is away; the tunnel stays as it is" || lease.Renewal.FailingSince.After(time.Now()) || lease.Frpc.Token != first.Frpc.Token {
+		t.Errorf("lease.json says %+v", lease)
+	}
+	r.ask = giving()
+	if fail := r.renew(t.Context()); fail != nil {
+		t.Fatal(fail)
+	}
+	if lease, err := frpc.ReadLease(r.cfg.RunDir); err != nil || lease.Renewal != nil {
+		t.Errorf("lease.json still says %+v, %v", lease, err)
+	}
+}
+
+// TestBackoff: attempts that fail grow rare, from a second to a minute, more or less; and no sooner than the control
+// plane asks for.
+func TestBackoff(t *testing.T) {
+	r := newRenewer(t, giving())
+	retryAfter := time.Duration(0)
+	r.ask = func(context.Context, []byte) (authAnswer, *failure) {
+		return authAnswer{}, &failure{err: errors.New("it is away"), retryAfter: retryAfter}
+	}
+	attempt := func(low, high time.Duration) {
+		t.Helper()
+		begin := time.Now()
+		_ = r.renew(t.Context())
+		if wait := r.notYet.Sub(begin); wait < low || wait > high+time.Second || !r.renewAt.Equal(r.notYet) {
+			t.Errorf("the next attempt is in %s, want %s to %s", wait, low, high)
+		}
+	}
+	for _, seconds := range []time.Duration{1, 2, 4, 8, 16, 32, 60, 60} {
+		attempt(seconds*time.Second/2, seconds*time.Second*3/2)
+	}
+	r.adopt(r.lease, time.Now())
+	attempt(500*time.Millisecond, 1500*time.Millisecond) // a lease has begun it anew
+	retryAfter = 40 * time.Second
+	attempt(40*time.Second, 40*time.Second)
+}
+
+// TestTokenIsRemembered: a token that changes is a reason for one lease, not for one every ten seconds.
+func TestTokenIsRemembered(t *testing.T) {
+	r := newRenewer(t, giving())
+	file := filepath.Join(t.TempDir(), "token")
+	r.cfg.Agent.Token, r.cfg.Agent.TokenFile = "", file
+	write := func(token string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(token)
+	r.notYet = time.Time{}
+	if r.tokenChanged() {
+		t.Error("the token is the same")
+	}
+	write("another-token-of-the-agent")
+	if !r.tokenChanged() {
+		t.Error("the token has changed")
+	}
+	if fail := r.renew(t.Context()); fail != nil {
+		t.Fatal(fail)
+	}
+	r.notYet = time.Time{}
+	if r.tokenChanged() {
+		t.Error("the lease was requested with this token")
+	}
+}
+
+// TestAdminPassword: of each agent's own, and kept.
+func TestAdminPassword(t *testing.T) {
+	cfg := configuration(t, environment(t, "https://control.example"))
+	passwords := map[frpc.Secret]bool{}
+	for range 10 {
+		lease, err := newLease(cfg, authAnswer{FRPToken: "f"}, frpc.Admin{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		passwords[lease.Frpc.Admin.Password] = len(lease.Frpc.Admin.Password) >= 26
+		if next, err := newLease(cfg, authAnswer{FRPToken: "f"}, lease.Frpc.Admin); err != nil || next.Frpc.Admin != lease.Frpc.Admin {
+			t.Errorf("%+v, %v", next.Frpc.Admin, err)
+		}
+	}
+	if delete(passwords, ""); len(passwords) != 10 {
+		t.Errorf("%d different passwords in 10", len(passwords))
+	}
+}
+
+// TestLook: only a port that nobody listens on means that frpc does not run.
+func TestLook(t *testing.T) {
+	answer := ""
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch answer {
+		case "401":
+			w.WriteHeader(http.StatusUnauthorized)
+		case "cut":
+			panic(http.ErrAbortHandler)
+		default:
+			_, _ = io.WriteString(w, answer)
+		}
+	}))
+	defer server.Close()
+	_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
+	number, _ := strconv.Atoi(port)
+	admin := frpc.NewAdminClient(frpc.Admin{Port: number})
+	for text, want := range map[string]frpcState{
+		"401": unknown, "cut": unknown, "<html>": unknown, "{}": loggedOut, `{"https":[{"status":"running"}]}`: connected,
+		`{"https":[{"status":"new"}]}`: connected, `{"https":[{"status":"check failed"}]}`: connected, `{"https":[{"status":"start error"}]}`: rejected,
+	} {
+		if answer = text; look(t.Context(), admin) != want {
+			t.Errorf("%s: %v, want %v", text, look(t.Context(), admin), want)
+		}
+	}
+	server.Close()
+	if state := look(t.Context(), admin); state != away {
+		t.Errorf("nobody listens: %v", state)
+	}
+}
+
+// TestReload: what differs in the tunnel alone is reloaded; a frpc that does not is restarted.
+func TestReload(t *testing.T) {
+	answer := http.StatusOK
+	var asked []string
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked = append(asked, r.Method+" "+r.URL.RequestURI())
+		w.WriteHeader(answer)
+	}))
+	defer server.Close()
+	_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
+	number, _ := strconv.Atoi(port)
+	admin := frpc.NewAdminClient(frpc.Admin{Port: number})
+	for _, test := range []struct {
+		code   int
+		change authAnswer
+		reload bool // is tried
+		stale  bool // afterwards
+	}{
+		{http.StatusOK, authAnswer{FRPToken: "the same", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, true, false},
+		{http.StatusBadRequest, authAnswer{FRPToken: "the same", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, true, true},
+		{http.StatusOK, authAnswer{FRPToken: "another", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, false, true},
+		{http.StatusOK, authAnswer{FRPToken: "the same"}, false, false},
+	} {
+		r := newRenewer(t, unchanging)
+		r.ask = func(context.Context, []byte) (authAnswer, *failure) {
+			test.change.ends = time.Now().Add(time.Hour)
+			return test.change, nil
+		}
+		if fail := r.renew(t.Context()); fail != nil {
+			t.Fatal(fail)
+		}
+		answer, asked = test.code, nil
+		for range 2 {
+			r.reload(t.Context(), admin)
+		}
+		want := map[bool]int{true: 1}[test.reload]
+		if len(asked) != want || want == 1 && asked[0] != "GET /api/reload?strictConfig=true" || (r.lease.Stale != nil) != test.stale {
+			t.Errorf("%+v: asked %v, stale %+v", test.change, asked, r.lease.Stale)
+		}
+	}
+}
+
+// TestRunDirectoryIsRepaired: the renewer holds everything that it writes, also after its own restart, says once what it
+// has restored, and says once that it cannot.
+func TestRunDirectoryIsRepaired(t *testing.T) {
+	r := newRenewer(t, func(_ context.Context, _ []byte) (authAnswer, *failure) {
+		return authAnswer{FRPToken: "f", AuthMethod: "oidc", Tunnel: frpc.Tunnel{Type: "https"}}, nil
+	})
+	old, err := written(r.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.lease = *old
+	var log strings.Builder
+	r.log = slog.New(slog.NewTextHandler(&log, nil))
+	for _, name := range []string{frpc.ConfigFile, frpc.TokenFile, frpc.CertFile, frpc.KeyFile, frpc.LeaseFile} {
+		path := filepath.Join(r.cfg.RunDir, name)
+		want, err := os.ReadFile(path)
+		if err != nil || os.Remove(path) != nil {
+			t.Fatal(err)
+		}
+		log.Reset()
+		for range 3 {
+			r.repair(time.Now())
+		}
+		if got, err := os.ReadFile(path); err != nil || string(got) != string(want) {
+			t.Errorf("%s holds %q, %v", name, got, err)
+		}
+		if said := log.String(); strings.Count(said, "\n") != 1 || !strings.Contains(said, "["+name+"]") {
+			t.Errorf("%s: said %q", name, said)
+		}
+	}
+	log.Reset()
+	dir := r.cfg.RunDir
+	r.cfg.RunDir = filepath.Join(dir, "gone")
+	for range 3 {
+		r.repair(time.Now())
+	}
+	if said := log.String(); strings.Count(said, "\n") != 1 || !strings.Contains(said, "the run directory cannot be written") || !strings.Contains(said, "is not full") {
+		t.Errorf("said %q", said)
+	}
+	// What could not be written is written as soon as it can be.
+	r.lease.Renewal = &frpc.Renewal{Error: "it is away"}
+	r.cfg.RunDir = dir
+	r.repair(time.Now())
+	if lease, err := frpc.ReadLease(dir); err != nil || lease.Renewal == nil {
+		t.Errorf("lease.json says %+v, %v", lease, err)
+	}
+}
+
+// TestFrpcMayRunWithAnother: bootstrap finds an frpc.toml that is not what it writes.
+func TestFrpcMayRunWithAnother(t *testing.T) {
+	r := newRenewer(t, giving())
+	toml, err := r.lease.Frpc.TOML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for found, want := range map[string]bool{"": false, string(toml): false, "another": true} {
+		lease := r.lease
+		if markStale(&lease, []byte(found)); (lease.Stale != nil) != want {
+			t.Errorf("%.10q: stale %v", found, lease.Stale)
+		}
+	}
+}
+
+// TestLeaseMustNotLeadElsewhere: to the host of the agent or its neighbours, unless the configuration does.
+func TestLeaseMustNotLeadElsewhere(t *testing.T) {
+	for _, addr := range []string{
+		"127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "::ffff:169.254.169.254", "fe80::1", "0.0.0.0", "::", "::ffff:0.0.0.0", "224.0.0.1", "ff02::1",
+		"localhost", "LOCALHOST", "frps.localhost",
+	} {
+		env := environment(t, "https://control.example")
+		_, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{})
+		if err == nil || !strings.Contains(err.Error(), `names "`+addr+`" as frps`) || !strings.Contains(err.Error(), "set frp.server_addr (PIPEOPS_FRP_SERVER_ADDR)") {
+			t.Errorf("%s: %v", addr, err)
+		}
+		env["PIPEOPS_FRP_SERVER_ADDR"] = addr
+		if lease, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: strings.ToLower(addr)}, frpc.Admin{}); err != nil || !strings.EqualFold(lease.Frpc.ServerAddr, addr) {
+			t.Errorf("%s, as configured: %v", addr, err)
+		}
+		if _, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: "127.9.9.9"}, frpc.Admin{}); err == nil {
+			t.Errorf("127.9.9.9 where %s is configured", addr)
+		}
+	}
+	for _, addr := range []string{"", "frp.example", "localhost.example", "192.0.2.1", "10.0.0.1", "2001:db8::1"} {
+		if _, err := newLease(configuration(t, environment(t, "https://control.example")), authAnswer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{}); err != nil {
+			t.Errorf("%q: %v", addr, err)
+		}
+	}
+}
+
+// TestLeaseMustNotRemoveTLS: a tunnel that is configured as https stays so; where https is only the default, the log
+// says that it does not.
+func TestLeaseMustNotRemoveTLS(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(file, []byte("frp: {tunnel: {type: https}}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, got := range []string{"http", "tcp"} {
+		env := environment(t, "https://control.example")
+		delete(env, "PIPEOPS_FRP_TUNNEL_TYPE") // https is the default
+		fromFile, err := config.Load(file, env)
+		if err != nil {
+			t.Fatal(err)
+		}
+		env["PIPEOPS_FRP_TUNNEL_TYPE"] = "https"
+		answer := authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: got}}
+		for origin, cfg := range map[string]*config.Config{"file": fromFile, "environment": configuration(t, env)} {
+			_, err := newLease(cfg, answer, frpc.Admin{})
+			if want := "the control plane's lease has a tunnel of type " + got + ", but frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) is https"; err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s from the %s: %v", got, origin, err)
+			}
+		}
+		delete(env, "PIPEOPS_FRP_TUNNEL_TYPE")
+		cfg := configuration(t, env)
+		lease, err := newLease(cfg, answer, frpc.Admin{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var log strings.Builder
+		if err := write(cfg, lease, slog.New(slog.NewTextHandler(&log, nil))); err != nil || !strings.Contains(log.String(), "level=WARN msg=\"the tunnel is not of type https\"") {
+			t.Errorf("%v, said %s", err, log.String())
+		}
+	}
+	// The other way is an improvement.
+	if _, err := newLease(configuration(t, environment(t, "https://control.example")), authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, frpc.Admin{}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestIdle: only the proxy's own word counts.
+func TestIdle(t *testing.T) {
+	for body, want := range map[string]bool{
+		"pipeops_agent_http_requests_in_flight{listener=\"operations\"} 1\npipeops_agent_http_requests_in_flight{listener=\"tunnel\"} 0\n": true,
+		"pipeops_agent_http_requests_in_flight{listener=\"tunnel\"} 2\n":                                                                   false,
+		"pipeops_agent_http_requests_in_flight{listener=\"operations\"} 0\n":                                                               false,
+		"": false,
+	} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprint(w, body) }))
+		r := newRenewer(t, giving())
+		r.cfg.Proxy.MetricsAddr = strings.TrimPrefix(server.URL, "http://")
+		if got := r.idle(t.Context()); got != want {
+			t.Errorf("%q: %v", body, got)
+		}
+		server.Close()
+		if r.idle(t.Context()) {
+			t.Error("a proxy that does not answer is taken for idle")
+		}
+	}
+}
+
+// TestCertificateOfTheLease: the control plane is shown a certificate with the names and the life of the lease.
+func TestCertificateOfTheLease(t *testing.T) {
+	end := time.Now().Add(3 * time.Hour).Truncate(time.Second)
+	var shown [][]byte
+	ask := func(_ context.Context, certificate []byte) (authAnswer, *failure) {
+		shown = append(shown, certificate)
+		return authAnswer{
+			FRPToken: "f", ExpiresAt: end, ends: end.Add(-100 * time.Hour), // this host's clock is another
+			Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"a.agents.example"}},
+		}, nil
+	}
+	cfg := configuration(t, environment(t, "https://control.example"))
+	lease, fail := obtain(t.Context(), cfg, ask, frpc.Lease{})
+	if fail != nil {
+		t.Fatal(fail)
+	}
+	// The configuration says http: that it is https, only the answer says.
+	if len(shown) != 2 || shown[0] != nil || string(shown[1]) != string(lease.Certificate) {
+		t.Fatalf("the control plane was shown %q", shown)
+	}
+	fits := func(c []byte, tunnel frpc.Tunnel, end time.Time) bool {
+		return (&certificate{cert: c}).fits("agent-001", tunnel, end)
+	}
+	tunnel := lease.Frpc.Tunnel
+	if !fits(lease.Certificate, tunnel, end) {
+		t.Error("the certificate does not fit its own lease")
+	}
+	if _, err := lease.Write(cfg.RunDir); err != nil {
+		t.Fatal(err)
+	}
+	// The next is asked for with the right certificate at once, where the clocks agree.
+	lease.IssuedAt, lease.ExpiresAt = end.Add(-3*time.Hour), end
+	next, fail := obtain(t.Context(), cfg, ask, lease)
+	if fail != nil || len(shown) != 3 || string(next.Key) == string(lease.Key) {
+		t.Errorf("%v, asked %d times; the key is new: %v", fail, len(shown), string(next.Key) != string(lease.Key))
+	}
+	if fits(next.Certificate, tunnel, end.Add(time.Hour)) || fits(next.Certificate, tunnel, end.Add(-time.Hour)) || fits(next.Certificate, tunnel, time.Time{}) ||
+		fits(next.Certificate, frpc.Tunnel{CustomDomains: []string{"b.agents.example"}}, end) {
+		t.Error("fits another end, or another tunnel")
+	}
+	forever, err := newCertificate("agent-001", tunnel, time.Time{})
+	if err != nil || !forever.fits("agent-001", tunnel, time.Time{}) {
+		t.Errorf("a lease without an end: %v", err)
+	}
+	if matches, _ := filepath.Glob(filepath.Join(cfg.RunDir, "*")); len(matches) != 5 {
+		t.Errorf("the run directory holds %v", matches)
+	}
+}
+
+// TestClockOfTheControlPlaneCounts: a wrong clock here must not renew all the time, or too late; and what some take
+// for a time that never comes is none.
+func TestClockOfTheControlPlaneCounts(t *testing.T) {
+	for _, want := range []time.Duration{time.Hour, 73 * 365 * 24 * time.Hour, 0} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			now := time.Now().Add(-100 * time.Hour).UTC().Truncate(time.Second)
+			w.Header().Set("Date", now.Format(http.TimeFormat))
+			end := now.Add(want)
+			if want == 0 {
+				end = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
+			}
+			_, _ = fmt.Fprintf(w, `{"frp_token":"f","expires_at":%q}`, end.Format(time.RFC3339))
+		}))
+		r := newRenewer(t, giving())
+		client, err := newControlPlane(configuration(t, environment(t, server.URL)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.ask = client.attempt
+		begin := time.Now()
+		if fail := r.renew(t.Context()); fail != nil {
+			t.Fatal(fail)
+		}
+		server.Close()
+		if want == 0 {
+			if !r.lease.ExpiresAt.IsZero() || !r.renewAt.IsZero() {
+				t.Errorf("the year 9999 is taken for a time: %s", r.lease.ExpiresAt)
+			}
+			continue
+		}
+		if got := r.lease.ExpiresAt.Sub(begin); (got-want).Abs() > 5*time.Second || r.renewAt.Sub(begin) < want/2 || r.renewAt.Sub(begin) > want*4/5 {
+			t.Errorf("a lease of %s ends after %s, and is renewed after %s", want, got, r.renewAt.Sub(begin))
+		}
+	}
+}
+
+// TestMaliciousLease: what a control plane, or who is taken for one, might say. A clear error, and the files stay.
+func TestMaliciousLease(t *testing.T) {
+	r := newRenewer(t, giving())
+	before, err := frpc.ReadLease(r.cfg.RunDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		answer authAnswer
+		want   string
+	}{
+		"address":  {authAnswer{FRPToken: "f", ServerAddr: "a b\nc{{.}}"}, "names the host \"a b\\nc{{.}}\", which is none"},
+		"domain":   {authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"x.café.example"}}}, "names the host"},
+		"ip":       {authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"192.0.2.1"}}}, "names the host"},
+		"token":    {authAnswer{FRPToken: "f", AuthMethod: token}, "auth_method \"[redacted]\""},
+		"no UTF-8": {authAnswer{FRPToken: "\xff"}, "not valid UTF-8"},
+	} {
+		r.ask = func(context.Context, []byte) (authAnswer, *failure) { return test.answer, nil }
+		fail := r.renew(t.Context())
+		if fail == nil || !strings.Contains(fail.Error(), test.want) || strings.Contains(fail.Error(), token) {
+			t.Errorf("%s: %v, want %q", name, fail, test.want)
+		}
+		if after, err := frpc.ReadLease(r.cfg.RunDir); err != nil || !reflect.DeepEqual(after.Frpc, before.Frpc) {
+			t.Errorf("%s: the lease is %+v, %v", name, after, err)
+		}
+	}
+	// frpc refuses keys that are not the type's.
+	for _, tunnel := range []frpc.Tunnel{
+		{Type: "tcp", Subdomain: "s", CustomDomains: []string{"d.example"}, RemotePort: 16001}, {Type: "http", Subdomain: "s", RemotePort: 16001},
+	} {
+		lease, err := newLease(r.cfg, authAnswer{FRPToken: "f", Tunnel: tunnel}, frpc.Admin{})
+		if got := lease.Frpc.Tunnel; err != nil || (got.RemotePort != 0) == (got.Subdomain != "") || len(got.CustomDomains) > 0 {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+}

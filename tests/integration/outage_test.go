@@ -1,0 +1,225 @@
+package integration
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/elazarl/goproxy"
+
+	"github.com/pipeops/vm-agent/tests/controlplane"
+)
+
+// TestFrpsAway: frps is frozen or killed for a while. frpc is never restarted, few leases are requested, and the tunnel
+// is back soon after frps is. OUTAGES="1s 20s 2m 10m" says how long; by default the first two.
+func TestFrpsAway(t *testing.T) {
+	for outage := range strings.FieldsSeq(cmp.Or(os.Getenv("OUTAGES"), "1s 20s")) {
+		duration, err := time.ParseDuration(outage)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fault := range []string{"frozen", "killed"} {
+			t.Run(fault+" for "+outage, func(t *testing.T) {
+				t.Parallel()
+				w := renewing(t, controlplane.Terms{Life: time.Hour})
+				leases := w.leasesGiven()
+				pid := w.cp.FrpsPid()
+				if fault == "frozen" {
+					if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+						t.Fatal(err)
+					}
+				} else {
+					w.cp.StopFrps()
+				}
+				select {
+				case <-time.After(duration):
+				case <-t.Context().Done():
+				}
+				if fault == "frozen" {
+					err = syscall.Kill(pid, syscall.SIGCONT)
+				} else {
+					err = w.cp.StartFrps(t.Context())
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				back := time.Now()
+				// frpc tries every 20 s, and each try may take 10.
+				eventuallyWithin(t, 45*time.Second, func() error {
+					if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
+						return fmt.Errorf("%s: %s", resp.Status, body)
+					}
+					return nil
+				})
+				t.Logf("%s for %s: back after %.1f s; %d requests for leases", fault, outage, time.Since(back).Seconds(), w.leasesGiven()-leases)
+				if n := w.agent.FrpcRestarts(); n > 0 {
+					t.Errorf("frpc was restarted %d times:\n%s", n, w.agent.Bootstrap.Log())
+				}
+			})
+		}
+	}
+}
+
+// leasesGiven counts the leases that the control plane has given.
+func (w *world) leasesGiven() int {
+	w.t.Helper()
+	log, err := os.ReadFile(filepath.Join(w.group.Dir(), "controlplane.log"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return strings.Count(string(log), `msg="lease given"`)
+}
+
+// relay leads to a server that falls silent: what comes from the server after so many bytes is held back for
+// ever, on the connections that are made before heal.
+type relay struct {
+	addr   string
+	held   atomic.Int32 // connections with something held back
+	healed atomic.Bool
+	conns  sync.Map // that are open
+}
+
+// cut ends all connections.
+func (s *relay) cut() {
+	s.conns.Range(func(conn, _ any) bool { _ = conn.(net.Conn).Close(); return true })
+}
+
+func newRelay(t *testing.T, server string, after int64) *relay {
+	t.Helper()
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &relay{addr: listener.Addr().String()}
+	var relays sync.WaitGroup
+	ctx, cancel := context.WithCancel(t.Context())
+	relays.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			relays.Go(func() { s.forward(ctx, conn, server, after) })
+		}
+	})
+	t.Cleanup(func() {
+		_ = listener.Close()
+		cancel()
+		relays.Wait()
+	})
+	return s
+}
+
+func (s *relay) forward(ctx context.Context, conn net.Conn, server string, after int64) {
+	silent := !s.healed.Load()
+	s.conns.Store(conn, nil)
+	defer s.conns.Delete(conn)
+	upstream, err := (&net.Dialer{}).DialContext(ctx, "tcp", server)
+	if err != nil {
+		_ = conn.Close()
+		return
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close(); _ = upstream.Close() })
+	defer stop()
+	defer func() { _ = conn.Close(); _ = upstream.Close() }()
+	go func() {
+		_, _ = io.Copy(upstream, conn)
+		_ = upstream.Close()
+	}()
+	if !silent {
+		_, _ = io.Copy(conn, upstream)
+		return
+	}
+	_, _ = io.CopyN(conn, upstream, after)
+	if _, err := upstream.Read(make([]byte, 1)); err == nil {
+		s.held.Add(1)
+		<-ctx.Done()
+	}
+}
+
+// TestSilence: what stands before frps, or frps itself, falls silent in the middle of frpc's login, and later answers
+// again. Where frpc waits for ever, it is restarted; with the kubelet's help where it does not even stop.
+func TestSilence(t *testing.T) {
+	for _, test := range []struct {
+		name     string
+		protocol string
+		proxy    bool  // the silence is that of an HTTP proxy
+		after    int64 // bytes
+		second   bool  // it is not the first login
+		hangs    bool  // frpc waits for ever
+	}{
+		{"HTTP proxy, before it connects", "tcp", true, 0, false, true},
+		{"HTTP proxy, before it connects, at a second login", "tcp", true, 0, true, true},
+		{"HTTP proxy, in the TLS handshake", "tcp", true, 200, false, false},
+		{"WebSocket, before it opens", "websocket", false, 0, false, true},
+		{"WebSocket, before it opens, at a second login", "websocket", false, 0, true, true},
+		{"WebSocket, in the TLS handshake", "websocket", false, 300, false, false},
+		{"frps, before the TLS handshake", "tcp", false, 0, false, false},
+		{"frps, in the TLS handshake", "tcp", false, 100, false, false},
+		{"frps, before it answers the login", "tcp", false, 1500, false, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			server := newOwnServer(t, w, true, "")
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
+				"PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test", "PIPEOPS_FRP_PROTOCOL="+test.protocol)
+			frps := fmt.Sprintf("127.0.0.1:%d", server.bind)
+			var silent *relay
+			if test.proxy {
+				proxy := httptest.NewServer(goproxy.NewProxyHttpServer())
+				t.Cleanup(proxy.Close)
+				silent = newRelay(t, proxy.Listener.Addr().String(), test.after)
+				w.agent.Env = append(w.agent.Env, fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_FRP_PROXY_URL=http://"+silent.addr)
+			} else {
+				silent = newRelay(t, frps, test.after)
+				_, port, _ := net.SplitHostPort(silent.addr)
+				w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_SERVER_PORT="+port)
+			}
+			silent.healed.Store(test.second)
+			if err := w.agent.Start(); err != nil {
+				t.Fatal(err)
+			}
+			w.agent.RestartFrpc(t.Context())
+			if test.second {
+				if err := w.agent.WaitReady(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				silent.healed.Store(false)
+				silent.cut()
+			}
+			eventually(t, func() error {
+				if silent.held.Load() == 0 {
+					return errors.New("nothing was held back")
+				}
+				return nil
+			})
+			silent.healed.Store(true)
+			begin := time.Now()
+			eventuallyWithin(t, 5*time.Minute, func() error {
+				code, answer, err := w.agent.Ready(t.Context())
+				if err == nil && code != http.StatusOK {
+					err = fmt.Errorf("/ready: %+v", answer)
+				}
+				return err
+			})
+			t.Logf("back after %.0f s, %d restarts of frpc", time.Since(begin).Seconds(), w.agent.FrpcRestarts())
+			if want := map[bool]int{true: 1}[test.hangs]; w.agent.FrpcRestarts() != want {
+				t.Errorf("frpc was restarted %d times, want %d:\n%s", w.agent.FrpcRestarts(), want, w.agent.Bootstrap.Log())
+			}
+		})
+	}
+}
