@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -439,13 +440,14 @@ func (i *installed) restarts(t *testing.T) {
 	}
 }
 
-// frpsAway: without frps the pod is not ready, and nothing is started again for it; it comes back by itself.
+// frpsAway: without frps, and with one that is frozen, the pod is not ready. Nothing is restarted for it, frpc least of
+// all; it comes back by itself.
 func (i *installed) frpsAway(t *testing.T) {
 	i = i.in(t)
 	state := func(ready bool) (restarts string) {
 		t.Helper()
 		eventually(t, func() error {
-			out := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}`)
+			out := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, frpc: {.status.initContainerStatuses[1].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}`)
 			var found bool
 			if restarts, found = strings.CutPrefix(out, map[bool]string{true: "True ", false: "False "}[ready]); !found {
 				return fmt.Errorf("the pod is %s", out)
@@ -461,6 +463,17 @@ func (i *installed) frpsAway(t *testing.T) {
 		t.Error("callers are answered without frps")
 	}
 	if err := i.cp.StartFrps(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	state(true)
+	pid := i.cp.FrpsPid()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
+	state(false)
+	time.Sleep(45 * time.Second) // longer than bootstrap waits before it tries a login and requests a lease
+	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
 	if after := state(true); after != before {

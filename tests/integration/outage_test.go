@@ -2,18 +2,13 @@ package integration
 
 import (
 	"cmp"
-	"context"
-	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -21,6 +16,7 @@ import (
 	"github.com/elazarl/goproxy"
 
 	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/relay"
 )
 
 // TestFrpsAway: frps is frozen or killed for a while. frpc is never restarted, few leases are requested, and the tunnel
@@ -83,71 +79,15 @@ func (w *world) leasesGiven() int {
 	return strings.Count(string(log), `msg="lease given"`)
 }
 
-// relay leads to a server that falls silent: what comes from the server after so many bytes is held back for
-// ever, on the connections that are made before heal.
-type relay struct {
-	addr   string
-	held   atomic.Int32 // connections with something held back
-	healed atomic.Bool
-	conns  sync.Map // that are open
-}
-
-// cut ends all connections.
-func (s *relay) cut() {
-	s.conns.Range(func(conn, _ any) bool { _ = conn.(net.Conn).Close(); return true })
-}
-
-func newRelay(t *testing.T, server string, after int64) *relay {
+// newRelay starts a relay before a server.
+func newRelay(t *testing.T, server string, after int64) *relay.Relay {
 	t.Helper()
-	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	r, err := relay.Start(t.Context(), "127.0.0.1", server, after)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &relay{addr: listener.Addr().String()}
-	var relays sync.WaitGroup
-	ctx, cancel := context.WithCancel(t.Context())
-	relays.Go(func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			relays.Go(func() { s.forward(ctx, conn, server, after) })
-		}
-	})
-	t.Cleanup(func() {
-		_ = listener.Close()
-		cancel()
-		relays.Wait()
-	})
-	return s
-}
-
-func (s *relay) forward(ctx context.Context, conn net.Conn, server string, after int64) {
-	silent := !s.healed.Load()
-	s.conns.Store(conn, nil)
-	defer s.conns.Delete(conn)
-	upstream, err := (&net.Dialer{}).DialContext(ctx, "tcp", server)
-	if err != nil {
-		_ = conn.Close()
-		return
-	}
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close(); _ = upstream.Close() })
-	defer stop()
-	defer func() { _ = conn.Close(); _ = upstream.Close() }()
-	go func() {
-		_, _ = io.Copy(upstream, conn)
-		_ = upstream.Close()
-	}()
-	if !silent {
-		_, _ = io.Copy(conn, upstream)
-		return
-	}
-	_, _ = io.CopyN(conn, upstream, after)
-	if _, err := upstream.Read(make([]byte, 1)); err == nil {
-		s.held.Add(1)
-		<-ctx.Done()
-	}
+	t.Cleanup(r.Close)
+	return r
 }
 
 // TestSilence: what stands before frps, or frps itself, falls silent in the middle of frpc's login, and later answers
@@ -178,18 +118,18 @@ func TestSilence(t *testing.T) {
 			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
 				"PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test", "PIPEOPS_FRP_PROTOCOL="+test.protocol)
 			frps := fmt.Sprintf("127.0.0.1:%d", server.bind)
-			var silent *relay
+			var silent *relay.Relay
 			if test.proxy {
 				proxy := httptest.NewServer(goproxy.NewProxyHttpServer())
 				t.Cleanup(proxy.Close)
 				silent = newRelay(t, proxy.Listener.Addr().String(), test.after)
-				w.agent.Env = append(w.agent.Env, fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_FRP_PROXY_URL=http://"+silent.addr)
+				w.agent.Env = append(w.agent.Env, fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_FRP_PROXY_URL=http://"+silent.Addr)
 			} else {
 				silent = newRelay(t, frps, test.after)
-				_, port, _ := net.SplitHostPort(silent.addr)
+				_, port, _ := net.SplitHostPort(silent.Addr)
 				w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_SERVER_PORT="+port)
 			}
-			silent.healed.Store(test.second)
+			silent.Silent.Store(!test.second)
 			if err := w.agent.Start(); err != nil {
 				t.Fatal(err)
 			}
@@ -198,16 +138,17 @@ func TestSilence(t *testing.T) {
 				if err := w.agent.WaitReady(t.Context()); err != nil {
 					t.Fatal(err)
 				}
-				silent.healed.Store(false)
-				silent.cut()
+				silent.Silent.Store(true)
+				silent.Cut()
 			}
 			eventually(t, func() error {
-				if silent.held.Load() == 0 {
-					return errors.New("nothing was held back")
+				code, _, err := w.agent.Ready(t.Context())
+				if err == nil && (silent.Held() == 0 || code == http.StatusOK) {
+					err = fmt.Errorf("%d connections are held, /ready answers %d", silent.Held(), code)
 				}
-				return nil
+				return err
 			})
-			silent.healed.Store(true)
+			silent.Silent.Store(false)
 			begin := time.Now()
 			eventuallyWithin(t, 5*time.Minute, func() error {
 				code, answer, err := w.agent.Ready(t.Context())

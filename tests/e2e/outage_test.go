@@ -1,0 +1,52 @@
+package e2e
+
+import (
+	"fmt"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/elazarl/goproxy"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/relay"
+)
+
+// TestHangingFrpc: the HTTP proxy on the way to frps says nothing to frpc's first login, in which frpc then waits for
+// ever and cannot even be stopped. bootstrap notices, the kubelet restarts that one container, and the pod gets ready.
+func TestHangingFrpc(t *testing.T) {
+	i := prepare(t)
+	proxy := httptest.NewServer(goproxy.NewProxyHttpServer())
+	t.Cleanup(proxy.Close)
+	silent, err := relay.Start(t.Context(), node.HostIP, proxy.Listener.Addr().String(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(silent.Close)
+	i.setting("PIPEOPS_FRP_PROXY_URL=http://" + silent.Addr)
+	i.apply()
+	eventually(t, func() error {
+		if silent.Held() == 0 {
+			return fmt.Errorf("frpc has not asked the proxy")
+		}
+		return nil
+	})
+	silent.Silent.Store(false)
+	var restarts [3]int32
+	if err := process.Poll(t.Context(), 5*time.Minute, nil, func() error {
+		status := i.pod().Status
+		for _, condition := range status.Conditions {
+			if condition.Type == corev1.PodReady && condition.Status == corev1.ConditionTrue {
+				restarts = [3]int32{status.InitContainerStatuses[0].RestartCount, status.InitContainerStatuses[1].RestartCount, status.ContainerStatuses[0].RestartCount}
+				return nil
+			}
+		}
+		return fmt.Errorf("the pod is not ready: %+v", status.Conditions)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if restarts != [3]int32{0, 1, 0} {
+		t.Errorf("restarts of bootstrap, frpc and proxy: %v", restarts)
+	}
+}

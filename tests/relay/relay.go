@@ -1,0 +1,92 @@
+// Package relay stands between a client and a server, and falls silent as middleboxes do.
+package relay
+
+import (
+	"context"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+)
+
+// Relay leads to a server. While it is silent, it holds back for ever what the server says after so many bytes, on the
+// connections that are made meanwhile.
+type Relay struct {
+	Addr   string // host:port to connect to
+	Silent atomic.Bool
+
+	server   string
+	after    int64        // bytes of the server that pass though it is silent
+	held     atomic.Int32 // connections with something held back
+	conns    sync.Map     // that are open
+	running  sync.WaitGroup
+	listener net.Listener
+	stop     context.CancelFunc
+}
+
+// Start starts a relay on a port of an IP of this host. It is silent, after so many bytes of the server, until told
+// otherwise.
+func Start(ctx context.Context, ip, server string, after int64) (*Relay, error) {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(ip, "0"))
+	if err != nil {
+		return nil, err
+	}
+	r := &Relay{Addr: listener.Addr().String(), server: server, after: after, listener: listener}
+	r.Silent.Store(true)
+	ctx, r.stop = context.WithCancel(context.WithoutCancel(ctx))
+	r.running.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			r.running.Go(func() { r.forward(ctx, conn) })
+		}
+	})
+	return r, nil
+}
+
+// Close ends the relay with all its connections.
+func (r *Relay) Close() {
+	_ = r.listener.Close()
+	r.stop()
+	r.running.Wait()
+}
+
+// Cut ends all connections.
+func (r *Relay) Cut() {
+	r.conns.Range(func(conn, _ any) bool {
+		_ = conn.(net.Conn).Close()
+		return true
+	})
+}
+
+// Held returns on how many connections something has been held back.
+func (r *Relay) Held() int { return int(r.held.Load()) }
+
+func (r *Relay) forward(ctx context.Context, conn net.Conn) {
+	silent := r.Silent.Load()
+	r.conns.Store(conn, nil)
+	defer r.conns.Delete(conn)
+	defer func() { _ = conn.Close() }()
+	upstream, err := (&net.Dialer{}).DialContext(ctx, "tcp", r.server)
+	if err != nil {
+		return
+	}
+	defer func() { _ = upstream.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close(); _ = upstream.Close() })
+	defer stop()
+	r.running.Go(func() {
+		_, _ = io.Copy(upstream, conn)
+		_ = upstream.Close()
+	})
+	if !silent {
+		_, _ = io.Copy(conn, upstream)
+		return
+	}
+	_, _ = io.CopyN(conn, upstream, r.after)
+	if _, err := upstream.Read(make([]byte, 1)); err == nil {
+		r.held.Add(1)
+		<-ctx.Done()
+	}
+}
