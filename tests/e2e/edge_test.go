@@ -29,7 +29,7 @@ func startFrps(t *testing.T, group *process.Group) *ownFrps {
 		t.Fatal(err)
 	}
 	return &ownFrps{
-		settings: fmt.Sprintf("PIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\n", frpToken, node.HostIP, bindPort),
+		settings: fmt.Sprintf("PIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\nPIPEOPS_FRP_TUNNEL_TYPE=http\nPIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true\n", frpToken, node.HostIP, bindPort),
 		callers:  fmt.Sprintf("http://%s:%d", node.HostIP, vhostPort),
 	}
 }
