@@ -35,7 +35,7 @@ func TestDefaults(t *testing.T) {
 	want.Agent.Instance, _ = os.Hostname()
 	want.Agent.Token, want.Agent.TokenOverlap, want.Agent.APIURL = "hunter2", 5*time.Minute, "https://api.pipeops.io"
 	want.FRP.ServerAddr, want.FRP.ServerPort, want.FRP.AdminPort, want.FRP.Protocol = "frp.pipeops.io", 7000, 7400, "tcp"
-	want.FRP.Tunnel.Type, want.FRP.Tunnel.Subdomain = "http", "a1"
+	want.FRP.Tunnel.Type, want.FRP.Tunnel.Subdomain = "https", "a1"
 	want.FRP.Tunnel.LocalIP, want.FRP.Tunnel.LocalPort = "127.0.0.1", 8080
 	want.Proxy.ListenAddr, want.Proxy.MetricsAddr, want.Proxy.DrainTimeout = "127.0.0.1:8080", ":9090", 25*time.Second
 	want.Kubernetes.Namespace, want.Runners.AllowedHosts = "pipeops-system", []string{"*.svc", "*.svc.cluster.local"}

@@ -61,7 +61,7 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.FRP.TokenFile }, check: path},
 	{key: "frp.admin_port", env: "PIPEOPS_FRP_ADMIN_PORT", def: "7400", doc: "Port of frpc's admin API, on 127.0.0.1.",
 		field: func(c *Config) any { return &c.FRP.AdminPort }},
-	{key: "frp.protocol", env: "PIPEOPS_FRP_PROTOCOL", def: "tcp", doc: "How frpc speaks to frps: tcp, kcp, quic, websocket or wss.",
+	{key: "frp.protocol", env: "PIPEOPS_FRP_PROTOCOL", def: "tcp", doc: "How frpc speaks to frps: tcp (prefer it, on port 443 or through frp.proxy_url if need be), kcp, quic, websocket or wss.",
 		field: func(c *Config) any { return &c.FRP.Protocol }, check: oneOf("tcp", "kcp", "quic", "websocket", "wss")},
 	{key: "frp.proxy_url", env: "PIPEOPS_FRP_PROXY_URL", doc: "HTTP or SOCKS5 proxy between frpc and frps.",
 		field: func(c *Config) any { return &c.FRP.ProxyURL }, check: proxyURL},
