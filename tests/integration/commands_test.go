@@ -158,7 +158,7 @@ func TestRunDirectoryIsPrivate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(files) != 2 {
+	if len(files) != 3 { // frpc.toml, frp.token and lease.json
 		t.Errorf("the run directory holds %v", files)
 	}
 	for _, f := range files {

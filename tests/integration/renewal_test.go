@@ -91,11 +91,25 @@ func runs(ended <-chan struct{}) bool {
 	}
 }
 
-// TestRenewalWaitsForStreams: frpc knows its credential from its start, so it is started again with the new one
+// sharedToken has the control plane give leases with frp's shared token.
+func sharedToken(o *controlplane.Options) { o.Token = true }
+
+// eachMethod runs test with both kinds of credentials that frp has.
+func eachMethod(t *testing.T, test func(t *testing.T, method func(*controlplane.Options))) {
+	t.Helper()
+	for name, method := range map[string]func(*controlplane.Options){"oidc": func(*controlplane.Options) {}, "token": sharedToken} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, method)
+		})
+	}
+}
+
+// TestRenewalWaitsForStreams: with method token frpc reads its credential once, so it is restarted with the new one
 // when nothing runs through the tunnel, and else when the old one ends.
 func TestRenewalWaitsForStreams(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 40 * time.Second})
+	w := renewing(t, controlplane.Terms{Life: 40 * time.Second}, sharedToken)
 	first := w.lease()
 	watch := w.stream()
 	second := w.renewed(first)
@@ -128,7 +142,7 @@ func TestRenewalWaitsForStreams(t *testing.T) {
 // https, and its certificate changes too.
 func TestRenewalWithOpenIDConnect(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"}, func(o *controlplane.Options) { o.OIDC = true })
+	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
 	first := w.lease()
 	certificate := w.file(frpc.CertFile)
 	token := w.file(frpc.TokenFile)
@@ -167,7 +181,7 @@ func (w *world) file(name string) string {
 // its admin password. A second bootstrap on the same directory is refused, for it would change both.
 func TestRunDirectoryIsRepaired(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"}, func(o *controlplane.Options) { o.OIDC = true })
+	w := renewing(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"})
 	for _, args := range [][]string{{"--once"}, nil} {
 		second, err := w.agent.Command(args...)
 		if err != nil {
@@ -377,16 +391,17 @@ func TestLeaseIsRefused(t *testing.T) {
 		"frps moved": func(w *world) error { return w.cp.MoveFrps(w.t.Context()) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			w := renewing(t, controlplane.Terms{Life: time.Hour})
-			if err := happen(w); err != nil {
-				t.Fatal(err)
-			}
-			eventuallyWithin(t, time.Minute, func() error {
-				if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
-					return fmt.Errorf("%s: %s", resp.Status, body)
+			eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
+				w := renewing(t, controlplane.Terms{Life: time.Hour}, method)
+				if err := happen(w); err != nil {
+					t.Fatal(err)
 				}
-				return nil
+				eventuallyWithin(t, time.Minute, func() error {
+					if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
+						return fmt.Errorf("%s: %s", resp.Status, body)
+					}
+					return nil
+				})
 			})
 		})
 	}
@@ -428,8 +443,12 @@ func TestOddLeases(t *testing.T) {
 
 // TestTokenIsRotated: the agent's token changes in its file; the next lease comes at once, and callers get in with it.
 func TestTokenIsRotated(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+	eachMethod(t, tokenIsRotated)
+}
+
+func tokenIsRotated(t *testing.T, method func(*controlplane.Options)) {
+	t.Helper()
+	w := newWorld(t, method)
 	file := filepath.Join(w.group.Dir(), "token")
 	write := func(token string) {
 		t.Helper()
