@@ -42,7 +42,9 @@ func recovery(ctx context.Context) error {
 		return err
 	}
 	const id = "agent-001"
-	cp, err := controlplane.Start(ctx, controlplane.Options{Group: group, Agents: map[string]string{id: "first"}, Log: slog.New(slog.DiscardHandler)})
+	cp, err := controlplane.Start(ctx, controlplane.Options{ // with the shared token, for which a renewal restarts frpc
+		Group: group, Agents: map[string]string{id: "first"}, Log: slog.New(slog.DiscardHandler), Token: true,
+	})
 	if err != nil {
 		return err
 	}

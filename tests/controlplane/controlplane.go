@@ -29,7 +29,7 @@ type Options struct {
 	Group  *process.Group
 	Agents map[string]string // token by agent id
 	Log    *slog.Logger
-	OIDC   bool   // leases hold a token of OpenID Connect, instead of frp's shared token
+	Token  bool   // leases hold frp's shared token, which frpc reads once, instead of a token of OpenID Connect
 	IP     string // this machine's, to listen on and for agents to find it at; default: 127.0.0.1
 }
 
@@ -49,7 +49,7 @@ type ControlPlane struct {
 
 	options      Options
 	frpToken     string  // frp's shared token
-	issuer       *issuer // nil: frp's shared token it is
+	issuer       *issuer // nil: leases hold frp's shared token
 	dir          string
 	pluginURL    string
 	vhostPort    int // of tunnels of type http
@@ -61,7 +61,7 @@ type ControlPlane struct {
 	agents   map[string]string
 	revoked  map[string]bool
 	terms    Terms
-	leases   map[string]lease   // by the credential in metadatas
+	leases   map[string]lease   // by the id that stands in an agent's token or metadatas
 	tunnels  map[string]string  // by agent id: the type of the tunnel that frps was last let to open
 	refusals map[string]refusal // by agent id: why frps was last told to refuse it
 	fault    http.Handler       // answers instead of the authentication endpoint, for tests
@@ -71,11 +71,21 @@ type ControlPlane struct {
 // lease is what one instance of an agent got.
 type lease struct {
 	agentID     string
-	instance    string
+	given       time.Time
 	groupKey    string
 	expires     time.Time // zero: never
 	tunnel      frpc.Tunnel
 	certificate string // PEM: what the agent shows to callers of a tunnel of type https
+}
+
+// latest returns the lease that an agent was given last.
+func (c *ControlPlane) latest(agentID string) (latest lease, ok bool) {
+	for _, l := range c.leases {
+		if l.agentID == agentID && !l.given.Before(latest.given) {
+			latest, ok = l, true
+		}
+	}
+	return latest, ok
 }
 
 func (l lease) ended() bool { return !l.expires.IsZero() && time.Now().After(l.expires) }
@@ -114,7 +124,7 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 	if c.pluginURL, err = c.serve(ctx, http.HandlerFunc(c.plugin), nil); err != nil {
 		return nil, err
 	}
-	if options.OIDC {
+	if !options.Token {
 		if c.issuer, err = newIssuer(); err != nil {
 			return nil, err
 		}
@@ -226,16 +236,10 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusForbidden, map[string]any{"error": "the agent was revoked", "revoked": true})
 		return
 	}
-	credential := rand.Text()
-	l := lease{agentID: request.AgentID, instance: request.Instance, groupKey: rand.Text(), certificate: request.Certificate}
-	for id, other := range c.leases {
-		if other.agentID != l.agentID {
-			continue
-		}
-		l.groupKey = other.groupKey // the instances of one agent share the key of their group
-		if c.issuer != nil && other.instance == l.instance {
-			credential = id // the token says until when; what stands in frpc.toml stays
-		}
+	id := rand.Text()
+	l := lease{agentID: request.AgentID, given: time.Now(), groupKey: rand.Text(), certificate: request.Certificate}
+	if before, ok := c.latest(l.agentID); ok {
+		l.groupKey = before.groupKey // the instances of one agent share the key of their group
 	}
 	if c.terms.Life != 0 {
 		l.expires = time.Now().Add(c.terms.Life).UTC().Truncate(time.Second)
@@ -252,24 +256,29 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	} else {
 		l.tunnel.Subdomain = l.agentID
 	}
-	answer := map[string]any{
-		"frp_token": c.frpToken, "auth_method": "token", "server_addr": c.options.IP, "server_port": c.FrpsPort,
-		"metadatas": map[string]string{"agent_id": l.agentID, "lease": credential}, "tunnel": l.tunnel,
-	}
+	answer := map[string]any{"server_addr": c.options.IP, "server_port": c.FrpsPort, "tunnel": l.tunnel}
 	if !l.expires.IsZero() {
 		answer["expires_at"] = l.expires
 	}
-	if c.issuer != nil {
-		jwt, err := c.issuer.token(l.agentID, l.expires)
+	if c.issuer == nil {
+		answer["auth_method"], answer["frp_token"], answer["metadatas"] = "token", c.frpToken, metadatas(l.agentID, id)
+	} else {
+		token, err := c.issuer.token(l.agentID, id, l.expires)
 		if err != nil {
 			writeJSON(w, http.StatusInternalServerError, map[string]string{"error": err.Error()})
 			return
 		}
-		answer["frp_token"], answer["auth_method"] = jwt, "oidc"
+		// No metadatas: the plugin takes them from the token, so that frpc.toml stays as it is.
+		answer["auth_method"], answer["frp_token"] = "oidc", token
 	}
-	c.leases[credential] = l
+	c.leases[id] = l
 	c.options.Log.Info("lease given", "agent_id", request.AgentID, "instance", request.Instance, "expires_at", l.expires, "tunnel_type", l.tunnel.Type)
 	writeJSON(w, http.StatusOK, answer)
+}
+
+// metadatas names an agent and a lease of it to the plugin.
+func metadatas(agentID, lease string) map[string]string {
+	return map[string]string{"agent_id": agentID, "lease": lease}
 }
 
 func writeJSON(w http.ResponseWriter, code int, body any) {

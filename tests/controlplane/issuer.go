@@ -38,13 +38,28 @@ func (i *issuer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// token says that the bearer is an agent, until a time.
-func (i *issuer) token(agentID string, until time.Time) (string, error) {
+// token returns a token that names an agent and a lease of it, and ends at a time; zero: in ten years, because frps
+// refuses a token without an end.
+func (i *issuer) token(agentID, lease string, until time.Time) (string, error) {
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: i.key}, nil)
 	if err != nil {
 		return "", err
 	}
+	if until.IsZero() {
+		until = time.Now().AddDate(10, 0, 0)
+	}
 	return jwt.Signed(signer).Claims(jwt.Claims{
-		Issuer: i.url, Subject: agentID, Audience: jwt.Audience{audience}, IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(until),
+		Issuer: i.url, Subject: agentID, ID: lease, Audience: jwt.Audience{audience}, IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(until),
 	}).Serialize()
+}
+
+// metadatas returns what a token of this issuer names; nothing for another. It leaves issuer, audience and end to frps,
+// which checks them after the plugin.
+func (i *issuer) metadatas(token string) map[string]string {
+	var claims jwt.Claims
+	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
+	if err != nil || parsed.Claims(i.key.Public(), &claims) != nil {
+		return nil
+	}
+	return metadatas(claims.Subject, claims.ID)
 }

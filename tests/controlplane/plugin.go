@@ -10,57 +10,75 @@ import (
 	"time"
 )
 
-// pluginRequest is what frps asks before it accepts a login or a proxy.
+// pluginContent is what frps asks about before it accepts a login or a proxy.
 // Source: frp pkg/plugin/server/types.go.
-type pluginRequest struct {
-	Op      string `json:"op"`
-	Content struct {
-		Metas map[string]string `json:"metas"` // of a Login
-		User  struct {
-			Metas map[string]string `json:"metas"` // of the Login before a NewProxy
-		} `json:"user"`
-		ProxyName     string   `json:"proxy_name"`
-		ProxyType     string   `json:"proxy_type"`
-		Subdomain     string   `json:"subdomain"`
-		CustomDomains []string `json:"custom_domains"`
-		Group         string   `json:"group"`
-		GroupKey      string   `json:"group_key"`
-	} `json:"content"`
+type pluginContent struct {
+	PrivilegeKey string            `json:"privilege_key"` // of a Login: the token, with method oidc
+	Metas        map[string]string `json:"metas"`         // of a Login
+	User         struct {
+		Metas map[string]string `json:"metas"` // of the Login before a NewProxy, as this plugin let it pass
+	} `json:"user"`
+	ProxyName     string   `json:"proxy_name"`
+	ProxyType     string   `json:"proxy_type"`
+	Subdomain     string   `json:"subdomain"`
+	CustomDomains []string `json:"custom_domains"`
+	Group         string   `json:"group"`
+	GroupKey      string   `json:"group_key"`
 }
 
-// plugin decides for frps on Login and NewProxy: on both, or any agent could claim any free domain.
+// plugin decides for frps on Login and NewProxy: on both, or any agent could claim any free domain. With method oidc
+// it writes what the token names over the metadatas of a Login, which frps sends along with every NewProxy.
 func (c *ControlPlane) plugin(w http.ResponseWriter, r *http.Request) {
-	var request pluginRequest
+	var request struct {
+		Op      string
+		Content json.RawMessage
+	}
+	var content pluginContent
 	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<20)).Decode(&request)
 	if err == nil {
-		err = c.decide(request)
+		err = json.Unmarshal(request.Content, &content)
+	}
+	answer := map[string]any{"reject": false, "unchange": true}
+	if request.Op == "Login" && c.issuer != nil && err == nil {
+		content.Metas = c.issuer.metadatas(content.PrivilegeKey)
+		var login map[string]any
+		err = json.Unmarshal(request.Content, &login)
+		login["metas"] = content.Metas
+		answer = map[string]any{"reject": false, "unchange": false, "content": login}
+	}
+	if err == nil {
+		err = c.decide(request.Op, content)
 	}
 	if err != nil {
 		c.options.Log.Warn("frps told to refuse", "op", request.Op, "reason", err)
-		writeJSON(w, http.StatusOK, map[string]any{"reject": true, "reject_reason": err.Error()})
-		return
+		answer = map[string]any{"reject": true, "reject_reason": err.Error()}
 	}
-	writeJSON(w, http.StatusOK, map[string]any{"reject": false, "unchange": true})
+	writeJSON(w, http.StatusOK, answer)
 }
 
-func (c *ControlPlane) decide(request pluginRequest) error {
+func (c *ControlPlane) decide(op string, in pluginContent) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	in, metas := request.Content, request.Content.Metas
-	if request.Op == "NewProxy" {
+	metas := in.Metas
+	if op == "NewProxy" {
 		metas = in.User.Metas
 	}
 	l, ok := c.leases[metas["lease"]]
+	if op == "NewProxy" && c.issuer != nil {
+		l, ok = c.latest(metas["agent_id"]) // a session outlives the token that it began with
+	}
 	var err error
 	switch {
 	case !ok:
 		err = errors.New("the control plane has given no such lease, or has revoked it")
+	case c.revoked[l.agentID]:
+		err = errors.New("the agent was revoked")
 	case l.ended():
 		err = fmt.Errorf("the lease ended at %s", l.expires.Format(time.RFC3339))
-	case request.Op == "Login":
+	case op == "Login":
 		return nil
-	case request.Op != "NewProxy":
-		err = fmt.Errorf("op %q is not expected", request.Op)
+	case op != "NewProxy":
+		err = fmt.Errorf("op %q is not expected", op)
 	case in.ProxyType != l.tunnel.Type || in.Subdomain != l.tunnel.Subdomain || !slices.Equal(in.CustomDomains, l.tunnel.CustomDomains) ||
 		in.Group != l.agentID || in.GroupKey != l.groupKey || !strings.HasPrefix(in.ProxyName, l.agentID+"."):
 		err = fmt.Errorf("the lease of agent %q is not for this tunnel", l.agentID)

@@ -158,7 +158,7 @@ func TestRunDirectoryIsPrivate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(files) != 4 { // frpc.toml, lease.json, tls.crt and tls.key
+	if len(files) != 5 { // frpc.toml, frp.token, lease.json, tls.crt and tls.key
 		t.Errorf("the run directory holds %v", files)
 	}
 	for _, f := range files {

@@ -1,13 +1,19 @@
 package integration
 
 import (
+	"cmp"
+	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -91,11 +97,25 @@ func runs(ended <-chan struct{}) bool {
 	}
 }
 
-// TestRenewalWaitsForStreams: frpc knows its credential from its start, so it is started again with the new one
+// sharedToken has the control plane give leases with frp's shared token.
+func sharedToken(o *controlplane.Options) { o.Token = true }
+
+// eachMethod runs test with both kinds of credentials that frp has.
+func eachMethod(t *testing.T, test func(t *testing.T, method func(*controlplane.Options))) {
+	t.Helper()
+	for name, method := range map[string]func(*controlplane.Options){"oidc": func(*controlplane.Options) {}, "token": sharedToken} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, method)
+		})
+	}
+}
+
+// TestRenewalWaitsForStreams: with method token frpc reads its credential once, so it is restarted with the new one
 // when nothing runs through the tunnel, and else when the old one ends.
 func TestRenewalWaitsForStreams(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 40 * time.Second})
+	w := renewing(t, controlplane.Terms{Life: 40 * time.Second}, sharedToken)
 	first := w.lease()
 	watch := w.stream()
 	second := w.renewed(first)
@@ -128,7 +148,7 @@ func TestRenewalWaitsForStreams(t *testing.T) {
 // https, and its certificate changes too.
 func TestRenewalWithOpenIDConnect(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"}, func(o *controlplane.Options) { o.OIDC = true })
+	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
 	first := w.lease()
 	certificate := w.file(frpc.CertFile)
 	token := w.file(frpc.TokenFile)
@@ -154,6 +174,112 @@ func TestRenewalWithOpenIDConnect(t *testing.T) {
 	}
 }
 
+// TestManyRenewalsCutNothing: one instance, whose lease and certificate are renewed again and again while callers list,
+// over connections that stay and over new ones, and a watch, an exec and a log stream run from the first lease to the
+// last. No call fails, no stream ends, and frpc is never restarted. RENEWALS is how many, about 14 s each.
+func TestManyRenewalsCutNothing(t *testing.T) {
+	t.Parallel()
+	renewals, err := strconv.Atoi(cmp.Or(os.Getenv("RENEWALS"), "3"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
+	ns := w.namespace()
+	k := &kubelet{lines: make(chan string)}
+	runningPod(t, k, ns)
+	t.Cleanup(func() { close(k.lines) }) // ends the log stream, for which the kubelet's server would wait
+	watch, exec := w.stream(), startSession(t, w, ns)
+	follow, err := w.group.Start("follow", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"), "logs", "-f", "pod", "-n", ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantLog := "first line\n"
+	logged := func() error {
+		if got := follow.Log(); got != wantLog {
+			return fmt.Errorf("logs -f: got %q, want %q", got, wantLog)
+		}
+		return nil
+	}
+	eventually(t, logged)
+
+	gateway, base := w.client()
+	addr, config := w.cp.Direct(agentID)
+	direct := &http.Client{Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	}}}
+	var calls, failures atomic.Int32
+	stop := make(chan struct{})
+	var callers sync.WaitGroup
+	call := func(client *http.Client, base string) {
+		pace := time.NewTicker(25 * time.Millisecond) // other tests run at the same time
+		defer pace.Stop()
+		for {
+			select {
+			case <-pace.C:
+			case <-stop:
+				return
+			}
+			calls.Add(1)
+			if err := list(t.Context(), client, base+"/api/k8s/api/v1/namespaces"); err != nil {
+				failures.Add(1)
+				t.Errorf("%s: call %d: %v", time.Now().Format(time.TimeOnly), calls.Load(), err)
+			}
+		}
+	}
+	for range 2 {
+		callers.Go(func() { call(gateway, base) })
+		callers.Go(func() { call(direct, "https://"+config.ServerName) })
+	}
+	started := time.Now()
+	first := w.lease()
+	for last, i := first, 1; i <= renewals; i++ {
+		last = w.renewed(last)
+		line := fmt.Sprintf("renewal %d", i)
+		wantLog += line + "\n"
+		select {
+		case k.lines <- line:
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s: the log stream was cut", line)
+		}
+		eventually(t, logged)
+		if !runs(watch) || !runs(w.agent.Frpc.Done()) {
+			t.Fatalf("%s: the watch runs: %v, frpc runs: %v", line, runs(watch), runs(w.agent.Frpc.Done()))
+		}
+	}
+	took := time.Since(started)
+	close(stop)
+	callers.Wait()
+	if _, err := io.WriteString(exec.stdin, "hello\n"); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := exec.out.ReadString('\n'); err != nil || line != "got hello\n" {
+		t.Errorf("exec: got %q, %v", line, err)
+	}
+	if w.agent.FrpcRestarts() != 0 || time.Now().Before(first.ExpiresAt) {
+		t.Errorf("frpc was restarted %d times; the first lease ends at %s", w.agent.FrpcRestarts(), first.ExpiresAt)
+	}
+	t.Logf("%d renewals in %s: %d calls, %d failed; watch, exec and log stream uncut; frpc's pid is still %d", renewals, took.Round(time.Second), calls.Load(), failures.Load(), w.agent.Frpc.Pid())
+}
+
+// list asks for a list, and reads all of it.
+func list(ctx context.Context, client *http.Client, url string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Authorization", "Bearer "+agentToken)
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", resp.Status, body)
+	}
+	return err
+}
+
 func (w *world) file(name string) string {
 	w.t.Helper()
 	data, err := os.ReadFile(filepath.Join(w.agent.RunDir, name))
@@ -167,7 +293,7 @@ func (w *world) file(name string) string {
 // its admin password. A second bootstrap on the same directory is refused, for it would change both.
 func TestRunDirectoryIsRepaired(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"}, func(o *controlplane.Options) { o.OIDC = true })
+	w := renewing(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"})
 	for _, args := range [][]string{{"--once"}, nil} {
 		second, err := w.agent.Command(args...)
 		if err != nil {
@@ -377,16 +503,17 @@ func TestLeaseIsRefused(t *testing.T) {
 		"frps moved": func(w *world) error { return w.cp.MoveFrps(w.t.Context()) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			w := renewing(t, controlplane.Terms{Life: time.Hour})
-			if err := happen(w); err != nil {
-				t.Fatal(err)
-			}
-			eventuallyWithin(t, time.Minute, func() error {
-				if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
-					return fmt.Errorf("%s: %s", resp.Status, body)
+			eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
+				w := renewing(t, controlplane.Terms{Life: time.Hour}, method)
+				if err := happen(w); err != nil {
+					t.Fatal(err)
 				}
-				return nil
+				eventuallyWithin(t, time.Minute, func() error {
+					if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
+						return fmt.Errorf("%s: %s", resp.Status, body)
+					}
+					return nil
+				})
 			})
 		})
 	}
@@ -428,8 +555,12 @@ func TestOddLeases(t *testing.T) {
 
 // TestTokenIsRotated: the agent's token changes in its file; the next lease comes at once, and callers get in with it.
 func TestTokenIsRotated(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+	eachMethod(t, tokenIsRotated)
+}
+
+func tokenIsRotated(t *testing.T, method func(*controlplane.Options)) {
+	t.Helper()
+	w := newWorld(t, method)
 	file := filepath.Join(w.group.Dir(), "token")
 	write := func(token string) {
 		t.Helper()

@@ -1,0 +1,55 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/controlplane"
+)
+
+// TestNoAgentTakesAnothersTunnel: the control plane's plugin knows an agent by its own credential, and refuses it the
+// names of another, whatever its frpc.toml says.
+func TestNoAgentTakesAnothersTunnel(t *testing.T) {
+	eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
+		const thief, token = "agent-002", "the-thiefs-token"
+		w := newWorld(t, method, func(o *controlplane.Options) { o.Agents[thief] = token })
+		var err error
+		if w.agent, err = agent.New(w.group, w.cp, thief, token, api.kubeconfig); err != nil {
+			t.Fatal(err)
+		}
+		bootstrap, err := w.agent.Once()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bootstrap.ExitCode() != 0 {
+			t.Fatal(bootstrap.Failed())
+		}
+		toml := strings.ReplaceAll(w.file(frpc.ConfigFile), thief, agentID)
+		if !strings.Contains(toml, "metadatas.") {
+			toml = fmt.Sprintf("metadatas.agent_id = %q\n%s", agentID, toml)
+		}
+		toml = strings.ReplaceAll(toml, "/agent-"+agentID+"/", "/agent-"+thief+"/") // the thief's own token
+		if err := os.WriteFile(filepath.Join(w.agent.RunDir, frpc.ConfigFile), []byte(toml), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.agent.StartFrpc(); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.agent.StartProxy(); err != nil { // frpc opens no tunnel to a proxy that is not ready
+			t.Fatal(err)
+		}
+		eventually(t, func() error {
+			const want = `the lease of agent "` + thief + `" is not for this tunnel`
+			proxies, err := frpc.NewAdminClient(w.lease().Frpc.Admin).Status(t.Context())
+			if err == nil && (len(proxies) != 1 || proxies[0].Status != "start error" || !strings.Contains(proxies[0].Err, want)) {
+				err = fmt.Errorf("frpc's proxies are %+v, want %q", proxies, want)
+			}
+			return err
+		})
+	})
+}
