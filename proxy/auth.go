@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
@@ -213,12 +212,8 @@ func refuseWithProblem(w http.ResponseWriter, _ *http.Request, code int, why str
 }
 
 func refuseWithStatus(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32) {
-	reason := map[int]metav1.StatusReason{
-		http.StatusUnauthorized: metav1.StatusReasonUnauthorized, http.StatusTooManyRequests: metav1.StatusReasonTooManyRequests,
-		http.StatusServiceUnavailable: metav1.StatusReasonServiceUnavailable,
-	}[code]
 	if why != shuttingDown {
 		why = "the agent refuses the request: " + why
 	}
-	kube.WriteStatus(w, r, code, reason, why, retryAfter)
+	kube.WriteStatus(w, r, code, why, retryAfter)
 }

@@ -8,8 +8,6 @@ import (
 	"path"
 	"strings"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
@@ -141,7 +139,7 @@ func notFound(l listener) http.HandlerFunc {
 		case l == operations:
 			writeProblem(w, http.StatusNotFound, "there is no such path: /health, /ready, /version and /metrics are served here")
 		case p == "/api" || p == "/apis" || strings.HasPrefix(p, "/api/v1/") || strings.HasPrefix(p, "/apis/"):
-			kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound,
+			kube.WriteStatus(w, r, http.StatusNotFound,
 				"there is no such path: "+prefix+": add that to the server's URL in the kubeconfig", 0)
 		default:
 			writeProblem(w, http.StatusNotFound, "there is no such path: /openapi.yaml lists all; "+prefix)

@@ -9,8 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // Body is a request's body as its caller sends it. A nil *Body is that of a request without one.
@@ -113,8 +111,8 @@ func (b *Body) late() bool {
 // writeBroken answers for a body that could not be read.
 func writeBroken(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		WriteStatus(w, r, http.StatusRequestTimeout, metav1.StatusReasonTimeout, "the body of the request does not come to its end: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
+		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request does not come to its end: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
 		return
 	}
-	WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
+	WriteStatus(w, r, http.StatusBadRequest, "the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
 }

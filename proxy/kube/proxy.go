@@ -17,7 +17,6 @@ import (
 	"sync"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 )
 
@@ -157,22 +156,22 @@ func keep(r *http.Request, body *Body) error {
 func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
 	path, err := upstreamPath(r)
 	if err != nil {
-		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent refuses the request: "+err.Error(), 0)
+		WriteStatus(w, r, http.StatusBadRequest, "the agent refuses the request: "+err.Error(), 0)
 		return "", false
 	}
 	if verbs[r.Method] == "" {
 		w.Header().Set("Allow", methods)
-		WriteStatus(w, r, http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: "+methods, 0)
+		WriteStatus(w, r, http.StatusMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: "+methods, 0)
 		return "", false
 	}
 	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
-		WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward this path: "+why, 0)
+		WriteStatus(w, r, http.StatusForbidden, "the agent does not forward this path: "+why, 0)
 		return "", false
 	}
 	size := len(r.RequestURI)
 	for name, values := range r.Header {
 		if hasPrefixFold(name, "Impersonate-") {
-			WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid", 0)
+			WriteStatus(w, r, http.StatusForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid", 0)
 			return "", false
 		}
 		for _, value := range values {
@@ -180,12 +179,12 @@ func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
 		}
 	}
 	if size > maxHeaderSize {
-		WriteStatus(w, r, http.StatusRequestHeaderFieldsTooLarge, reasonLargeHeaders, largeHeaders, 0)
+		WriteStatus(w, r, http.StatusRequestHeaderFieldsTooLarge, largeHeaders, 0)
 		return "", false
 	}
 	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
 		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
-		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
+		WriteStatus(w, r, http.StatusBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
 		return "", false
 	}
 	return path, true
@@ -263,7 +262,7 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	switch cause := context.Cause(r.Context()); {
 	case errors.Is(cause, ErrShutdown):
 		// No Retry-After: it may have been done, and once may be enough.
-		WriteStatus(w, r, http.StatusGatewayTimeout, metav1.StatusReasonTimeout, cause.Error(), 0)
+		WriteStatus(w, r, http.StatusGatewayTimeout, cause.Error(), 0)
 		return
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
@@ -272,9 +271,9 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 		writeBroken(w, r, err)
 		return
 	}
-	code, reason, message := explain(p.target.Host, err)
+	code, message := explain(p.target.Host, err)
 	p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("Audit-Id"))
-	WriteStatus(w, r, code, reason, message, 0)
+	WriteStatus(w, r, code, message, 0)
 }
 
 // Check asks the API server whether it is ready, which depends on its storage too. A credential that may not ask

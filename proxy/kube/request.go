@@ -58,7 +58,7 @@ func (p *Proxy) call(ctx context.Context, method, path string, object any, read 
 	}
 	resp, err := p.lanes.RoundTrip(req)
 	if err != nil {
-		_, _, message := explain(p.target.Host, err)
+		_, message := explain(p.target.Host, err)
 		return errors.New(message)
 	}
 	defer func() {
