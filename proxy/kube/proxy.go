@@ -27,10 +27,12 @@ const Prefix = "/api/k8s"
 type Proxy struct {
 	target  *url.URL
 	lanes   *lanes
-	watches watches
 	rp      *httputil.ReverseProxy
 	watchRP *httputil.ReverseProxy // the same, with small buffers
 	log     *slog.Logger
+
+	Drain    context.CancelFunc // ends all watches between two events, those to come included; it does not wait
+	draining context.Context    // ends with Drain
 }
 
 // New makes a proxy to the API server of config. It tells latency the seconds from each request to the
@@ -47,7 +49,8 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{target: target, log: log, lanes: lanes, watches: watches{open: map[*watchBody]struct{}{}}}
+	p := &Proxy{target: target, log: log, lanes: lanes}
+	p.draining, p.Drain = context.WithCancel(context.Background())
 	p.rp = &httputil.ReverseProxy{
 		BufferPool:     &buffers{size: 32 << 10},
 		Rewrite:        p.rewrite,
@@ -243,7 +246,7 @@ func (p *Proxy) modify(resp *http.Response) error {
 		return errCredential
 	}
 	if resp.StatusCode == http.StatusOK && request.Verb == "watch" {
-		p.watches.track(resp)
+		p.track(resp)
 	}
 	return nil
 }
