@@ -117,8 +117,10 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 			}
 		} else {
 			body.patience, found.body = uploadTimeout, body
-			if r.Header.Get("Expect") != "" {
-				body.begin()
+			if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
+				// Else net/http tells the caller to continue when the transport, elsewhere, first reads the body: it would
+				// race with a 1xx of the API server on the way back.
+				w.WriteHeader(http.StatusContinue)
 			}
 		}
 	}
