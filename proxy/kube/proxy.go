@@ -103,8 +103,12 @@ type Reserve func(bytes int64, optional bool) bool
 
 // Serve answers a request below Prefix. d is what Describe says of it, and body its Body; nil if it has none.
 func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, body *Body, reserve Reserve) {
-	path, ok := admit(w, r)
-	if !ok {
+	path, code, why := admit(r)
+	if code != 0 {
+		if code == http.StatusMethodNotAllowed {
+			w.Header().Set("Allow", methods)
+		}
+		WriteStatus(w, r, code, why, 0)
 		return
 	}
 	found := &request{path: path, Description: d, reserve: reserve}
@@ -157,42 +161,36 @@ func keep(r *http.Request, body *Body) error {
 	return nil
 }
 
-// admit returns the path at the API server, or answers a request that must not get there.
-func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
+// admit returns the path at the API server, or, for a request that must not get there, the code and the text of the
+// answer.
+func admit(r *http.Request) (path string, code int, why string) {
 	path, err := upstreamPath(r)
 	if err != nil {
-		WriteStatus(w, r, http.StatusBadRequest, "the agent refuses the request: "+err.Error(), 0)
-		return "", false
+		return "", http.StatusBadRequest, "the agent refuses the request: " + err.Error()
 	}
 	if verbs[r.Method] == "" {
-		w.Header().Set("Allow", methods)
-		WriteStatus(w, r, http.StatusMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: "+methods, 0)
-		return "", false
+		return "", http.StatusMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: " + methods
 	}
 	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
-		WriteStatus(w, r, http.StatusForbidden, "the agent does not forward this path: "+why, 0)
-		return "", false
+		return "", http.StatusForbidden, "the agent does not forward this path: " + why
 	}
 	size := len(r.RequestURI)
 	for name, values := range r.Header {
 		if hasPrefixFold(name, "Impersonate-") {
-			WriteStatus(w, r, http.StatusForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid", 0)
-			return "", false
+			return "", http.StatusForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid"
 		}
 		for _, value := range values {
 			size += len(name) + len(value) + 32 // as HTTP/2 counts
 		}
 	}
 	if size > maxHeaderSize {
-		WriteStatus(w, r, http.StatusRequestHeaderFieldsTooLarge, largeHeaders, 0)
-		return "", false
+		return "", http.StatusRequestHeaderFieldsTooLarge, largeHeaders
 	}
 	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
 		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
-		WriteStatus(w, r, http.StatusBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
-		return "", false
+		return "", http.StatusBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only"
 	}
-	return path, true
+	return path, 0, ""
 }
 
 // rewrite runs after the hop-by-hop headers are gone, so that a "Connection: Authorization" of the caller
@@ -259,26 +257,20 @@ var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API se
 
 // fail answers for an API server that did not. r is the request as rewritten.
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
-	body := found(r.Context()).body
-	if r.Context().Err() != nil && body.late() {
+	body, cause := found(r.Context()).body, context.Cause(r.Context())
+	switch {
+	case cause != nil && body.late() || cause == nil && body.Failure() != nil:
 		writeBroken(w, r, body.Failure())
-		return
-	}
-	switch cause := context.Cause(r.Context()); {
 	case errors.Is(cause, ErrShutdown):
 		// No Retry-After: it may have been done, and once may be enough.
 		WriteStatus(w, r, http.StatusGatewayTimeout, cause.Error(), 0)
-		return
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
+	default:
+		code, message := explain(p.target.Host, err)
+		p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("Audit-Id"))
+		WriteStatus(w, r, code, message, 0)
 	}
-	if err := body.Failure(); err != nil {
-		writeBroken(w, r, err)
-		return
-	}
-	code, message := explain(p.target.Host, err)
-	p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("Audit-Id"))
-	WriteStatus(w, r, code, message, 0)
 }
 
 // Check asks the API server whether it is ready, which depends on its storage too. A credential that may not ask
