@@ -25,11 +25,11 @@ const Prefix = "/api/k8s"
 
 // Proxy forwards requests below Prefix to the API server, with the agent's credential in place of the caller's.
 type Proxy struct {
-	target  *url.URL
-	lanes   *lanes
-	rp      *httputil.ReverseProxy
-	watchRP *httputil.ReverseProxy // the same, with small buffers
-	log     *slog.Logger
+	target       *url.URL
+	lanes        *lanes
+	buffers      buffers
+	watchBuffers buffers // small ones: watches are many and mostly silent
+	log          *slog.Logger
 
 	Drain    context.CancelFunc // ends all watches between two events, those to come included; it does not wait
 	draining context.Context    // ends with Drain
@@ -49,19 +49,8 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{target: target, log: log, lanes: lanes}
+	p := &Proxy{target: target, lanes: lanes, buffers: buffers{size: 32 << 10}, watchBuffers: buffers{size: 4 << 10}, log: log}
 	p.draining, p.Drain = context.WithCancel(context.Background())
-	p.rp = &httputil.ReverseProxy{
-		BufferPool:     &buffers{size: 32 << 10},
-		Rewrite:        p.rewrite,
-		Transport:      p.lanes,
-		ModifyResponse: p.modify,
-		ErrorHandler:   p.fail,
-		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}
-	forWatches := *p.rp
-	forWatches.BufferPool = &buffers{size: 4 << 10} // they are many and mostly silent
-	p.watchRP = &forWatches
 	return p, nil
 }
 
@@ -83,18 +72,14 @@ func (b *buffers) Get() []byte {
 
 func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
 
-// request is what Serve has found out of a request, for those who see it later.
+// request is a request that is being answered.
 type request struct {
+	*Proxy
+	*Description
+
 	path    string // at the API server
 	body    *Body  // nil if there is none, or it was kept
 	reserve Reserve
-	*Description
-}
-
-type contextKey struct{}
-
-func found(ctx context.Context) *request {
-	return ctx.Value(contextKey{}).(*request) // Serve has put it there
 }
 
 // Reserve takes bytes of memory until the request is answered, and returns false if there are not as many. What
@@ -111,8 +96,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 		WriteStatus(w, r, code, why, 0)
 		return
 	}
-	found := &request{path: path, Description: d, reserve: reserve}
-	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
+	req := &request{Proxy: p, Description: d, path: path, reserve: reserve}
 	if body != nil {
 		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true) {
 			if err := keep(r, body); err != nil {
@@ -120,7 +104,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 				return
 			}
 		} else {
-			body.patience, found.body = uploadTimeout, body
+			body.patience, req.body = uploadTimeout, body
 			if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
 				// Else net/http tells the caller to continue when the transport, elsewhere, first reads the body: it would
 				// race with a 1xx of the API server on the way back.
@@ -128,11 +112,18 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 			}
 		}
 	}
-	if d.Verb == "watch" {
-		p.watchRP.ServeHTTP(w, r)
-		return
+	rp := &httputil.ReverseProxy{
+		BufferPool:     &p.buffers,
+		Rewrite:        req.rewrite,
+		Transport:      p.lanes,
+		ModifyResponse: req.modify,
+		ErrorHandler:   req.fail,
+		ErrorLog:       slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}
-	p.rp.ServeHTTP(w, r)
+	if d.Verb == "watch" {
+		rp.BufferPool = &p.watchBuffers
+	}
+	rp.ServeHTTP(w, r)
 }
 
 // maxHeaderSize is the size of a request's headers and target in bytes, as HTTP/2 counts: enough for an exec whose
@@ -196,10 +187,10 @@ func admit(r *http.Request) (path string, code int, why string) {
 // rewrite runs after the hop-by-hop headers are gone, so that a "Connection: Authorization" of the caller
 // removes nothing of what is set from here on. The transports add the credential, but only where there is
 // none: the caller's must go.
-func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
+func (r *request) rewrite(pr *httputil.ProxyRequest) {
 	out := pr.Out
-	out.URL.Scheme, out.URL.Host, out.Host = p.target.Scheme, p.target.Host, ""
-	out.URL.RawPath = strings.TrimRight(p.target.EscapedPath(), "/") + found(pr.In.Context()).path
+	out.URL.Scheme, out.URL.Host, out.Host = r.target.Scheme, r.target.Host, ""
+	out.URL.RawPath = strings.TrimRight(r.target.EscapedPath(), "/") + r.path
 	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
 	out.URL.RawQuery = pr.In.URL.RawQuery               // byte for byte: ReverseProxy had tidied it
 
@@ -234,19 +225,18 @@ func withoutTokens(values []string) string {
 
 // modify keeps the API server's 401 from the caller, whose own credential it says nothing about. Below a
 // subresource it may be another's 401, such as a dashboard's behind services/proxy or the kubelet's.
-func (p *Proxy) modify(resp *http.Response) error {
-	request := found(resp.Request.Context())
+func (r *request) modify(resp *http.Response) error {
 	if resp.StatusCode < 100 || resp.StatusCode > 599 {
 		return fmt.Errorf("its status is %d, which is none of HTTP", resp.StatusCode)
 	}
-	if !request.reserve(HeaderMemory(resp.Header), false) {
+	if !r.reserve(HeaderMemory(resp.Header), false) {
 		return errNoMemory
 	}
-	if resp.StatusCode == http.StatusUnauthorized && request.Subresource == "" {
+	if resp.StatusCode == http.StatusUnauthorized && r.Subresource == "" {
 		return errCredential
 	}
-	if resp.StatusCode == http.StatusOK && request.Verb == "watch" {
-		p.track(resp)
+	if resp.StatusCode == http.StatusOK && r.Verb == "watch" {
+		r.track(resp)
 	}
 	return nil
 }
@@ -255,21 +245,21 @@ func (p *Proxy) modify(resp *http.Response) error {
 // has answered.
 var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API server answered: look whether what you asked for was done, and try again")
 
-// fail answers for an API server that did not. r is the request as rewritten.
-func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
-	body, cause := found(r.Context()).body, context.Cause(r.Context())
+// fail answers for an API server that did not. out is the request as rewritten.
+func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
+	cause := context.Cause(out.Context())
 	switch {
-	case cause != nil && body.late() || cause == nil && body.Failure() != nil:
-		writeBroken(w, r, body.Failure())
+	case cause != nil && r.body.late() || cause == nil && r.body.Failure() != nil:
+		writeBroken(w, out, r.body.Failure())
 	case errors.Is(cause, ErrShutdown):
 		// No Retry-After: it may have been done, and once may be enough.
-		WriteStatus(w, r, http.StatusGatewayTimeout, cause.Error(), 0)
+		WriteStatus(w, out, http.StatusGatewayTimeout, cause.Error(), 0)
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
 	default:
-		code, message := explain(p.target.Host, err)
-		p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("Audit-Id"))
-		WriteStatus(w, r, code, message, 0)
+		code, message := explain(r.target.Host, err)
+		r.log.WarnContext(out.Context(), "no answer from the API server", "error", err, "request_id", out.Header.Get("Audit-Id"))
+		WriteStatus(w, out, code, message, 0)
 	}
 }
 
