@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -215,11 +217,10 @@ func (r *runners) change(ctx context.Context, messageID string, apply func(map[s
 // registryFailed answers for an API server that did not let the registry be read or changed. ctx had the time
 // for it.
 func registryFailed(ctx context.Context, w http.ResponseWriter, err error) {
-	var refused *kube.StatusError
 	switch {
 	case ctx.Err() != nil:
 		writeProblem(w, http.StatusGatewayTimeout, err.Error())
-	case errors.As(err, &refused) && (refused.Code == http.StatusUnprocessableEntity || refused.Code == http.StatusRequestEntityTooLarge):
+	case apierrors.IsInvalid(err) || apierrors.IsRequestEntityTooLargeError(err):
 		writeProblem(w, http.StatusInsufficientStorage, "the registry of runners is full: unassign those that are gone: "+err.Error())
 	default:
 		writeProblem(w, http.StatusBadGateway, err.Error())

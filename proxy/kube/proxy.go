@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/client-go/rest"
 )
 
@@ -267,7 +268,7 @@ func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
 // that is accepted all the same.
 func (p *Proxy) Check(ctx context.Context) error {
 	err := p.get(ctx, "/readyz", func(io.Reader) error { return nil })
-	if hasCode(err, http.StatusForbidden) || hasCode(err, http.StatusNotFound) {
+	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 		return nil
 	}
 	return err

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"strconv"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -63,8 +64,8 @@ func (p *Proxy) Summarize(ctx context.Context) Summary {
 		s.Version, s.Platform = &version.GitVersion, &version.Platform
 	}
 	// Whoever answers is there, even if what it answers is an error.
-	var answered *StatusError
-	s.Reachable = err == nil || errors.As(err, &answered)
+	_, answered := errors.AsType[*apierrors.StatusError](err)
+	s.Reachable = err == nil || answered
 	if !s.Reachable {
 		for _, field := range []string{"nodes", "namespaces", "deployments", "services", "pods"} {
 			s.Unavailable[field] = err.Error()
