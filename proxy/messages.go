@@ -49,7 +49,7 @@ func (e invalidError) Error() string { return e.why }
 // message answers POST /api/control-plane/message.
 func (s *server) message(w http.ResponseWriter, r *http.Request) {
 	if !s.gate.reserve(w.(*recorder), maxMessage, false) { // observe has put it there
-		refuseWithProblem(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
+		fail(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
 		return
 	}
 	body, ok := readJSON(w, r, maxMessage)

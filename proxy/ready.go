@@ -261,11 +261,8 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 		}
 		refused := s.auth.check(r)
 		detailed := l == operations || refused == nil
-		if !detailed && refused.reason != "none" {
-			if wait := s.auth.failed(r, refused); wait > 0 {
-				refuseWithProblem(w, r, http.StatusTooManyRequests, tooManyGuesses(r, refused), int32(wait.Seconds())+1)
-				return
-			}
+		if !detailed && refused.reason != "none" && s.throttled(w, r, refused) {
+			return
 		}
 		code, status := http.StatusOK, "ready"
 		checks := map[string]answer{}

@@ -100,7 +100,7 @@ func (s *server) handler(l listener) http.Handler {
 		}
 		handler := r.handler
 		if r.bearer && l == tunnel {
-			handler = s.requireBearer(handler, r.path != commandPattern)
+			handler = s.protect(handler, r.path != commandPattern)
 		}
 		mux.HandleFunc(r.method+" "+r.path, handler)
 		allow := strings.Replace(r.method, "GET", "GET, HEAD", 1)
@@ -109,7 +109,7 @@ func (s *server) handler(l listener) http.Handler {
 			writeProblem(w, http.StatusMethodNotAllowed, "use "+allow)
 		})
 	}
-	notFound := notFound(l)
+	kubernetes, notFound := s.protect(s.kubernetes, false), notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != frpc.HealthPath {
@@ -118,7 +118,7 @@ func (s *server) handler(l listener) http.Handler {
 		}
 		if l == tunnel && belowKubernetes(r) {
 			r.Pattern = kube.Prefix + "/"
-			s.kubernetes(w, r)
+			kubernetes(w, r)
 			return
 		}
 		// A ServeMux answers CONNECT on its own, and paths that are not clean with a redirect that knows nothing of
@@ -147,19 +147,14 @@ func notFound(l listener) http.HandlerFunc {
 	}
 }
 
-// kubernetes lets authenticated callers through to the API server while the gate is open.
+// kubernetes answers what is below kube.Prefix.
 func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
-	if !s.authenticate(w, r, refuseWithStatus) {
-		return
-	}
 	rec := w.(*recorder) // observe has put it there
-	rec.describe(r)
-	if !s.admit(w, r, refuseWithStatus, false) {
-		return
-	}
-	defer s.gate.leave(rec)
 	s.kube.Serve(w, r, &rec.description, rec.body, func(bytes int64, optional bool) bool { return s.gate.reserve(rec, bytes, optional) })
 }
+
+// isKubernetes reports whether a request is one for the Kubernetes API; handler has found that out.
+func isKubernetes(r *http.Request) bool { return r.Pattern == kube.Prefix+"/" }
 
 // belowKubernetes looks at the path as it came, before anything is decoded.
 func belowKubernetes(r *http.Request) bool {

@@ -313,7 +313,7 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 		defer func() { <-s.runners.running }()
 	default:
 		s.metrics.refused.WithLabelValues("commands").Inc()
-		refuseWithProblem(w, r, http.StatusTooManyRequests, "too many commands are being relayed: try again", 1)
+		fail(w, r, http.StatusTooManyRequests, "too many commands are being relayed: try again", 1)
 		return
 	}
 	rec.body.Within(commandTotal)
