@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
@@ -26,13 +27,12 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 	if l == operations {
 		level = slog.LevelDebug // probes and scrapes
 	}
-	inFlight := s.metrics.inFlight.WithLabelValues(l.String())
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	observed := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rec, r := s.record(w, r, l)
-		inFlight.Inc()
-		defer s.answered(rec, r, level, inFlight)
+		defer s.answered(rec, r, level)
 		next.ServeHTTP(rec, r)
 	})
+	return promhttp.InstrumentHandlerInFlight(s.metrics.inFlight.WithLabelValues(l.String()), observed)
 }
 
 // record gives the request its id and returns what remembers how it is answered.
@@ -57,8 +57,7 @@ func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*re
 }
 
 // answered counts and logs a request. It is deferred, and goes on with a panic.
-func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFlight prometheus.Gauge) {
-	inFlight.Dec()
+func (s *server) answered(rec *recorder, r *http.Request, level slog.Level) {
 	rec.conn.Answered()
 	code := rec.status()
 	// ReverseProxy drops a connection by a panic of its own; any other is a mistake of ours.
@@ -70,7 +69,8 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 	}
 	route, method := routeLabel(r), methodLabel(r.Method)
 	s.metrics.requests.WithLabelValues(route, method, codeLabel(code)).Inc()
-	if d := &rec.description; d.Verb != "" {
+	d := &rec.description
+	if d.Verb != "" {
 		rec.inLane.Dec()
 		s.metrics.kube.WithLabelValues(d.Verb, codeLabel(code), lane(d)).Inc()
 	}
@@ -80,19 +80,21 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 	if !s.log.Enabled(r.Context(), level) {
 		return
 	}
-	attrs := make([]slog.Attr, 0, 12)
-	attrs = append(attrs, slog.String("request_id", rec.requestID), slog.String("method", method),
-		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
-		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", rec.caller))
-	if from := forwardedFor(r); rec.conn.Proxied() && from != "" {
-		attrs = append(attrs, slog.String("forwarded_for", from))
+	attrs := []slog.Attr{
+		slog.String("request_id", rec.requestID), slog.String("method", method), slog.String("route", route),
+		slog.Int("status", code), slog.Int64("bytes", rec.bytes),
+		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", rec.caller),
 	}
-	if d := &rec.description; d.Verb != "" {
-		attrs = append(attrs, slog.String("verb", d.Verb))
-		for _, attr := range []slog.Attr{slog.String("group", d.Group), slog.String("resource", d.Resource), slog.String("subresource", d.Subresource)} {
-			if attr.Value.String() != "" {
-				attrs = append(attrs, attr)
-			}
+	from := ""
+	if rec.conn.Proxied() {
+		from = forwardedFor(r)
+	}
+	for _, attr := range []slog.Attr{
+		slog.String("forwarded_for", from), slog.String("verb", d.Verb), slog.String("group", d.Group),
+		slog.String("resource", d.Resource), slog.String("subresource", d.Subresource),
+	} {
+		if attr.Value.String() != "" {
+			attrs = append(attrs, attr)
 		}
 	}
 	s.log.LogAttrs(r.Context(), level, "request", attrs...)
@@ -107,13 +109,7 @@ func (r *recorder) describe(request *http.Request) {
 
 // lane tells apart what takes a moment, what stays, and what is a connection of its own.
 func lane(d *kube.Description) string {
-	switch d.Verb {
-	case "watch":
-		return "watch"
-	case "connect":
-		return "upgrade"
-	}
-	return "call"
+	return cmp.Or(map[string]string{"watch": "watch", "connect": "upgrade"}[d.Verb], "call")
 }
 
 // caller returns the address of who asked: for tunnels of type https and tcp frpc says it in a PROXY header. For
@@ -206,8 +202,7 @@ func (r *recorder) status() int { return cmp.Or(r.code, callerLeft) }
 
 // isStream reports whether the answer is one that a caller may read at leisure.
 func (r *recorder) isStream() bool {
-	d := &r.description
-	return d.Verb == "watch" || d.Verb == "connect" || d.Subresource == "log"
+	return lane(&r.description) != "call" || r.description.Subresource == "log"
 }
 
 // stalled returns since when the caller reads nothing of the answer, or sends nothing of the body, in Unix
