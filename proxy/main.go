@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"time"
 
+	"k8s.io/apimachinery/pkg/util/wait"
+
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
@@ -201,7 +203,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 	}
 	watching, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
-	go s.ready.watch(watching)
+	go wait.UntilWithContext(watching, s.ready.run, 5*time.Second)
 	go s.gate.watch(streams)
 	log.Info("serving", "listen_addr", cfg.Proxy.ListenAddr, "metrics_addr", cfg.Proxy.MetricsAddr,
 		"agent_id", cfg.Agent.ID, "version", version.Version)

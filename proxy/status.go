@@ -107,15 +107,11 @@ func newAgentStatus(cfg *config.Config) agentStatus {
 // getStatus answers GET /api/agent/status. What cannot be read is null, with a reason, and the rest is served.
 func (s *server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
+	_ = s.ready.checks["tunnel"].result(r.Context()) // what is wrong stands in the status
 	writeJSON(w, http.StatusOK, status{
-		Agent: s.agent, ControlPlane: controlPlaneStatus{s.pulse.count.Load(), s.pulse.last.Load()}, Tunnel: s.tunnelStatus(r.Context()), Cluster: summary, Timestamp: at.UTC(),
+		Agent: s.agent, ControlPlane: controlPlaneStatus{s.pulse.count.Load(), s.pulse.last.Load()},
+		Tunnel: s.ready.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})
-}
-
-// tunnelStatus looks at the tunnel, unless that was done a moment ago.
-func (s *server) tunnelStatus(ctx context.Context) tunnelStatus {
-	_ = s.ready.check("tunnel").result(ctx) // what is wrong stands in the status
-	return s.ready.tunnel.status()
 }
 
 // heartbeat answers POST /api/agent/heartbeat, the control plane's pulse. A body is not looked at.
