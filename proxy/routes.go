@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"path"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
@@ -45,9 +47,10 @@ type route struct {
 // ServeMux would redirect some of its paths.
 func (s *server) routes(l listener) []route {
 	return []route{
-		{method: "GET", path: "/health", ops: true, handler: health},
+		// It depends on nothing but that the process works: a restart would mend nothing else.
+		{method: "GET", path: "/health", ops: true, handler: always(map[string]string{"status": "ok"})},
 		{method: "GET", path: "/ready", ops: true, handler: s.getReady(l)},
-		{method: "GET", path: "/version", ops: true, handler: getVersion},
+		{method: "GET", path: "/version", ops: true, handler: always(version.Get())},
 		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
 		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.heartbeat},
 		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.message},
@@ -65,19 +68,26 @@ type server struct {
 	auth    *authenticator
 	kube    *kube.Proxy
 	cluster *clusterSummary
-	pulse   pulse
 	runners *runners
 	metrics *metrics
 	ready   *readiness
 	gate    *gate
 	limits  limits
 	log     *slog.Logger
+
+	heartbeats    atomic.Uint64             // of the control plane
+	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
 }
 
 func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, log *slog.Logger) *server {
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &server{
-		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
+		agent: agentStatus{
+			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
+			Version: version.Version, StartedAt: time.Now().UTC(),
+		},
+		auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api,
+		cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
 		runners: newRunners(api, cfg.Agent.ID, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(limits, refused, log),
 		limits: limits, log: log,
 	}
@@ -112,22 +122,19 @@ func (s *server) handler(l listener) http.Handler {
 	kubernetes, notFound := s.protect(s.kubernetes, false), notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != frpc.HealthPath {
+		switch p := r.URL.EscapedPath(); {
+		case l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != frpc.HealthPath:
 			writeProblem(w, http.StatusMisdirectedRequest, "the tunnel is of type https: speak TLS, with the certificate that the tunnel shows")
-			return
-		}
-		if l == tunnel && belowKubernetes(r) {
+		case l == tunnel && belowKubernetes(r):
 			r.Pattern = kube.Prefix + "/"
 			kubernetes(w, r)
-			return
-		}
-		// A ServeMux answers CONNECT on its own, and paths that are not clean with a redirect that knows nothing of
-		// the gateway's prefix.
-		if p := r.URL.EscapedPath(); r.Method == http.MethodConnect || path.Clean(p) != p {
+		case r.Method == http.MethodConnect || path.Clean(p) != p:
+			// A ServeMux answers CONNECT on its own, and paths that are not clean with a redirect that knows nothing of
+			// the gateway's prefix.
 			notFound(w, r)
-			return
+		default:
+			mux.ServeHTTP(w, r)
 		}
-		mux.ServeHTTP(w, r)
 	}))
 }
 
@@ -162,11 +169,7 @@ func belowKubernetes(r *http.Request) bool {
 	return path == kube.Prefix || strings.HasPrefix(path, kube.Prefix+"/")
 }
 
-// health answers while the process works. It depends on nothing else: a restart would mend nothing else.
-func health(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
-}
-
-func getVersion(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, version.Get())
+// always answers with the same JSON.
+func always(body any) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, http.StatusOK, body) }
 }

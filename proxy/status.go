@@ -4,13 +4,10 @@ import (
 	"context"
 	"net/http"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -82,26 +79,12 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 	return c.last, c.at
 }
 
-// pulse counts the control plane's heartbeats.
-type pulse struct {
-	count atomic.Uint64
-	last  atomic.Pointer[time.Time] // in UTC; nil: none since the start
-}
-
 // timeOrNil makes null of a time that is not known.
 func timeOrNil(t time.Time) *time.Time {
 	if t.IsZero() {
 		return nil
 	}
-	t = t.UTC()
-	return &t
-}
-
-func newAgentStatus(cfg *config.Config) agentStatus {
-	return agentStatus{
-		ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
-		Version: version.Version, StartedAt: time.Now().UTC(),
-	}
+	return new(t.UTC())
 }
 
 // getStatus answers GET /api/agent/status. What cannot be read is null, with a reason, and the rest is served.
@@ -109,16 +92,15 @@ func (s *server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
 	_ = s.ready.checks["tunnel"].result(r.Context()) // what is wrong stands in the status
 	writeJSON(w, http.StatusOK, status{
-		Agent: s.agent, ControlPlane: controlPlaneStatus{s.pulse.count.Load(), s.pulse.last.Load()},
+		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
 		Tunnel: s.ready.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})
 }
 
 // heartbeat answers POST /api/agent/heartbeat, the control plane's pulse. A body is not looked at.
 func (s *server) heartbeat(w http.ResponseWriter, _ *http.Request) {
-	now := time.Now().UTC()
-	s.pulse.last.Store(&now)
-	sequence := s.pulse.count.Add(1)
+	s.lastHeartbeat.Store(new(time.Now().UTC()))
+	sequence := s.heartbeats.Add(1)
 	s.metrics.lastHeartbeat.SetToCurrentTime()
 	writeJSON(w, http.StatusOK, map[string]any{
 		"status": "alive", "agent": s.agent, "uptime_seconds": int64(time.Since(s.agent.StartedAt).Seconds()), "sequence": sequence,
