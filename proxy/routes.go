@@ -88,7 +88,7 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, l
 		},
 		auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api,
 		cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
-		runners: newRunners(api, cfg.Agent.ID, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(limits, refused, log),
+		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts), metrics: m, gate: newGate(limits, refused, log),
 		limits: limits, log: log,
 	}
 	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
