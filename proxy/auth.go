@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/apimachinery/pkg/util/wait"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
@@ -58,12 +59,7 @@ func newAuthenticator(token frpc.Secret, overlap time.Duration, m *metrics, log 
 // read, the token stays as it was; where it is gone, nobody is let in any more.
 func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, error)) {
 	unread := false
-	for {
-		select {
-		case <-time.After(tokenAge):
-		case <-ctx.Done():
-			return
-		}
+	wait.UntilWithContext(ctx, func(context.Context) {
 		token, err := read()
 		if errors.Is(err, config.ErrNoSecret) {
 			token, err = "", nil
@@ -74,7 +70,7 @@ func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, er
 		if unread = err != nil; !unread {
 			a.change(token)
 		}
-	}
+	}, tokenAge)
 }
 
 func (a *authenticator) change(token frpc.Secret) {
