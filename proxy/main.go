@@ -105,7 +105,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		return complain(fmt.Errorf("no way to the Kubernetes API server: %w", err))
 	}
 	log, level := cfg.Logger(stderr)
-	go changeLevel(ctx, log, level)
+	go changeLevel(log, level)
 	if cfg.WeakToken() {
 		log.Warn("the agent's token has fewer than 16 characters and could be guessed: replace it by a longer one")
 	}
@@ -123,23 +123,17 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 }
 
 // changeLevel sets the log level to debug at SIGUSR1, and back to what was configured at the next.
-func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
+func changeLevel(log *slog.Logger, level *slog.LevelVar) {
 	configured := level.Level()
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGUSR1)
-	defer signal.Stop(signals)
-	for {
-		select {
-		case <-signals:
-		case <-ctx.Done():
-			return
-		}
+	for range signals {
 		next := slog.LevelDebug
 		if level.Level() == slog.LevelDebug {
 			next = configured
 		}
 		// At the level that lets more through.
-		log.Log(ctx, max(level.Level(), next), "the log level changes", "level", next.String())
+		log.Log(context.Background(), max(level.Level(), next), "the log level changes", "level", next.String())
 		level.Set(next)
 	}
 }
