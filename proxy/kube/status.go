@@ -62,11 +62,8 @@ var errNoMemory = errors.New("the headers of the answer are too large beside the
 // explain says which hop failed on the way to the API server, what happened and what to do.
 func explain(host string, err error) (code int, message string) {
 	var timeout net.Error
-	var dial *net.OpError // with Op "dial": nothing was sent yet
+	var operation *net.OpError // "dial": nothing was sent yet
 	var certificate *tls.CertificateVerificationError
-	if errors.As(err, &dial) && dial.Op != "dial" {
-		dial = nil
-	}
 	var plugin *pluginError
 	switch {
 	case errors.Is(err, errNoMemory), errors.Is(err, errCredential):
@@ -81,7 +78,7 @@ func explain(host string, err error) (code int, message string) {
 	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
 		return http.StatusGatewayTimeout,
 			fmt.Sprintf("the Kubernetes API server at %s does not answer the agent: %v: check its health and the network between", host, err)
-	case dial == nil && !errors.As(err, &certificate):
+	case !(errors.As(err, &operation) && operation.Op == "dial") && !errors.As(err, &certificate):
 		return http.StatusBadGateway,
 			fmt.Sprintf("the Kubernetes API server at %s broke off before it answered: %v: look whether what you asked for was done, and at its log", host, err)
 	default:
