@@ -300,11 +300,9 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusBadRequest, "the runner's id is not one: letters, digits, dots, hyphens and underscores, a letter or digit first")
 		return
 	}
-	for via := range strings.SplitSeq(strings.Join(r.Header.Values("Via"), ","), ",") {
-		if strings.TrimSpace(via) == "1.1 "+s.agent.ID {
-			writeProblem(w, http.StatusLoopDetected, fmt.Sprintf("the endpoint of runner %q leads back to this agent: assign it another one", id))
-			return
-		}
+	if slices.Contains(kube.ListOf(r, "Via"), "1.1 "+s.agent.ID) {
+		writeProblem(w, http.StatusLoopDetected, fmt.Sprintf("the endpoint of runner %q leads back to this agent: assign it another one", id))
+		return
 	}
 	select {
 	case s.runners.running <- struct{}{}:

@@ -65,15 +65,18 @@ func Describe(r *http.Request) Description {
 
 // isUpgrade is ReverseProxy's rule.
 func isUpgrade(r *http.Request) bool {
-	if r.Header.Get("Upgrade") == "" {
-		return false
+	return r.Header.Get("Upgrade") != "" && slices.ContainsFunc(ListOf(r, "Connection"), func(token string) bool {
+		return strings.EqualFold(token, "upgrade")
+	})
+}
+
+// ListOf returns the elements of a header that is a list.
+func ListOf(r *http.Request, header string) []string {
+	elements := strings.Split(strings.Join(r.Header.Values(header), ","), ",")
+	for i := range elements {
+		elements[i] = strings.TrimSpace(elements[i])
 	}
-	for token := range strings.SplitSeq(strings.Join(r.Header.Values("Connection"), ","), ",") {
-		if strings.EqualFold(strings.TrimSpace(token), "upgrade") {
-			return true
-		}
-	}
-	return false
+	return elements
 }
 
 // name lets through what can be a group or a resource, and nothing else that a caller may put there.

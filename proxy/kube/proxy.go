@@ -200,28 +200,17 @@ func (r *request) rewrite(pr *httputil.ProxyRequest) {
 			out.Header.Del(name)
 		}
 	}
-	// The API server takes a token from this list too.
-	if protocols := withoutTokens(out.Header.Values("Sec-Websocket-Protocol")); protocols != "" && out.Header.Get("Upgrade") != "" {
-		out.Header.Set("Sec-Websocket-Protocol", protocols)
-	} else {
-		out.Header.Del("Sec-Websocket-Protocol")
+	// The API server takes a token from this list too. Source: k8s.io/apiserver/pkg/authentication/request/websocket.
+	protocols := slices.DeleteFunc(ListOf(out, "Sec-Websocket-Protocol"), func(protocol string) bool {
+		return protocol == "" || hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.")
+	})
+	out.Header.Del("Sec-Websocket-Protocol")
+	if len(protocols) > 0 && out.Header.Get("Upgrade") != "" {
+		out.Header.Set("Sec-Websocket-Protocol", strings.Join(protocols, ", "))
 	}
 	// From the request as it came in: the caller's "Connection: X-Request-Id" has removed it from out.
 	out.Header.Set("Audit-Id", pr.In.Header.Get("X-Request-Id"))
 	out.Header.Del("X-Request-Id")
-}
-
-// withoutTokens drops the sub-protocols that carry a bearer token.
-// Source: k8s.io/apiserver/pkg/authentication/request/websocket.
-func withoutTokens(values []string) string {
-	var kept []string
-	for protocol := range strings.SplitSeq(strings.Join(values, ","), ",") {
-		protocol = strings.TrimSpace(protocol)
-		if protocol != "" && !hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.") {
-			kept = append(kept, protocol)
-		}
-	}
-	return strings.Join(kept, ", ")
 }
 
 // modify keeps the API server's 401 from the caller, whose own credential it says nothing about. Below a
