@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -28,32 +29,26 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 		level = slog.LevelDebug // probes and scrapes
 	}
 	observed := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rec, r := s.record(w, r, l)
+		rec := &recorder{
+			ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text(),
+			conn: inbound.From(r.Context()), cut: r.Context().Err, caller: caller(r),
+		}
+		rec.conn.HeadersRead()
+		r.Header.Set("X-Request-Id", rec.requestID)
+		if l == tunnel {
+			rec.agentID = s.agent.ID
+		}
+		if r.Body != http.NoBody {
+			rec.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
+			// In a copy: net/http looks at its own request's body to see whether the caller still sends, and then
+			// closes the connection gently, so that the answer is not lost.
+			r = r.WithContext(r.Context())
+			r.Body = rec.body
+		}
 		defer s.answered(rec, r, level)
 		next.ServeHTTP(rec, r)
 	})
 	return promhttp.InstrumentHandlerInFlight(s.metrics.inFlight.WithLabelValues(l.String()), observed)
-}
-
-// record gives the request its id and returns what remembers how it is answered.
-func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*recorder, *http.Request) {
-	rec := &recorder{
-		ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text(),
-		conn: inbound.From(r.Context()), cut: r.Context().Err, caller: caller(r),
-	}
-	rec.conn.HeadersRead()
-	r.Header.Set("X-Request-Id", rec.requestID)
-	if l == tunnel {
-		rec.agentID = s.agent.ID
-	}
-	if r.Body != http.NoBody {
-		rec.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
-		// In a copy: net/http looks at its own request's body to see whether the caller still sends, and then
-		// closes the connection gently, so that the answer is not lost.
-		r = r.WithContext(r.Context())
-		r.Body = rec.body
-	}
-	return rec, r
 }
 
 // answered counts and logs a request. It is deferred, and goes on with a panic.
@@ -160,8 +155,7 @@ func routeLabel(r *http.Request) string {
 
 // methodLabel keeps a caller's inventions out of labels.
 func methodLabel(method string) string {
-	switch method {
-	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions:
+	if slices.Contains(kube.Methods, method) {
 		return method
 	}
 	return "other"

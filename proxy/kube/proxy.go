@@ -38,7 +38,7 @@ type Proxy struct {
 
 // New makes a proxy to the API server of config. It tells latency the seconds from each request to the
 // headers of the API server's answer.
-func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error) {
+func New(config *rest.Config, latency func(seconds float64), log *slog.Logger) (*Proxy, error) {
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true // else Go would change bodies and their headers
 	config.Timeout = 0               // watches, logs and exec have no end
@@ -54,9 +54,6 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 	p.draining, p.Drain = context.WithCancel(context.Background())
 	return p, nil
 }
-
-// Observer is what Prometheus's histograms are.
-type Observer interface{ Observe(seconds float64) }
 
 // buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
 type buffers struct {
@@ -92,7 +89,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 	path, code, why := admit(r)
 	if code != 0 {
 		if code == http.StatusMethodNotAllowed {
-			w.Header().Set("Allow", methods)
+			w.Header().Set("Allow", strings.Join(Methods, ", "))
 		}
 		WriteStatus(w, r, code, why, 0)
 		return
@@ -160,8 +157,8 @@ func admit(r *http.Request) (path string, code int, why string) {
 	if err != nil {
 		return "", http.StatusBadRequest, "the agent refuses the request: " + err.Error()
 	}
-	if verbs[r.Method] == "" {
-		return "", http.StatusMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: " + methods
+	if !slices.Contains(Methods, r.Method) {
+		return "", http.StatusMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: " + strings.Join(Methods, ", ")
 	}
 	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
 		return "", http.StatusForbidden, "the agent does not forward this path: " + why

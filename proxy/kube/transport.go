@@ -33,13 +33,13 @@ const (
 // lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2, if the API server speaks it.
 type lanes struct {
 	http2, http1 http.RoundTripper
-	latency      Observer
+	latency      func(seconds float64)
 	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
 	first        chan struct{} // holds the request that finds out
 	plugin       *plugin       // nil: the credential comes from no plugin
 }
 
-func newLanes(config *rest.Config, target *url.URL, latency Observer) (*lanes, error) {
+func newLanes(config *rest.Config, target *url.URL, latency func(seconds float64)) (*lanes, error) {
 	l := &lanes{latency: latency, first: make(chan struct{}, 1)}
 	if target.Scheme == "http" {
 		l.major.Store(1)
@@ -114,7 +114,7 @@ func (l *lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 		resp, err = send(r)
 	}
 	if err == nil {
-		l.latency.Observe(time.Since(start).Seconds())
+		l.latency(time.Since(start).Seconds())
 	}
 	return resp, err
 }

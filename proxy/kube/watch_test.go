@@ -47,7 +47,7 @@ func watch(t *testing.T, target, contentType string) *watching {
 		}
 	}))
 	t.Cleanup(api.Close)
-	proxy, err := New(&rest.Config{Host: api.URL}, ignored{}, slog.New(slog.DiscardHandler))
+	proxy, err := New(&rest.Config{Host: api.URL}, ignored, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
