@@ -43,7 +43,7 @@ func TestLeaseIsOverdue(t *testing.T) {
 			if got := testutil.ToFloat64(m.renewalFailing); got != test.failing {
 				t.Errorf("the metric is %v, want %v", got, test.failing)
 			}
-			problem := check.leaseProblem()
+			problem := check.status().LeaseProblem
 			if !strings.HasPrefix(problem, test.problem) || (problem == "") != (test.problem == "") {
 				t.Errorf("the problem is %q, want %q", problem, test.problem)
 			}

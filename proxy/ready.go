@@ -36,7 +36,7 @@ func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readines
 	}
 	r := &readiness{tunnel: t, checks: map[string]*check{
 		"kubernetes": {age: checkAge, run: api.Check},
-		"tunnel":     {age: checkAge, run: t.run, note: t.leaseProblem},
+		"tunnel":     {age: checkAge, run: t.run, note: func() string { return t.status().LeaseProblem }},
 		"shutdown": {run: func(context.Context) error {
 			if _, _, closed := g.state(); closed {
 				return errors.New("the agent is shutting down and takes nothing new")
@@ -193,8 +193,6 @@ func overdue(lease *frpc.Lease) bool {
 	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
 }
 
-func (t *tunnelCheck) leaseProblem() string { return t.status().LeaseProblem }
-
 func (t *tunnelCheck) status() tunnelStatus {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -261,16 +259,16 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 				continue
 			}
 			err := c.result(r.Context())
+			if err != nil {
+				code, status = http.StatusServiceUnavailable, "not ready"
+			}
 			o := answer{OK: err == nil}
 			switch {
+			case !detailed:
 			case err != nil:
 				o.Detail = err.Error()
-				code, status = http.StatusServiceUnavailable, "not ready"
 			case c.note != nil:
 				o.Detail = c.note()
-			}
-			if !detailed {
-				o.Detail = ""
 			}
 			checks[name] = o
 		}

@@ -86,8 +86,7 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, l
 			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
 			Version: version.Version, StartedAt: time.Now().UTC(),
 		},
-		auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api,
-		cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
+		auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api, cluster: &clusterSummary{api: api, metrics: m},
 		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts), metrics: m, gate: newGate(limits, refused, log),
 		limits: limits, log: log,
 	}

@@ -6,8 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -54,9 +52,8 @@ const statusAge = 5 * time.Second
 
 // clusterSummary shares what was last read of the cluster.
 type clusterSummary struct {
-	api      *kube.Proxy
-	duration prometheus.Histogram
-	requests prometheus.Counter
+	api     *kube.Proxy
+	metrics *metrics
 
 	mu   sync.Mutex
 	at   time.Time
@@ -73,8 +70,8 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 		begin := time.Now()
 		c.last = c.api.Summarize(ctx)
 		c.at = time.Now()
-		c.duration.Observe(c.at.Sub(begin).Seconds())
-		c.requests.Add(float64(c.last.Requests))
+		c.metrics.statusDuration.Observe(c.at.Sub(begin).Seconds())
+		c.metrics.statusRequests.Add(float64(c.last.Requests))
 	}
 	return c.last, c.at
 }
