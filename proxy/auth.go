@@ -173,7 +173,8 @@ func (s *server) protect(next http.HandlerFunc, whileDraining bool) http.Handler
 		rec := w.(*recorder) // observe has put it there
 		rec.authenticated = true
 		if isKubernetes(r) {
-			rec.describe(r)
+			rec.description, rec.streams = kube.Describe(r), true
+			s.metrics.kubeInFlight.WithLabelValues(lane(&rec.description)).Inc()
 		}
 		switch why := s.gate.enter(rec, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), whileDraining); why {
 		case "":

@@ -14,7 +14,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pipeops/vm-agent/proxy/inbound"
@@ -48,7 +47,7 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 		defer s.answered(rec, r, level)
 		next.ServeHTTP(rec, r)
 	})
-	return promhttp.InstrumentHandlerInFlight(s.metrics.inFlight.WithLabelValues(l.String()), observed)
+	return promhttp.InstrumentHandlerInFlight(s.metrics.inFlight.WithLabelValues(string(l)), observed)
 }
 
 // answered counts and logs a request. It is deferred, and goes on with a panic.
@@ -66,7 +65,7 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level) {
 	s.metrics.requests.WithLabelValues(route, method, codeLabel(code)).Inc()
 	d := &rec.description
 	if d.Verb != "" {
-		rec.inLane.Dec()
+		s.metrics.kubeInFlight.WithLabelValues(lane(d)).Dec()
 		s.metrics.kube.WithLabelValues(d.Verb, codeLabel(code), lane(d)).Inc()
 	}
 	if !rec.authenticated {
@@ -93,13 +92,6 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level) {
 		}
 	}
 	s.log.LogAttrs(r.Context(), level, "request", attrs...)
-}
-
-// describe adds what a request for the Kubernetes API asks for.
-func (r *recorder) describe(request *http.Request) {
-	r.description, r.streams = kube.Describe(request), true
-	r.inLane = r.metrics.kubeInFlight.WithLabelValues(lane(&r.description))
-	r.inLane.Inc()
 }
 
 // lane tells apart what takes a moment, what stays, and what is a connection of its own.
@@ -161,8 +153,6 @@ func methodLabel(method string) string {
 	return "other"
 }
 
-func (l listener) String() string { return [...]string{tunnel: "tunnel", operations: "operations"}[l] }
-
 // unreadBody is how long the rest of a body that nobody wants may take: callers who still send then see the
 // answer, and not a connection that is reset.
 const unreadBody = 2 * time.Second
@@ -185,7 +175,6 @@ type recorder struct {
 	bytes         int64
 	memory        int64            // bytes, reserved at the gate
 	description   kube.Description // empty but for requests for the Kubernetes API
-	inLane        prometheus.Gauge // where that one counts as being answered
 
 	blocked atomic.Int64 // since when a write has not returned, in Unix nanoseconds; 0: none is under way
 	ended   bool         // for not reading; guarded by the gate's mu

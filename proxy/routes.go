@@ -27,11 +27,11 @@ func getOpenAPI(w http.ResponseWriter, _ *http.Request) {
 }
 
 // listener says where a request came in.
-type listener int
+type listener string
 
 const (
-	tunnel     listener = iota // from frpc
-	operations                 // from the kubelet or Prometheus
+	tunnel     listener = "tunnel"     // from frpc
+	operations listener = "operations" // from the kubelet or Prometheus
 )
 
 // route is one row of the API.

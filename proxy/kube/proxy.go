@@ -253,7 +253,7 @@ func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
 // Check asks the API server whether it is ready, which depends on its storage too. A credential that may not ask
 // that is accepted all the same.
 func (p *Proxy) Check(ctx context.Context) error {
-	err := p.get(ctx, "/readyz", func(io.Reader) error { return nil })
+	err := p.call(ctx, http.MethodGet, "/readyz", nil, func(io.Reader) error { return nil })
 	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 		return nil
 	}

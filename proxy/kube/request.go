@@ -17,15 +17,11 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// get asks the API server with the agent's own credential and hands the body of a 2xx to read. Lists are asked
-// for without their objects' contents, except for nodes.
-func (p *Proxy) get(ctx context.Context, path string, read func(io.Reader) error) error {
-	return p.call(ctx, http.MethodGet, path, nil, read)
-}
-
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
+// call asks the API server with the agent's own credential and hands the body of a 2xx to read; object is what to
+// send, if not nil. Lists are asked for without their objects' contents, except for nodes.
 func (p *Proxy) call(ctx context.Context, method, path string, object any, read func(io.Reader) error) error {
 	var body io.Reader
 	if object != nil {
@@ -91,7 +87,7 @@ func (p *Proxy) ReadSecret(ctx context.Context, namespace, name string) (*Secret
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 	}
-	err := p.get(ctx, "/api/v1/namespaces/"+namespace+"/secrets/"+name, func(body io.Reader) error { return json.NewDecoder(body).Decode(secret) })
+	err := p.call(ctx, http.MethodGet, "/api/v1/namespaces/"+namespace+"/secrets/"+name, nil, func(body io.Reader) error { return json.NewDecoder(body).Decode(secret) })
 	if secret.Data == nil {
 		secret.Data = map[string][]byte{}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"strconv"
 
@@ -54,7 +55,7 @@ func (p *Proxy) Summarize(ctx context.Context) Summary {
 	s := Summary{Unavailable: map[string]string{}}
 	get := func(path string, read func(io.Reader) error) error {
 		s.Requests++
-		return p.get(ctx, path, read)
+		return p.call(ctx, http.MethodGet, path, nil, read)
 	}
 	var version struct{ GitVersion, Platform string }
 	err := get("/version", func(body io.Reader) error { return json.NewDecoder(body).Decode(&version) })

@@ -161,9 +161,8 @@ func (p *plugin) bound(send func(*http.Request) (*http.Response, error)) func(*h
 			return nil, &pluginError{p.command}
 		}
 		ctx, cancel := context.WithCancel(r.Context())
-		context.AfterFunc(r.Context(), cancel) // not before: the caller reads the answer
-		limit := time.AfterFunc(pluginTimeout, cancel)
-		var given atomic.Bool // the credential
+		limit := time.AfterFunc(pluginTimeout, cancel) // later it ends with r's: the caller reads the answer
+		var given atomic.Bool                          // the credential
 		traced := r.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GetConn: func(string) { limit.Stop(); given.Store(true) }}))
 		var resp *http.Response
 		var err error
