@@ -105,7 +105,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		return complain(fmt.Errorf("no way to the Kubernetes API server: %w", err))
 	}
 	log, level := cfg.Logger(stderr)
-	go changeLevel(log, level)
+	go changeLevel(ctx, log, level)
 	if cfg.WeakToken() {
 		log.Warn("the agent's token has fewer than 16 characters and could be guessed: replace it by a longer one")
 	}
@@ -123,7 +123,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 }
 
 // changeLevel sets the log level to debug at SIGUSR1, and back to what was configured at the next.
-func changeLevel(log *slog.Logger, level *slog.LevelVar) {
+func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
 	configured := level.Level()
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGUSR1)
@@ -133,7 +133,7 @@ func changeLevel(log *slog.Logger, level *slog.LevelVar) {
 			next = configured
 		}
 		// At the level that lets more through.
-		log.Log(context.Background(), max(level.Level(), next), "the log level changes", "level", next.String())
+		log.Log(ctx, max(level.Level(), next), "the log level changes", "level", next.String())
 		level.Set(next)
 	}
 }

@@ -78,7 +78,7 @@ func explain(host string, err error) (code int, message string) {
 	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
 		return http.StatusGatewayTimeout,
 			fmt.Sprintf("the Kubernetes API server at %s does not answer the agent: %v: check its health and the network between", host, err)
-	case !(errors.As(err, &operation) && operation.Op == "dial") && !errors.As(err, &certificate):
+	case (!errors.As(err, &operation) || operation.Op != "dial") && !errors.As(err, &certificate):
 		return http.StatusBadGateway,
 			fmt.Sprintf("the Kubernetes API server at %s broke off before it answered: %v: look whether what you asked for was done, and at its log", host, err)
 	default:
