@@ -8,13 +8,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
@@ -60,12 +59,7 @@ func newAuthenticator(token frpc.Secret, overlap time.Duration, m *metrics, log 
 // read, the token stays as it was; where it is gone, nobody is let in any more.
 func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, error)) {
 	unread := false
-	for {
-		select {
-		case <-time.After(tokenAge):
-		case <-ctx.Done():
-			return
-		}
+	wait.UntilWithContext(ctx, func(context.Context) {
 		token, err := read()
 		if errors.Is(err, config.ErrNoSecret) {
 			token, err = "", nil
@@ -76,7 +70,7 @@ func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, er
 		if unread = err != nil; !unread {
 			a.change(token)
 		}
-	}
+	}, tokenAge)
 }
 
 func (a *authenticator) change(token frpc.Secret) {
@@ -156,69 +150,41 @@ func (a *authenticator) failed(r *http.Request, refused *refusal) time.Duration 
 	return 0
 }
 
-// challenge says what kind of credential is asked for. Source: RFC 6750.
-const challenge = `Bearer realm="pipeops-agent"`
-
-// authenticate lets those pass who show the agent's token, and has refuse answer the others.
-func (s *server) authenticate(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32)) bool {
-	refused := s.auth.check(r)
-	if refused == nil {
-		w.(*recorder).authenticated = true // observe has put it there
-		return true
+// throttled counts a refusal, and answers 429 if there are too many from the same source.
+func (s *server) throttled(w http.ResponseWriter, r *http.Request, refused *refusal) bool {
+	wait := s.auth.failed(r, refused)
+	if wait > 0 {
+		fail(w, r, http.StatusTooManyRequests, fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why), int32(wait.Seconds())+1)
 	}
-	if wait := s.auth.failed(r, refused); wait > 0 {
-		refuse(w, r, http.StatusTooManyRequests, tooManyGuesses(r, refused), int32(wait.Seconds())+1)
-		return false
-	}
-	w.Header().Set("WWW-Authenticate", challenge)
-	refuse(w, r, http.StatusUnauthorized, refused.why, 0)
-	return false
+	return wait > 0
 }
 
-func tooManyGuesses(r *http.Request, refused *refusal) string {
-	return fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why)
-}
-
-// requireBearer lets next answer only those who show the agent's token; while the agent drains, if it may.
-func (s *server) requireBearer(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
+// protect lets next answer only those who show the agent's token, and only as many as the gate lets in; while the
+// agent drains, if it may.
+func (s *server) protect(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if s.authenticate(w, r, refuseWithProblem) && s.admit(w, r, refuseWithProblem, whileDraining) {
-			defer s.gate.leave(w.(*recorder)) // observe has put it there
+		if refused := s.auth.check(r); refused != nil {
+			if !s.throttled(w, r, refused) {
+				w.Header().Set("WWW-Authenticate", `Bearer realm="pipeops-agent"`) // RFC 6750
+				fail(w, r, http.StatusUnauthorized, refused.why, 0)
+			}
+			return
+		}
+		rec := w.(*recorder) // observe has put it there
+		rec.authenticated = true
+		if isKubernetes(r) {
+			rec.description, rec.streams = kube.Describe(r), true
+			s.metrics.kubeInFlight.WithLabelValues(lane(&rec.description)).Inc()
+		}
+		switch why := s.gate.enter(rec, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), whileDraining); why {
+		case "":
+			defer s.gate.leave(rec)
+			rec.conn.Authenticated()
 			next(w, r)
+		case shuttingDown:
+			fail(w, r, http.StatusServiceUnavailable, why, 1)
+		default:
+			fail(w, r, http.StatusTooManyRequests, why, 1)
 		}
 	}
-}
-
-// admit lets an authenticated request through the gate, or has refuse answer it. s.gate.leave must follow if it
-// returns true.
-func (s *server) admit(w http.ResponseWriter, r *http.Request, refuse func(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32), whileDraining bool) bool {
-	rec := w.(*recorder) // observe has put it there
-	switch why := s.gate.enter(rec, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), whileDraining); why {
-	case "":
-		rec.conn.Authenticated()
-		return true
-	case shuttingDown:
-		refuse(w, r, http.StatusServiceUnavailable, why, 1)
-	default:
-		refuse(w, r, http.StatusTooManyRequests, why, 1)
-	}
-	return false
-}
-
-func refuseWithProblem(w http.ResponseWriter, _ *http.Request, code int, why string, retryAfter int32) {
-	if retryAfter > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
-	}
-	writeProblem(w, code, why)
-}
-
-func refuseWithStatus(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32) {
-	reason := map[int]metav1.StatusReason{
-		http.StatusUnauthorized: metav1.StatusReasonUnauthorized, http.StatusTooManyRequests: metav1.StatusReasonTooManyRequests,
-		http.StatusServiceUnavailable: metav1.StatusReasonServiceUnavailable,
-	}[code]
-	if why != shuttingDown {
-		why = "the agent refuses the request: " + why
-	}
-	kube.WriteStatus(w, r, code, reason, why, retryAfter)
 }

@@ -38,12 +38,12 @@ func TestLeaseIsOverdue(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMetrics()
-			check := &tunnelCheck{up: m.tunnelUp, leaseEnd: m.leaseEnd, renewalFailing: m.renewalFailing, restarts: m.frpcRestarts}
+			check := &tunnelCheck{metrics: m}
 			check.remember(test.lease, nil, nil)
 			if got := testutil.ToFloat64(m.renewalFailing); got != test.failing {
 				t.Errorf("the metric is %v, want %v", got, test.failing)
 			}
-			problem := check.leaseProblem()
+			problem := check.status().LeaseProblem
 			if !strings.HasPrefix(problem, test.problem) || (problem == "") != (test.problem == "") {
 				t.Errorf("the problem is %q, want %q", problem, test.problem)
 			}

@@ -68,7 +68,7 @@ func (s *server) bound(l listener, socket *net.TCPListener, runDir string) *inbo
 		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime, TLS: newTLSConfig(runDir, s.log),
 		Closed: func(limit string, caller net.Addr, err error) {
 			s.metrics.refused.WithLabelValues(limit).Inc()
-			s.log.Debug("connection closed", "listener", l.String(), "limit", limit, "caller", caller.String(), "error", err)
+			s.log.Debug("connection closed", "listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
 		},
 	}
 	prefix := ""

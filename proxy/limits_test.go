@@ -331,7 +331,7 @@ func TestOneCallerLeavesMemoryForOthers(t *testing.T) {
 // TestSlowCheckHoldsNobody: while a check of /ready runs, other callers get its outcome before.
 func TestSlowCheckHoldsNobody(t *testing.T) {
 	begun, end := make(chan struct{}), make(chan struct{})
-	c := &check{name: "slow", passed: prometheus.NewGauge(prometheus.GaugeOpts{}), run: func(context.Context) error {
+	c := &check{passed: prometheus.NewGauge(prometheus.GaugeOpts{}), run: func(context.Context) error {
 		close(begun)
 		<-end
 		return nil

@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"time"
 
+	"k8s.io/apimachinery/pkg/util/wait"
+
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
@@ -109,7 +111,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	limits := newLimits(memoryLimit())
 	metrics := newMetrics()
-	api, err := kube.New(restConfig, metrics.latency, log)
+	api, err := kube.New(restConfig, metrics.latency.Observe, log)
 	if err != nil {
 		return complain(err)
 	}
@@ -125,13 +127,7 @@ func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
 	configured := level.Level()
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGUSR1)
-	defer signal.Stop(signals)
-	for {
-		select {
-		case <-signals:
-		case <-ctx.Done():
-			return
-		}
+	for range signals {
 		next := slog.LevelDebug
 		if level.Level() == slog.LevelDebug {
 			next = configured
@@ -147,23 +143,20 @@ const headerTime = 32 * time.Second
 
 // newHTTPServer makes the server of one listener. Its requests end with ctx.
 func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
-	// On the tunnel listener they would cut watches, logs and exec.
-	var readTimeout, writeTimeout time.Duration
-	headerBytes := maxHeaderBytes
-	if l == operations {
-		readTimeout, writeTimeout, headerBytes = time.Minute, time.Minute, opsHeaderBytes
-	}
-	return &http.Server{
-		Handler:        handler,
-		MaxHeaderBytes: headerBytes,
-		ConnContext:    inbound.ConnContext,
-		ReadTimeout:    readTimeout, WriteTimeout: writeTimeout,
+	server := &http.Server{
+		Handler:           handler,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ConnContext:       inbound.ConnContext,
 		ReadHeaderTimeout: headerTime,
 		// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
 		IdleTimeout: 120 * time.Second,
 		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
+	if l == operations { // on the tunnel listener these timeouts would cut watches, logs and exec
+		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
+	}
+	return server
 }
 
 // serve runs both listeners until ctx ends, then drains.
@@ -201,7 +194,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 	}
 	watching, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
-	go s.ready.watch(watching)
+	go wait.UntilWithContext(watching, s.ready.run, 5*time.Second)
 	go s.gate.watch(streams)
 	log.Info("serving", "listen_addr", cfg.Proxy.ListenAddr, "metrics_addr", cfg.Proxy.MetricsAddr,
 		"agent_id", cfg.Agent.ID, "version", version.Version)

@@ -32,15 +32,6 @@ type message struct {
 	Data      json.RawMessage `json:"data"`
 }
 
-// messageTypes are the types that are known; each returns whether the message was one that it has had before.
-func (s *server) messageTypes() map[string]func(context.Context, message) (duplicate bool, err error) {
-	return map[string]func(context.Context, message) (bool, error){
-		"ping":              func(context.Context, message) (bool, error) { return false, nil },
-		"runner_assigned":   s.runnerAssigned,
-		"runner_unassigned": s.runnerUnassigned,
-	}
-}
-
 // invalidError is a message that says what cannot be done; the rest are failures of the agent or its cluster.
 type invalidError struct{ why string }
 
@@ -49,33 +40,16 @@ func (e invalidError) Error() string { return e.why }
 // message answers POST /api/control-plane/message.
 func (s *server) message(w http.ResponseWriter, r *http.Request) {
 	if !s.gate.reserve(w.(*recorder), maxMessage, false) { // observe has put it there
-		refuseWithProblem(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
+		fail(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
 		return
 	}
 	body, ok := readJSON(w, r, maxMessage)
 	if !ok {
 		return
 	}
-	var m message
-	err := decodeStrict("", body, &m)
-	if err == nil {
-		err = checkTime("timestamp", m.Timestamp)
-	}
-	handle := s.messageTypes()[m.Type]
-	switch {
-	case err != nil:
-		writeProblem(w, http.StatusUnprocessableEntity, err.Error())
-		return
-	case !printable(m.ID, 128):
-		writeProblem(w, http.StatusUnprocessableEntity, "id: give 1 to 128 printable ASCII characters, no spaces")
-		return
-	case handle == nil:
-		writeProblem(w, http.StatusUnprocessableEntity, fmt.Sprintf("type: %.64q is not known: there are ping, runner_assigned and runner_unassigned", m.Type))
-		return
-	}
 	ctx, cancel := context.WithTimeout(r.Context(), registryTime)
 	defer cancel()
-	duplicate, err := handle(ctx, m)
+	m, duplicate, err := s.obey(ctx, body)
 	var invalid invalidError
 	switch {
 	case errors.As(err, &invalid):
@@ -85,6 +59,26 @@ func (s *server) message(w http.ResponseWriter, r *http.Request) {
 	default:
 		writeJSON(w, http.StatusOK, map[string]any{"status": "acknowledged", "id": m.ID, "type": m.Type, "duplicate": duplicate, "agent_id": s.agent.ID})
 	}
+}
+
+// obey does what a message says, unless it was done before.
+func (s *server) obey(ctx context.Context, body []byte) (m message, duplicate bool, err error) {
+	if err = decodeStrict("", body, &m); err == nil {
+		err = checkTime("timestamp", m.Timestamp)
+	}
+	switch {
+	case err != nil:
+	case !printable(m.ID, 128):
+		err = invalidError{"id: give 1 to 128 printable ASCII characters, no spaces"}
+	case m.Type == "ping":
+	case m.Type == "runner_assigned":
+		duplicate, err = s.runnerAssigned(ctx, m)
+	case m.Type == "runner_unassigned":
+		duplicate, err = s.runnerUnassigned(ctx, m)
+	default:
+		err = invalidError{fmt.Sprintf("type: %.64q is not known: there are ping, runner_assigned and runner_unassigned", m.Type)}
+	}
+	return m, duplicate, err
 }
 
 // readJSON reads a body of JSON, or answers why it cannot.

@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pipeops/vm-agent/bootstrap/version"
@@ -29,37 +30,41 @@ type metrics struct {
 	statusDuration                                    prometheus.Histogram
 	statusRequests                                    prometheus.Counter
 
-	registry *prometheus.Registry
-	handler  http.Handler
+	factory promauto.Factory
+	handler http.Handler
 }
 
 // limit shows a limit and how much of it is in use.
 func (m *metrics) limit(name string, size int64, inUse func() int64) {
 	m.limits.WithLabelValues(name).Set(float64(size))
-	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "pipeops_agent_limit_in_use", Help: "How much of the limit is in use now.", ConstLabels: prometheus.Labels{"limit": name},
-	}, func() float64 { return float64(inUse()) }))
+	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "limit_in_use", Help: "How much of the limit is in use now.", ConstLabels: prometheus.Labels{"limit": name},
+	}, func() float64 { return float64(inUse()) })
 }
 
 func newMetrics() *metrics {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	factory := promauto.With(prometheus.WrapRegistererWithPrefix("pipeops_agent_", registry))
 	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
-		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "pipeops_agent_" + name, Help: help}, labels)
+		return factory.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
 	}
 	gauges := func(name, help string, labels ...string) *prometheus.GaugeVec {
-		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "pipeops_agent_" + name, Help: help}, labels)
+		return factory.NewGaugeVec(prometheus.GaugeOpts{Name: name, Help: help}, labels)
 	}
 	counter := func(name, help string) prometheus.Counter {
-		return prometheus.NewCounter(prometheus.CounterOpts{Name: "pipeops_agent_" + name, Help: help})
+		return factory.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
 	}
 	gauge := func(name, help string) prometheus.Gauge {
-		return prometheus.NewGauge(prometheus.GaugeOpts{Name: "pipeops_agent_" + name, Help: help})
+		return factory.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
 	}
 	histogram := func(name, help string) prometheus.Histogram {
-		return prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "pipeops_agent_" + name, Help: help, Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
+		return factory.NewHistogram(prometheus.HistogramOpts{
+			Name: name, Help: help, Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
 		})
 	}
 	m := &metrics{
+		factory: factory, handler: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
 		requests:       counters("http_requests_total", "HTTP requests answered.", "route", "method", "code"),
 		inFlight:       gauges("http_requests_in_flight", "HTTP requests being answered now, streams included.", "listener"),
 		received:       counter("http_received_bytes_total", "Bytes of request bodies and of upgraded connections, from callers."),
@@ -87,15 +92,7 @@ func newMetrics() *metrics {
 		m.authFailures.WithLabelValues(reason) // 0 until there is one
 	}
 	info := version.Get()
-	build := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "pipeops_agent_build_info", Help: "Always 1; the labels say what was built.",
-		ConstLabels: prometheus.Labels{"version": info.Version, "commit": info.Commit, "go_version": info.GoVersion},
-	})
-	build.Set(1)
-	m.registry = prometheus.NewRegistry()
-	m.registry.MustRegister(m.requests, m.inFlight, m.received, m.sent, m.kube, m.kubeInFlight, m.latency, m.checks, m.tunnelUp, m.leaseEnd, m.renewalFailing, m.lastHeartbeat,
-		m.frpcRestarts, m.authFailures, m.commands, m.refused, m.limits, m.statusDuration, m.statusRequests, build,
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	m.handler = promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
+	gauges("build_info", "Always 1; the labels say what was built.", "version", "commit", "go_version").
+		WithLabelValues(info.Version, info.Commit, info.GoVersion).Set(1)
 	return m
 }

@@ -8,12 +8,13 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
@@ -26,39 +27,31 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 	if l == operations {
 		level = slog.LevelDebug // probes and scrapes
 	}
-	inFlight := s.metrics.inFlight.WithLabelValues(l.String())
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rec, r := s.record(w, r, l)
-		inFlight.Inc()
-		defer s.answered(rec, r, level, inFlight)
+	observed := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rec := &recorder{
+			ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text(),
+			conn: inbound.From(r.Context()), cut: r.Context().Err, caller: caller(r),
+		}
+		rec.conn.HeadersRead()
+		r.Header.Set("X-Request-Id", rec.requestID)
+		if l == tunnel {
+			rec.agentID = s.agent.ID
+		}
+		if r.Body != http.NoBody {
+			rec.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
+			// In a copy: net/http looks at its own request's body to see whether the caller still sends, and then
+			// closes the connection gently, so that the answer is not lost.
+			r = r.WithContext(r.Context())
+			r.Body = rec.body
+		}
+		defer s.answered(rec, r, level)
 		next.ServeHTTP(rec, r)
 	})
-}
-
-// record gives the request its id and returns what remembers how it is answered.
-func (s *server) record(w http.ResponseWriter, r *http.Request, l listener) (*recorder, *http.Request) {
-	rec := &recorder{
-		ResponseWriter: w, metrics: s.metrics, start: time.Now(), requestID: rand.Text(),
-		conn: inbound.From(r.Context()), cut: r.Context().Err, caller: caller(r),
-	}
-	rec.conn.HeadersRead()
-	r.Header.Set("X-Request-Id", rec.requestID)
-	if l == tunnel {
-		rec.agentID = s.agent.ID
-	}
-	if r.Body != http.NoBody {
-		rec.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
-		// In a copy: net/http looks at its own request's body to see whether the caller still sends, and then
-		// closes the connection gently, so that the answer is not lost.
-		r = r.WithContext(r.Context())
-		r.Body = rec.body
-	}
-	return rec, r
+	return promhttp.InstrumentHandlerInFlight(s.metrics.inFlight.WithLabelValues(string(l)), observed)
 }
 
 // answered counts and logs a request. It is deferred, and goes on with a panic.
-func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFlight prometheus.Gauge) {
-	inFlight.Dec()
+func (s *server) answered(rec *recorder, r *http.Request, level slog.Level) {
 	rec.conn.Answered()
 	code := rec.status()
 	// ReverseProxy drops a connection by a panic of its own; any other is a mistake of ours.
@@ -70,8 +63,9 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 	}
 	route, method := routeLabel(r), methodLabel(r.Method)
 	s.metrics.requests.WithLabelValues(route, method, codeLabel(code)).Inc()
-	if d := &rec.description; d.Verb != "" {
-		rec.inLane.Dec()
+	d := &rec.description
+	if d.Verb != "" {
+		s.metrics.kubeInFlight.WithLabelValues(lane(d)).Dec()
 		s.metrics.kube.WithLabelValues(d.Verb, codeLabel(code), lane(d)).Inc()
 	}
 	if !rec.authenticated {
@@ -80,40 +74,29 @@ func (s *server) answered(rec *recorder, r *http.Request, level slog.Level, inFl
 	if !s.log.Enabled(r.Context(), level) {
 		return
 	}
-	attrs := make([]slog.Attr, 0, 12)
-	attrs = append(attrs, slog.String("request_id", rec.requestID), slog.String("method", method),
-		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", rec.bytes),
-		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", rec.caller))
-	if from := forwardedFor(r); rec.conn.Proxied() && from != "" {
-		attrs = append(attrs, slog.String("forwarded_for", from))
+	attrs := []slog.Attr{
+		slog.String("request_id", rec.requestID), slog.String("method", method), slog.String("route", route),
+		slog.Int("status", code), slog.Int64("bytes", rec.bytes),
+		slog.Int64("duration_us", time.Since(rec.start).Microseconds()), slog.String("caller", rec.caller),
 	}
-	if d := &rec.description; d.Verb != "" {
-		attrs = append(attrs, slog.String("verb", d.Verb))
-		for _, attr := range []slog.Attr{slog.String("group", d.Group), slog.String("resource", d.Resource), slog.String("subresource", d.Subresource)} {
-			if attr.Value.String() != "" {
-				attrs = append(attrs, attr)
-			}
+	from := ""
+	if rec.conn.Proxied() {
+		from = forwardedFor(r)
+	}
+	for _, attr := range []slog.Attr{
+		slog.String("forwarded_for", from), slog.String("verb", d.Verb), slog.String("group", d.Group),
+		slog.String("resource", d.Resource), slog.String("subresource", d.Subresource),
+	} {
+		if attr.Value.String() != "" {
+			attrs = append(attrs, attr)
 		}
 	}
 	s.log.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-// describe adds what a request for the Kubernetes API asks for.
-func (r *recorder) describe(request *http.Request) {
-	r.description, r.streams = kube.Describe(request), true
-	r.inLane = r.metrics.kubeInFlight.WithLabelValues(lane(&r.description))
-	r.inLane.Inc()
-}
-
 // lane tells apart what takes a moment, what stays, and what is a connection of its own.
 func lane(d *kube.Description) string {
-	switch d.Verb {
-	case "watch":
-		return "watch"
-	case "connect":
-		return "upgrade"
-	}
-	return "call"
+	return cmp.Or(map[string]string{"watch": "watch", "connect": "upgrade"}[d.Verb], "call")
 }
 
 // caller returns the address of who asked: for tunnels of type https and tcp frpc says it in a PROXY header. For
@@ -164,14 +147,11 @@ func routeLabel(r *http.Request) string {
 
 // methodLabel keeps a caller's inventions out of labels.
 func methodLabel(method string) string {
-	switch method {
-	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions:
+	if slices.Contains(kube.Methods, method) {
 		return method
 	}
 	return "other"
 }
-
-func (l listener) String() string { return [...]string{tunnel: "tunnel", operations: "operations"}[l] }
 
 // unreadBody is how long the rest of a body that nobody wants may take: callers who still send then see the
 // answer, and not a connection that is reset.
@@ -195,7 +175,6 @@ type recorder struct {
 	bytes         int64
 	memory        int64            // bytes, reserved at the gate
 	description   kube.Description // empty but for requests for the Kubernetes API
-	inLane        prometheus.Gauge // where that one counts as being answered
 
 	blocked atomic.Int64 // since when a write has not returned, in Unix nanoseconds; 0: none is under way
 	ended   bool         // for not reading; guarded by the gate's mu
@@ -206,8 +185,7 @@ func (r *recorder) status() int { return cmp.Or(r.code, callerLeft) }
 
 // isStream reports whether the answer is one that a caller may read at leisure.
 func (r *recorder) isStream() bool {
-	d := &r.description
-	return d.Verb == "watch" || d.Verb == "connect" || d.Subresource == "log"
+	return lane(&r.description) != "call" || r.description.Subresource == "log"
 }
 
 // stalled returns since when the caller reads nothing of the answer, or sends nothing of the body, in Unix

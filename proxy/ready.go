@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,40 +23,39 @@ import (
 // anything.
 const checkAge = time.Second
 
-// readiness holds the named checks of /ready.
+// readiness holds the checks of /ready by their names.
 type readiness struct {
-	checks []*check
+	checks map[string]*check
 	tunnel *tunnelCheck
 }
 
 func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readiness {
-	t := &tunnelCheck{runDir: runDir, up: m.tunnelUp, leaseEnd: m.leaseEnd, renewalFailing: m.renewalFailing, restarts: m.frpcRestarts}
+	t := &tunnelCheck{runDir: runDir, metrics: m}
 	if lease, err := frpc.ReadLease(runDir); err == nil {
 		t.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
-	r := &readiness{tunnel: t, checks: []*check{
-		{name: "kubernetes", age: checkAge, run: api.Check},
-		{name: "tunnel", age: checkAge, run: t.run, note: t.leaseProblem},
-		{name: "shutdown", run: func(context.Context) error {
+	r := &readiness{tunnel: t, checks: map[string]*check{
+		"kubernetes": {age: checkAge, run: api.Check},
+		"tunnel":     {age: checkAge, run: t.run, note: func() string { return t.status().LeaseProblem }},
+		"shutdown": {run: func(context.Context) error {
 			if _, _, closed := g.state(); closed {
 				return errors.New("the agent is shutting down and takes nothing new")
 			}
 			return nil
 		}},
 	}}
-	for _, c := range r.checks {
-		c.passed = m.checks.WithLabelValues(c.name)
+	for name, c := range r.checks {
+		c.passed = m.checks.WithLabelValues(name)
 	}
 	return r
 }
 
-// check is one named condition of readiness.
+// check is a condition of readiness.
 type check struct {
-	name   string
 	age    time.Duration // how long an outcome is good for
 	run    func(context.Context) error
 	note   func() string // what to say though it passes; may be nil
-	passed interface{ Set(float64) }
+	passed prometheus.Gauge
 
 	running sync.Mutex
 	last    atomic.Pointer[outcome]
@@ -70,14 +70,8 @@ type outcome struct {
 // result runs the check unless its last outcome is fresh. While it runs, other callers get the outcome before: many
 // who wait would be many to hold. No caller's leaving cuts a run short.
 func (c *check) result(ctx context.Context) error {
-	last := c.last.Load()
-	if last != nil && time.Since(last.at) < c.age {
-		return last.err
-	}
-	if !c.running.TryLock() {
-		if last == nil {
-			return errors.New("this was not checked yet: ask again")
-		}
+	last := cmp.Or(c.last.Load(), &outcome{err: errors.New("this was not checked yet: ask again")})
+	if time.Since(last.at) < c.age || !c.running.TryLock() {
 		return last.err
 	}
 	defer c.running.Unlock()
@@ -85,30 +79,30 @@ func (c *check) result(ctx context.Context) error {
 	defer cancel()
 	err := c.run(ctx)
 	c.last.Store(&outcome{time.Now(), err})
-	c.passed.Set(map[bool]float64{true: 1}[err == nil])
+	c.passed.Set(boolValue(err == nil))
 	return err
 }
 
-// watch runs the checks now and then, until ctx ends: metrics, and since when the tunnel is up, then hold
-// without anyone asking.
-func (r *readiness) watch(ctx context.Context) {
-	for {
-		for _, c := range r.checks {
-			_ = c.result(ctx)
-		}
-		select {
-		case <-time.After(5 * time.Second):
-		case <-ctx.Done():
-			return
-		}
+// boolValue is how a metric says yes or no.
+func boolValue(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
+}
+
+// run runs all checks. If that is done now and then, metrics, and since when the tunnel is up, hold without anyone
+// asking.
+func (r *readiness) run(ctx context.Context) {
+	for _, c := range r.checks {
+		_ = c.result(ctx)
 	}
 }
 
 // tunnelCheck looks at the way to frps, and remembers what it has seen.
 type tunnelCheck struct {
-	runDir                       string
-	up, leaseEnd, renewalFailing prometheus.Gauge
-	restarts                     prometheus.Counter
+	runDir  string
+	metrics *metrics
 
 	loginAt time.Time
 	login   error
@@ -146,40 +140,36 @@ func (t *tunnelCheck) remember(lease *frpc.Lease, proxies []frpc.ProxyStatus, er
 	if proxies != nil { // frpc answers
 		if t.frpcAway {
 			t.last.FrpcRestarts++
-			t.restarts.Inc()
+			t.metrics.frpcRestarts.Inc()
 		}
 		t.frpcUp, t.frpcAway = true, false
 	} else if t.frpcUp && errors.Is(err, syscall.ECONNREFUSED) { // nobody listens: it has ended
 		t.frpcAway = true
 	}
-	if connected := err == nil; t.last.Since == nil || t.last.Connected != connected {
-		t.last.Connected, t.last.Since = connected, timeOrNil(time.Now())
+	now := tunnelStatus{Connected: err == nil, Since: t.last.Since, FrpcRestarts: t.last.FrpcRestarts, Proxies: proxies}
+	if now.Since == nil || now.Connected != t.last.Connected {
+		now.Since = timeOrNil(time.Now())
+	}
+	if err != nil {
+		now.Detail = err.Error()
 	}
 	if len(proxies) > 0 { // what frpc has, which is not what the lease says while it has yet to be restarted
 		t.https.Store(!slices.ContainsFunc(proxies, func(p frpc.ProxyStatus) bool { return p.Type != "https" }))
 	} else if lease != nil {
 		t.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
-	t.last.Proxies, t.last.Detail = proxies, ""
-	t.up.Set(1)
-	if err != nil {
-		t.last.Detail = err.Error()
-		t.up.Set(0)
-	}
-	t.last.LeaseIssuedAt, t.last.LeaseExpiresAt = nil, nil
-	t.leaseEnd.Set(0)
-	t.renewalFailing.Set(0)
-	t.last.LeaseProblem = ""
+	failing, leaseEnd := false, 0.0
 	if lease != nil {
-		t.last.LeaseProblem = leaseProblem(lease)
-		if lease.Renewal != nil || overdue(lease) {
-			t.renewalFailing.Set(1)
-		}
-		t.last.LeaseIssuedAt, t.last.LeaseExpiresAt = timeOrNil(lease.IssuedAt), timeOrNil(lease.ExpiresAt)
+		now.LeaseProblem, failing = leaseProblem(lease), lease.Renewal != nil || overdue(lease)
+		now.LeaseIssuedAt, now.LeaseExpiresAt = timeOrNil(lease.IssuedAt), timeOrNil(lease.ExpiresAt)
 		if !lease.ExpiresAt.IsZero() {
-			t.leaseEnd.Set(float64(lease.ExpiresAt.Unix()))
+			leaseEnd = float64(lease.ExpiresAt.Unix())
 		}
 	}
+	t.last = now
+	t.metrics.tunnelUp.Set(boolValue(now.Connected))
+	t.metrics.renewalFailing.Set(boolValue(failing))
+	t.metrics.leaseEnd.Set(leaseEnd)
 }
 
 // leaseProblem says that there is no next lease, since when, and why; empty if all is well.
@@ -202,8 +192,6 @@ func overdue(lease *frpc.Lease) bool {
 	life := lease.ExpiresAt.Sub(lease.IssuedAt) // negative for a lease without an end
 	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
 }
-
-func (t *tunnelCheck) leaseProblem() string { return t.status().LeaseProblem }
 
 func (t *tunnelCheck) status() tunnelStatus {
 	t.mu.Lock()
@@ -254,49 +242,36 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 		}
 		excluded := query["exclude"]
 		for _, name := range excluded {
-			if s.ready.check(name) == nil {
+			if s.ready.checks[name] == nil {
 				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are kubernetes, tunnel and shutdown", name))
 				return
 			}
 		}
 		refused := s.auth.check(r)
 		detailed := l == operations || refused == nil
-		if !detailed && refused.reason != "none" {
-			if wait := s.auth.failed(r, refused); wait > 0 {
-				refuseWithProblem(w, r, http.StatusTooManyRequests, tooManyGuesses(r, refused), int32(wait.Seconds())+1)
-				return
-			}
+		if !detailed && refused.reason != "none" && s.throttled(w, r, refused) {
+			return
 		}
 		code, status := http.StatusOK, "ready"
 		checks := map[string]answer{}
-		for _, c := range s.ready.checks {
-			if slices.Contains(excluded, c.name) {
+		for name, c := range s.ready.checks {
+			if slices.Contains(excluded, name) {
 				continue
 			}
 			err := c.result(r.Context())
+			if err != nil {
+				code, status = http.StatusServiceUnavailable, "not ready"
+			}
 			o := answer{OK: err == nil}
 			switch {
+			case !detailed:
 			case err != nil:
 				o.Detail = err.Error()
-				code, status = http.StatusServiceUnavailable, "not ready"
 			case c.note != nil:
 				o.Detail = c.note()
 			}
-			if !detailed {
-				o.Detail = ""
-			}
-			checks[c.name] = o
+			checks[name] = o
 		}
 		writeJSON(w, code, map[string]any{"status": status, "checks": checks})
 	}
-}
-
-// check finds a check by its name; nil if there is none.
-func (r *readiness) check(name string) *check {
-	for _, c := range r.checks {
-		if c.name == name {
-			return c
-		}
-	}
-	return nil
 }

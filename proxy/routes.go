@@ -7,8 +7,8 @@ import (
 	"net/http"
 	"path"
 	"strings"
-
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sync/atomic"
+	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
@@ -27,11 +27,11 @@ func getOpenAPI(w http.ResponseWriter, _ *http.Request) {
 }
 
 // listener says where a request came in.
-type listener int
+type listener string
 
 const (
-	tunnel     listener = iota // from frpc
-	operations                 // from the kubelet or Prometheus
+	tunnel     listener = "tunnel"     // from frpc
+	operations listener = "operations" // from the kubelet or Prometheus
 )
 
 // route is one row of the API.
@@ -47,9 +47,10 @@ type route struct {
 // ServeMux would redirect some of its paths.
 func (s *server) routes(l listener) []route {
 	return []route{
-		{method: "GET", path: "/health", ops: true, handler: health},
+		// It depends on nothing but that the process works: a restart would mend nothing else.
+		{method: "GET", path: "/health", ops: true, handler: always(map[string]string{"status": "ok"})},
 		{method: "GET", path: "/ready", ops: true, handler: s.getReady(l)},
-		{method: "GET", path: "/version", ops: true, handler: getVersion},
+		{method: "GET", path: "/version", ops: true, handler: always(version.Get())},
 		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
 		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.heartbeat},
 		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.message},
@@ -67,20 +68,26 @@ type server struct {
 	auth    *authenticator
 	kube    *kube.Proxy
 	cluster *clusterSummary
-	pulse   pulse
 	runners *runners
 	metrics *metrics
 	ready   *readiness
 	gate    *gate
 	limits  limits
 	log     *slog.Logger
+
+	heartbeats    atomic.Uint64             // of the control plane
+	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
 }
 
 func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, log *slog.Logger) *server {
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &server{
-		agent: newAgentStatus(cfg), auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api, cluster: &clusterSummary{api: api, duration: m.statusDuration, requests: m.statusRequests},
-		runners: newRunners(api, cfg.Agent.ID, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts, log), metrics: m, gate: newGate(limits, refused, log),
+		agent: agentStatus{
+			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
+			Version: version.Version, StartedAt: time.Now().UTC(),
+		},
+		auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api, cluster: &clusterSummary{api: api, metrics: m},
+		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts), metrics: m, gate: newGate(limits, refused, log),
 		limits: limits, log: log,
 	}
 	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
@@ -102,7 +109,7 @@ func (s *server) handler(l listener) http.Handler {
 		}
 		handler := r.handler
 		if r.bearer && l == tunnel {
-			handler = s.requireBearer(handler, r.path != commandPattern)
+			handler = s.protect(handler, r.path != commandPattern)
 		}
 		mux.HandleFunc(r.method+" "+r.path, handler)
 		allow := strings.Replace(r.method, "GET", "GET, HEAD", 1)
@@ -111,25 +118,22 @@ func (s *server) handler(l listener) http.Handler {
 			writeProblem(w, http.StatusMethodNotAllowed, "use "+allow)
 		})
 	}
-	notFound := notFound(l)
+	kubernetes, notFound := s.protect(s.kubernetes, false), notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != frpc.HealthPath {
+		switch p := r.URL.EscapedPath(); {
+		case l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != frpc.HealthPath:
 			writeProblem(w, http.StatusMisdirectedRequest, "the tunnel is of type https: speak TLS, with the certificate that the tunnel shows")
-			return
-		}
-		if l == tunnel && belowKubernetes(r) {
+		case l == tunnel && belowKubernetes(r):
 			r.Pattern = kube.Prefix + "/"
-			s.kubernetes(w, r)
-			return
-		}
-		// A ServeMux answers CONNECT on its own, and paths that are not clean with a redirect that knows nothing of
-		// the gateway's prefix.
-		if p := r.URL.EscapedPath(); r.Method == http.MethodConnect || path.Clean(p) != p {
+			kubernetes(w, r)
+		case r.Method == http.MethodConnect || path.Clean(p) != p:
+			// A ServeMux answers CONNECT on its own, and paths that are not clean with a redirect that knows nothing of
+			// the gateway's prefix.
 			notFound(w, r)
-			return
+		default:
+			mux.ServeHTTP(w, r)
 		}
-		mux.ServeHTTP(w, r)
 	}))
 }
 
@@ -141,7 +145,7 @@ func notFound(l listener) http.HandlerFunc {
 		case l == operations:
 			writeProblem(w, http.StatusNotFound, "there is no such path: /health, /ready, /version and /metrics are served here")
 		case p == "/api" || p == "/apis" || strings.HasPrefix(p, "/api/v1/") || strings.HasPrefix(p, "/apis/"):
-			kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound,
+			kube.WriteStatus(w, r, http.StatusNotFound,
 				"there is no such path: "+prefix+": add that to the server's URL in the kubeconfig", 0)
 		default:
 			writeProblem(w, http.StatusNotFound, "there is no such path: /openapi.yaml lists all; "+prefix)
@@ -149,19 +153,14 @@ func notFound(l listener) http.HandlerFunc {
 	}
 }
 
-// kubernetes lets authenticated callers through to the API server while the gate is open.
+// kubernetes answers what is below kube.Prefix.
 func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
-	if !s.authenticate(w, r, refuseWithStatus) {
-		return
-	}
 	rec := w.(*recorder) // observe has put it there
-	rec.describe(r)
-	if !s.admit(w, r, refuseWithStatus, false) {
-		return
-	}
-	defer s.gate.leave(rec)
 	s.kube.Serve(w, r, &rec.description, rec.body, func(bytes int64, optional bool) bool { return s.gate.reserve(rec, bytes, optional) })
 }
+
+// isKubernetes reports whether a request is one for the Kubernetes API; handler has found that out.
+func isKubernetes(r *http.Request) bool { return r.Pattern == kube.Prefix+"/" }
 
 // belowKubernetes looks at the path as it came, before anything is decoded.
 func belowKubernetes(r *http.Request) bool {
@@ -169,11 +168,7 @@ func belowKubernetes(r *http.Request) bool {
 	return path == kube.Prefix || strings.HasPrefix(path, kube.Prefix+"/")
 }
 
-// health answers while the process works. It depends on nothing else: a restart would mend nothing else.
-func health(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
-}
-
-func getVersion(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, version.Get())
+// always answers with the same JSON.
+func always(body any) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, http.StatusOK, body) }
 }

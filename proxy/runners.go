@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -60,30 +62,37 @@ type runners struct {
 	api       *kube.Proxy
 	namespace string
 	allowed   []string // hosts
-	relay     *httputil.ReverseProxy
+	transport *http.Transport
 	running   chan struct{} // holds one for each command that runs
 }
 
-func newRunners(api *kube.Proxy, agentID, namespace string, allowed []string, log *slog.Logger) *runners {
+func newRunners(api *kube.Proxy, namespace string, allowed []string) *runners {
 	r := &runners{api: api, namespace: namespace, allowed: allowed, running: make(chan struct{}, maxCommands)}
-	r.relay = &httputil.ReverseProxy{
+	r.transport = &http.Transport{ // no redirects, and no proxy of the environment's
+		DialContext:            (&net.Dialer{Timeout: 10 * time.Second, ControlContext: r.mayDial}).DialContext,
+		TLSHandshakeTimeout:    10 * time.Second,
+		ResponseHeaderTimeout:  commandHeaders,
+		MaxResponseHeaderBytes: maxCommandHeaders,
+		IdleConnTimeout:        time.Minute,
+		DisableCompression:     true,
+	}
+	return r
+}
+
+// relay sends a command to its runner, with the runner's token for the caller's.
+func (s *server) relay(w http.ResponseWriter, r *http.Request, endpoint *url.URL, token frpc.Secret) {
+	connected := false // the runner may have got something of the command
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected = true }}
+	relay := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
-			target := relayed(pr.In.Context())
-			pr.Out.URL, pr.Out.Host = target.url, ""
+			pr.Out.URL, pr.Out.Host = endpoint, ""
 			for _, name := range []string{"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect"} {
 				pr.Out.Header.Del(name)
 			}
-			pr.Out.Header.Add("Via", "1.1 "+agentID)
-			pr.Out.Header.Set("Authorization", "Bearer "+target.token.Reveal()) // never the caller's
+			pr.Out.Header.Add("Via", "1.1 "+s.agent.ID)
+			pr.Out.Header.Set("Authorization", "Bearer "+token.Reveal()) // never the caller's
 		},
-		Transport: &http.Transport{ // no redirects, and no proxy of the environment's
-			DialContext:            (&net.Dialer{Timeout: 10 * time.Second, ControlContext: r.mayDial}).DialContext,
-			TLSHandshakeTimeout:    10 * time.Second,
-			ResponseHeaderTimeout:  commandHeaders,
-			MaxResponseHeaderBytes: maxCommandHeaders,
-			IdleConnTimeout:        time.Minute,
-			DisableCompression:     true,
-		},
+		Transport:     s.runners.transport,
 		FlushInterval: -1, // answers may be streams
 		ModifyResponse: func(resp *http.Response) error {
 			if resp.StatusCode < 200 || resp.StatusCode > 599 {
@@ -92,18 +101,20 @@ func newRunners(api *kube.Proxy, agentID, namespace string, allowed []string, lo
 			resp.Body = http.MaxBytesReader(nil, resp.Body, maxCommandAnswer) // an error beyond, and no early end
 			return nil
 		},
-		ErrorHandler: commandFailed,
-		ErrorLog:     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorHandler: func(w http.ResponseWriter, out *http.Request, err error) {
+			commandFailed(w, out, endpoint.Host, connected, err)
+		},
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
-	return r
+	relay.ServeHTTP(w, r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
 }
 
 // commandFailed answers for a runner that did not. r is the request as rewritten.
-func commandFailed(w http.ResponseWriter, r *http.Request, err error) {
+func commandFailed(w http.ResponseWriter, r *http.Request, host string, connected bool, err error) {
 	var tooLarge *http.MaxBytesError
 	var timeout net.Error
 	late := errors.As(err, &timeout) && timeout.Timeout()
-	target, cause := relayed(r.Context()), context.Cause(r.Context())
+	cause := context.Cause(r.Context())
 	unread := w.(*recorder).body.Failure() // observe has put it there
 	code, what, do := http.StatusBadGateway, "broke off or gave no valid answer", "it may have done the command: look at its log"
 	switch {
@@ -119,7 +130,7 @@ func commandFailed(w http.ResponseWriter, r *http.Request, err error) {
 		late, what, err = true, "has not answered", errors.New("the agent has stopped")
 	case errors.Is(err, errForbiddenAddress):
 		what, do = "is not called", "give the runner an endpoint in the cluster, or list its IP among runners.allowed_hosts"
-	case !target.connected:
+	case !connected:
 		what, do = "cannot be reached", "check that it runs, and its endpoint"
 	case late:
 		what = "does not answer"
@@ -127,7 +138,7 @@ func commandFailed(w http.ResponseWriter, r *http.Request, err error) {
 	if late {
 		code = http.StatusGatewayTimeout
 	}
-	writeProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", target.url.Host, what, err, do))
+	writeProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", host, what, err, do))
 }
 
 // namePattern is what DNS names are made of. No last label begins with a digit: some resolvers would read an IP.
@@ -215,11 +226,10 @@ func (r *runners) change(ctx context.Context, messageID string, apply func(map[s
 // registryFailed answers for an API server that did not let the registry be read or changed. ctx had the time
 // for it.
 func registryFailed(ctx context.Context, w http.ResponseWriter, err error) {
-	var refused *kube.StatusError
 	switch {
 	case ctx.Err() != nil:
 		writeProblem(w, http.StatusGatewayTimeout, err.Error())
-	case errors.As(err, &refused) && (refused.Code == http.StatusUnprocessableEntity || refused.Code == http.StatusRequestEntityTooLarge):
+	case apierrors.IsInvalid(err) || apierrors.IsRequestEntityTooLargeError(err):
 		writeProblem(w, http.StatusInsufficientStorage, "the registry of runners is full: unassign those that are gone: "+err.Error())
 	default:
 		writeProblem(w, http.StatusBadGateway, err.Error())
@@ -280,17 +290,6 @@ func (s *server) runnerUnassigned(ctx context.Context, m message) (bool, error) 
 	})
 }
 
-// target is where a command goes.
-type target struct {
-	url       *url.URL
-	token     frpc.Secret
-	connected bool // the runner may have got something of the command
-}
-
-type targetKey struct{}
-
-func relayed(ctx context.Context) *target { return ctx.Value(targetKey{}).(*target) }
-
 // command answers POST /api/runners/{runner_id}/command with what the runner answers.
 func (s *server) command(w http.ResponseWriter, r *http.Request) {
 	rec := w.(*recorder) // observe has put it there
@@ -301,18 +300,16 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusBadRequest, "the runner's id is not one: letters, digits, dots, hyphens and underscores, a letter or digit first")
 		return
 	}
-	for via := range strings.SplitSeq(strings.Join(r.Header.Values("Via"), ","), ",") {
-		if strings.TrimSpace(via) == "1.1 "+s.agent.ID {
-			writeProblem(w, http.StatusLoopDetected, fmt.Sprintf("the endpoint of runner %q leads back to this agent: assign it another one", id))
-			return
-		}
+	if slices.Contains(kube.ListOf(r, "Via"), "1.1 "+s.agent.ID) {
+		writeProblem(w, http.StatusLoopDetected, fmt.Sprintf("the endpoint of runner %q leads back to this agent: assign it another one", id))
+		return
 	}
 	select {
 	case s.runners.running <- struct{}{}:
 		defer func() { <-s.runners.running }()
 	default:
 		s.metrics.refused.WithLabelValues("commands").Inc()
-		refuseWithProblem(w, r, http.StatusTooManyRequests, "too many commands are being relayed: try again", 1)
+		fail(w, r, http.StatusTooManyRequests, "too many commands are being relayed: try again", 1)
 		return
 	}
 	rec.body.Within(commandTotal)
@@ -342,9 +339,7 @@ func (s *server) command(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	endpoint.RawQuery = strings.Trim(endpoint.RawQuery+"&"+r.URL.RawQuery, "&")
-	to := &target{url: endpoint, token: found.Token}
-	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { to.connected = true }})
-	r = r.WithContext(context.WithValue(ctx, targetKey{}, to))
+	r = r.WithContext(ctx)
 	r.Body = http.MaxBytesReader(w, r.Body, maxCommand)
-	s.runners.relay.ServeHTTP(w, r)
+	s.relay(w, r, endpoint, found.Token)
 }

@@ -158,7 +158,7 @@ func TestRunnersDoNotLeadInside(t *testing.T) {
 	s := serverBefore(t, &rest.Config{Host: "http://127.0.0.1:1"}, token, slog.New(slog.DiscardHandler))
 	req := httptest.NewRequest(http.MethodGet, runner.URL, nil)
 	req.RequestURI = ""
-	if _, err := s.runners.relay.Transport.RoundTrip(req); !errors.Is(err, errForbiddenAddress) {
+	if _, err := s.runners.transport.RoundTrip(req); !errors.Is(err, errForbiddenAddress) {
 		t.Errorf("dialled: %v", err)
 	}
 }
@@ -261,7 +261,7 @@ func runnerOverPipes(t *testing.T, s *server, handler http.HandlerFunc) {
 	toRunner := newPipes()
 	server := &http.Server{Handler: handler}
 	go func() { _ = server.Serve(toRunner) }()
-	transport := s.runners.relay.Transport.(*http.Transport)
+	transport := s.runners.transport
 	transport.DialContext = toRunner.DialContext
 	t.Cleanup(func() {
 		transport.CloseIdleConnections()

@@ -48,7 +48,7 @@ func serverBefore(t testing.TB, api *rest.Config, agentToken frpc.Secret, log *s
 func serverWithin(t testing.TB, api *rest.Config, agentToken frpc.Secret, l limits, log *slog.Logger) *server {
 	t.Helper()
 	m := newMetrics()
-	proxy, err := kube.New(api, m.latency, log)
+	proxy, err := kube.New(api, m.latency.Observe, log)
 	if err != nil {
 		t.Fatal(err)
 	}

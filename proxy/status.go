@@ -4,13 +4,8 @@ import (
 	"context"
 	"net/http"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
-	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -57,9 +52,8 @@ const statusAge = 5 * time.Second
 
 // clusterSummary shares what was last read of the cluster.
 type clusterSummary struct {
-	api      *kube.Proxy
-	duration prometheus.Histogram
-	requests prometheus.Counter
+	api     *kube.Proxy
+	metrics *metrics
 
 	mu   sync.Mutex
 	at   time.Time
@@ -76,16 +70,10 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 		begin := time.Now()
 		c.last = c.api.Summarize(ctx)
 		c.at = time.Now()
-		c.duration.Observe(c.at.Sub(begin).Seconds())
-		c.requests.Add(float64(c.last.Requests))
+		c.metrics.statusDuration.Observe(c.at.Sub(begin).Seconds())
+		c.metrics.statusRequests.Add(float64(c.last.Requests))
 	}
 	return c.last, c.at
-}
-
-// pulse counts the control plane's heartbeats.
-type pulse struct {
-	count atomic.Uint64
-	last  atomic.Pointer[time.Time] // in UTC; nil: none since the start
 }
 
 // timeOrNil makes null of a time that is not known.
@@ -93,36 +81,23 @@ func timeOrNil(t time.Time) *time.Time {
 	if t.IsZero() {
 		return nil
 	}
-	t = t.UTC()
-	return &t
-}
-
-func newAgentStatus(cfg *config.Config) agentStatus {
-	return agentStatus{
-		ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
-		Version: version.Version, StartedAt: time.Now().UTC(),
-	}
+	return new(t.UTC())
 }
 
 // getStatus answers GET /api/agent/status. What cannot be read is null, with a reason, and the rest is served.
 func (s *server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
+	_ = s.ready.checks["tunnel"].result(r.Context()) // what is wrong stands in the status
 	writeJSON(w, http.StatusOK, status{
-		Agent: s.agent, ControlPlane: controlPlaneStatus{s.pulse.count.Load(), s.pulse.last.Load()}, Tunnel: s.tunnelStatus(r.Context()), Cluster: summary, Timestamp: at.UTC(),
+		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
+		Tunnel: s.ready.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})
-}
-
-// tunnelStatus looks at the tunnel, unless that was done a moment ago.
-func (s *server) tunnelStatus(ctx context.Context) tunnelStatus {
-	_ = s.ready.check("tunnel").result(ctx) // what is wrong stands in the status
-	return s.ready.tunnel.status()
 }
 
 // heartbeat answers POST /api/agent/heartbeat, the control plane's pulse. A body is not looked at.
 func (s *server) heartbeat(w http.ResponseWriter, _ *http.Request) {
-	now := time.Now().UTC()
-	s.pulse.last.Store(&now)
-	sequence := s.pulse.count.Add(1)
+	s.lastHeartbeat.Store(new(time.Now().UTC()))
+	sequence := s.heartbeats.Add(1)
 	s.metrics.lastHeartbeat.SetToCurrentTime()
 	writeJSON(w, http.StatusOK, map[string]any{
 		"status": "alive", "agent": s.agent, "uptime_seconds": int64(time.Since(s.agent.StartedAt).Seconds()), "sequence": sequence,

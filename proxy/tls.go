@@ -32,18 +32,15 @@ func (f *certificateFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	info, err := os.Stat(f.cert)
-	if err == nil && f.last != nil && info.ModTime().Equal(f.changed) {
-		return f.last, nil
-	}
-	if err == nil {
+	if err == nil && (f.last == nil || !info.ModTime().Equal(f.changed)) {
 		var pair tls.Certificate
 		if pair, err = tls.LoadX509KeyPair(f.cert, f.key); err == nil {
 			f.last, f.changed = &pair, info.ModTime()
 		}
 	}
-	if f.last != nil { // bootstrap may be between the two files
-		return f.last, nil
+	if f.last == nil {
+		f.log.Debug("a caller cannot be shown the tunnel's certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
+		return nil, err
 	}
-	f.log.Debug("a caller cannot be shown the tunnel's certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
-	return nil, err
+	return f.last, nil // bootstrap may be between the two files
 }

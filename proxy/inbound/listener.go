@@ -162,10 +162,18 @@ func (l *Listener) begin(c *Conn) {
 	}
 }
 
-// ConnState is for http.Server.
+// ConnState is for http.Server. A connection that becomes idle begins the wait for its next request.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
-	if c := unwrap(conn); c != nil && state == http.StateIdle {
-		c.idle()
+	c := unwrap(conn)
+	if c == nil || state != http.StateIdle {
+		return
+	}
+	c.cost.Store(headerCost)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.settle(c)
+	if c.place != nil {
+		l.waiting.MoveToBack(c.place)
 	}
 }
 
@@ -250,19 +258,6 @@ func (c *Conn) Answered() {
 	}
 }
 
-// idle begins the wait for the next request.
-func (c *Conn) idle() {
-	c.cost.Store(headerCost)
-	c.listener.mu.Lock()
-	defer c.listener.mu.Unlock()
-	c.listener.settle(c)
-	if c.place != nil {
-		c.listener.waiting.MoveToBack(c.place)
-	}
-}
-
-var errHeaderMemory = errors.New("the headers of all requests take too much memory")
-
 func (c *Conn) Read(p []byte) (int, error) {
 	if len(c.unread) > 0 {
 		n := copy(p, c.unread)
@@ -271,7 +266,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 	}
 	n, err := c.TCPConn.Read(p)
 	if cost := c.cost.Load(); cost > 0 && n > 0 && !c.listener.charge(c, int64(n)*cost) {
-		return 0, errHeaderMemory
+		return 0, errors.New("the headers of all requests take too much memory")
 	}
 	return n, err
 }
@@ -302,13 +297,10 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 
 // Abort closes the connection under a write that does not return.
 func (c *Conn) Abort() {
-	if c == nil {
-		return
+	if c != nil {
+		_ = c.SetLinger(0)
+		_ = c.Close()
 	}
-	c.listener.mu.Lock()
-	c.listener.forget(c)
-	c.listener.mu.Unlock()
-	c.reset()
 }
 
 // reset drops what the kernel still holds for a caller who does not read.

@@ -1,16 +1,13 @@
 package kube
 
 import (
-	"bufio"
+	"context"
 	"errors"
 	"io"
 	"net/http"
 	"os"
-	"sync"
 	"sync/atomic"
 	"time"
-
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // Body is a request's body as its caller sends it. A nil *Body is that of a request without one.
@@ -21,14 +18,15 @@ type Body struct {
 	received func(bytes float64)
 	patience time.Duration // between two parts; 0: as long as it takes
 	blocked  atomic.Int64
-	once     sync.Once
-	ended    chan struct{} // closed when err is set
-	err      error         // what reading has ended with: io.EOF if all has come
+	reading  context.Context         // its cause is what reading has ended with: io.EOF if all has come
+	end      context.CancelCauseFunc // ends reading
 }
 
 // NewBody wraps the body of a request that w answers. It tells received how many bytes have come.
 func NewBody(w http.ResponseWriter, body io.ReadCloser, received func(bytes float64)) *Body {
-	return &Body{ReadCloser: body, control: http.NewResponseController(w), received: received, ended: make(chan struct{})}
+	b := &Body{ReadCloser: body, control: http.NewResponseController(w), received: received}
+	b.reading, b.end = context.WithCancelCause(context.Background())
+	return b
 }
 
 // Within gives the caller so long to send all of it. Else there is no limit: it may be a stream.
@@ -47,24 +45,14 @@ func (b *Body) Blocked() int64 {
 }
 
 // Ended reports whether there is nothing more to read.
-func (b *Body) Ended() bool {
-	if b == nil {
-		return true
-	}
-	select {
-	case <-b.ended:
-		return true
-	default:
-		return false
-	}
-}
+func (b *Body) Ended() bool { return b == nil || b.reading.Err() != nil }
 
 // Failure returns why the body could not be read to its end, nil if it could, or is being read.
 func (b *Body) Failure() error {
-	if b == nil || !b.Ended() || errors.Is(b.err, io.EOF) {
+	if b == nil || errors.Is(context.Cause(b.reading), io.EOF) {
 		return nil
 	}
-	return b.err
+	return context.Cause(b.reading)
 }
 
 func (b *Body) Read(p []byte) (int, error) {
@@ -80,21 +68,9 @@ func (b *Body) Read(p []byte) (int, error) {
 		_ = b.control.SetReadDeadline(time.Time{})
 	}
 	if err != nil {
-		b.once.Do(func() { b.err = err; close(b.ended) })
+		b.end(err)
 	}
 	return n, err
-}
-
-// begin waits for the first byte. With it net/http tells the caller to continue; were that left to the
-// transport, which reads the body elsewhere, it would race with a 1xx of the API server on the way back.
-func (b *Body) begin() {
-	b.Within(b.patience)
-	reader := bufio.NewReader(b.ReadCloser)
-	_, _ = reader.Peek(1) // an error comes again with the first Read
-	b.ReadCloser = struct {
-		io.Reader
-		io.Closer
-	}{reader, b.ReadCloser}
 }
 
 // late reports whether the body did not come in its time. net/http then ends the request's context, as if the caller
@@ -104,7 +80,7 @@ func (b *Body) late() bool {
 		return false
 	}
 	select {
-	case <-b.ended:
+	case <-b.reading.Done():
 	case <-time.After(100 * time.Millisecond):
 	}
 	return errors.Is(b.Failure(), os.ErrDeadlineExceeded)
@@ -113,8 +89,8 @@ func (b *Body) late() bool {
 // writeBroken answers for a body that could not be read.
 func writeBroken(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		WriteStatus(w, r, http.StatusRequestTimeout, metav1.StatusReasonTimeout, "the body of the request does not come to its end: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
+		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request does not come to its end: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
 		return
 	}
-	WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
+	WriteStatus(w, r, http.StatusBadRequest, "the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
 }

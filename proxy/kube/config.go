@@ -32,11 +32,11 @@ func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
 		rules = &clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig}
 	}
 	// Not the deferred loading of clientcmd: where the files are empty, that falls back to the ServiceAccount.
+	var config *rest.Config
 	loaded, err := rules.Load()
-	if err != nil {
-		return nil, fmt.Errorf("kubernetes.kubeconfig (KUBECONFIG) %s: %w", kubeconfig, err)
+	if err == nil {
+		config, err = clientcmd.NewNonInteractiveClientConfig(*loaded, "", &clientcmd.ConfigOverrides{}, rules).ClientConfig()
 	}
-	config, err := clientcmd.NewNonInteractiveClientConfig(*loaded, "", &clientcmd.ConfigOverrides{}, rules).ClientConfig()
 	if err != nil {
 		return nil, fmt.Errorf("kubernetes.kubeconfig (KUBECONFIG) %s: %w", kubeconfig, err)
 	}

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"net/http"
 	"slices"
 	"strings"
@@ -18,10 +19,7 @@ type Description struct {
 // Describe reads the request as the API server does.
 // Source: k8s.io/apiserver/pkg/endpoints/request/requestinfo.go.
 func Describe(r *http.Request) Description {
-	d := Description{Verb: verbs[r.Method]}
-	if d.Verb == "" {
-		d.Verb = "other"
-	}
+	d := Description{Verb: cmp.Or(verbs[r.Method], "other")}
 	parts := strings.Split(strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/"), "/")
 	if slices.Contains(parts, "") {
 		parts = nil // not a path of the API server's: what stands where may be anything
@@ -65,34 +63,36 @@ func Describe(r *http.Request) Description {
 
 // isUpgrade is ReverseProxy's rule.
 func isUpgrade(r *http.Request) bool {
-	if r.Header.Get("Upgrade") == "" {
-		return false
+	return r.Header.Get("Upgrade") != "" && slices.ContainsFunc(ListOf(r, "Connection"), func(token string) bool {
+		return strings.EqualFold(token, "upgrade")
+	})
+}
+
+// ListOf returns the elements of a header that is a list.
+func ListOf(r *http.Request, header string) []string {
+	elements := strings.Split(strings.Join(r.Header.Values(header), ","), ",")
+	for i := range elements {
+		elements[i] = strings.TrimSpace(elements[i])
 	}
-	for token := range strings.SplitSeq(strings.Join(r.Header.Values("Connection"), ","), ",") {
-		if strings.EqualFold(strings.TrimSpace(token), "upgrade") {
-			return true
-		}
-	}
-	return false
+	return elements
 }
 
 // name lets through what can be a group or a resource, and nothing else that a caller may put there.
 func name(s string) string {
-	if len(s) > 253 {
+	if len(s) > 253 || strings.ContainsFunc(s, func(c rune) bool {
+		return (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '.' && c != '-'
+	}) {
 		return "invalid"
-	}
-	for _, c := range []byte(s) {
-		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '.' && c != '-' {
-			return "invalid"
-		}
 	}
 	return s
 }
 
 var verbs = map[string]string{
 	http.MethodGet: "get", http.MethodHead: "get", http.MethodPost: "create", http.MethodPut: "update",
-	http.MethodPatch: "patch", http.MethodDelete: "delete", http.MethodOptions: "other",
+	http.MethodPatch: "patch", http.MethodDelete: "delete",
 }
 
-// methods are those of the Kubernetes API, as an Allow header has them.
-const methods = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+// Methods are those of the Kubernetes API.
+var Methods = []string{
+	http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions,
+}

@@ -30,7 +30,7 @@ func before(t *testing.T, handler http.HandlerFunc) *Proxy {
 	t.Helper()
 	api := httptest.NewServer(handler)
 	t.Cleanup(api.Close)
-	proxy, err := New(&rest.Config{Host: api.URL}, ignored{}, slog.New(slog.DiscardHandler))
+	proxy, err := New(&rest.Config{Host: api.URL}, ignored, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

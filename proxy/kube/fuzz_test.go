@@ -37,7 +37,7 @@ func FuzzRequest(f *testing.F) {
 	}
 	upstream := &capture{}
 	config := &rest.Config{Host: "https://api.internal", BearerToken: "agents-own"}
-	proxy, err := New(config, ignored{}, slog.New(slog.DiscardHandler))
+	proxy, err := New(config, ignored, slog.New(slog.DiscardHandler))
 	if err != nil {
 		f.Fatal(err)
 	}

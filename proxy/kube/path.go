@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/http"
@@ -26,11 +27,7 @@ func upstreamPath(r *http.Request) (string, error) {
 			return "", fmt.Errorf("the path holds the segment %q", segment)
 		}
 	}
-	path := strings.TrimPrefix(encoded, Prefix)
-	if path == "" {
-		path = "/"
-	}
-	return path, nil
+	return cmp.Or(strings.TrimPrefix(encoded, Prefix), "/"), nil
 }
 
 // forbidden says why path (decoded, below Prefix) is closed, or "" if it is open. With nodes/proxy a caller

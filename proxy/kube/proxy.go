@@ -17,7 +17,7 @@ import (
 	"sync"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/client-go/rest"
 )
 
@@ -26,17 +26,19 @@ const Prefix = "/api/k8s"
 
 // Proxy forwards requests below Prefix to the API server, with the agent's credential in place of the caller's.
 type Proxy struct {
-	target  *url.URL
-	lanes   *lanes
-	watches watches
-	rp      *httputil.ReverseProxy
-	watchRP *httputil.ReverseProxy // the same, with small buffers
-	log     *slog.Logger
+	target       *url.URL
+	lanes        *lanes
+	buffers      buffers
+	watchBuffers buffers // small ones: watches are many and mostly silent
+	log          *slog.Logger
+
+	Drain    context.CancelFunc // ends all watches between two events, those to come included; it does not wait
+	draining context.Context    // ends with Drain
 }
 
 // New makes a proxy to the API server of config. It tells latency the seconds from each request to the
 // headers of the API server's answer.
-func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error) {
+func New(config *rest.Config, latency func(seconds float64), log *slog.Logger) (*Proxy, error) {
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true // else Go would change bodies and their headers
 	config.Timeout = 0               // watches, logs and exec have no end
@@ -48,23 +50,10 @@ func New(config *rest.Config, latency Observer, log *slog.Logger) (*Proxy, error
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{target: target, log: log, lanes: lanes, watches: watches{open: map[*watchBody]struct{}{}}}
-	p.rp = &httputil.ReverseProxy{
-		BufferPool:     &buffers{size: 32 << 10},
-		Rewrite:        p.rewrite,
-		Transport:      p.lanes,
-		ModifyResponse: p.modify,
-		ErrorHandler:   p.fail,
-		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}
-	forWatches := *p.rp
-	forWatches.BufferPool = &buffers{size: 4 << 10} // they are many and mostly silent
-	p.watchRP = &forWatches
+	p := &Proxy{target: target, lanes: lanes, buffers: buffers{size: 32 << 10}, watchBuffers: buffers{size: 4 << 10}, log: log}
+	p.draining, p.Drain = context.WithCancel(context.Background())
 	return p, nil
 }
-
-// Observer is what Prometheus's histograms are.
-type Observer interface{ Observe(seconds float64) }
 
 // buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
 type buffers struct {
@@ -81,18 +70,14 @@ func (b *buffers) Get() []byte {
 
 func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
 
-// request is what Serve has found out of a request, for those who see it later.
+// request is a request that is being answered.
 type request struct {
+	*Proxy
+	*Description
+
 	path    string // at the API server
 	body    *Body  // nil if there is none, or it was kept
 	reserve Reserve
-	*Description
-}
-
-type contextKey struct{}
-
-func found(ctx context.Context) *request {
-	return ctx.Value(contextKey{}).(*request) // Serve has put it there
 }
 
 // Reserve takes bytes of memory until the request is answered, and returns false if there are not as many. What
@@ -101,12 +86,15 @@ type Reserve func(bytes int64, optional bool) bool
 
 // Serve answers a request below Prefix. d is what Describe says of it, and body its Body; nil if it has none.
 func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, body *Body, reserve Reserve) {
-	path, ok := admit(w, r)
-	if !ok {
+	path, code, why := admit(r)
+	if code != 0 {
+		if code == http.StatusMethodNotAllowed {
+			w.Header().Set("Allow", strings.Join(Methods, ", "))
+		}
+		WriteStatus(w, r, code, why, 0)
 		return
 	}
-	found := &request{path: path, Description: d, reserve: reserve}
-	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, found))
+	req := &request{Proxy: p, Description: d, path: path, reserve: reserve}
 	if body != nil {
 		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true) {
 			if err := keep(r, body); err != nil {
@@ -114,17 +102,26 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 				return
 			}
 		} else {
-			body.patience, found.body = uploadTimeout, body
-			if r.Header.Get("Expect") != "" {
-				body.begin()
+			body.patience, req.body = uploadTimeout, body
+			if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
+				// Else net/http tells the caller to continue when the transport, elsewhere, first reads the body: it would
+				// race with a 1xx of the API server on the way back.
+				w.WriteHeader(http.StatusContinue)
 			}
 		}
 	}
-	if d.Verb == "watch" {
-		p.watchRP.ServeHTTP(w, r)
-		return
+	rp := &httputil.ReverseProxy{
+		BufferPool:     &p.buffers,
+		Rewrite:        req.rewrite,
+		Transport:      p.lanes,
+		ModifyResponse: req.modify,
+		ErrorHandler:   req.fail,
+		ErrorLog:       slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}
-	p.rp.ServeHTTP(w, r)
+	if d.Verb == "watch" {
+		rp.BufferPool = &p.watchBuffers
+	}
+	rp.ServeHTTP(w, r)
 }
 
 // maxHeaderSize is the size of a request's headers and target in bytes, as HTTP/2 counts: enough for an exec whose
@@ -153,51 +150,45 @@ func keep(r *http.Request, body *Body) error {
 	return nil
 }
 
-// admit returns the path at the API server, or answers a request that must not get there.
-func admit(w http.ResponseWriter, r *http.Request) (path string, ok bool) {
+// admit returns the path at the API server, or, for a request that must not get there, the code and the text of the
+// answer.
+func admit(r *http.Request) (path string, code int, why string) {
 	path, err := upstreamPath(r)
 	if err != nil {
-		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent refuses the request: "+err.Error(), 0)
-		return "", false
+		return "", http.StatusBadRequest, "the agent refuses the request: " + err.Error()
 	}
-	if verbs[r.Method] == "" {
-		w.Header().Set("Allow", methods)
-		WriteStatus(w, r, http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: "+methods, 0)
-		return "", false
+	if !slices.Contains(Methods, r.Method) {
+		return "", http.StatusMethodNotAllowed, "the agent forwards the methods of the Kubernetes API only: " + strings.Join(Methods, ", ")
 	}
 	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
-		WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward this path: "+why, 0)
-		return "", false
+		return "", http.StatusForbidden, "the agent does not forward this path: " + why
 	}
 	size := len(r.RequestURI)
 	for name, values := range r.Header {
 		if hasPrefixFold(name, "Impersonate-") {
-			WriteStatus(w, r, http.StatusForbidden, metav1.StatusReasonForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid", 0)
-			return "", false
+			return "", http.StatusForbidden, "the agent does not forward impersonation: remove --as, --as-group and --as-uid"
 		}
 		for _, value := range values {
 			size += len(name) + len(value) + 32 // as HTTP/2 counts
 		}
 	}
 	if size > maxHeaderSize {
-		WriteStatus(w, r, http.StatusRequestHeaderFieldsTooLarge, reasonLargeHeaders, largeHeaders, 0)
-		return "", false
+		return "", http.StatusRequestHeaderFieldsTooLarge, largeHeaders
 	}
 	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
 		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
-		WriteStatus(w, r, http.StatusBadRequest, metav1.StatusReasonBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only", 0)
-		return "", false
+		return "", http.StatusBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only"
 	}
-	return path, true
+	return path, 0, ""
 }
 
 // rewrite runs after the hop-by-hop headers are gone, so that a "Connection: Authorization" of the caller
 // removes nothing of what is set from here on. The transports add the credential, but only where there is
 // none: the caller's must go.
-func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
+func (r *request) rewrite(pr *httputil.ProxyRequest) {
 	out := pr.Out
-	out.URL.Scheme, out.URL.Host, out.Host = p.target.Scheme, p.target.Host, ""
-	out.URL.RawPath = strings.TrimRight(p.target.EscapedPath(), "/") + found(pr.In.Context()).path
+	out.URL.Scheme, out.URL.Host, out.Host = r.target.Scheme, r.target.Host, ""
+	out.URL.RawPath = strings.TrimRight(r.target.EscapedPath(), "/") + r.path
 	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
 	out.URL.RawQuery = pr.In.URL.RawQuery               // byte for byte: ReverseProxy had tidied it
 
@@ -206,45 +197,33 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 			out.Header.Del(name)
 		}
 	}
-	// The API server takes a token from this list too.
-	if protocols := withoutTokens(out.Header.Values("Sec-Websocket-Protocol")); protocols != "" && out.Header.Get("Upgrade") != "" {
-		out.Header.Set("Sec-Websocket-Protocol", protocols)
-	} else {
-		out.Header.Del("Sec-Websocket-Protocol")
+	// The API server takes a token from this list too. Source: k8s.io/apiserver/pkg/authentication/request/websocket.
+	protocols := slices.DeleteFunc(ListOf(out, "Sec-Websocket-Protocol"), func(protocol string) bool {
+		return protocol == "" || hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.")
+	})
+	out.Header.Del("Sec-Websocket-Protocol")
+	if len(protocols) > 0 && out.Header.Get("Upgrade") != "" {
+		out.Header.Set("Sec-Websocket-Protocol", strings.Join(protocols, ", "))
 	}
 	// From the request as it came in: the caller's "Connection: X-Request-Id" has removed it from out.
 	out.Header.Set("Audit-Id", pr.In.Header.Get("X-Request-Id"))
 	out.Header.Del("X-Request-Id")
 }
 
-// withoutTokens drops the sub-protocols that carry a bearer token.
-// Source: k8s.io/apiserver/pkg/authentication/request/websocket.
-func withoutTokens(values []string) string {
-	var kept []string
-	for protocol := range strings.SplitSeq(strings.Join(values, ","), ",") {
-		protocol = strings.TrimSpace(protocol)
-		if protocol != "" && !hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.") {
-			kept = append(kept, protocol)
-		}
-	}
-	return strings.Join(kept, ", ")
-}
-
 // modify keeps the API server's 401 from the caller, whose own credential it says nothing about. Below a
 // subresource it may be another's 401, such as a dashboard's behind services/proxy or the kubelet's.
-func (p *Proxy) modify(resp *http.Response) error {
-	request := found(resp.Request.Context())
+func (r *request) modify(resp *http.Response) error {
 	if resp.StatusCode < 100 || resp.StatusCode > 599 {
 		return fmt.Errorf("its status is %d, which is none of HTTP", resp.StatusCode)
 	}
-	if !request.reserve(HeaderMemory(resp.Header), false) {
+	if !r.reserve(HeaderMemory(resp.Header), false) {
 		return errNoMemory
 	}
-	if resp.StatusCode == http.StatusUnauthorized && request.Subresource == "" {
+	if resp.StatusCode == http.StatusUnauthorized && r.Subresource == "" {
 		return errCredential
 	}
-	if resp.StatusCode == http.StatusOK && request.Verb == "watch" {
-		p.watches.track(resp)
+	if resp.StatusCode == http.StatusOK && r.Verb == "watch" {
+		r.track(resp)
 	}
 	return nil
 }
@@ -253,35 +232,29 @@ func (p *Proxy) modify(resp *http.Response) error {
 // has answered.
 var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API server answered: look whether what you asked for was done, and try again")
 
-// fail answers for an API server that did not. r is the request as rewritten.
-func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
-	body := found(r.Context()).body
-	if r.Context().Err() != nil && body.late() {
-		writeBroken(w, r, body.Failure())
-		return
-	}
-	switch cause := context.Cause(r.Context()); {
+// fail answers for an API server that did not. out is the request as rewritten.
+func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
+	cause := context.Cause(out.Context())
+	switch {
+	case cause != nil && r.body.late() || cause == nil && r.body.Failure() != nil:
+		writeBroken(w, out, r.body.Failure())
 	case errors.Is(cause, ErrShutdown):
 		// No Retry-After: it may have been done, and once may be enough.
-		WriteStatus(w, r, http.StatusGatewayTimeout, metav1.StatusReasonTimeout, cause.Error(), 0)
-		return
+		WriteStatus(w, out, http.StatusGatewayTimeout, cause.Error(), 0)
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
+	default:
+		code, message := explain(r.target.Host, err)
+		r.log.WarnContext(out.Context(), "no answer from the API server", "error", err, "request_id", out.Header.Get("Audit-Id"))
+		WriteStatus(w, out, code, message, 0)
 	}
-	if err := body.Failure(); err != nil {
-		writeBroken(w, r, err)
-		return
-	}
-	code, reason, message := explain(p.target.Host, err)
-	p.log.WarnContext(r.Context(), "no answer from the API server", "error", err, "request_id", r.Header.Get("Audit-Id"))
-	WriteStatus(w, r, code, reason, message, 0)
 }
 
 // Check asks the API server whether it is ready, which depends on its storage too. A credential that may not ask
 // that is accepted all the same.
 func (p *Proxy) Check(ctx context.Context) error {
-	err := p.get(ctx, "/readyz", func(io.Reader) error { return nil })
-	if hasCode(err, http.StatusForbidden) || hasCode(err, http.StatusNotFound) {
+	err := p.call(ctx, http.MethodGet, "/readyz", nil, func(io.Reader) error { return nil })
+	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 		return nil
 	}
 	return err

@@ -49,15 +49,13 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.Serve(w, r, &d, body, func(int64, bool) bool { return true })
 }
 
-// ignored is a latency that nobody wants to know.
-type ignored struct{}
-
-func (ignored) Observe(float64) {}
+// ignored takes a latency that nobody wants to know.
+func ignored(float64) {}
 
 // front serves a proxy to the API server at host over plain HTTP, as frpc sees it.
 func front(t *testing.T, host string) *httptest.Server {
 	t.Helper()
-	p, err := New(&rest.Config{Host: host, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, ignored{}, slog.New(slog.DiscardHandler))
+	p, err := New(&rest.Config{Host: host, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, ignored, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -246,7 +244,7 @@ func Example() {
 		fmt.Println(r.Method, r.RequestURI, r.Header.Get("Authorization"))
 	}))
 	defer api.Close()
-	proxy, err := New(&rest.Config{Host: api.URL, BearerToken: "agents-own"}, ignored{}, slog.New(slog.DiscardHandler))
+	proxy, err := New(&rest.Config{Host: api.URL, BearerToken: "agents-own"}, ignored, slog.New(slog.DiscardHandler))
 	if err != nil {
 		fmt.Println(err)
 		return

@@ -13,31 +13,15 @@ import (
 	"strings"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
-
-// StatusError is an answer of the API server that is none of what the agent has asked for.
-type StatusError struct {
-	Code    int // HTTP
-	message string
-}
-
-func (e *StatusError) Error() string { return e.message }
-
-func hasCode(err error, code int) bool {
-	var status *StatusError
-	return errors.As(err, &status) && status.Code == code
-}
-
-// get asks the API server with the agent's own credential and hands the body of a 2xx to read. Lists are asked
-// for without their objects' contents, except for nodes.
-func (p *Proxy) get(ctx context.Context, path string, read func(io.Reader) error) error {
-	return p.call(ctx, http.MethodGet, path, nil, read)
-}
 
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
+// call asks the API server with the agent's own credential and hands the body of a 2xx to read; object is what to
+// send, if not nil. Lists are asked for without their objects' contents, except for nodes.
 func (p *Proxy) call(ctx context.Context, method, path string, object any, read func(io.Reader) error) error {
 	var body io.Reader
 	if object != nil {
@@ -58,7 +42,7 @@ func (p *Proxy) call(ctx context.Context, method, path string, object any, read 
 	}
 	resp, err := p.lanes.RoundTrip(req)
 	if err != nil {
-		_, _, message := explain(p.target.Host, err)
+		_, message := explain(p.target.Host, err)
 		return errors.New(message)
 	}
 	defer func() {
@@ -66,7 +50,7 @@ func (p *Proxy) call(ctx context.Context, method, path string, object any, read 
 		_ = resp.Body.Close()
 	}()
 	if resp.StatusCode == http.StatusUnauthorized {
-		return &StatusError{resp.StatusCode, errCredential.Error()}
+		return statusError(resp, errCredential.Error())
 	}
 	if resp.StatusCode >= 300 {
 		var status metav1.Status
@@ -75,12 +59,18 @@ func (p *Proxy) call(ctx context.Context, method, path string, object any, read 
 			failed := failedCheck.FindAllString(string(body), -1) // of /readyz
 			status.Message = strings.Join(append([]string{resp.Status}, failed...), "; ")
 		}
-		return &StatusError{resp.StatusCode, fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s", p.target.Host, method, req.URL.Path, status.Message)}
+		return statusError(resp, fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s", p.target.Host, method, req.URL.Path, status.Message))
 	}
 	if err := read(resp.Body); err != nil {
 		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w", p.target.Host, method, req.URL.Path, err)
 	}
 	return nil
+}
+
+// statusError is an answer of the API server that is none of what the agent has asked for. Only its code tells what it
+// is: a Secret that exists already has the reason AlreadyExists, and is a conflict for ChangeSecret.
+func statusError(resp *http.Response, message string) error {
+	return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
 }
 
 // Secret is a Secret of the agent's own.
@@ -93,16 +83,16 @@ type Secret struct {
 
 // ReadSecret returns a Secret, an empty one if there is none.
 func (p *Proxy) ReadSecret(ctx context.Context, namespace, name string) (*Secret, error) {
-	secret := &Secret{}
-	err := p.get(ctx, "/api/v1/namespaces/"+namespace+"/secrets/"+name, func(body io.Reader) error { return json.NewDecoder(body).Decode(secret) })
-	if hasCode(err, http.StatusNotFound) {
-		secret, err = &Secret{
-			TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
-			ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
-		}, nil
+	secret := &Secret{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 	}
+	err := p.call(ctx, http.MethodGet, "/api/v1/namespaces/"+namespace+"/secrets/"+name, nil, func(body io.Reader) error { return json.NewDecoder(body).Decode(secret) })
 	if secret.Data == nil {
 		secret.Data = map[string][]byte{}
+	}
+	if apierrors.IsNotFound(err) {
+		err = nil
 	}
 	return secret, err
 }
@@ -123,7 +113,7 @@ func (p *Proxy) ChangeSecret(ctx context.Context, namespace, name string, change
 			method, path = http.MethodPost, "/api/v1/namespaces/"+namespace+"/secrets"
 		}
 		err = p.call(ctx, method, path, secret, func(io.Reader) error { return nil })
-		if !hasCode(err, http.StatusConflict) {
+		if !apierrors.IsConflict(err) {
 			return err
 		}
 		select {

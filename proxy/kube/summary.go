@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"strconv"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -53,7 +55,7 @@ func (p *Proxy) Summarize(ctx context.Context) Summary {
 	s := Summary{Unavailable: map[string]string{}}
 	get := func(path string, read func(io.Reader) error) error {
 		s.Requests++
-		return p.get(ctx, path, read)
+		return p.call(ctx, http.MethodGet, path, nil, read)
 	}
 	var version struct{ GitVersion, Platform string }
 	err := get("/version", func(body io.Reader) error { return json.NewDecoder(body).Decode(&version) })
@@ -63,8 +65,8 @@ func (p *Proxy) Summarize(ctx context.Context) Summary {
 		s.Version, s.Platform = &version.GitVersion, &version.Platform
 	}
 	// Whoever answers is there, even if what it answers is an error.
-	var answered *StatusError
-	s.Reachable = err == nil || errors.As(err, &answered)
+	_, answered := errors.AsType[*apierrors.StatusError](err)
+	s.Reachable = err == nil || answered
 	if !s.Reachable {
 		for _, field := range []string{"nodes", "namespaces", "deployments", "services", "pods"} {
 			s.Unavailable[field] = err.Error()

@@ -33,16 +33,17 @@ const (
 // lanes sends upgrades over HTTP/1.1 and all other requests over HTTP/2, if the API server speaks it.
 type lanes struct {
 	http2, http1 http.RoundTripper
-	latency      Observer
-	settled      atomic.Bool   // it is known what the API server speaks
-	onlyHTTP1    atomic.Bool   // and that is not HTTP/2
+	latency      func(seconds float64)
+	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
 	first        chan struct{} // holds the request that finds out
 	plugin       *plugin       // nil: the credential comes from no plugin
 }
 
-func newLanes(config *rest.Config, target *url.URL, latency Observer) (*lanes, error) {
+func newLanes(config *rest.Config, target *url.URL, latency func(seconds float64)) (*lanes, error) {
 	l := &lanes{latency: latency, first: make(chan struct{}, 1)}
-	l.onlyHTTP1.Store(target.Scheme == "http")
+	if target.Scheme == "http" {
+		l.major.Store(1)
+	}
 	if config.ExecProvider != nil {
 		l.plugin = &plugin{command: config.ExecProvider.Command}
 	}
@@ -113,30 +114,26 @@ func (l *lanes) RoundTrip(r *http.Request) (*http.Response, error) {
 		resp, err = send(r)
 	}
 	if err == nil {
-		l.latency.Observe(time.Since(start).Seconds())
+		l.latency(time.Since(start).Seconds())
 	}
 	return resp, err
 }
 
 // call sends a request that is no upgrade.
 func (l *lanes) call(r *http.Request) (*http.Response, error) {
-	if l.onlyHTTP1.Load() {
-		return l.http1.RoundTrip(r)
-	}
-	if !l.settled.Load() && r.Body == nil { // one at a time: over HTTP/1.1 watches behind maxDials would wait for ever
+	if l.major.Load() == 0 && r.Body == nil { // one at a time: over HTTP/1.1 watches behind maxDials would wait for ever
 		select {
 		case l.first <- struct{}{}:
 			defer func() { <-l.first }()
 		case <-time.After(5 * time.Second):
 		}
-		if l.onlyHTTP1.Load() {
-			return l.http1.RoundTrip(r)
-		}
+	}
+	if l.major.Load() == 1 {
+		return l.http1.RoundTrip(r)
 	}
 	resp, err := l.http2.RoundTrip(r)
-	if err == nil && !l.settled.Load() {
-		l.onlyHTTP1.Store(resp.ProtoMajor == 1)
-		l.settled.Store(true)
+	if err == nil {
+		l.major.CompareAndSwap(0, int32(resp.ProtoMajor))
 	}
 	return resp, err
 }
@@ -164,9 +161,8 @@ func (p *plugin) bound(send func(*http.Request) (*http.Response, error)) func(*h
 			return nil, &pluginError{p.command}
 		}
 		ctx, cancel := context.WithCancel(r.Context())
-		context.AfterFunc(r.Context(), cancel) // not before: the caller reads the answer
-		limit := time.AfterFunc(pluginTimeout, cancel)
-		var given atomic.Bool // the credential
+		limit := time.AfterFunc(pluginTimeout, cancel) // later it ends with r's: the caller reads the answer
+		var given atomic.Bool                          // the credential
 		traced := r.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GetConn: func(string) { limit.Stop(); given.Store(true) }}))
 		var resp *http.Response
 		var err error

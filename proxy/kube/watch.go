@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"context"
 	"encoding/binary"
 	"io"
 	"net/http"
@@ -8,17 +9,6 @@ import (
 	"strings"
 	"sync"
 )
-
-// Drain ends all watches between two events; it does not wait. Those that come later end at once.
-func (p *Proxy) Drain() { p.watches.drain() }
-
-// watches ends the running watches when the proxy drains: between two events, with a clean end of the body.
-// client-go takes that for the end that every watch has after a while, and watches again from where it was.
-type watches struct {
-	mu       sync.Mutex
-	open     map[*watchBody]struct{}
-	draining bool
-}
 
 // isWatch follows the API server's reading of ?watch: anything but false and 0 is true.
 // Source: k8s.io/apimachinery/pkg/runtime/conversion.go, Convert_Slice_string_To_bool.
@@ -30,120 +20,91 @@ func isWatch(u *url.URL) bool {
 	return ok && !strings.EqualFold(values[0], "false") && values[0] != "0"
 }
 
-// track puts a body that can be ended between two events in place of a watch's.
-func (w *watches) track(resp *http.Response) {
-	body := &watchBody{body: resp.Body, all: w, events: jsonEvents{}, between: true}
+// track puts a body in place of a watch's that ends between two events once the proxy drains, with a clean end.
+// client-go takes that for the end that every watch has after a while, and watches again from where it was.
+func (p *Proxy) track(resp *http.Response) {
+	body := &watchBody{ReadCloser: resp.Body, draining: p.draining, endsEvent: endsLine, between: true}
 	switch contentType := resp.Header.Get("Content-Type"); {
 	case strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf"):
-		body.events = &framedEvents{}
+		body.endsEvent = new(framedEvents).read
 	case !strings.HasPrefix(contentType, "application/json"):
 		return // where its events end is not known: it runs on until the drain timeout
 	}
+	body.forget = context.AfterFunc(p.draining, body.drain)
+	body.drain() // now, if it comes late
 	resp.Body = body
-	w.mu.Lock()
-	w.open[body] = struct{}{}
-	draining := w.draining
-	w.mu.Unlock()
-	if draining {
-		body.drain()
-	}
-}
-
-// drain ends all watches, those to come included.
-func (w *watches) drain() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.draining = true
-	for body := range w.open {
-		go body.drain() // to close a body may take a while
-	}
-}
-
-func (w *watches) forget(body *watchBody) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	delete(w.open, body)
 }
 
 // watchBody is the body of a watch.
 type watchBody struct {
-	body   io.ReadCloser
-	all    *watches
-	events events
+	io.ReadCloser
 
-	mu       sync.Mutex
-	draining bool
-	between  bool // the caller has got whole events only
-	ended    bool
+	draining  context.Context        // ends when the proxy drains
+	forget    func() bool            // takes the body from what is ended then
+	endsEvent func(part []byte) bool // takes the next part and says whether it ends with an event
+
+	mu      sync.Mutex
+	between bool // the caller has got whole events only
+	ended   bool
 }
 
 func (b *watchBody) Read(p []byte) (int, error) {
-	n, err := b.body.Read(p)
+	n, err := b.ReadCloser.Read(p)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.ended {
 		return 0, io.EOF // what came since belongs to events that the caller will get from its next watch
 	}
 	if n > 0 {
-		b.between = b.events.read(p[:n])
+		b.between = b.endsEvent(p[:n])
 	}
 	b.endIfDrained()
 	return n, err
 }
 
 func (b *watchBody) Close() error {
-	b.all.forget(b)
-	return b.body.Close()
+	b.forget()
+	return b.ReadCloser.Close()
 }
 
 func (b *watchBody) drain() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.draining = true
 	b.endIfDrained()
 }
 
-// endIfDrained makes the next Read, or the one that waits, return the end of the body.
+// endIfDrained makes the next Read, or the one that waits, return the end of the body. b.mu is held.
 func (b *watchBody) endIfDrained() {
-	if b.draining && b.between && !b.ended {
+	if b.draining.Err() != nil && b.between && !b.ended {
 		b.ended = true
-		_ = b.body.Close() // ends a Read that waits
+		_ = b.ReadCloser.Close() // ends a Read that waits
 	}
 }
 
-// events finds the ends of events in a stream.
-type events interface {
-	// read takes the next part and says whether it ends with an event.
-	read(part []byte) bool
-}
-
-// jsonEvents end with a line break, which JSON of the API server has nowhere else.
-type jsonEvents struct{}
-
-func (jsonEvents) read(part []byte) bool { return part[len(part)-1] == '\n' }
+// endsLine finds the ends of events in JSON: a line break, which the API server has nowhere else.
+func endsLine(part []byte) bool { return part[len(part)-1] == '\n' }
 
 // framedEvents begin with their length in four bytes.
 // Source: k8s.io/apimachinery/pkg/util/framer.
 type framedEvents struct {
 	header []byte // what has come of the length
-	rest   uint32 // bytes of the event that are still to come
+	rest   int64  // bytes of the event that are still to come
 }
 
 func (f *framedEvents) read(part []byte) bool {
 	for len(part) > 0 {
-		if f.rest == 0 {
-			missing := min(4-len(f.header), len(part))
-			f.header = append(f.header, part[:missing]...)
-			part = part[missing:]
-			if len(f.header) == 4 {
-				f.rest = binary.BigEndian.Uint32(f.header)
-				f.header = f.header[:0]
-			}
+		if f.rest > 0 {
+			n := min(f.rest, int64(len(part)))
+			f.rest -= n
+			part = part[n:]
 			continue
 		}
-		n := min(uint64(f.rest), uint64(len(part)))
-		f.rest -= uint32(n)
-		part = part[n:]
+		f.header = append(f.header, part[0])
+		part = part[1:]
+		if len(f.header) == 4 {
+			f.rest = int64(binary.BigEndian.Uint32(f.header))
+			f.header = f.header[:0]
+		}
 	}
 	return f.rest == 0 && len(f.header) == 0
 }

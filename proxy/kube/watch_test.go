@@ -47,7 +47,7 @@ func watch(t *testing.T, target, contentType string) *watching {
 		}
 	}))
 	t.Cleanup(api.Close)
-	proxy, err := New(&rest.Config{Host: api.URL}, ignored{}, slog.New(slog.DiscardHandler))
+	proxy, err := New(&rest.Config{Host: api.URL}, ignored, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +113,7 @@ func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
 	late := &http.Response{
 		Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader("{}\n")),
 	}
-	w.proxy.watches.track(late)
+	w.proxy.track(late)
 	if got, err := io.ReadAll(late.Body); err != nil || len(got) != 0 {
 		t.Errorf("got %q, %v", got, err)
 	}
@@ -132,13 +132,13 @@ func TestOtherAnswersOutliveTheDrain(t *testing.T) {
 
 func TestEndedWatchesAreForgotten(t *testing.T) {
 	w := watch(t, "pods?watch=true", "application/json")
-	w.sent(t, "{}\n")
-	close(w.events)
-	w.ends(t, "")
-	w.proxy.watches.mu.Lock()
-	defer w.proxy.watches.mu.Unlock()
-	if n := len(w.proxy.watches.open); n != 0 {
-		t.Errorf("%d watches are still tracked", n)
+	resp := &http.Response{Header: http.Header{"Content-Type": {"application/json"}}, Body: http.NoBody}
+	w.proxy.track(resp)
+	if err := resp.Body.Close(); err != nil {
+		t.Error(err)
+	}
+	if resp.Body.(*watchBody).forget() {
+		t.Error("the watch is still tracked")
 	}
 }
 

@@ -14,8 +14,6 @@ import (
 	"strings"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -64,7 +62,7 @@ func (c *ControlPlane) gateway() http.Handler {
 		_, known := c.agents[id]
 		c.mu.Unlock()
 		if !ok || !known {
-			kube.WriteStatus(w, r, http.StatusNotFound, metav1.StatusReasonNotFound,
+			kube.WriteStatus(w, r, http.StatusNotFound,
 				fmt.Sprintf("the control plane knows no agent %.100q: the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
 			return
 		}
@@ -148,7 +146,7 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 	if !errors.Is(err, errNoAgent) {
 		message = fmt.Sprintf("the gateway cannot reach frps: %v: check that the control plane's frps runs", err)
 	}
-	kube.WriteStatus(w, r, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, message, 1)
+	kube.WriteStatus(w, r, http.StatusServiceUnavailable, message, 1)
 }
 
 // cutAgent splits /agents/{id}/rest into id and /rest. It works on encoded paths as on decoded ones.
