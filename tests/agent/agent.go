@@ -37,7 +37,8 @@ type Agent struct {
 	group    *process.Group
 	id       string
 	starts   *atomic.Int32 // of processes
-	restarts *atomic.Int32 // of frpc
+	restarts *atomic.Int32 // of frpc, by RestartFrpc
+	frpcPid  *atomic.Int32
 	frpcArgs []string
 }
 
@@ -55,7 +56,7 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 	}
 	listen, metrics := loopback(ports[0]), loopback(ports[1])
 	return &Agent{
-		group: group, id: id, RunDir: dir, starts: &atomic.Int32{}, restarts: &atomic.Int32{},
+		group: group, id: id, RunDir: dir, starts: &atomic.Int32{}, restarts: &atomic.Int32{}, frpcPid: &atomic.Int32{},
 		Tunnel: "https://" + listen, Operations: "http://" + metrics,
 		frpcArgs: []string{"-c", filepath.Join(dir, frpc.ConfigFile)},
 		Env: []string{
@@ -114,6 +115,7 @@ func (a *Agent) Command(args ...string) (*process.Process, error) {
 // ctx ends.
 func (a *Agent) RestartFrpc(ctx context.Context) {
 	running := a.Frpc
+	a.frpcPid.Store(int32(running.Pid()))
 	go func() {
 		probe := time.NewTicker(5 * time.Second)
 		defer probe.Stop()
@@ -134,6 +136,7 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 				return
 			}
 			running = next
+			a.frpcPid.Store(int32(next.Pid()))
 			probe.Reset(20 * time.Second) // initialDelaySeconds; then every 5 s
 			a.restarts.Add(1)
 			select {
@@ -144,6 +147,9 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 		}
 	}()
 }
+
+// FrpcPid is the process that RestartFrpc looks after.
+func (a *Agent) FrpcPid() int { return int(a.frpcPid.Load()) }
 
 // FrpcRestarts is how often RestartFrpc has done so.
 func (a *Agent) FrpcRestarts() int { return int(a.restarts.Load()) }

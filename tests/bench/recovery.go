@@ -21,7 +21,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
-// recovery measures what the tunnel's keeper costs, and how long callers miss the tunnel when something happens to
+// recovery measures what the renewal of the lease costs, and how long callers miss the tunnel when something happens to
 // it. All parts are real; the control plane is on this machine.
 func recovery(ctx context.Context) error {
 	group, err := process.NewGroup()
@@ -41,9 +41,25 @@ func recovery(ctx context.Context) error {
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		return err
 	}
+	for _, shared := range []bool{true, false} {
+		if err := recoveryWith(ctx, kubeconfig, shared); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// recoveryWith does that with frp's shared token, or with a token of OpenID Connect for each lease.
+func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
+	group, err := process.NewGroup()
+	if err != nil {
+		return err
+	}
+	defer group.Close()
 	const id = "agent-001"
-	cp, err := controlplane.Start(ctx, controlplane.Options{ // with the shared token, for which a renewal restarts frpc
-		Group: group, Agents: map[string]string{id: "first"}, Log: slog.New(slog.DiscardHandler), Token: true,
+	method := map[bool]string{true: "method token", false: "method oidc"}[shared]
+	cp, err := controlplane.Start(ctx, controlplane.Options{
+		Group: group, Agents: map[string]string{id: "first"}, Log: slog.New(slog.DiscardHandler), Token: shared,
 	})
 	if err != nil {
 		return err
@@ -97,7 +113,7 @@ func recovery(ctx context.Context) error {
 		return client.Do(req)
 	}
 	fmt.Printf("| what | figure |\n| --- | --- |\n")
-	fmt.Printf("| bootstrap, from its start to its end with frpc.toml written | %.0f ms |\n", median(written))
+	fmt.Printf("| %s: bootstrap, from its start to its end with frpc.toml written | %.0f ms |\n", method, median(written))
 	// happening does something, and until done says that all is over tells how long callers miss the tunnel.
 	happening := func(what string, do func() error, done func() bool) error {
 		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true") //nolint:bodyclose // below, on every way out but errors that end it all
@@ -151,18 +167,39 @@ func recovery(ctx context.Context) error {
 		fmt.Printf("| … a watch that ran | %s |\n", running)
 		return nil
 	}
-	if err := happening("frps killed, and started again at once", func() error { return syscall.Kill(cp.FrpsPid(), syscall.SIGKILL) }, func() bool { return true }); err != nil {
-		return err
+	over := func() bool { return true }
+	if shared { // the rest is the same with both
+		pid := cp.FrpsPid()
+		for _, fault := range []struct {
+			what string
+			do   func() error
+		}{
+			{"frps killed, and started again at once", func() error { return syscall.Kill(pid, syscall.SIGKILL) }},
+			{"frps frozen for 30 s", func() error {
+				if err := syscall.Kill(cp.FrpsPid(), syscall.SIGSTOP); err != nil {
+					return err
+				}
+				time.Sleep(30 * time.Second)
+				return syscall.Kill(cp.FrpsPid(), syscall.SIGCONT)
+			}},
+			{"frpc killed, and started again at once", func() error { return syscall.Kill(a.FrpcPid(), syscall.SIGKILL) }},
+		} {
+			if err := happening(fault.what, fault.do, over); err != nil {
+				return err
+			}
+		}
 	}
-	restarts := a.FrpcRestarts()
-	if err := happening("the agent's token changed", func() error {
+	restarts, leases := a.FrpcRestarts(), strings.Count(a.Bootstrap.Log(), "lease written")
+	if err := happening("renewal with "+method, func() error {
 		cp.SetAgent(id, "second")
 		if err := os.WriteFile(tokenFile+".new", []byte("second"), 0o600); err != nil {
 			return err
 		}
 		token = "second"
 		return os.Rename(tokenFile+".new", tokenFile)
-	}, func() bool { return a.FrpcRestarts() > restarts }); err != nil {
+	}, func() bool {
+		return strings.Count(a.Bootstrap.Log(), "lease written") > leases && (!shared || a.FrpcRestarts() > restarts)
+	}); err != nil {
 		return err
 	}
 	rss, err := memory(a.Bootstrap.Pid(), "VmRSS")
@@ -170,8 +207,8 @@ func recovery(ctx context.Context) error {
 		return err
 	}
 	fmt.Printf("| RSS of bootstrap, waiting | %.1f MB |\n\n", rss)
-	if log := a.Bootstrap.Log(); !strings.Contains(log, "frpc is started again") {
-		return fmt.Errorf("bootstrap has not restarted frpc:\n%s", log)
+	if restarted := a.FrpcRestarts() > restarts; restarted != shared {
+		return fmt.Errorf("%s: frpc was restarted for the renewal: %v", method, restarted)
 	}
 	return nil
 }
