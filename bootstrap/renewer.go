@@ -34,6 +34,7 @@ const (
 	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login
 	requestMin, requestMax = 30 * time.Second, 5 * time.Minute // until another lease is requested
 	hangsAfter             = 2 * time.Minute                   // frpc hangs if frps accepts trial logins for so long
+	settleTime             = 5 * time.Minute                   // after it, more or less, until frpc is restarted for its sake
 )
 
 // frpcState is what a look at frpc finds.
@@ -77,6 +78,7 @@ type renewer struct {
 	revokedSince time.Time // when the control plane first said that the agent is revoked; zero: not since the last lease
 
 	outage     outage
+	settled    time.Time // before this, frpc is not restarted merely because nothing runs through the tunnel
 	stuckUntil time.Time // when to remove StuckFile; zero: there is none
 	tried      bool      // a trial login has told the version of frps
 	unheard    bool      // frpc could not be told to end, and that was said
@@ -169,7 +171,7 @@ func (r *renewer) run(ctx context.Context) error {
 		}
 		r.reload(ctx, admin)
 		reason := r.restartReason(time.Now())
-		if reason == "" && r.lease.Stale != nil && r.outage.since.IsZero() && r.idle(ctx) {
+		if reason == "" && r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.settled) && r.idle(ctx) {
 			reason = "nothing runs through the tunnel"
 		}
 		if reason != "" {
@@ -291,6 +293,9 @@ func (r *renewer) recordState(state frpcState, now time.Time) {
 		r.outage = outage{}
 		r.markFresh()
 	case connected:
+		if r.outage.requestWait > requestMin { // all agents are back now, with new leases: they must not all log in again
+			r.settled = now.Add(jitter(settleTime))
+		}
 		r.outage = outage{}
 	case loggedOut, rejected:
 		if r.outage.since.IsZero() {

@@ -148,6 +148,11 @@ func TestOutage(t *testing.T) {
 	if requests, _, restarts, reason := outageOf(t, r, loggedOut, 10*time.Minute); len(requests) != 1 || len(restarts) > 0 || r.lease.Stale == nil {
 		t.Errorf("with another lease: requests %v, restarts %v %s", requests, restarts, reason)
 	}
+	now := time.Now()
+	r.recordState(connected, now)
+	if wait := r.settled.Sub(now); wait < 150*time.Second || wait > 450*time.Second {
+		t.Errorf("back from the outage, frpc may be restarted for the new lease after %s", wait)
+	}
 }
 
 // unchanging gives the same lease every time.
