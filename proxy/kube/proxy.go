@@ -115,16 +115,18 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 			}
 		} else {
 			body.patience, found.body = uploadTimeout, body
+			body.outlastAnswer()
 			if r.Header.Get("Expect") != "" {
 				body.begin()
 			}
 		}
 	}
+	rp := p.rp
 	if d.Verb == "watch" {
-		p.watchRP.ServeHTTP(w, r)
-		return
+		rp = p.watchRP
 	}
-	p.rp.ServeHTTP(w, r)
+	rp.ServeHTTP(w, r)
+	found.body.afterAnswer()
 }
 
 // maxHeaderSize is the size of a request's headers and target in bytes, as HTTP/2 counts: enough for an exec whose
