@@ -12,6 +12,7 @@ import (
 	"net/http/httputil"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -36,6 +37,11 @@ func (c *ControlPlane) gateway() http.Handler {
 			}
 			pr.Out.URL.Path, pr.Out.URL.RawPath = path, rawPath
 			pr.Out.URL.RawQuery = pr.In.URL.RawQuery
+			// frps forwards tunnels of type http with a ReverseProxy of its own, which loses answers to bodies that come
+			// with their length: see whole. It cannot be told to do otherwise, but chunks it forwards whole.
+			if pr.Out.URL.Scheme == "http" && pr.Out.ContentLength > 0 {
+				pr.Out.ContentLength = -1
+			}
 			// The gateway tells callers to continue; a second 100 from behind would race with its own.
 			pr.Out.Header.Del("Expect")
 			// Else frps's transport asks for gzip on its own, has the API server compress, and unpacks it again.
@@ -51,6 +57,7 @@ func (c *ControlPlane) gateway() http.Handler {
 			}
 			return nil
 		},
+		BufferPool:   &buffers{sync.Pool{New: func() any { return new([32 << 10]byte) }}},
 		ErrorHandler: c.unavailable,
 		ErrorLog:     slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
 		Transport: &http.Transport{
@@ -68,9 +75,33 @@ func (c *ControlPlane) gateway() http.Handler {
 				fmt.Sprintf("the control plane knows no agent %.100q: the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
 			return
 		}
-		rp.ServeHTTP(w, r)
+		whole(rp, w, r)
 	})
 }
+
+// whole keeps net/http from closing the body of a request of HTTP/1.1 when its answer begins. The transport may read
+// from it at that moment: an answer may come before the last of the body, and where the length of the body is known,
+// the transport reads once more after the last byte. It would take the closed body for a failure, and close the
+// connection under the rest of the answer.
+func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
+	if r.Body == http.NoBody {
+		next.ServeHTTP(w, r)
+		return
+	}
+	control := http.NewResponseController(w)
+	_ = control.EnableFullDuplex()
+	next.ServeHTTP(w, r)
+	// What is left of the body must be read here: net/http panics if it is left to it (Go 1.26, finishRequest).
+	_ = control.Flush()
+	_ = r.Body.Close()
+}
+
+// buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
+type buffers struct{ pool sync.Pool }
+
+func (b *buffers) Get() []byte { return b.pool.Get().(*[32 << 10]byte)[:] }
+
+func (b *buffers) Put(buffer []byte) { b.pool.Put((*[32 << 10]byte)(buffer)) }
 
 func (c *ControlPlane) tunnelType(id string) string {
 	c.mu.Lock()
