@@ -24,6 +24,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/controlplane"
 )
 
 // TestNoAnswerIsLost sends writes of 4 to 100 KB, eight at a time, while all cores are busy, and expects each answer
@@ -80,9 +81,9 @@ func TestNoAnswerIsLost(t *testing.T) {
 }
 
 // over is a world whose agent is ready, has a tunnel of this type and is led to the API server of config.
-func over(t *testing.T, tunnel string, config *rest.Config) *world {
+func over(t *testing.T, tunnel string, config *rest.Config, options ...func(*controlplane.Options)) *world {
 	t.Helper()
-	w := newWorld(t)
+	w := newWorld(t, options...)
 	kubeconfig := filepath.Join(w.group.Dir(), "agent.kubeconfig")
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		t.Fatal(err)
