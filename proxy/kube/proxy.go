@@ -103,6 +103,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 			}
 		} else {
 			body.patience, req.body = uploadTimeout, body
+			body.outlastAnswer()
 			if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
 				// Else net/http tells the caller to continue when the transport, elsewhere, first reads the body: it would
 				// race with a 1xx of the API server on the way back.
@@ -122,6 +123,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 		rp.BufferPool = &p.watchBuffers
 	}
 	rp.ServeHTTP(w, r)
+	req.body.afterAnswer()
 }
 
 // maxHeaderSize is the size of a request's headers and target in bytes, as HTTP/2 counts: enough for an exec whose

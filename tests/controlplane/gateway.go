@@ -12,6 +12,7 @@ import (
 	"net/http/httputil"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pipeops/vm-agent/proxy/kube"
@@ -34,6 +35,11 @@ func (c *ControlPlane) gateway() http.Handler {
 			}
 			pr.Out.URL.Path, pr.Out.URL.RawPath = path, rawPath
 			pr.Out.URL.RawQuery = pr.In.URL.RawQuery
+			// frps forwards tunnels of type http with a ReverseProxy of its own, which loses answers to bodies that come
+			// with their length: see whole. It cannot be told to do otherwise, but chunks it forwards whole.
+			if pr.Out.URL.Scheme == "http" && pr.Out.ContentLength > 0 {
+				pr.Out.ContentLength = -1
+			}
 			// The gateway tells callers to continue; a second 100 from behind would race with its own.
 			pr.Out.Header.Del("Expect")
 			// Else frps's transport asks for gzip on its own, has the API server compress, and unpacks it again.
@@ -49,6 +55,7 @@ func (c *ControlPlane) gateway() http.Handler {
 			}
 			return nil
 		},
+		BufferPool:   &buffers{sync.Pool{New: func() any { return new([32 << 10]byte) }}},
 		ErrorHandler: c.unavailable,
 		ErrorLog:     slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
 		Transport: &http.Transport{
@@ -66,9 +73,33 @@ func (c *ControlPlane) gateway() http.Handler {
 				fmt.Sprintf("the control plane knows no agent %.100q: the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
 			return
 		}
-		rp.ServeHTTP(w, r)
+		whole(rp, w, r)
 	})
 }
+
+// whole keeps net/http from closing the body of a request of HTTP/1.1 when its answer begins. The transport may read
+// from it at that moment: an answer may come before the last of the body, and where the length of the body is known,
+// the transport reads once more after the last byte. It would take the closed body for a failure, and close the
+// connection under the rest of the answer.
+func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
+	if r.Body == http.NoBody {
+		next.ServeHTTP(w, r)
+		return
+	}
+	control := http.NewResponseController(w)
+	_ = control.EnableFullDuplex()
+	next.ServeHTTP(w, r)
+	// What is left of the body must be read here: net/http panics if it is left to it (Go 1.26, finishRequest).
+	_ = control.Flush()
+	_ = r.Body.Close()
+}
+
+// buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
+type buffers struct{ pool sync.Pool }
+
+func (b *buffers) Get() []byte { return b.pool.Get().(*[32 << 10]byte)[:] }
+
+func (b *buffers) Put(buffer []byte) { b.pool.Put((*[32 << 10]byte)(buffer)) }
 
 func (c *ControlPlane) tunnelType(id string) string {
 	c.mu.Lock()
@@ -76,12 +107,23 @@ func (c *ControlPlane) tunnelType(id string) string {
 	return c.tunnels[id]
 }
 
-// dial connects to where frps takes callers of tunnels of type http.
-func (c *ControlPlane) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+// dial connects to where frps takes callers of tunnels of type http, if it has ever been let to open one for the agent.
+func (c *ControlPlane) dial(ctx context.Context, _, addr string) (net.Conn, error) {
+	if id, _, _ := strings.Cut(addr, "."); c.tunnelType(id) == "" {
+		return nil, notDelivered{errNoAgent}
+	}
 	c.mu.Lock()
-	addr := net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostPort))
+	addr = net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostPort))
 	c.mu.Unlock()
-	return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	return dialFrps(ctx, addr)
+}
+
+func dialFrps(ctx context.Context, addr string) (net.Conn, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, notDelivered{err}
+	}
+	return conn, nil
 }
 
 // Direct returns where frps takes the callers of an agent that has a tunnel of type https, and how they speak TLS with
@@ -113,40 +155,60 @@ func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn,
 	}
 	id, _ := strings.CutSuffix(name, "."+tlsDomain)
 	addr, config := c.Direct(id)
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	conn, err := dialFrps(ctx, addr)
 	if err != nil {
 		return nil, err
 	}
 	tlsConn := tls.Client(conn, config)
 	if err := tlsConn.HandshakeContext(ctx); err != nil {
 		_ = conn.Close()
-		return nil, fmt.Errorf("%w: %w", errNoAgent, err)
+		return nil, notDelivered{fmt.Errorf("%w: %w", errNoAgent, err)}
 	}
 	return tlsConn, nil
 }
 
-// errNoAgent stands for an answer that no agent gave: frps answers 404 for a tunnel that is not up, which kubectl
-// would take for an object that does not exist.
+// errNoAgent stands for an answer that no agent gave: frps answers 404 for a tunnel that is not up, which kubectl would
+// take for an object that does not exist. It answers 404, too, where the connection to an agent breaks that has got the
+// request.
 var errNoAgent = errors.New("no agent is connected")
 
-// unavailable asks for another try in a second. client-go makes ten before it gives the error to its user, so
-// that kubectl works on when a hop is started again. r is the request as rewritten.
+// notDelivered is a failure before anything of the request went to the agent.
+type notDelivered struct{ error }
+
+func (e notDelivered) Unwrap() error { return e.error }
+
+// unavailable answers for an agent that did not. r is the request as rewritten.
+//
+// Where a second request can do no harm it asks for one in a second, by a 503. client-go makes ten before it gives the
+// error to its user, so that kubectl works on when a hop is started again. But it would repeat writes as well: one that
+// may have been done gets a 502, and its user must look.
 func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, context.Canceled) {
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
 	}
 	id, _, _ := strings.Cut(r.Host, ".")
-	message := fmt.Sprintf("agent %q is not connected to the control plane: look at its pod's bootstrap and frpc logs, and at GET /ready on its port 9090", id)
-	c.mu.Lock()
-	refused, ok := c.refusals[id]
-	c.mu.Unlock()
-	if ok {
-		message += fmt.Sprintf("; frps refused its tunnel at %s: %s", refused.at.UTC().Format(time.RFC3339), refused.reason)
-	}
-	if !errors.Is(err, errNoAgent) {
+	var message string
+	undelivered := errors.As(err, &notDelivered{})
+	switch {
+	case errors.Is(err, errNoAgent):
+		message = fmt.Sprintf("agent %q is not connected to the control plane: look at its pod's bootstrap and frpc logs, and at GET /ready on its port 9090", id)
+		c.mu.Lock()
+		refused, ok := c.refusals[id]
+		c.mu.Unlock()
+		if ok {
+			message += fmt.Sprintf("; frps refused its tunnel at %s: %s", refused.at.UTC().Format(time.RFC3339), refused.reason)
+		}
+	case undelivered:
 		message = fmt.Sprintf("the gateway cannot reach frps: %v: check that the control plane's frps runs", err)
+	default:
+		message = fmt.Sprintf("the connection to agent %q broke before it answered: %v", id, err)
 	}
-	kube.WriteStatus(w, r, http.StatusServiceUnavailable, message, 1)
+	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" // an exec is a GET
+	if undelivered || reads {
+		kube.WriteStatus(w, r, http.StatusServiceUnavailable, message, 1)
+		return
+	}
+	kube.WriteStatus(w, r, http.StatusBadGateway, "the request may have reached the agent: look whether what you asked for was done; "+message, 0)
 }
 
 // cutAgent splits /agents/{id}/rest into id and /rest. It works on encoded paths as on decoded ones.

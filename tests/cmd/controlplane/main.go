@@ -1,5 +1,5 @@
 // Command controlplane runs the development control plane with a stock frps until Ctrl-C. It prints where its
-// parts are as one line of JSON.
+// parts are as one line of JSON. `controlplane check` holds another control plane to the contract.
 package main
 
 import (
@@ -30,6 +30,9 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
+	if len(args) > 0 && args[0] == "check" {
+		return check(ctx, args[1:], os.Stdout)
+	}
 	agents := map[string]string{}
 	flags := flag.NewFlagSet("controlplane", flag.ContinueOnError)
 	flags.Func("agents", "`file` of the agents that may connect, one id=token a line", func(path string) error {

@@ -1,0 +1,112 @@
+package kube
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestAnswersToLargeBodiesAreWhole: bodies that are too large to be kept are read while they are sent, from a caller
+// of HTTP/1.1, whose body net/http would close when the answer begins. The API server may answer before it has read
+// all, as a backend behind services/proxy does that knows enough.
+func TestAnswersToLargeBodiesAreWhole(t *testing.T) {
+	const padding = 64 << 10 // of an answer: more than comes with its headers
+	answer := func(body []byte) []byte { return append(bytes.Repeat(body[:16], padding/16), body[:16]...) }
+	for _, protocol := range []string{"HTTP/1.1", "HTTP/2"} {
+		for _, test := range []struct {
+			name   string
+			unread int  // bytes of the body when the answer begins
+			rest   bool // are read then
+		}{
+			{"all is read", 0, true},
+			{"one byte is not", 1, true},
+			{"some of it is not", 20 << 10, true},
+			{"a part is never read", 100 << 10, false},
+		} {
+			t.Run(protocol+", "+test.name, func(t *testing.T) {
+				upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if test.rest {
+						_ = http.NewResponseController(w).EnableFullDuplex()
+					}
+					body := make([]byte, int(r.ContentLength)-test.unread)
+					if _, err := io.ReadFull(r.Body, body); err != nil {
+						panic(http.ErrAbortHandler)
+					}
+					whole := answer(body)
+					w.Header().Set("Content-Length", strconv.Itoa(len(whole)))
+					_, _ = w.Write(whole[:padding/2])
+					_ = http.NewResponseController(w).Flush()
+					if test.rest {
+						if n, err := io.Copy(io.Discard, r.Body); n != int64(test.unread) || err != nil {
+							t.Errorf("the API server read %d more bytes of %d: %v", n, test.unread, err)
+						}
+					}
+					_, _ = w.Write(whole[padding/2:])
+				}))
+				if protocol == "HTTP/2" {
+					upstream.EnableHTTP2 = true
+					upstream.StartTLS()
+				} else {
+					upstream.Start()
+				}
+				t.Cleanup(upstream.Close)
+				server := front(t, upstream.URL)
+				client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}
+				t.Cleanup(client.CloseIdleConnections)
+				var group sync.WaitGroup
+				for worker := range 8 {
+					group.Go(func() {
+						for i := range 15 {
+							body := bytes.Repeat(fmt.Appendf(nil, "%15d\n", worker*100+i), (300<<10+(worker*15+i)*14<<10)/16)
+							resp, err := client.Post(server.URL+Prefix+"/api/v1/pods", "text/plain", bytes.NewReader(body))
+							if err != nil {
+								t.Error(err)
+								return
+							}
+							got, err := io.ReadAll(resp.Body)
+							_ = resp.Body.Close()
+							if err != nil || resp.StatusCode != http.StatusOK || !bytes.Equal(got, answer(body)) {
+								t.Errorf("a body of %d bytes: %s, %d bytes came back: %v", len(body), resp.Status, len(got), err)
+							}
+						}
+					})
+				}
+				group.Wait()
+			})
+		}
+	}
+}
+
+// TestAnswerBeginsBeforeTheBodyEnds: a caller who waits for the answer with the last of the body gets it.
+func TestAnswerBeginsBeforeTheBodyEnds(t *testing.T) {
+	upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.ReadFull(r.Body, make([]byte, 16))
+		_ = http.NewResponseController(w).Flush()
+		_, _ = io.Copy(w, r.Body)
+	}))
+	upstream.EnableHTTP2 = true
+	upstream.StartTLS()
+	t.Cleanup(upstream.Close)
+	server := front(t, upstream.URL)
+	client := &http.Client{Transport: &http.Transport{}, Timeout: 10 * time.Second}
+	t.Cleanup(client.CloseIdleConnections)
+	body, send := io.Pipe()
+	t.Cleanup(func() { _ = send.Close() })
+	go func() { _, _ = io.WriteString(send, "the first of it;") }()
+	resp, err := client.Post(server.URL+Prefix+"/api/v1/pods", "text/plain", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	_, _ = io.WriteString(send, "the last")
+	_ = send.Close()
+	if answer, err := io.ReadAll(resp.Body); err != nil || string(answer) != "the last" {
+		t.Errorf("answered %s %q, %v", resp.Status, answer, err)
+	}
+}

@@ -1,0 +1,87 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/ledger"
+)
+
+// TestNoWriteIsRepeated kills a hop in the middle of writes that client-go makes, which repeats what is answered with
+// Retry-After. What was acknowledged is there once, and nothing is there or missing that the ledger does not know of.
+//
+// LEDGER_WRITES=1000 is how many writes each hop is killed in, and then it is killed three times; by default they are
+// few enough for every run of the tests.
+func TestNoWriteIsRepeated(t *testing.T) {
+	writes, kills := 240, 1
+	if value := os.Getenv("LEDGER_WRITES"); value != "" {
+		var err error
+		if writes, err = strconv.Atoi(value); err != nil {
+			t.Fatal(err)
+		}
+		kills = 3
+	}
+	for _, tunnel := range []string{"https", "http"} {
+		t.Run(tunnel, func(t *testing.T) {
+			t.Parallel()
+			w := over(t, tunnel, api.agent)
+			ns := w.namespace()
+			for _, hop := range []struct {
+				name string
+				kill func() error
+			}{
+				{"frps", func() error { return killed(w.cp.FrpsPid()) }}, // the control plane starts it again
+				{"frpc", func() error { w.agent.Frpc.Kill(); return w.agent.StartFrpc() }},
+				{"proxy", func() error { w.agent.Proxy.Kill(); return w.agent.StartProxy() }},
+			} {
+				t.Run(hop.name, func(t *testing.T) {
+					l, err := ledger.New(agent.Caller(w.cp, agentID, agentToken), ns, hop.name)
+					if err != nil {
+						t.Fatal(err)
+					}
+					ended := make(chan error, 1)
+					go func() { ended <- l.Write(t.Context(), api.Client, writes, 8) }()
+					for i := range kills {
+						after := (i + 1) * writes / (kills + 1)
+						eventuallyWithin(t, time.Minute, func() error {
+							if done := l.Done(); done < after {
+								return fmt.Errorf("%d of %d writes are done", done, after)
+							}
+							return nil
+						})
+						if err := hop.kill(); err != nil {
+							t.Fatal(err)
+						}
+					}
+					if err := <-ended; err != nil {
+						t.Fatal(err)
+					}
+					balance, err := l.Compare(t.Context(), api.Client)
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Logf("%d writes: %s", writes, balance)
+					for _, err := range balance.Wrong {
+						t.Error(err)
+					}
+					if balance.Acknowledged < writes/2 {
+						t.Error("the tunnel has not come back: most writes were not done")
+					}
+					w.answers()
+				})
+			}
+		})
+	}
+}
+
+func killed(pid int) error {
+	p, err := os.FindProcess(pid)
+	if err != nil {
+		return err
+	}
+	return p.Kill()
+}
