@@ -154,7 +154,8 @@ func (a *authenticator) failed(r *http.Request, refused *refusal) time.Duration 
 func (s *server) throttled(w http.ResponseWriter, r *http.Request, refused *refusal) bool {
 	wait := s.auth.failed(r, refused)
 	if wait > 0 {
-		fail(w, r, http.StatusTooManyRequests, fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why), int32(wait.Seconds())+1)
+		why := fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why)
+		fail(w, r, http.StatusTooManyRequests, why, int32(wait.Seconds())+1)
 	}
 	return wait > 0
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"log/slog"
 	"slices"
 	"sync"
@@ -127,14 +126,8 @@ const (
 	callStall     = time.Minute            // a call whose caller reads or sends nothing for as long is ended
 )
 
-// watch ends stalled requests until ctx ends: calls after callStall, and those of both kinds that have stalled
-// longest when there are more than the limits allow.
-func (g *gate) watch(ctx context.Context) {
-	for ; ctx.Err() == nil; time.Sleep(stallInterval) {
-		g.endStalled(time.Now())
-	}
-}
-
+// endStalled ends stalled requests: calls after callStall, and those of both kinds that have stalled longest when there
+// are more than the limits allow.
 func (g *gate) endStalled(now time.Time) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -87,7 +87,8 @@ func (p *Proxy) ReadSecret(ctx context.Context, namespace, name string) (*Secret
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 	}
-	err := p.call(ctx, http.MethodGet, "/api/v1/namespaces/"+namespace+"/secrets/"+name, nil, func(body io.Reader) error { return json.NewDecoder(body).Decode(secret) })
+	path := "/api/v1/namespaces/" + namespace + "/secrets/" + name
+	err := p.call(ctx, http.MethodGet, path, nil, func(body io.Reader) error { return json.NewDecoder(body).Decode(secret) })
 	if secret.Data == nil {
 		secret.Data = map[string][]byte{}
 	}

@@ -30,8 +30,8 @@ func (p *Proxy) track(resp *http.Response) {
 	case !strings.HasPrefix(contentType, "application/json"):
 		return // where its events end is not known: it runs on until the drain timeout
 	}
-	body.forget = context.AfterFunc(p.draining, body.drain)
-	body.drain() // now, if it comes late
+	body.forget = context.AfterFunc(p.draining, func() { body.advance(nil) })
+	body.advance(nil) // ends it now, if it comes late
 	resp.Body = body
 }
 
@@ -50,15 +50,9 @@ type watchBody struct {
 
 func (b *watchBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.ended {
+	if b.advance(p[:n]) {
 		return 0, io.EOF // what came since belongs to events that the caller will get from its next watch
 	}
-	if n > 0 {
-		b.between = b.endsEvent(p[:n])
-	}
-	b.endIfDrained()
 	return n, err
 }
 
@@ -67,18 +61,22 @@ func (b *watchBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-func (b *watchBody) drain() {
+// advance takes note of a part that the caller gets, unless the body has ended before, which it reports. If the proxy
+// drains and the caller has whole events only, the next Read, or the one that waits, returns the end of the body.
+func (b *watchBody) advance(part []byte) (ended bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.endIfDrained()
-}
-
-// endIfDrained makes the next Read, or the one that waits, return the end of the body. b.mu is held.
-func (b *watchBody) endIfDrained() {
-	if b.draining.Err() != nil && b.between && !b.ended {
+	if b.ended {
+		return true
+	}
+	if len(part) > 0 {
+		b.between = b.endsEvent(part)
+	}
+	if b.draining.Err() != nil && b.between {
 		b.ended = true
 		_ = b.ReadCloser.Close() // ends a Read that waits
 	}
+	return false
 }
 
 // endsLine finds the ends of events in JSON: a line break, which the API server has nowhere else.
