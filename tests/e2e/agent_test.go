@@ -124,7 +124,7 @@ func prepare(t *testing.T) *installed {
 	}
 	unpin(t, filepath.Join(i.dir, "base", "kustomization.yaml"))
 	i.write("overlays/test/agent.env", "PIPEOPS_AGENT_ID="+agentID+"\nPIPEOPS_API_URL="+i.cp.APIURL+
-		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TUNNEL_TYPE=https\n")
+		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\n")
 	i.write("overlays/test/agent-token", agentToken+"\n")
 	i.write("overlays/test/ca.crt", string(i.cp.CA))
 	t.Cleanup(func() {

@@ -25,7 +25,8 @@ func TestHangingFrpc(t *testing.T) {
 	}
 	t.Cleanup(silent.Close)
 	i.setting("PIPEOPS_FRP_PROXY_URL=http://" + silent.Addr)
-	i.apply()
+	i.components()
+	i.must(i.admin, "apply", "-k", "manifests/overlays/test")
 	eventually(t, func() error {
 		if silent.Held() == 0 {
 			return fmt.Errorf("frpc has not asked the proxy")
