@@ -62,8 +62,8 @@ func TestAnswersToLargeBodiesAreWhole(t *testing.T) {
 				var group sync.WaitGroup
 				for worker := range 8 {
 					group.Go(func() {
-						for i := range 15 {
-							body := bytes.Repeat(fmt.Appendf(nil, "%15d\n", worker*100+i), (300<<10+(worker*15+i)*14<<10)/16)
+						for i := range 8 {
+							body := bytes.Repeat(fmt.Appendf(nil, "%15d\n", worker*100+i), (300<<10+(worker*8+i)*26<<10)/16)
 							resp, err := client.Post(server.URL+Prefix+"/api/v1/pods", "text/plain", bytes.NewReader(body))
 							if err != nil {
 								t.Error(err)

@@ -211,11 +211,12 @@ func (a *Agent) WaitReady(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ended := make(chan struct{})
+	proxy, frpc := a.Proxy, a.Frpc // what they name may change before the goroutine has ended
 	go func() {
 		defer close(ended)
 		select {
-		case <-a.Proxy.Done():
-		case <-a.Frpc.Done():
+		case <-proxy.Done():
+		case <-frpc.Done():
 		case <-ctx.Done():
 		}
 	}()

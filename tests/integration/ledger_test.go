@@ -65,8 +65,8 @@ func TestNoWriteIsRepeated(t *testing.T) {
 						t.Fatal(err)
 					}
 					t.Logf("%d writes: %s", writes, balance)
-					for _, err := range balance.Wrong {
-						t.Error(err)
+					for _, what := range balance.Wrong {
+						t.Error(what)
 					}
 					if balance.Acknowledged < writes/2 {
 						t.Error("the tunnel has not come back: most writes were not done")

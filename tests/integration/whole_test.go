@@ -31,9 +31,9 @@ import (
 // whole and each write done once. Go's transport loses such answers where it reads a body that net/http closes.
 //
 // LOST_WRITES=20000 is how many go each way to a server that counts (and 1500 more to an API server). By default they
-// are 800, which is enough for every run of the tests, and not enough to prove anything by one.
+// are 400, which is enough for every run of the tests, and not enough to prove anything by one.
 func TestNoAnswerIsLost(t *testing.T) {
-	count := 800
+	count := 400
 	if value := os.Getenv("LOST_WRITES"); value != "" {
 		var err error
 		if count, err = strconv.Atoi(value); err != nil {

@@ -175,7 +175,7 @@ type Balance struct {
 	Acknowledged, Refused, Unknown int // what the callers were told
 	UnknownDone                    int // of the unknown, how many were done
 	Repeated                       int // writes that client-go has sent more than once
-	Wrong                          []error
+	Wrong                          []string
 }
 
 func (b Balance) String() string {
@@ -210,7 +210,7 @@ func (l *Ledger) Compare(ctx context.Context, direct kubernetes.Interface) (Bala
 	}
 	var b Balance
 	wrong := func(name, what string) {
-		b.Wrong = append(b.Wrong, fmt.Errorf("%s %s: answered %v; the caller was told: %v", name, what, l.records[name].answers, l.records[name].outcome))
+		b.Wrong = append(b.Wrong, fmt.Sprintf("%s %s: answered %v; the caller was told: %v", name, what, l.records[name].answers, l.records[name].outcome))
 	}
 	for name, r := range l.records {
 		n := stored[name]
@@ -240,7 +240,7 @@ func (l *Ledger) Compare(ctx context.Context, direct kubernetes.Interface) (Bala
 		}
 	}
 	for name := range stored {
-		b.Wrong = append(b.Wrong, fmt.Errorf("%s is there, and nobody has written it", name))
+		b.Wrong = append(b.Wrong, fmt.Sprintf("%s is there, and nobody has written it", name))
 	}
 	return b, nil
 }
