@@ -191,7 +191,7 @@ func (p *patient) tunnel(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	proxies, err := frpc.NewAdminClient(lease.Frpc.Admin).Status(ctx)
+	proxies, err := lease.Frpc.Admin.Status(ctx)
 	if err != nil {
 		return "", fmt.Errorf("%w: check that the frpc container runs, and its log", err)
 	}

@@ -150,7 +150,7 @@ func (r *renewer) unwanted(now time.Time) bool {
 // tunnel is closed.
 func (r *renewer) run(ctx context.Context) error {
 	_ = os.Remove(filepath.Join(r.cfg.RunDir, frpc.StuckFile)) // of a bootstrap before
-	admin := frpc.NewAdminClient(r.lease.Frpc.Admin)
+	admin := r.lease.Frpc.Admin
 	for {
 		now := time.Now()
 		r.repair(now)
@@ -184,7 +184,7 @@ func (r *renewer) run(ctx context.Context) error {
 }
 
 // reload has frpc apply a new lease that differs in the tunnel alone: that cuts nothing.
-func (r *renewer) reload(ctx context.Context, admin *frpc.AdminClient) {
+func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
 	stale := r.lease.Stale
 	if stale == nil || stale.Frpc == nil || !onlyTunnelDiffers(*stale.Frpc, r.lease.Frpc) {
 		return
@@ -199,7 +199,7 @@ func (r *renewer) reload(ctx context.Context, admin *frpc.AdminClient) {
 }
 
 // restartFrpc ends frpc, which the kubelet then restarts. If frpc hangs, StuckFile has the kubelet kill it.
-func (r *renewer) restartFrpc(ctx context.Context, admin *frpc.AdminClient, reason string) {
+func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason string) {
 	err := admin.Stop(ctx)
 	if errors.Is(err, frpc.ErrStuck) {
 		r.log.Warn("frpc hangs and does not stop: its liveness probe restarts it; outside Kubernetes, restart it yourself", "reason", reason)
@@ -246,8 +246,7 @@ func (r *renewer) repair(now time.Time) {
 
 // closeTunnel takes away what frpc would log in with, ends it, and makes sure that it has ended. It returns the
 // refusal, with what has become of the tunnel.
-func closeTunnel(ctx context.Context, runDir string, api frpc.Admin, refusal *failure) error {
-	admin := frpc.NewAdminClient(api)
+func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *failure) error {
 	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
 		if look(ctx, admin) == away {
@@ -268,7 +267,7 @@ func closeTunnel(ctx context.Context, runDir string, api frpc.Admin, refusal *fa
 }
 
 // look asks frpc for its state.
-func look(ctx context.Context, admin *frpc.AdminClient) frpcState {
+func look(ctx context.Context, admin frpc.Admin) frpcState {
 	proxies, err := admin.Status(ctx)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
