@@ -7,7 +7,6 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
-	"math/big"
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
@@ -32,12 +31,8 @@ func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certifi
 	if err != nil {
 		return nil, err
 	}
-	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
-	if err != nil {
-		return nil, err
-	}
 	template := &x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: agentID}, DNSNames: certificateNames(agentID, tunnel),
+		Subject: pkix.Name{CommonName: agentID}, DNSNames: certificateNames(agentID, tunnel),
 		NotBefore: time.Now().Add(-24 * time.Hour), // clocks differ
 		NotAfter:  forever,
 		KeyUsage:  x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
