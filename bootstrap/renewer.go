@@ -106,18 +106,14 @@ func unwritable(err error) error {
 
 // inherit notes in the next lease that frpc may still run with what it was told before.
 func (r *renewer) inherit(next *frpc.Lease) {
-	before, _ := r.lease.Frpc.TOML() // it was written once
-	after, _ := next.Frpc.TOML()     // it will be
 	next.Stale = r.lease.Stale
-	if next.Stale == nil && r.lease.Frpc.Tunnel.Type != "" && !bytes.Equal(before, after) {
-		old := r.lease.Frpc
+	if old := r.lease.Frpc; next.Stale == nil && old.Tunnel.Type != "" && !sameTOML(old, next.Frpc) {
 		next.Stale = &frpc.Stale{Until: r.lease.ExpiresAt, Frpc: &old}
 	}
 }
 
-// onlyTunnelDiffers reports whether two configurations of frpc differ in what it can reload.
-func onlyTunnelDiffers(a, b frpc.Config) bool {
-	a.Tunnel, b.Tunnel = frpc.Tunnel{}, frpc.Tunnel{}
+// sameTOML reports whether two configurations, which can be written, are the same frpc.toml.
+func sameTOML(a, b frpc.Config) bool {
 	before, _ := a.TOML()
 	after, _ := b.TOML()
 	return bytes.Equal(before, after)
@@ -186,7 +182,11 @@ func (r *renewer) run(ctx context.Context) error {
 // reload has frpc apply a new lease that differs in the tunnel alone: that cuts nothing.
 func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
 	stale := r.lease.Stale
-	if stale == nil || stale.Frpc == nil || !onlyTunnelDiffers(*stale.Frpc, r.lease.Frpc) {
+	if stale == nil || stale.Frpc == nil {
+		return
+	}
+	reloaded := *stale.Frpc
+	if reloaded.Tunnel = r.lease.Frpc.Tunnel; !sameTOML(reloaded, r.lease.Frpc) {
 		return
 	}
 	if err := admin.Reload(ctx); err != nil {
