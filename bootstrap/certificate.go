@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"slices"
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
@@ -70,13 +71,9 @@ func (c *certificate) fits(agentID string, tunnel frpc.Tunnel, end time.Time) bo
 	}
 	block, _ := pem.Decode(c.cert)
 	cert, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
+	lacks := func(name string) bool { return cert.VerifyHostname(name) != nil }
+	if err != nil || slices.ContainsFunc(certificateNames(agentID, tunnel), lacks) {
 		return false
-	}
-	for _, name := range certificateNames(agentID, tunnel) {
-		if cert.VerifyHostname(name) != nil {
-			return false
-		}
 	}
 	if end.IsZero() {
 		return cert.NotAfter.Equal(forever)
