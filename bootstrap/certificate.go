@@ -7,7 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
-	"math/big"
+	"slices"
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
@@ -32,12 +32,8 @@ func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certifi
 	if err != nil {
 		return nil, err
 	}
-	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
-	if err != nil {
-		return nil, err
-	}
 	template := &x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: agentID}, DNSNames: certificateNames(agentID, tunnel),
+		Subject: pkix.Name{CommonName: agentID}, DNSNames: certificateNames(agentID, tunnel),
 		NotBefore: time.Now().Add(-24 * time.Hour), // clocks differ
 		NotAfter:  forever,
 		KeyUsage:  x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
@@ -75,13 +71,9 @@ func (c *certificate) fits(agentID string, tunnel frpc.Tunnel, end time.Time) bo
 	}
 	block, _ := pem.Decode(c.cert)
 	cert, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
+	lacks := func(name string) bool { return cert.VerifyHostname(name) != nil }
+	if err != nil || slices.ContainsFunc(certificateNames(agentID, tunnel), lacks) {
 		return false
-	}
-	for _, name := range certificateNames(agentID, tunnel) {
-		if cert.VerifyHostname(name) != nil {
-			return false
-		}
 	}
 	if end.IsZero() {
 		return cert.NotAfter.Equal(forever)

@@ -67,15 +67,12 @@ func newControlPlane(cfg *config.Config) (*controlPlane, error) {
 		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
-	return &controlPlane{
-		cfg: cfg,
-		http: &http.Client{
-			Transport: transport,
-			Timeout:   30 * time.Second,
-			// A redirect would carry the token to a host that nobody configured.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		},
-	}, nil
+	return &controlPlane{cfg: cfg, http: &http.Client{
+		Transport: transport,
+		Timeout:   30 * time.Second,
+		// A redirect would carry the token to a host that nobody configured.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}, nil
 }
 
 // failure is why an attempt got no lease. Final: another attempt cannot do better.
@@ -127,13 +124,10 @@ func (c *controlPlane) attempt(ctx context.Context, certificate []byte) (authAns
 	if err != nil {
 		return authAnswer{}, &failure{err: fmt.Errorf("agent.token_file (PIPEOPS_AGENT_TOKEN_FILE): %w", err)}
 	}
-	body, err := json.Marshal(authRequest{
+	body, _ := json.Marshal(authRequest{ // texts alone: it cannot fail
 		AgentID: agent.ID, AgentName: agent.Name, ClusterName: agent.ClusterName,
 		Instance: agent.Instance, Version: version.Version, Certificate: string(certificate),
 	})
-	if err != nil {
-		return authAnswer{}, &failure{err: err, final: true}
-	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, agent.APIURL+authPath, bytes.NewReader(body))
 	if err != nil {
 		return authAnswer{}, &failure{err: err, final: true}
@@ -180,15 +174,19 @@ func (c *controlPlane) attempt(ctx context.Context, certificate []byte) (authAns
 
 // refusal says what an answer other than 200 means.
 func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte) *failure {
+	var problem struct {
+		Detail, Message, Error string
+		Revoked                bool
+	}
+	isProblem := json.Unmarshal(body, &problem) == nil
 	said := resp.Status
-	detail, revoked := detail(body)
-	if detail != "" {
-		said += ": " + detail
+	if detail := cmp.Or(problem.Detail, problem.Message, problem.Error); isProblem && detail != "" {
+		said += fmt.Sprintf(": %.200s", detail)
 	}
 	// What stands on the way may refuse requests too, and not as the contract has it.
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	fromControlPlane := mediaType == "application/json"
-	revoked = revoked && fromControlPlane
+	revoked := fromControlPlane && isProblem && problem.Revoked
 	retryAfter := 0 * time.Second
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
 		retryAfter = time.Duration(min(seconds, 24*60*60)) * time.Second
@@ -211,23 +209,8 @@ func (c *controlPlane) refusal(hop string, resp *http.Response, body []byte) *fa
 	}
 }
 
-// detail is what a JSON body says of an error, short, and whether it says that the agent is revoked.
-func detail(body []byte) (text string, revoked bool) {
-	var problem struct {
-		Detail, Message, Error string
-		Revoked                bool
-	}
-	if json.Unmarshal(body, &problem) != nil {
-		return "", false
-	}
-	return fmt.Sprintf("%.200s", cmp.Or(problem.Detail, problem.Message, problem.Error)), problem.Revoked
-}
-
 func contentType(resp *http.Response) string {
-	if t := resp.Header.Get("Content-Type"); t != "" {
-		return fmt.Sprintf("%.100s", t)
-	}
-	return "no content type"
+	return fmt.Sprintf("%.100s", cmp.Or(resp.Header.Get("Content-Type"), "no content type"))
 }
 
 // explain turns an error of the HTTP client into what happened and what to do.
@@ -246,9 +229,7 @@ func explain(err error) error {
 	case errors.As(err, &timeout) && timeout.Timeout():
 		return fmt.Errorf("does not answer: %w: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it", errors.Unwrap(err))
 	default:
-		if inner := errors.Unwrap(err); inner != nil {
-			err = inner // without "Post <url>", which the sentence has already
-		}
+		err = cmp.Or(errors.Unwrap(err), err) // without "Post <url>", which the sentence has already
 		return fmt.Errorf("cannot be reached: %w: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it", err)
 	}
 }

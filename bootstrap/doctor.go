@@ -94,10 +94,7 @@ func (p *patient) dns(ctx context.Context) (string, error) {
 	if p.cfg.FRP.Token != "" {
 		return "", ownToken
 	}
-	u, err := url.Parse(p.cfg.Agent.APIURL)
-	if err != nil {
-		return "", err
-	}
+	u, _ := url.Parse(p.cfg.Agent.APIURL) // checked by its setting
 	if proxy, err := http.ProxyFromEnvironment(&http.Request{URL: u}); err == nil && proxy != nil {
 		return "", skipped("HTTPS_PROXY is set: the proxy at " + proxy.Host + " finds " + u.Hostname())
 	}
@@ -191,7 +188,7 @@ func (p *patient) tunnel(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	proxies, err := frpc.NewAdminClient(lease.Frpc.Admin).Status(ctx)
+	proxies, err := lease.Frpc.Admin.Status(ctx)
 	if err != nil {
 		return "", fmt.Errorf("%w: check that the frpc container runs, and its log", err)
 	}
@@ -215,7 +212,7 @@ func joined(detail, warning string) string {
 
 func (p *patient) proxy(ctx context.Context) (string, error) {
 	var version struct{ Version string }
-	if err := p.call(ctx, http.MethodGet, p.cfg.Proxy.MetricsAddr, "/version", nil, &version); err != nil {
+	if err := p.call(ctx, p.cfg.Proxy.MetricsAddr, "/version", nil, &version); err != nil {
 		return "", fmt.Errorf("%w: check that the proxy container runs, and its log", err)
 	}
 	if tlsConfig := p.tunnelTLS(); tlsConfig != nil {
@@ -236,7 +233,7 @@ func (p *patient) kubernetes(ctx context.Context) (string, error) {
 			Detail string
 		}
 	}
-	if err := p.call(ctx, http.MethodGet, p.cfg.Proxy.MetricsAddr, "/ready?exclude=tunnel&exclude=shutdown", nil, &ready); err != nil {
+	if err := p.call(ctx, p.cfg.Proxy.MetricsAddr, "/ready?exclude=tunnel&exclude=shutdown", nil, &ready); err != nil {
 		return "", skipped("the proxy comes first")
 	}
 	if check := ready.Checks["kubernetes"]; !check.OK {
@@ -256,12 +253,12 @@ func (p *patient) permissions(ctx context.Context) (string, error) {
 		{"list nodes", map[string]string{"verb": "list", "resource": "nodes"}},
 		{"keep runners", map[string]string{"verb": "update", "resource": "secrets", "name": "pipeops-agent-runners", "namespace": p.cfg.Kubernetes.Namespace}},
 	} {
-		review := map[string]any{
+		review, _ := json.Marshal(map[string]any{ // texts alone: it cannot fail
 			"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
 			"spec": map[string]any{"resourceAttributes": access.attributes},
-		}
+		})
 		var answer struct{ Status struct{ Allowed bool } }
-		err := p.call(ctx, http.MethodPost, p.cfg.Proxy.ListenAddr, "/api/k8s/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review, &answer)
+		err := p.call(ctx, p.cfg.Proxy.ListenAddr, "/api/k8s/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review, &answer)
 		switch {
 		case err != nil:
 			return "", skipped("the proxy and the API server come first")
@@ -293,24 +290,21 @@ func (p *patient) tunnelTLS() *tls.Config {
 	return &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 }
 
-// call asks the proxy, with the agent's token, at one of its two addresses.
-func (p *patient) call(ctx context.Context, method, addr, path string, body, answer any) error {
+// call asks the proxy, with the agent's token, at one of its two addresses: with a POST if there is a body.
+func (p *patient) call(ctx context.Context, addr, path string, body []byte, answer any) error {
 	token, err := p.cfg.AgentToken()
 	if err != nil {
 		return err
 	}
-	var data []byte
+	method, scheme, client := http.MethodGet, "http", *local
 	if body != nil {
-		if data, err = json.Marshal(body); err != nil {
-			return err
-		}
+		method = http.MethodPost
 	}
-	scheme, client := "http", local
 	if tlsConfig := p.tunnelTLS(); tlsConfig != nil && addr == p.cfg.Proxy.ListenAddr {
 		scheme = "https"
-		client = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: tlsConfig}, Timeout: local.Timeout}
+		client.Transport = &http.Transport{DisableKeepAlives: true, TLSClientConfig: tlsConfig}
 	}
-	req, err := http.NewRequestWithContext(ctx, method, scheme+"://"+config.Local(addr)+path, bytes.NewReader(data))
+	req, err := http.NewRequestWithContext(ctx, method, scheme+"://"+config.Local(addr)+path, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}

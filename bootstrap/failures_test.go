@@ -99,7 +99,7 @@ func TestRunDirectory(t *testing.T) {
 	defer server.Close()
 	env := environment(t, server.URL)
 	dir := env["PIPEOPS_RUN_DIR"]
-	leftover := filepath.Join(dir, "."+frpc.ConfigFile+".123")
+	leftover := filepath.Join(dir, "."+frpc.ConfigFile+".new")
 	for name, content := range map[string]string{leftover: "half a fi", filepath.Join(dir, frpc.LeaseFile): "{", filepath.Join(dir, frpc.ConfigFile): "serverAd"} {
 		if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
 			t.Fatal(err)

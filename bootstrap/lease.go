@@ -144,7 +144,7 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 		tunnel.RemotePort = 0
 	}
 	for _, host := range slices.Concat([]string{answer.ServerAddr, tunnel.Subdomain}, tunnel.CustomDomains) {
-		if host != "" && (config.CheckHost(host) != nil || host != answer.ServerAddr && net.ParseIP(host) != nil) {
+		if host != "" && (!config.IsHost(host) || host != answer.ServerAddr && net.ParseIP(host) != nil) {
 			return frpc.Lease{}, fmt.Errorf("the control plane's lease names the host %.100q, which is none: tell those who run it", host)
 		}
 	}

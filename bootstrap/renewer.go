@@ -108,18 +108,14 @@ func unwritable(err error) error {
 
 // inherit notes in the next lease that frpc may still run with what it was told before.
 func (r *renewer) inherit(next *frpc.Lease) {
-	before, _ := r.lease.Frpc.TOML() // it was written once
-	after, _ := next.Frpc.TOML()     // it will be
 	next.Stale = r.lease.Stale
-	if next.Stale == nil && r.lease.Frpc.Tunnel.Type != "" && !bytes.Equal(before, after) {
-		old := r.lease.Frpc
+	if old := r.lease.Frpc; next.Stale == nil && old.Tunnel.Type != "" && !sameTOML(old, next.Frpc) {
 		next.Stale = &frpc.Stale{Until: r.lease.ExpiresAt, Frpc: &old}
 	}
 }
 
-// onlyTunnelDiffers reports whether two configurations of frpc differ in what it can reload.
-func onlyTunnelDiffers(a, b frpc.Config) bool {
-	a.Tunnel, b.Tunnel = frpc.Tunnel{}, frpc.Tunnel{}
+// sameTOML reports whether two configurations, which can be written, are the same frpc.toml.
+func sameTOML(a, b frpc.Config) bool {
 	before, _ := a.TOML()
 	after, _ := b.TOML()
 	return bytes.Equal(before, after)
@@ -152,7 +148,7 @@ func (r *renewer) unwanted(now time.Time) bool {
 // tunnel is closed.
 func (r *renewer) run(ctx context.Context) error {
 	_ = os.Remove(filepath.Join(r.cfg.RunDir, frpc.StuckFile)) // of a bootstrap before
-	admin := frpc.NewAdminClient(r.lease.Frpc.Admin)
+	admin := r.lease.Frpc.Admin
 	for {
 		now := time.Now()
 		r.repair(now)
@@ -186,9 +182,13 @@ func (r *renewer) run(ctx context.Context) error {
 }
 
 // reload has frpc apply a new lease that differs in the tunnel alone: that cuts nothing.
-func (r *renewer) reload(ctx context.Context, admin *frpc.AdminClient) {
+func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
 	stale := r.lease.Stale
-	if stale == nil || stale.Frpc == nil || !onlyTunnelDiffers(*stale.Frpc, r.lease.Frpc) {
+	if stale == nil || stale.Frpc == nil {
+		return
+	}
+	reloaded := *stale.Frpc
+	if reloaded.Tunnel = r.lease.Frpc.Tunnel; !sameTOML(reloaded, r.lease.Frpc) {
 		return
 	}
 	if err := admin.Reload(ctx); err != nil {
@@ -201,7 +201,7 @@ func (r *renewer) reload(ctx context.Context, admin *frpc.AdminClient) {
 }
 
 // restartFrpc ends frpc, which the kubelet then restarts. If frpc hangs, StuckFile has the kubelet kill it.
-func (r *renewer) restartFrpc(ctx context.Context, admin *frpc.AdminClient, reason string) {
+func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason string) {
 	err := admin.Stop(ctx)
 	if errors.Is(err, frpc.ErrStuck) {
 		r.log.Warn("frpc hangs and does not stop: its liveness probe restarts it; outside Kubernetes, restart it yourself", "reason", reason)
@@ -248,8 +248,7 @@ func (r *renewer) repair(now time.Time) {
 
 // closeTunnel takes away what frpc would log in with, ends it, and makes sure that it has ended. It returns the
 // refusal, with what has become of the tunnel.
-func closeTunnel(ctx context.Context, runDir string, api frpc.Admin, refusal *failure) error {
-	admin := frpc.NewAdminClient(api)
+func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *failure) error {
 	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
 		if look(ctx, admin) == away {
@@ -270,7 +269,7 @@ func closeTunnel(ctx context.Context, runDir string, api frpc.Admin, refusal *fa
 }
 
 // look asks frpc for its state.
-func look(ctx context.Context, admin *frpc.AdminClient) frpcState {
+func look(ctx context.Context, admin frpc.Admin) frpcState {
 	proxies, err := admin.Status(ctx)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):

@@ -368,7 +368,7 @@ func TestLook(t *testing.T) {
 	defer server.Close()
 	_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
 	number, _ := strconv.Atoi(port)
-	admin := frpc.NewAdminClient(frpc.Admin{Port: number})
+	admin := frpc.Admin{Port: number}
 	for text, want := range map[string]frpcState{
 		"401": unknown, "cut": unknown, "<html>": unknown, "{}": loggedOut, `{"https":[{"status":"running"}]}`: connected,
 		`{"https":[{"status":"new"}]}`: connected, `{"https":[{"status":"check failed"}]}`: connected, `{"https":[{"status":"start error"}]}`: rejected,
@@ -394,7 +394,7 @@ func TestReload(t *testing.T) {
 	defer server.Close()
 	_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
 	number, _ := strconv.Atoi(port)
-	admin := frpc.NewAdminClient(frpc.Admin{Port: number})
+	admin := frpc.Admin{Port: number}
 	for _, test := range []struct {
 		code   int
 		change authAnswer

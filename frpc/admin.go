@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -23,24 +25,15 @@ type ProxyStatus struct {
 	RemoteAddr string `json:"remote_addr"`
 }
 
-// AdminClient speaks to the admin API of the frpc in the same pod.
-type AdminClient struct {
-	admin Admin
-	http  *http.Client
-}
+// adminClient has a transport of its own, so that the environment's proxy settings do not apply to loopback calls.
+var adminClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 5 * time.Second}
 
-// NewAdminClient makes a client of the frpc that listens as admin says. Its calls take five seconds at most.
-func NewAdminClient(admin Admin) *AdminClient {
-	// Of its own, so that the environment's proxy settings do not apply to loopback calls.
-	return &AdminClient{admin: admin, http: &http.Client{
-		Transport: &http.Transport{DisableKeepAlives: true},
-		Timeout:   5 * time.Second,
-	}}
-}
+// addr is where the frpc in the same pod serves its admin API. Calls of it take five seconds at most.
+func (a Admin) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(a.Port)) }
 
 // Status returns frpc's proxies. There are none while frpc is not logged in to frps.
-func (c *AdminClient) Status(ctx context.Context) ([]ProxyStatus, error) {
-	body, err := c.call(ctx, http.MethodGet, "/api/status")
+func (a Admin) Status(ctx context.Context) ([]ProxyStatus, error) {
+	body, err := a.call(ctx, http.MethodGet, "/api/status")
 	if err != nil {
 		return nil, err
 	}
@@ -48,25 +41,21 @@ func (c *AdminClient) Status(ctx context.Context) ([]ProxyStatus, error) {
 	if err := json.Unmarshal(body, &byType); err != nil {
 		return nil, fmt.Errorf("frpc's admin API: status is not JSON: %w", err)
 	}
-	all := []ProxyStatus{}
-	for _, list := range byType {
-		all = append(all, list...)
-	}
-	return all, nil
+	return append([]ProxyStatus{}, slices.Concat(slices.Collect(maps.Values(byType))...)...), nil // not nil: frpc answers
 }
 
 // ErrStuck means that frpc was told to stop and has not: it hangs in its first login.
 var ErrStuck = errors.New("frpc does not stop")
 
 // Stop ends frpc, and waits up to five seconds for that. The kubelet restarts it, with the frpc.toml that then stands.
-func (c *AdminClient) Stop(ctx context.Context) error {
+func (a Admin) Stop(ctx context.Context) error {
 	// A connection ends with its process, of which a successor may listen a moment later.
-	alive, err := (&net.Dialer{}).DialContext(ctx, "tcp", c.addr())
+	alive, err := (&net.Dialer{}).DialContext(ctx, "tcp", a.addr())
 	if err != nil {
 		return fmt.Errorf("frpc's admin API does not answer: %w", err)
 	}
 	defer func() { _ = alive.Close() }()
-	if _, err := c.call(ctx, http.MethodPost, "/api/stop"); err != nil {
+	if _, err := a.call(ctx, http.MethodPost, "/api/stop"); err != nil {
 		return err
 	}
 	_ = alive.SetReadDeadline(time.Now().Add(5 * time.Second))
@@ -77,21 +66,19 @@ func (c *AdminClient) Stop(ctx context.Context) error {
 }
 
 // Reload has frpc apply the [[proxies]] of its frpc.toml, and nothing else of it. What runs through them goes on.
-func (c *AdminClient) Reload(ctx context.Context) error {
-	_, err := c.call(ctx, http.MethodGet, "/api/reload?strictConfig=true")
+func (a Admin) Reload(ctx context.Context) error {
+	_, err := a.call(ctx, http.MethodGet, "/api/reload?strictConfig=true")
 	return err
 }
 
-func (c *AdminClient) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(c.admin.Port)) }
-
-func (c *AdminClient) call(ctx context.Context, method, path string) ([]byte, error) {
-	addr := c.addr()
+func (a Admin) call(ctx context.Context, method, path string) ([]byte, error) {
+	addr := a.addr()
 	req, err := http.NewRequestWithContext(ctx, method, "http://"+addr+path, nil)
 	if err != nil {
 		return nil, err
 	}
-	req.SetBasicAuth(c.admin.User, c.admin.Password.Reveal())
-	resp, err := c.http.Do(req)
+	req.SetBasicAuth(a.User, a.Password.Reveal())
+	resp, err := adminClient.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("frpc's admin API at %s does not answer: %w", addr, err)
 	}

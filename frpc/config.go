@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -160,50 +161,41 @@ type tomlWriter struct {
 
 func (w *tomlWriter) text(key, value string) {
 	if value != "" {
-		w.line(key, quote(value), utf8.ValidString(key+value))
+		w.line(key, quote(value))
 	}
 }
 
 func (w *tomlWriter) texts(key string, values []string) {
-	if len(values) == 0 {
-		return
+	var quoted []string
+	for _, v := range values {
+		quoted = append(quoted, quote(v))
 	}
-	quoted := make([]string, len(values))
-	for i, v := range values {
-		quoted[i] = quote(v)
+	if len(quoted) > 0 {
+		w.line(key, "["+strings.Join(quoted, ", ")+"]")
 	}
-	w.line(key, "["+strings.Join(quoted, ", ")+"]", utf8.ValidString(strings.Join(values, "")))
 }
 
 func (w *tomlWriter) number(key string, value int) {
 	if value != 0 {
-		w.line(key, strconv.Itoa(value), true)
+		w.line(key, strconv.Itoa(value))
 	}
 }
 
-func (w *tomlWriter) line(key, value string, valid bool) {
-	if !valid && w.err == nil {
+func (w *tomlWriter) line(key, value string) {
+	if !utf8.ValidString(key+value) && w.err == nil {
 		w.err = fmt.Errorf("frpc.toml: the value of %q is not valid UTF-8", strings.ToValidUTF8(key, "?"))
 	}
 	fmt.Fprintf(&w.buf, "%s = %s\n", key, value)
 }
 
+var (
+	backslashed = strings.NewReplacer(`"`, `\"`, `\`, `\\`)
+	numbered    = regexp.MustCompile(`[\x00-\x1f\x7f{]`)
+)
+
 // quote makes a TOML basic string. Beyond what TOML asks for it escapes '{', because frp runs the file as a
 // text/template first. No value can start a line, so none can be taken for the "[common]" of frp's old format.
 func quote(s string) string {
-	var b strings.Builder
-	b.WriteByte('"')
-	for _, r := range s {
-		switch {
-		case r == '"' || r == '\\':
-			b.WriteByte('\\')
-			b.WriteRune(r)
-		case r < 0x20 || r == 0x7f || r == '{':
-			fmt.Fprintf(&b, `\u%04X`, r)
-		default:
-			b.WriteRune(r)
-		}
-	}
-	b.WriteByte('"')
-	return b.String()
+	s = backslashed.Replace(s)
+	return `"` + numbered.ReplaceAllStringFunc(s, func(c string) string { return fmt.Sprintf(`\u%04X`, c[0]) }) + `"`
 }

@@ -166,8 +166,8 @@ func TestReadLeaseErrors(t *testing.T) {
 	}
 }
 
-// TestAdminClientFaults covers what a real frpc does not do; the integration tests speak to a real one.
-func TestAdminClientFaults(t *testing.T) {
+// TestAdminFaults covers what a real frpc does not do; the integration tests speak to a real one.
+func TestAdminFaults(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		handler http.HandlerFunc
@@ -187,7 +187,7 @@ func TestAdminClientFaults(t *testing.T) {
 			if admin.Port, err = strconv.Atoi(port); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := NewAdminClient(admin).Status(t.Context()); err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "hunter2") {
+			if _, err := admin.Status(t.Context()); err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "hunter2") {
 				t.Errorf("got error %v, want %q", err, test.want)
 			}
 		})
@@ -276,7 +276,7 @@ func TestStop(t *testing.T) {
 			}
 		}))
 		defer server.Close()
-		admin := NewAdminClient(Admin{Port: server.Listener.Addr().(*net.TCPAddr).Port})
+		admin := Admin{Port: server.Listener.Addr().(*net.TCPAddr).Port}
 		if err := admin.Stop(t.Context()); errors.Is(err, ErrStuck) != stuck {
 			t.Errorf("stuck %v: %v", stuck, err)
 		}

@@ -2,6 +2,7 @@ package frpc
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -115,32 +116,21 @@ func ReadLease(dir string) (*Lease, error) {
 	return &l, nil
 }
 
-// writeFile replaces path by way of a temporary file beside it, which is left behind only if this process is
-// killed, and removed by the next. os.CreateTemp makes it with mode 0600.
+// writeFile replaces path in one step, by way of a temporary file beside it. One that a process left behind when it was
+// killed is replaced too.
 func writeFile(path string, data []byte) error {
-	leftovers, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".*"))
+	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
+	_ = os.Remove(tmp)
+	file, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	for _, leftover := range leftovers {
-		_ = os.Remove(leftover)
-	}
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	_, err = tmp.Write(data)
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if closeErr := tmp.Close(); err == nil {
-		err = closeErr
-	}
-	if err == nil {
-		err = os.Rename(tmp.Name(), path)
+	_, err = file.Write(data)
+	if err = cmp.Or(err, file.Sync(), file.Close()); err == nil {
+		err = os.Rename(tmp, path)
 	}
 	if err != nil {
-		_ = os.Remove(tmp.Name())
+		_ = os.Remove(tmp)
 	}
 	return err
 }

@@ -2,11 +2,11 @@ package frpc
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/md5" //nolint:gosec // frp's login is defined with MD5
 	"crypto/tls"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -113,10 +113,7 @@ func explainHandshake(err error) error {
 }
 
 func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
-	config := &tls.Config{ServerName: t.ServerName, MinVersion: tls.VersionTLS12}
-	if config.ServerName == "" {
-		config.ServerName = serverAddr
-	}
+	config := &tls.Config{ServerName: cmp.Or(t.ServerName, serverAddr), MinVersion: tls.VersionTLS12}
 	config.InsecureSkipVerify = t.InsecureSkipVerify            // bootstrap warns of it
 	if t.CAFile != "" && filepath.Base(t.CAFile) != RootsFile { // which holds what Go trusts by itself
 		var err error
@@ -141,8 +138,7 @@ func exchangeLogin(conn io.ReadWriter, c Config) (version, refusal string, err e
 	now := time.Now().Unix()
 	key := c.Token.Reveal() // of oidc
 	if c.AuthMethod != "oidc" {
-		sum := md5.Sum([]byte(key + strconv.FormatInt(now, 10))) //nolint:gosec // see above
-		key = hex.EncodeToString(sum[:])
+		key = fmt.Sprintf("%x", md5.Sum([]byte(key+strconv.FormatInt(now, 10)))) //nolint:gosec // see above
 	}
 	login, err := json.Marshal(map[string]any{
 		"version": "0.0.0", "hostname": "login-check", "user": c.User, "timestamp": now,

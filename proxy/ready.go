@@ -120,7 +120,7 @@ func (t *tunnelCheck) run(ctx context.Context) error {
 	lease, err := frpc.ReadLease(t.runDir)
 	var proxies []frpc.ProxyStatus
 	if err == nil {
-		proxies, err = frpc.NewAdminClient(lease.Frpc.Admin).Status(ctx)
+		proxies, err = lease.Frpc.Admin.Status(ctx)
 		if err == nil {
 			err = t.judge(ctx, lease, proxies)
 		} else {

@@ -161,7 +161,6 @@ type loader struct {
 	origins  map[string]string // of each value, by key: for Describe
 	mistakes []string
 	told     map[string]bool // keys with a mistake: that they are missing need not be said too
-	noFile   bool            // the file could not be read, so nobody knows what is missing
 }
 
 func (l *loader) mistake(key, format string, args ...any) {
@@ -173,9 +172,9 @@ func (l *loader) mistake(key, format string, args ...any) {
 	l.mistakes = append(l.mistakes, name+": "+fmt.Sprintf(format, args...))
 }
 
-// unreadable is a mistake of the file as a whole.
+// unreadable is a mistake of the file as a whole. Nobody knows then what is missing.
 func (l *loader) unreadable(format string, args ...any) {
-	l.noFile = true
+	l.told["agent.id"], l.told["agent.token"] = true, true
 	l.mistakes = append(l.mistakes, fmt.Sprintf(format, args...))
 }
 
@@ -212,21 +211,21 @@ func (l *loader) readFile(path string) map[string]string {
 }
 
 var (
-	yamlSecond    = regexp.MustCompile(`(?m)^[^#\s-].*\n([^\n]*\n)*---(\s|$)`)
-	yamlDuplicate = regexp.MustCompile(`line \d+: key "[^"]*" already set`)
-	yamlLine      = regexp.MustCompile(`line \d+`)
-	keyName       = regexp.MustCompile(`^[\w.-]*`)
+	yamlSecond  = regexp.MustCompile(`(?m)^[^#\s-].*\n([^\n]*\n)*---(\s|$)`)
+	yamlMistake = regexp.MustCompile(`line \d+(: key "[^"]*" already set)?`)
+	keyName     = regexp.MustCompile(`^[\w.-]*`)
 )
 
 // explainYAML says where a file is wrong, and does not repeat what stands there: it may be a secret.
 func explainYAML(err error) string {
-	if duplicate := yamlDuplicate.FindString(err.Error()); duplicate != "" {
-		return duplicate
+	switch found := yamlMistake.FindStringSubmatch(err.Error()); {
+	case found == nil:
+		return "is not YAML: check its quotes, anchors and tags"
+	case found[1] == "":
+		return "is not YAML, at or before " + found[0]
+	default:
+		return found[0]
 	}
-	if line := yamlLine.FindString(err.Error()); line != "" {
-		return "is not YAML, at or before " + line
-	}
-	return "is not YAML: check its quotes, anchors and tags"
 }
 
 // flatten turns the tree into dotted keys.
@@ -269,18 +268,16 @@ func (l *loader) flatten(tree map[string]any, prefix string, values map[string]s
 			if v != "" { // else none; only an empty list is a value
 				values[key] = v
 			}
-		case bool:
-			if !holds[bool](s) {
-				l.mistake(key, "YAML takes it for a boolean: put it in quotes")
-				continue
+		case bool, json.Number:
+			kind, fits := "number", holds[int](s)
+			if _, isBool := v.(bool); isBool {
+				kind, fits = "boolean", holds[bool](s)
 			}
-			values[key] = strconv.FormatBool(v)
-		case json.Number:
-			if !holds[int](s) {
-				l.mistake(key, "YAML takes it for a number: put it in quotes")
-				continue
+			if fits {
+				values[key] = fmt.Sprint(v)
+			} else {
+				l.mistake(key, "YAML takes it for a %s: put it in quotes", kind)
 			}
-			values[key] = v.String()
 		}
 	}
 }
@@ -302,11 +299,11 @@ func isSection(key string) bool {
 // complete fills in what follows from other settings, and checks what no setting can check alone.
 func (l *loader) complete() {
 	c := l.config
-	if c.Agent.ID == "" && !l.told["agent.id"] && !l.noFile {
+	if c.Agent.ID == "" && !l.told["agent.id"] {
 		l.mistake("agent.id", "required: the id that the control plane gave this agent")
 	}
 	l.secret("agent.token")
-	if c.Agent.Token == "" && c.Agent.TokenFile == "" && !l.told["agent.token"] && !l.told["agent.token_file"] && !l.noFile {
+	if c.Agent.Token == "" && c.Agent.TokenFile == "" && !l.told["agent.token"] && !l.told["agent.token_file"] {
 		l.mistake("agent.token", "required: the token that the control plane gave this agent, here or in the file that agent.token_file (PIPEOPS_AGENT_TOKEN_FILE) names")
 	}
 	l.secret("frp.token")

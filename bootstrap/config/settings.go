@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -156,12 +157,8 @@ func (s *setting) get(c *Config) string {
 			return ""
 		}
 		return strconv.Itoa(*field)
-	case *bool:
-		return strconv.FormatBool(*field)
-	case *string:
-		return *field
-	default: // frpc.Secret, time.Duration
-		return field.(fmt.Stringer).String()
+	default:
+		return fmt.Sprint(reflect.ValueOf(field).Elem().Interface())
 	}
 }
 
@@ -179,13 +176,18 @@ func portNumber(v string) (int, error) {
 	return n, nil
 }
 
-func oneOf(names ...string) func(string) (string, error) {
+// accept makes the check that takes what ok is true of. The mistake of all else has a verb for the value.
+func accept(ok func(v string) bool, mistake string) func(string) (string, error) {
 	return func(v string) (string, error) {
-		if !slices.Contains(names, v) {
-			return v, fmt.Errorf("%q is unknown: choose one of %s", v, strings.Join(names, ", "))
+		if !ok(v) {
+			return v, fmt.Errorf(mistake, v)
 		}
 		return v, nil
 	}
+}
+
+func oneOf(names ...string) func(string) (string, error) {
+	return accept(func(v string) bool { return slices.Contains(names, v) }, "%q is unknown: choose one of "+strings.Join(names, ", "))
 }
 
 // proxyURL does not repeat the value: it may hold a password.
@@ -202,37 +204,20 @@ var (
 	namePattern  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
 )
 
-func dnsLabel(v string) (string, error) {
-	if !labelPattern.MatchString(v) {
-		return v, fmt.Errorf("%.100q is not a DNS label: give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends", v)
-	}
-	return v, nil
-}
+var (
+	dnsLabel = accept(labelPattern.MatchString,
+		"%.100q is not a DNS label: give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends")
+	dnsName = accept(namePattern.MatchString, "%.100q is not a DNS name: give letters, digits, hyphens and dots")
+	host    = accept(IsHost, "%.100q is not a host: give a name or an IP alone, the port has a setting of its own")
+)
 
-func dnsName(v string) (string, error) {
-	if !namePattern.MatchString(v) {
-		return v, fmt.Errorf("%.100q is not a DNS name: give letters, digits, hyphens and dots", v)
-	}
-	return v, nil
-}
-
-func host(v string) (string, error) {
-	if net.ParseIP(v) == nil && !namePattern.MatchString(v) {
-		return v, fmt.Errorf("%.100q is not a host: give a name or an IP alone, the port has a setting of its own", v)
-	}
-	return v, nil
-}
-
-// CheckHost says why a text is neither a DNS name nor an IP; nil if it is one.
-func CheckHost(v string) error {
-	_, err := host(v)
-	return err
-}
+// IsHost reports whether a text is a DNS name or an IP.
+func IsHost(v string) bool { return net.ParseIP(v) != nil || namePattern.MatchString(v) }
 
 // hostOrBelow takes a host, or "*." and the domain that hosts are below; in lower case.
 func hostOrBelow(v string) (string, error) {
 	v = strings.ToLower(v)
-	if _, err := host(strings.TrimPrefix(v, "*.")); err != nil {
+	if !IsHost(strings.TrimPrefix(v, "*.")) {
 		return v, fmt.Errorf("%.100q is not a host: give a name or an IP, without a port, or *.DOMAIN", v)
 	}
 	return v, nil

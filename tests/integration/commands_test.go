@@ -119,7 +119,7 @@ func TestFrpcAdmin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client := frpc.NewAdminClient(lease.Frpc.Admin)
+	client := lease.Frpc.Admin
 	proxies, err := client.Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -130,7 +130,7 @@ func TestFrpcAdmin(t *testing.T) {
 	}
 	wrong := lease.Frpc.Admin
 	wrong.Password = "wrong"
-	if err := frpc.NewAdminClient(wrong).Stop(t.Context()); err == nil || !strings.Contains(err.Error(), "401 Unauthorized to POST /api/stop") {
+	if err := wrong.Stop(t.Context()); err == nil || !strings.Contains(err.Error(), "401 Unauthorized to POST /api/stop") {
 		t.Errorf("a wrong password: %v", err)
 	}
 	if err := client.Stop(t.Context()); err != nil {
