@@ -1,19 +1,17 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -460,11 +458,6 @@ func (r *renewer) idle(ctx context.Context) bool {
 		return false
 	}
 	defer func() { _ = resp.Body.Close() }()
-	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
-		if value, ok := strings.CutPrefix(lines.Text(), `pipeops_agent_http_requests_in_flight{listener="tunnel"} `); ok {
-			n, err := strconv.ParseFloat(value, 64)
-			return err == nil && n == 0
-		}
-	}
-	return false
+	metrics, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	return err == nil && bytes.Contains(metrics, []byte("\npipeops_agent_http_requests_in_flight{listener=\"tunnel\"} 0\n"))
 }
