@@ -48,9 +48,8 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 		return "", fmt.Errorf(check, err)
 	}
 	defer func() { _ = conn.Close() }()
-	if deadline, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(deadline)
-	}
+	deadline, _ := ctx.Deadline() // in five seconds at most
+	_ = conn.SetDeadline(deadline)
 	if proxy.Host != "" {
 		if err := connect(conn, proxy, addr); err != nil {
 			return "", fmt.Errorf("the proxy at %s does not connect to frps at %s: %w: check frp.proxy_url (PIPEOPS_FRP_PROXY_URL), and what the proxy allows", proxy.Host, addr, err)

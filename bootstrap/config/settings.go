@@ -241,11 +241,8 @@ func apiURL(v string) (string, error) {
 }
 
 func listenAddr(v string) (string, error) {
-	_, port, err := net.SplitHostPort(v)
-	if err == nil {
-		_, err = portNumber(port)
-	}
-	if err != nil {
+	_, port, _ := net.SplitHostPort(v) // no port where there is an error
+	if _, err := portNumber(port); err != nil {
 		return v, fmt.Errorf("%q is not an address to listen on: give host:port or :port", v)
 	}
 	return v, nil
