@@ -78,7 +78,7 @@ type renewer struct {
 	outage     outage
 	settled    time.Time // before this, frpc is not restarted merely because nothing runs through the tunnel
 	stuckUntil time.Time // when to remove StuckFile; zero: there is none
-	tried      bool      // a trial login has told the version of frps
+	tried      bool      // there was a trial login, which tells the version of frps
 	unheard    bool      // frpc could not be told to end, and that was said
 	unsaved    bool      // the run directory could not be written, and that was said
 }
@@ -154,7 +154,6 @@ func (r *renewer) run(ctx context.Context) error {
 		r.recordState(state, now)
 		if state == connected && !r.tried {
 			_ = r.tryLogin(ctx, r.lease.Frpc)
-			r.tried = true
 		}
 		r.probeFrps(ctx, now)
 		if r.tokenChanged() || r.renewalDue(now) {
@@ -338,7 +337,7 @@ func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
 	if outdated := frpc.Outdated(version); outdated != "" && !r.tried {
 		r.log.Warn("frps is outdated", "version", version, "consequence", outdated)
 	}
-	r.tried = r.tried || version != ""
+	r.tried = true
 	return err
 }
 
@@ -378,8 +377,8 @@ func (r *renewer) renew(ctx context.Context) *failure {
 	}
 	now := time.Now()
 	if o := &r.outage; !o.since.IsZero() {
-		o.request = now.Add(jitter(2 * o.requestWait))
 		o.requestWait = min(2*o.requestWait, requestMax)
+		o.request = now.Add(jitter(o.requestWait))
 	}
 	if fail == nil {
 		r.revokedSince = time.Time{}

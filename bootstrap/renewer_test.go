@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -88,8 +90,8 @@ func TestRenewalDue(t *testing.T) {
 	}
 }
 
-// outageOf lets frpc be logged out for so long, with a look every two seconds, and returns when leases were requested,
-// when logins were tried, and when frpc was to be restarted, and why.
+// outageOf lets frpc be logged out for so long, with a look every two seconds, or until it is to be restarted. It returns
+// when leases were requested, when logins were tried, when frpc was to be restarted, and why.
 func outageOf(t *testing.T, r *renewer, state frpcState, life time.Duration) (requests, logins, restarts []time.Duration, reason string) {
 	t.Helper()
 	start := time.Now()
@@ -113,9 +115,9 @@ func outageOf(t *testing.T, r *renewer, state frpcState, life time.Duration) (re
 				o.request = now.Add(time.Until(o.request))
 			}
 		}
-		if why := r.restartReason(now); why != "" {
-			restarts, reason = append(restarts, now.Sub(start)), why
-			r.outage, r.lease.Stale = outage{}, nil // as restartFrpc does
+		if reason = r.restartReason(now); reason != "" {
+			restarts = append(restarts, now.Sub(start))
+			break
 		}
 	}
 	r.ask, r.login = ask, login
@@ -354,15 +356,15 @@ func TestAdminPassword(t *testing.T) {
 
 // TestLook: only a port that nobody listens on means that frpc does not run.
 func TestLook(t *testing.T) {
-	answer := ""
+	var answer atomic.Value
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch answer {
+		switch text := answer.Load().(string); text {
 		case "401":
 			w.WriteHeader(http.StatusUnauthorized)
 		case "cut":
 			panic(http.ErrAbortHandler)
 		default:
-			_, _ = io.WriteString(w, answer)
+			_, _ = io.WriteString(w, text)
 		}
 	}))
 	defer server.Close()
@@ -373,8 +375,9 @@ func TestLook(t *testing.T) {
 		"401": unknown, "cut": unknown, "<html>": unknown, "{}": loggedOut, `{"https":[{"status":"running"}]}`: connected,
 		`{"https":[{"status":"new"}]}`: connected, `{"https":[{"status":"check failed"}]}`: connected, `{"https":[{"status":"start error"}]}`: rejected,
 	} {
-		if answer = text; look(t.Context(), admin) != want {
-			t.Errorf("%s: %v, want %v", text, look(t.Context(), admin), want)
+		answer.Store(text)
+		if got := look(t.Context(), admin); got != want {
+			t.Errorf("%s: %v, want %v", text, got, want)
 		}
 	}
 	server.Close()
@@ -385,9 +388,12 @@ func TestLook(t *testing.T) {
 
 // TestReload: what differs in the tunnel alone is reloaded; a frpc that does not is restarted.
 func TestReload(t *testing.T) {
+	var mu sync.Mutex
 	answer := http.StatusOK
 	var asked []string
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
 		asked = append(asked, r.Method+" "+r.URL.RequestURI())
 		w.WriteHeader(answer)
 	}))
@@ -414,14 +420,18 @@ func TestReload(t *testing.T) {
 		if fail := r.renew(t.Context()); fail != nil {
 			t.Fatal(fail)
 		}
+		mu.Lock()
 		answer, asked = test.code, nil
+		mu.Unlock()
 		for range 2 {
 			r.reload(t.Context(), admin)
 		}
+		mu.Lock()
 		want := map[bool]int{true: 1}[test.reload]
 		if len(asked) != want || want == 1 && asked[0] != "GET /api/reload?strictConfig=true" || (r.lease.Stale != nil) != test.stale {
 			t.Errorf("%+v: asked %v, stale %+v", test.change, asked, r.lease.Stale)
 		}
+		mu.Unlock()
 	}
 }
 

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"strings"
 )
 
 // connect has an HTTP proxy, at the other end of conn, connect it to addr.
@@ -20,11 +19,16 @@ func connect(conn net.Conn, proxy *url.URL, addr string) error {
 		credential := proxy.User.Username() + ":" + password
 		request.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(credential)))
 	}
+	return ask(conn, bufio.NewReaderSize(conn, 16), request, http.StatusOK) // frps says nothing before it is spoken to
+}
+
+// ask sends a request and reads the head of its answer, which must have the status want.
+func ask(conn net.Conn, reader *bufio.Reader, request *http.Request, want int) error {
 	if err := request.Write(conn); err != nil {
 		return err
 	}
-	resp, err := http.ReadResponse(bufio.NewReaderSize(conn, 16), request) // frps says nothing before it is spoken to
-	if err == nil && resp.StatusCode != http.StatusOK {
+	resp, err := http.ReadResponse(reader, request) //nolint:bodyclose // what follows the head is the connection
+	if err == nil && resp.StatusCode != want {
 		err = fmt.Errorf("it answers %s", resp.Status)
 	}
 	return err
@@ -40,19 +44,11 @@ type webSocket struct {
 
 // openWebSocket opens frp's WebSocket on a connection. Source: frp pkg/util/net/websocket.go.
 func openWebSocket(conn net.Conn, host string) (net.Conn, error) {
-	request := strings.Join([]string{
-		"GET /~!frp HTTP/1.1", "Host: " + host, "Origin: http://" + host, "Connection: Upgrade", "Upgrade: websocket",
-		"Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: " + base64.StdEncoding.EncodeToString(make([]byte, 16)), "", "",
-	}, "\r\n")
-	if _, err := io.WriteString(conn, request); err != nil {
-		return nil, err
-	}
-	reader := bufio.NewReader(conn)
-	resp, err := http.ReadResponse(reader, nil)
-	if err == nil && resp.StatusCode != http.StatusSwitchingProtocols {
-		err = fmt.Errorf("it answers %s", resp.Status)
-	}
-	return &webSocket{Conn: conn, reader: reader}, err
+	w := &webSocket{Conn: conn, reader: bufio.NewReader(conn)}
+	return w, ask(conn, w.reader, &http.Request{URL: &url.URL{Opaque: "/~!frp"}, Host: host, Header: http.Header{
+		"Origin": {"http://" + host}, "Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key": {base64.StdEncoding.EncodeToString(make([]byte, 16))},
+	}}, http.StatusSwitchingProtocols)
 }
 
 // Write sends a binary frame. Its mask, which a client must name, is zero. Source: RFC 6455, 5.2.

@@ -113,12 +113,8 @@ func caller(r *http.Request) string {
 
 // forwardedFor returns the last address of X-Forwarded-For, empty if there is none.
 func forwardedFor(r *http.Request) string {
-	forwarded := r.Header["X-Forwarded-For"]
-	if len(forwarded) == 0 {
-		return ""
-	}
-	list := forwarded[len(forwarded)-1]
-	addr, err := netip.ParseAddr(strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:]))
+	elements := kube.ListOf(r, "X-Forwarded-For")
+	addr, err := netip.ParseAddr(elements[len(elements)-1])
 	if err != nil {
 		return ""
 	}

@@ -73,10 +73,6 @@ func (b *Body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// outlastAnswer keeps net/http from closing the body when the answer begins. The transport may still read from it then,
-// takes that for a failure, and breaks off the rest of the answer. afterAnswer must follow.
-func (b *Body) outlastAnswer() { _ = b.control.EnableFullDuplex() }
-
 // afterAnswer closes a body that the API server has not read to its end. net/http would do that after the handler,
 // reads on then as if for the next request, and panics when that is read (Go 1.26, finishRequest).
 func (b *Body) afterAnswer() {

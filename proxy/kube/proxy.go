@@ -103,7 +103,9 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 			}
 		} else {
 			body.patience, req.body = uploadTimeout, body
-			body.outlastAnswer()
+			// Else net/http closes the body when the answer begins. The transport may still read from it then, takes that
+			// for a failure, and breaks off the rest of the answer. afterAnswer must follow.
+			_ = body.control.EnableFullDuplex()
 			if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
 				// Else net/http tells the caller to continue when the transport, elsewhere, first reads the body: it would
 				// race with a 1xx of the API server on the way back.

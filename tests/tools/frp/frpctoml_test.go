@@ -94,6 +94,8 @@ func want(c frpc.Config) *v1.ClientConfig {
 			TokenSource: &v1.ValueSource{Type: "file", File: &v1.FileSource{Path: c.TokenFile}},
 		}}
 	}
+	w.Auth.AdditionalScopes = []v1.AuthScope{v1.AuthScopeHeartBeats, v1.AuthScopeNewWorkConns}
+	w.Transport.HeartbeatInterval, w.Transport.HeartbeatTimeout = 30, 90
 	w.Transport.Protocol = c.Protocol
 	w.Transport.ProxyURL = c.ProxyURL.Reveal()
 	w.Transport.PoolCount, w.Transport.TCPMuxKeepaliveInterval = 5, 10
