@@ -99,7 +99,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 	}
 
 	// One caller asks for a small object again and again; another has asked for a watch before.
-	token := "first"
+	const token = "first"
 	ask := func(path string) (*http.Response, error) {
 		caller := agent.Caller(cp, id, token)
 		client, err := rest.HTTPClientFor(caller)
@@ -130,21 +130,27 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		}
 		begin := time.Now()
 		var lost, asked int
-		var missed time.Duration
+		var first, last, over time.Time // refused calls, and the end of what happens
 		released := false
-		for over := false; !over || time.Since(begin) < 5*time.Second; {
+		for over.IsZero() || time.Since(over) < 5*time.Second {
 			at := time.Now()
 			resp, err := ask("/api/v1/namespaces/default")
 			asked++
 			if err != nil || resp.StatusCode != http.StatusOK {
 				lost++
-				missed = time.Since(begin)
+				last = time.Now()
+				if first.IsZero() {
+					first = at
+				}
 			}
 			if err == nil {
 				_, _ = io.Copy(io.Discard, resp.Body)
 				_ = resp.Body.Close()
 			}
-			if over = done(); !over && !released && time.Since(begin) > 10*time.Second { // its caller has had enough of it
+			if over.IsZero() && done() {
+				over = time.Now()
+			}
+			if over.IsZero() && !released && time.Since(begin) > 10*time.Second { // its caller has had enough of it
 				released = true
 				_ = watch.Body.Close()
 			}
@@ -162,7 +168,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		default:
 		}
 		_ = watch.Body.Close()
-		fmt.Printf("| %s: the last refused call came after | %.1f s |\n", what, missed.Seconds())
+		fmt.Printf("| %s: callers miss the tunnel for | %.1f s |\n", what, last.Sub(first).Seconds())
 		fmt.Printf("| … of %d calls, one every 20 ms, were told to try again | %d |\n", asked, lost)
 		fmt.Printf("| … a watch that ran | %s |\n", running)
 		return nil
@@ -195,8 +201,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		if err := os.WriteFile(tokenFile+".new", []byte("second"), 0o600); err != nil {
 			return err
 		}
-		token = "second"
-		return os.Rename(tokenFile+".new", tokenFile)
+		return os.Rename(tokenFile+".new", tokenFile) // callers go on with the old one, which is still good
 	}, func() bool {
 		return strings.Count(a.Bootstrap.Log(), "lease written") > leases && (!shared || a.FrpcRestarts() > restarts)
 	}); err != nil {
