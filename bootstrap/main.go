@@ -186,6 +186,9 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 		return err
 	}
 	defer release()
+	stuck := filepath.Join(cfg.RunDir, frpc.StuckFile)
+	_ = os.Remove(stuck) // of a bootstrap that was killed
+	defer func() { _ = os.Remove(stuck) }()
 	if cfg.WeakToken() {
 		log.Warn(tooShort)
 	}

@@ -26,7 +26,7 @@ const (
 	backoffMax   = time.Minute
 	waitMax      = 90 * time.Second // between two attempts, whatever the control plane asks for
 	confirmAfter = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
-	stuckFor     = 10 * time.Second // how long StuckFile stays: a liveness probe every 5 s sees it, and kills frpc
+	stuckFor     = 25 * time.Second // how long StuckFile stays: a liveness probe every 5 s sees it three times, and kills frpc
 
 	// While frpc is logged out; all of them with jitter, and doubled after each time.
 	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login
@@ -51,6 +51,8 @@ type outage struct {
 	since    time.Time // zero: it has one
 	rejected bool
 	refused  bool      // frps has refused the last trial login
+	outdated bool      // it fails with what frpc was started with, and succeeds with the new lease
+	said     string    // the error that was logged last
 	accepted time.Time // since when frps accepts trial logins; zero: it did not accept the last one
 
 	probe, request         time.Time // when to try a login, and when to request another lease
@@ -75,12 +77,11 @@ type renewer struct {
 	failed       *failure  // why the last attempt got no lease; nil: it got one
 	revokedSince time.Time // when the control plane first said that the agent is revoked; zero: not since the last lease
 
-	outage     outage
-	settled    time.Time // before this, frpc is not restarted merely because nothing runs through the tunnel
-	stuckUntil time.Time // when to remove StuckFile; zero: there is none
-	tried      bool      // there was a trial login, which tells the version of frps
-	unheard    bool      // frpc could not be told to end, and that was said
-	unsaved    bool      // the run directory could not be written, and that was said
+	outage  outage
+	settled time.Time // before this, frpc is not restarted merely because nothing runs through the tunnel
+	tried   bool      // there was a trial login, which tells the version of frps
+	unheard bool      // frpc could not be told to end, and that was said
+	unsaved bool      // the run directory could not be written, and that was said
 }
 
 // write puts the lease's files into the run directory.
@@ -145,11 +146,10 @@ func (r *renewer) unwanted(now time.Time) bool {
 // run keeps the lease until ctx ends. Its error means that the control plane does not want this agent: then the
 // tunnel is closed.
 func (r *renewer) run(ctx context.Context) error {
-	_ = os.Remove(filepath.Join(r.cfg.RunDir, frpc.StuckFile)) // of a bootstrap before
 	admin := r.lease.Frpc.Admin
 	for {
 		now := time.Now()
-		r.repair(now)
+		r.repair()
 		state := look(ctx, admin)
 		r.recordState(state, now)
 		if state == connected && !r.tried {
@@ -202,8 +202,14 @@ func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason stri
 	err := admin.Stop(ctx)
 	if errors.Is(err, frpc.ErrStuck) {
 		r.log.Warn("frpc hangs and does not stop: its liveness probe restarts it; outside Kubernetes, restart it yourself", "reason", reason)
-		err = os.WriteFile(filepath.Join(r.cfg.RunDir, frpc.StuckFile), nil, 0o600)
-		r.stuckUntil = time.Now().Add(stuckFor)
+		r.outage = outage{}
+		if err = reportStuck(r.cfg.RunDir); err == nil {
+			return // what frpc runs with stays noted: nobody may restart it
+		}
+	}
+	if errors.Is(err, syscall.ECONNREFUSED) { // it does not run
+		r.markFresh()
+		return
 	}
 	if err == nil {
 		r.log.Info("restarting frpc", "reason", reason)
@@ -213,6 +219,13 @@ func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason stri
 		r.log.Warn("frpc must be restarted and cannot be told to: restart its container", "reason", reason, "error", err)
 	}
 	r.unheard = err != nil
+}
+
+// reportStuck writes StuckFile, for a while: frpc's liveness probe has the kubelet kill it.
+func reportStuck(runDir string) error {
+	file := filepath.Join(runDir, frpc.StuckFile)
+	time.AfterFunc(stuckFor, func() { _ = os.Remove(file) })
+	return os.WriteFile(file, nil, 0o600)
 }
 
 // markFresh notes that frpc runs, or will run, with the files as they are.
@@ -234,10 +247,7 @@ func (r *renewer) save() []string {
 }
 
 // repair restores what has been removed from the run directory or changed there.
-func (r *renewer) repair(now time.Time) {
-	if !r.stuckUntil.IsZero() && now.After(r.stuckUntil) && os.Remove(filepath.Join(r.cfg.RunDir, frpc.StuckFile)) == nil {
-		r.stuckUntil = time.Time{}
-	}
+func (r *renewer) repair() {
 	if restored := r.save(); len(restored) > 0 {
 		r.log.Warn("restored missing or changed files of the run directory", "run_dir", r.cfg.RunDir, "files", restored)
 	}
@@ -252,7 +262,7 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 			return fmt.Errorf("%w; the tunnel is closed", refusal)
 		}
 		if stopErr := admin.Stop(ctx); errors.Is(stopErr, frpc.ErrStuck) {
-			err = errors.Join(stopErr, os.WriteFile(filepath.Join(runDir, frpc.StuckFile), nil, 0o600)) // its liveness probe ends it
+			err = errors.Join(stopErr, reportStuck(runDir)) // its liveness probe ends it
 		} else if attempt == 10 {
 			err = cmp.Or(stopErr, errors.New("it still runs"))
 		}
@@ -289,6 +299,9 @@ func (r *renewer) recordState(state frpcState, now time.Time) {
 		r.outage = outage{}
 		r.markFresh()
 	case connected:
+		if r.outage.said != "" {
+			r.log.Info("the tunnel is up again", "down_for", now.Sub(r.outage.since).Round(time.Second).String())
+		}
 		if r.outage.requestWait > requestMin { // all agents are back now, with new leases: they must not all log in again
 			r.settled = now.Add(jitter(settleTime))
 		}
@@ -311,16 +324,21 @@ func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 		return
 	}
 	if stale := r.lease.Stale; stale != nil && stale.Frpc != nil {
-		if started = *stale.Frpc; started.AuthMethod == "oidc" {
+		if started = *stale.Frpc; started.AuthMethod == "oidc" && r.lease.Frpc.AuthMethod == "oidc" {
 			started.Token = r.lease.Frpc.Token // of the file, which frpc reads at every login
 		}
 	}
 	err := r.tryLogin(ctx, started)
+	o.outdated = r.lease.Stale != nil && err != nil && r.tryLogin(ctx, r.lease.Frpc) == nil
 	refused := errors.Is(err, frpc.ErrRefused)
 	if refused && !o.refused {
 		o.request = now // the control plane may have another credential for it
 	}
 	o.refused = refused
+	if err != nil && err.Error() != o.said {
+		o.said = err.Error()
+		r.log.Warn("the tunnel is down", "error", err)
+	}
 	switch {
 	case err != nil:
 		o.accepted = time.Time{}
@@ -337,7 +355,7 @@ func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
 	if outdated := frpc.Outdated(version); outdated != "" && !r.tried {
 		r.log.Warn("frps is outdated", "version", version, "consequence", outdated)
 	}
-	r.tried = true
+	r.tried = r.tried || version != ""
 	return err
 }
 
@@ -347,7 +365,7 @@ func (r *renewer) renewalDue(now time.Time) bool {
 	if now.Before(r.notYet) {
 		return false
 	}
-	out := !r.outage.since.IsZero() && r.lease.Stale == nil && r.cfg.FRP.Token == ""
+	out := !r.outage.since.IsZero() && r.cfg.FRP.Token == ""
 	return !r.renewAt.IsZero() && !now.Before(r.renewAt) || out && !now.Before(r.outage.request)
 }
 
@@ -378,7 +396,7 @@ func (r *renewer) renew(ctx context.Context) *failure {
 	now := time.Now()
 	if o := &r.outage; !o.since.IsZero() {
 		o.requestWait = min(2*o.requestWait, requestMax)
-		o.request = now.Add(jitter(o.requestWait))
+		o.request, o.probe = now.Add(jitter(o.requestWait)), now
 	}
 	if fail == nil {
 		r.revokedSince = time.Time{}
@@ -427,13 +445,13 @@ func (r *renewer) restartReason(now time.Time) string {
 	switch {
 	case stale != nil && !stale.Until.IsZero() && now.After(stale.Until.Add(-5*time.Second)):
 		return "the credential that it was started with expires"
-	case stale != nil && out && (o.refused || o.rejected):
+	case stale != nil && out && (o.outdated || o.rejected):
 		return "frps refuses what it was started with"
 	case stale != nil && out && stale.Frpc != nil && (stale.Frpc.ServerAddr != r.lease.Frpc.ServerAddr || stale.Frpc.ServerPort != r.lease.Frpc.ServerPort):
 		return "frps has another address now"
 	case stale != nil && out && stale.Frpc == nil && !o.accepted.IsZero():
 		return "it may run with an old configuration, and frps accepts the new one"
-	case out && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
+	case out && !o.rejected && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
 		return "it is logged out although frps accepts logins"
 	default:
 		return ""

@@ -75,6 +75,9 @@ func (l Lease) Write(dir string) (written []string, err error) {
 		{ConfigFile, true, toml},
 	} {
 		path := filepath.Join(dir, file.name)
+		if !file.has && l.Stale == nil { // of a lease before
+			_ = os.Remove(path)
+		}
 		if old, err := os.ReadFile(path); !file.has || err == nil && bytes.Equal(old, file.data) {
 			continue
 		}

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -113,10 +114,12 @@ func explainHandshake(err error) error {
 
 func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 	config := &tls.Config{ServerName: cmp.Or(t.ServerName, serverAddr), MinVersion: tls.VersionTLS12}
-	config.InsecureSkipVerify = t.InsecureSkipVerify            // bootstrap warns of it
-	if t.CAFile != "" && filepath.Base(t.CAFile) != RootsFile { // which holds what Go trusts by itself
+	config.InsecureSkipVerify = t.InsecureSkipVerify // bootstrap warns of it
+	if t.CAFile != "" {
 		var err error
-		if config.RootCAs, err = CertPool(t.CAFile); err != nil {
+		config.RootCAs, err = CertPool(t.CAFile)
+		notYet := errors.Is(err, fs.ErrNotExist) && filepath.Base(t.CAFile) == RootsFile // it will hold what Go trusts by itself
+		if err != nil && !notYet {
 			return nil, fmt.Errorf("frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE): %w", err)
 		}
 	}

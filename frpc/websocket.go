@@ -15,21 +15,23 @@ import (
 // connect has an HTTP proxy, at the other end of conn, connect it to addr.
 func connect(conn net.Conn, proxy *url.URL, addr string) error {
 	request := &http.Request{Method: http.MethodConnect, URL: &url.URL{Host: addr}, Host: addr, Header: http.Header{}}
-	if password, ok := proxy.User.Password(); ok {
+	if proxy.User != nil {
+		password, _ := proxy.User.Password()
 		credential := proxy.User.Username() + ":" + password
 		request.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(credential)))
 	}
-	return ask(conn, bufio.NewReaderSize(conn, 16), request, http.StatusOK) // frps says nothing before it is spoken to
+	return ask(conn, conn, request, http.StatusOK) // frps says nothing before it is spoken to
 }
 
 // ask sends a request and reads the head of its answer, which must have the status want.
-func ask(conn net.Conn, reader *bufio.Reader, request *http.Request, want int) error {
+func ask(conn net.Conn, answer io.Reader, request *http.Request, want int) error {
 	if err := request.Write(conn); err != nil {
 		return err
 	}
-	resp, err := http.ReadResponse(reader, request) //nolint:bodyclose // what follows the head is the connection
+	head := bufio.NewReaderSize(&io.LimitedReader{R: answer, N: 64 << 10}, 16)
+	resp, err := http.ReadResponse(head, request) //nolint:bodyclose // what follows the head is the connection
 	if err == nil && resp.StatusCode != want {
-		err = fmt.Errorf("it answers %s", resp.Status)
+		err = fmt.Errorf("it answers %.200s", resp.Status)
 	}
 	return err
 }

@@ -211,7 +211,7 @@ func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []fr
 			return nil
 		}
 		if p.Err != "" {
-			return fmt.Errorf("frps refuses the tunnel (%s: %s): check the agent's id, and that no other agent has the same", p.Status, p.Err)
+			return fmt.Errorf("frps refuses the tunnel (%s: %s): check what frps.toml allows (vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and that no other agent has the same", p.Status, p.Err)
 		}
 		if p.Status == "check failed" {
 			return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer it: check proxy.listen_addr (PIPEOPS_LISTEN_ADDR), the same for bootstrap and the proxy")

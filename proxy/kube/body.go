@@ -73,12 +73,17 @@ func (b *Body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// afterAnswer closes a body that the API server has not read to its end. net/http would do that after the handler,
-// reads on then as if for the next request, and panics when that is read (Go 1.26, finishRequest).
-func (b *Body) afterAnswer() {
-	if !b.Ended() {
-		_ = b.control.Flush()
-		_ = b.Close()
+// afterAnswer reads what is left of a body that the API server has not read to its end, for a moment, and else ends the
+// connection. net/http would do that after the handler, reads on then as if for the next request, and panics when that is
+// read (Go 1.26, finishRequest).
+func (b *Body) afterAnswer(answer http.Header) {
+	if b.Ended() && b.Failure() == nil {
+		return
+	}
+	_ = b.control.Flush()
+	b.Within(2 * time.Second)
+	if err := b.Close(); (err != nil || b.Failure() != nil) && answer.Get("Connection") != "close" {
+		panic(http.ErrAbortHandler) // what comes next is no request
 	}
 }
 
@@ -97,6 +102,7 @@ func (b *Body) late() bool {
 
 // writeBroken answers for a body that could not be read.
 func writeBroken(w http.ResponseWriter, r *http.Request, err error) {
+	w.Header().Set("Connection", "close")
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request does not come to its end: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
 		return

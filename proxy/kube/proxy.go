@@ -125,7 +125,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 		rp.BufferPool = &p.watchBuffers
 	}
 	rp.ServeHTTP(w, r)
-	req.body.afterAnswer()
+	req.body.afterAnswer(w.Header())
 }
 
 // maxHeaderSize is the size of a request's headers and target in bytes, as HTTP/2 counts: enough for an exec whose
