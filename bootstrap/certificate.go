@@ -13,18 +13,19 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 )
 
-// How long a certificate outlives its lease, at least and at most.
-const (
-	graceMin = time.Minute
-	graceMax = 10 * time.Minute
-)
+// How long a certificate outlives the lease that it was made for, and how much earlier or later another may end.
+const grace, tolerance = 330 * time.Second, 270 * time.Second
 
 // forever is what X.509 has for a certificate without an end (RFC 5280, 4.1.2.5).
 var forever = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 
 // certificate is what the proxy shows to callers of a tunnel of type https. It signs itself: the control plane
 // gets it with the request for the lease, and trusts it and no other. The key never leaves the run directory.
-type certificate struct{ cert, key []byte } // PEM
+type certificate struct {
+	cert, key []byte // PEM
+	names     []string
+	end       time.Time // of the lease that it was made for; zero: it has none
+}
 
 // newCertificate makes one for a lease that ends at end; zero for one without an end.
 func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certificate, error) {
@@ -39,7 +40,7 @@ func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certifi
 		KeyUsage:  x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	if !end.IsZero() {
-		template.NotAfter = end.Add((graceMin + graceMax) / 2)
+		template.NotAfter = end.Add(grace)
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
@@ -50,6 +51,7 @@ func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certifi
 		return nil, err
 	}
 	return &certificate{
+		names: template.DNSNames, end: end,
 		cert: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
 		key:  pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}),
 	}, nil
@@ -66,18 +68,6 @@ func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
 
 // fits says whether the certificate has the names of the tunnel and lives about until end.
 func (c *certificate) fits(agentID string, tunnel frpc.Tunnel, end time.Time) bool {
-	if c == nil {
-		return false
-	}
-	block, _ := pem.Decode(c.cert)
-	cert, err := x509.ParseCertificate(block.Bytes)
-	lacks := func(name string) bool { return cert.VerifyHostname(name) != nil }
-	if err != nil || slices.ContainsFunc(certificateNames(agentID, tunnel), lacks) {
-		return false
-	}
-	if end.IsZero() {
-		return cert.NotAfter.Equal(forever)
-	}
-	grace := cert.NotAfter.Sub(end)
-	return grace >= graceMin && grace <= graceMax
+	return c != nil && slices.Equal(c.names, certificateNames(agentID, tunnel)) &&
+		(c.end.Equal(end) || !c.end.IsZero() && !end.IsZero() && c.end.Sub(end).Abs() <= tolerance)
 }

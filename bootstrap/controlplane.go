@@ -95,9 +95,6 @@ func persist(ctx context.Context, once source, log *slog.Logger, certificate []b
 		if fail == nil || fail.final {
 			return answer, fail
 		}
-		if errors.Is(ctx.Err(), context.Canceled) {
-			return authAnswer{}, &failure{err: stopped}
-		}
 		wait := max(jitter(delay), fail.retryAfter)
 		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
 			return authAnswer{}, &failure{err: fmt.Errorf("%w (gave up after --timeout)", fail)}

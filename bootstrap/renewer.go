@@ -50,7 +50,6 @@ const (
 type outage struct {
 	since    time.Time // zero: it has one
 	rejected bool
-	refused  bool      // frps has refused the last trial login
 	outdated bool      // it fails with what frpc was started with, and succeeds with the new lease
 	said     string    // the error that was logged last
 	accepted time.Time // since when frps accepts trial logins; zero: it did not accept the last one
@@ -109,7 +108,7 @@ func unwritable(err error) error {
 func (r *renewer) inherit(next *frpc.Lease) {
 	next.Stale = r.lease.Stale
 	if old := r.lease.Frpc; next.Stale == nil && old.Tunnel.Type != "" && !sameTOML(old, next.Frpc) {
-		next.Stale = &frpc.Stale{Until: r.lease.ExpiresAt, Frpc: &old}
+		next.Stale = &frpc.Stale{Until: r.lease.ExpiresAt, Frpc: old}
 	}
 }
 
@@ -181,16 +180,16 @@ func (r *renewer) run(ctx context.Context) error {
 // reload has frpc apply a new lease that differs in the tunnel alone: that cuts nothing.
 func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
 	stale := r.lease.Stale
-	if stale == nil || stale.Frpc == nil {
+	if stale == nil {
 		return
 	}
-	reloaded := *stale.Frpc
+	reloaded := stale.Frpc
 	if reloaded.Tunnel = r.lease.Frpc.Tunnel; !sameTOML(reloaded, r.lease.Frpc) {
 		return
 	}
 	if err := admin.Reload(ctx); err != nil {
 		r.log.Warn("frpc does not reload its configuration", "error", err)
-		stale.Frpc = nil // it must be restarted
+		stale.Frpc = frpc.Config{} // it must be restarted
 		return
 	}
 	r.log.Info("frpc has reloaded its configuration", "tunnel_type", r.lease.Frpc.Tunnel.Type)
@@ -313,28 +312,29 @@ func (r *renewer) recordState(state frpcState, now time.Time) {
 			}
 		}
 		r.outage.rejected = state == rejected
-	case unknown:
 	}
 }
 
 // probeFrps tries now and then, while frpc is logged out, whether frps accepts what frpc was started with.
 func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 	o, started := &r.outage, r.lease.Frpc
+	if o.rejected && o.said == "" {
+		o.said = "frps refuses it"
+		r.log.Warn("the tunnel is down", "error", o.said, "next_step", "ask the proxy's /ready for the reason")
+	}
 	if o.since.IsZero() || o.rejected || now.Before(o.probe) {
 		return
 	}
-	if stale := r.lease.Stale; stale != nil && stale.Frpc != nil {
-		if started = *stale.Frpc; started.AuthMethod == "oidc" && r.lease.Frpc.AuthMethod == "oidc" {
+	if stale := r.lease.Stale; stale != nil {
+		if started = stale.Frpc; started.AuthMethod == "oidc" && r.lease.Frpc.AuthMethod == "oidc" {
 			started.Token = r.lease.Frpc.Token // of the file, which frpc reads at every login
 		}
 	}
 	err := r.tryLogin(ctx, started)
-	o.outdated = r.lease.Stale != nil && err != nil && r.tryLogin(ctx, r.lease.Frpc) == nil
-	refused := errors.Is(err, frpc.ErrRefused)
-	if refused && !o.refused {
-		o.request = now // the control plane may have another credential for it
+	if r.lease.Stale != nil && err != nil {
+		err = r.tryLogin(ctx, r.lease.Frpc)
+		o.outdated = err == nil
 	}
-	o.refused = refused
 	if err != nil && err.Error() != o.said {
 		o.said = err.Error()
 		r.log.Warn("the tunnel is down", "error", err)
@@ -446,11 +446,7 @@ func (r *renewer) restartReason(now time.Time) string {
 	case stale != nil && !stale.Until.IsZero() && now.After(stale.Until.Add(-5*time.Second)):
 		return "the credential that it was started with expires"
 	case stale != nil && out && (o.outdated || o.rejected):
-		return "frps refuses what it was started with"
-	case stale != nil && out && stale.Frpc != nil && (stale.Frpc.ServerAddr != r.lease.Frpc.ServerAddr || stale.Frpc.ServerPort != r.lease.Frpc.ServerPort):
-		return "frps has another address now"
-	case stale != nil && out && stale.Frpc == nil && !o.accepted.IsZero():
-		return "it may run with an old configuration, and frps accepts the new one"
+		return "frps accepts the new lease, and not what it was started with"
 	case out && !o.rejected && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
 		return "it is logged out although frps accepts logins"
 	default:

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -168,16 +170,16 @@ func TestRefusedCredential(t *testing.T) {
 	r := newRenewer(t, giving())
 	r.login = func(_ context.Context, c frpc.Config) (string, error) {
 		if c.Token == "lease 1" { // with which frpc was started
-			return "0.71.0", fmt.Errorf("frps %w", frpc.ErrRefused)
+			return "0.71.0", errors.New("frps refuses the login")
 		}
 		return "0.71.0", nil
 	}
 	requests, _, restarts, reason := outageOf(t, r, loggedOut, 2*time.Minute)
-	if len(requests) != 1 || len(restarts) != 1 || requests[0] > 24*time.Second || restarts[0]-requests[0] > 4*time.Second || reason != "frps refuses what it was started with" {
+	if len(requests) != 1 || len(restarts) != 1 || requests[0] > 47*time.Second || restarts[0]-requests[0] > 4*time.Second || reason != "frps accepts the new lease, and not what it was started with" {
 		t.Errorf("requests %v, restarts %v: %s", requests, restarts, reason)
 	}
 	r = newRenewer(t, unchanging) // there is no better one
-	r.login = lacking(fmt.Errorf("frps %w", frpc.ErrRefused))
+	r.login = lacking(errors.New("frps refuses the login"))
 	if requests, _, restarts, _ := outageOf(t, r, loggedOut, 10*time.Minute); len(requests) > 6 || len(restarts) > 0 {
 		t.Errorf("requests %v, restarts %v", requests, restarts)
 	}
@@ -238,9 +240,12 @@ func TestRestartReason(t *testing.T) {
 	if reason := r.restartReason(now); reason != "" {
 		t.Errorf("restarted though nothing is known of frps: %s", reason)
 	}
-	r.lease.Frpc.ServerAddr = "another.example"
-	if reason := r.restartReason(now); reason != "frps has another address now" {
-		t.Errorf("frps is elsewhere: %q", reason)
+	r.login = func(_ context.Context, c frpc.Config) (string, error) { // frps has moved
+		return "", map[string]error{"frp.pipeops.io": errUnreachable}[c.ServerAddr]
+	}
+	r.lease.Frpc.ServerAddr, r.outage.probe = "another.example", now
+	if r.probeFrps(t.Context(), now); r.restartReason(now) == "" {
+		t.Error("not restarted though frps is elsewhere")
 	}
 	r.recordState(away, now)
 	if r.lease.Stale != nil || r.restartReason(now) != "" {
@@ -605,7 +610,17 @@ func TestCertificateOfTheLease(t *testing.T) {
 		t.Fatalf("the control plane was shown %q", shown)
 	}
 	fits := func(c []byte, tunnel frpc.Tunnel, end time.Time) bool {
-		return (&certificate{cert: c}).fits("agent-001", tunnel, end)
+		block, _ := pem.Decode(c)
+		cert, err := x509.ParseCertificate(block.Bytes)
+		lacks := func(name string) bool { return cert.VerifyHostname(name) != nil }
+		if err != nil || slices.ContainsFunc(append(tunnel.CustomDomains, "agent-001"), lacks) {
+			return false
+		}
+		if end.IsZero() {
+			return cert.NotAfter.Year() == 9999
+		}
+		grace := cert.NotAfter.Sub(end)
+		return grace >= time.Minute && grace <= 10*time.Minute
 	}
 	tunnel := lease.Frpc.Tunnel
 	if !fits(lease.Certificate, tunnel, end) {
@@ -625,7 +640,7 @@ func TestCertificateOfTheLease(t *testing.T) {
 		t.Error("fits another end, or another tunnel")
 	}
 	forever, err := newCertificate("agent-001", tunnel, time.Time{})
-	if err != nil || !forever.fits("agent-001", tunnel, time.Time{}) {
+	if err != nil || !forever.fits("agent-001", tunnel, time.Time{}) || forever.fits("agent-001", tunnel, end) || !fits(forever.cert, tunnel, time.Time{}) {
 		t.Errorf("a lease without an end: %v", err)
 	}
 	if matches, _ := filepath.Glob(filepath.Join(cfg.RunDir, "*")); len(matches) != 5 {

@@ -1,6 +1,5 @@
-// Package frpc holds all that the agent knows of the stock frp client: its configuration file, its admin
-// API and its login. The agent never links frp's code; everything here is checked against the stock binary
-// in tests/tools/frp.
+// Package frpc holds all that the agent knows of the stock frp client: its configuration file, its admin API and its
+// login. The agent never links frp's code; everything here is checked against the stock binary in tests/tools/frp.
 package frpc
 
 import (

@@ -29,10 +29,8 @@ type Lease struct {
 	ExpiresAt   time.Time `json:"expires_at,omitzero"` // by the clock of this host; zero: the lease has no end
 	Permissions []string  `json:"permissions,omitempty"`
 	Frpc        Config    `json:"frpc"`
-	// Renewal is set while bootstrap cannot get the next lease.
-	Renewal *Renewal `json:"renewal,omitempty"`
-	// Stale is set while frpc may run with an frpc.toml from before.
-	Stale *Stale `json:"stale,omitempty"`
+	Renewal     *Renewal  `json:"renewal,omitempty"` // set while bootstrap cannot get the next lease
+	Stale       *Stale    `json:"stale,omitempty"`   // set while frpc may run with an frpc.toml from before
 
 	Certificate, Key []byte `json:"-"` // PEM, for a tunnel of type https: files of their own
 	Roots            []byte `json:"-"` // PEM, for RootsFile
@@ -47,7 +45,7 @@ type Renewal struct {
 // Stale is what frpc was started with.
 type Stale struct {
 	Until time.Time `json:"until,omitzero"` // when its credential expires, by the clock of this host; zero: never
-	Frpc  *Config   `json:"frpc,omitempty"` // nil: not known
+	Frpc  Config    `json:"frpc,omitzero"`  // zero: not known
 }
 
 // Write puts the files of the lease into dir, each with mode 0600 and replaced in one step: a reader sees the

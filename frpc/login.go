@@ -20,17 +20,13 @@ import (
 	"time"
 )
 
-// Reasons why Login fails that its callers tell apart.
-var (
-	ErrCannotLogin = errors.New("see frpc's log for the reason") // Login cannot go the way that frpc goes
-	ErrRefused     = errors.New("refuses the login")             // frps does not accept the credential
-)
+// ErrCannotLogin is for a way to frps that Login cannot go.
+var ErrCannotLogin = errors.New("see frpc's log for the reason")
 
 // Login goes the way that frpc takes to frps (HTTP proxy, TCP, TLS, WebSocket, login), hangs up, and returns the
 // version of frps. It exists because frpc reports the reason for a failed login only in its log. The error names the
-// hop, the cause and the next step; nil means that frps accepts the login. For protocols quic and kcp, and for
-// proxies other than HTTP, it is ErrCannotLogin. Login does not know frpc's environment, where http_proxy would be a
-// proxy.
+// hop, the cause and the next step; nil means that frps accepts the login. For protocols quic and kcp, and for proxies
+// other than HTTP, it is ErrCannotLogin. Login does not know frpc's environment, where http_proxy would be a proxy.
 func Login(ctx context.Context, c Config) (version string, err error) {
 	addr := net.JoinHostPort(c.ServerAddr, strconv.Itoa(c.ServerPort))
 	proxy, err := url.Parse(c.ProxyURL.Reveal())
@@ -83,7 +79,7 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 		return "", fmt.Errorf("frps at %s does not answer a login: %w: check that frp.server_port is frps's bindPort", addr, err)
 	}
 	if refusal != "" {
-		return version, fmt.Errorf("frps at %s %w: %s: check frp.token, or restart the pod to get a new lease from the control plane", addr, ErrRefused, refusal)
+		return version, fmt.Errorf("frps at %s refuses the login: %s: check frp.token, or restart the pod to get a new lease from the control plane", addr, refusal)
 	}
 	return version, nil
 }

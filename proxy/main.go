@@ -192,9 +192,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 			}
 		}()
 	}
-	watching, stopWatching := context.WithCancel(ctx)
-	defer stopWatching()
-	go wait.UntilWithContext(watching, s.ready.run, 5*time.Second)
+	go wait.UntilWithContext(ctx, s.ready.run, 5*time.Second)
 	go wait.UntilWithContext(streams, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
 	log.Info("serving", "listen_addr", cfg.Proxy.ListenAddr, "metrics_addr", cfg.Proxy.MetricsAddr,
 		"agent_id", cfg.Agent.ID, "version", version.Version)

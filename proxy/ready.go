@@ -19,8 +19,7 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// checkAge is how long the outcome of a check of another process is good for: probing oftener costs nobody
-// anything.
+// checkAge is how long the outcome of a check of another process is good for: probing oftener costs nobody anything.
 const checkAge = time.Second
 
 // readiness holds the checks of /ready by their names.

@@ -223,8 +223,7 @@ func (r *runners) change(ctx context.Context, messageID string, apply func(map[s
 	return duplicate, err
 }
 
-// registryFailed answers for an API server that did not let the registry be read or changed. ctx had the time
-// for it.
+// registryFailed answers for an API server that did not let the registry be read or changed. ctx had the time for it.
 func registryFailed(ctx context.Context, w http.ResponseWriter, err error) {
 	switch {
 	case ctx.Err() != nil:

@@ -42,9 +42,8 @@ type tunnelStatus struct {
 	FrpcRestarts   uint64             `json:"frpc_restarts"`    // seen since the start: frpc was away and came back
 	Proxies        []frpc.ProxyStatus `json:"proxies"`
 	LeaseIssuedAt  *time.Time         `json:"lease_issued_at"`
-	LeaseExpiresAt *time.Time         `json:"lease_expires_at"` // null: unknown, or no end
-	// LeaseProblem is that there is no next lease, since when, and why.
-	LeaseProblem string `json:"lease_problem,omitempty"`
+	LeaseExpiresAt *time.Time         `json:"lease_expires_at"`        // null: unknown, or no end
+	LeaseProblem   string             `json:"lease_problem,omitempty"` // there is no next lease: since when, and why
 }
 
 // statusAge is how long an answer is good for: polling oftener costs the API server nothing more.

@@ -29,10 +29,8 @@ const DefaultPath = "/etc/pipeops/config.yaml"
 // Config is the agent's configuration, complete and valid.
 type Config struct {
 	Agent struct {
-		ID           string
-		Name         string
-		ClusterName  string
-		Instance     string
+		ID, Name, ClusterName, Instance string
+
 		Token        frpc.Secret // from agent.token or the file that agent.token_file names
 		TokenFile    string
 		TokenOverlap time.Duration // how long the proxy accepts the token before, after a new one has come
@@ -50,8 +48,8 @@ type Config struct {
 		ProxyURLFile string
 		TLS          frpc.TLS
 		Tunnel       frpc.Tunnel // Type, Subdomain, CustomDomains and RemotePort
-		// TypeConfigured is whether the file or the environment sets Tunnel.Type: then no lease may weaken it.
-		TypeConfigured bool
+
+		TypeConfigured bool // the file or the environment sets Tunnel.Type: then no lease may weaken it
 	}
 	Kubernetes struct {
 		Kubeconfig string
@@ -59,16 +57,14 @@ type Config struct {
 		Namespace  string
 	}
 	Proxy struct {
-		ListenAddr   string
-		MetricsAddr  string
-		DrainTimeout time.Duration
+		ListenAddr, MetricsAddr string
+		DrainTimeout            time.Duration
 	}
 	Runners struct{ AllowedHosts []string }
 	RunDir  string
 	Logging struct {
-		Level  string
-		Format string
-		Debug  bool // agent.debug: SEED's name for logging.level debug
+		Level, Format string
+		Debug         bool // agent.debug: the same as logging.level debug
 	}
 }
 

@@ -234,8 +234,7 @@ func (c *Conn) HeadersRead() {
 	}
 }
 
-// Authenticated is called when a request's credential is accepted: the connection is safe from eviction until
-// Answered.
+// Authenticated is called when a request's credential is accepted: the connection is safe from eviction until Answered.
 func (c *Conn) Authenticated() {
 	if c == nil {
 		return

@@ -232,8 +232,7 @@ func (r *request) modify(resp *http.Response) error {
 	return nil
 }
 
-// ErrShutdown is the cause with which a request's context ends when the agent stops before the API server
-// has answered.
+// ErrShutdown is the cause with which a request's context ends when the agent stops before the API server has answered.
 var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API server answered: look whether what you asked for was done, and try again")
 
 // fail answers for an API server that did not. out is the request as rewritten.
