@@ -30,26 +30,24 @@ const DefaultPath = "/etc/pipeops/config.yaml"
 type Config struct {
 	Agent struct {
 		ID, Name, ClusterName, Instance string
-
-		Token        frpc.Secret // from agent.token or the file that agent.token_file names
-		TokenFile    string
-		TokenOverlap time.Duration // how long the proxy accepts the token before, after a new one has come
-		APIURL       string        // without a slash at its end
-		CAFile       string
+		Token                           frpc.Secret // from agent.token or the file that agent.token_file names
+		TokenFile                       string
+		TokenOverlap                    time.Duration // how long the proxy accepts the token before, after a new one has come
+		APIURL                          string        // without a slash at its end
+		CAFile                          string
 	}
 	FRP struct {
-		ServerAddr   string
-		ServerPort   int
-		Token        frpc.Secret // empty: ask the control plane
-		TokenFile    string
-		AdminPort    int
-		Protocol     string
-		ProxyURL     frpc.Secret
-		ProxyURLFile string
-		TLS          frpc.TLS
-		Tunnel       frpc.Tunnel // Type, Subdomain, CustomDomains and RemotePort
-
-		TypeConfigured bool // the file or the environment sets Tunnel.Type: then no lease may weaken it
+		ServerAddr     string
+		ServerPort     int
+		Token          frpc.Secret // empty: ask the control plane
+		TokenFile      string
+		AdminPort      int
+		Protocol       string
+		ProxyURL       frpc.Secret
+		ProxyURLFile   string
+		TLS            frpc.TLS
+		Tunnel         frpc.Tunnel // Type, Subdomain, CustomDomains and RemotePort
+		TypeConfigured bool        // the file or the environment sets Tunnel.Type: then no lease may weaken it
 	}
 	Kubernetes struct {
 		Kubeconfig string
