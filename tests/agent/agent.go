@@ -117,13 +117,16 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 	running := a.Frpc
 	a.frpcPid.Store(int32(running.Pid()))
 	go func() {
-		probe := time.NewTicker(5 * time.Second)
+		probe, failures := time.NewTicker(5*time.Second), 0
 		defer probe.Stop()
 		for {
 			select {
 			case <-probe.C:
 				probe.Reset(5 * time.Second)
-				if _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); err == nil {
+				failures++
+				if _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); err != nil {
+					failures = 0
+				} else if failures == 3 { // failureThreshold
 					running.Kill()
 				}
 				continue
@@ -135,7 +138,7 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 			if err != nil {
 				return
 			}
-			running = next
+			running, failures = next, 0
 			a.frpcPid.Store(int32(next.Pid()))
 			probe.Reset(20 * time.Second) // initialDelaySeconds; then every 5 s
 			a.restarts.Add(1)
