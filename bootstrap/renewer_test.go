@@ -164,6 +164,24 @@ func unchanging(context.Context, []byte) (authAnswer, *failure) {
 	return authAnswer{FRPToken: "the same", ends: time.Now().Add(time.Hour)}, nil
 }
 
+// TestOutdatedFrps: it is named once, by the first login that tells its version.
+func TestOutdatedFrps(t *testing.T) {
+	for version, warned := range map[string]int{"0.70.1": 1, "0.9.3": 1, "0.71.0": 0, "1.0.0": 0, "": 0, "nonsense": 0} {
+		r := newRenewer(t, unchanging)
+		var log strings.Builder
+		r.log = slog.New(slog.NewTextHandler(&log, nil))
+		r.login = lacking(errUnreachable)
+		_ = r.tryLogin(t.Context(), r.lease.Frpc)
+		r.login = func(context.Context, frpc.Config) (string, error) { return version, nil }
+		for range 3 {
+			_ = r.tryLogin(t.Context(), r.lease.Frpc)
+		}
+		if n := strings.Count(log.String(), "frps is outdated"); n != warned {
+			t.Errorf("version %q is warned of %d times: %s", version, n, log.String())
+		}
+	}
+}
+
 // TestRefusedCredential: frps is there and refuses what frpc was started with. A new lease is requested at once, and
 // frpc restarted when there is one.
 func TestRefusedCredential(t *testing.T) {

@@ -164,3 +164,25 @@ func TestSilence(t *testing.T) {
 		})
 	}
 }
+
+// TestHeartbeats: a frps that drops agents without heartbeats keeps this one.
+func TestHeartbeats(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	server := newOwnServer(t, w, true, "")
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
+		fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_LOG_LEVEL=debug")
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.agent.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-time.After(80 * time.Second): // more than twice what it allows
+	case <-w.agent.Frpc.Done():
+	}
+	if n := strings.Count(w.agent.Frpc.Log(), "login to server success"); n != 1 {
+		t.Errorf("frpc logged in %d times:\n%s", n, w.agent.Frpc.Log())
+	}
+}

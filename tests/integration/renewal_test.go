@@ -350,6 +350,30 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	}
 }
 
+// TestTunnelIsReloaded: a lease that changes the tunnel alone, here its type, is applied by the stock frpc without a
+// restart. What runs goes on.
+func TestTunnelIsReloaded(t *testing.T) {
+	t.Parallel()
+	w := renewing(t, controlplane.Terms{Life: 30 * time.Second})
+	watch := w.stream()
+	pid := w.agent.FrpcPid()
+	w.cp.SetTerms(controlplane.Terms{Life: time.Hour, TunnelType: "http"})
+	eventuallyWithin(t, time.Minute, func() error {
+		proxies, err := w.lease().Frpc.Admin.Status(t.Context())
+		if err == nil && (len(proxies) != 1 || proxies[0].Type != "http" || proxies[0].Status != "running") {
+			err = fmt.Errorf("frpc's proxies are %+v", proxies)
+		}
+		return err
+	})
+	w.answers()
+	if !runs(watch) || w.agent.FrpcRestarts() != 0 || w.agent.FrpcPid() != pid {
+		t.Errorf("the watch runs: %v; frpc was restarted %d times:\n%s", runs(watch), w.agent.FrpcRestarts(), w.agent.Bootstrap.Log())
+	}
+	if !strings.Contains(w.agent.Bootstrap.Log(), "frpc has reloaded its configuration") {
+		t.Errorf("bootstrap says:\n%s", w.agent.Bootstrap.Log())
+	}
+}
+
 // TestControlPlaneAway: the tunnel stays, /ready and status say why the lease is not renewed, and it comes back by
 // itself.
 func TestControlPlaneAway(t *testing.T) {

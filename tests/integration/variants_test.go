@@ -30,7 +30,8 @@ type ownServer struct {
 	caFile, certFile, keyFile         string
 }
 
-// newOwnServer runs one. It asks for a client certificate if clientCA is set, and speaks TLS alone if force is.
+// newOwnServer runs one, which asks for heartbeats and for a credential with everything. It asks for a client certificate
+// if clientCA is set, and speaks TLS alone if force is.
 func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer {
 	t.Helper()
 	dir := filepath.Dir(w.cp.CAFile)
@@ -48,7 +49,8 @@ func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer
 	data, err := json.Marshal(map[string]any{
 		"bindAddr": "127.0.0.1", "bindPort": s.bind, "kcpBindPort": s.kcp, "quicBindPort": s.quic, "proxyBindAddr": "127.0.0.1",
 		"vhostHTTPPort": s.http, "vhostHTTPSPort": s.https, "subDomainHost": "example.internal",
-		"auth": map[string]any{"token": "the-right-token"}, "transport": map[string]any{"tls": certificates},
+		"auth":      map[string]any{"token": "the-right-token", "additionalScopes": []string{"HeartBeats", "NewWorkConns"}},
+		"transport": map[string]any{"tls": certificates, "heartbeatTimeout": 35},
 	})
 	if err != nil {
 		t.Fatal(err)
