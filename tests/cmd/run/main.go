@@ -6,12 +6,14 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -24,6 +26,10 @@ import (
 const agentID = "agent-001"
 
 func main() {
+	flag.Usage = func() {
+		fmt.Fprintln(os.Stderr, "run starts the whole path on this machine, until Ctrl-C. KUBECONFIG leads it to a cluster of yours. It has no flags.")
+	}
+	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Getenv("KUBECONFIG"), os.Stdout); err != nil && !errors.Is(err, context.Canceled) {
@@ -91,6 +97,14 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	if err := os.WriteFile(tokenFile, []byte(token), 0o600); err != nil {
 		return err
 	}
+	environment := filepath.Join(group.Dir(), "agent.env")
+	if err := os.WriteFile(environment, []byte(strings.Join(a.Env, "\n")), 0o600); err != nil {
+		return err
+	}
+	bootstrap, err := process.Binary("bootstrap")
+	if err != nil {
+		return err
+	}
 	caller := filepath.Join(group.Dir(), "kubeconfig")
 	if err := agent.WriteCaller(caller, cp, agentID, token); err != nil {
 		return err
@@ -112,6 +126,8 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	base := cp.GatewayURL + "/agents/" + agentID
 	say("\nThe agent's own API is at %s (runners may be on 127.0.0.1; /openapi.yaml lists its routes):\n", base)
 	say("  curl --cacert %s -H \"Authorization: Bearer $(cat %s)\" %s/api/agent/status", cp.CAFile, tokenFile, base)
+	say("\nThe control plane is at %s. To look at the whole way, step by step:\n", cp.APIURL)
+	say("  env $(cat %s) %s doctor", environment, bootstrap)
 	say("\nProbes and metrics: %s/ready and /metrics. Ctrl-C stops everything and removes its files.", a.Operations)
 
 	for {
