@@ -153,7 +153,7 @@ func TestFrpsIsVerified(t *testing.T) {
 	}
 	wantReady(t, w.agent, "tunnel", "frps at "+addr+" presents the certificate that frps makes for itself, which nobody can verify: ")
 	eventually(t, func() error {
-		if !strings.Contains(w.agent.Frpc.Log(), "connect to server error: ") || !strings.Contains(w.agent.Frpc.Log(), "x509: ") {
+		if strings.Count(w.agent.Frpc.Log(), "connect to server error: ") < 2 {
 			return errors.New(w.agent.Frpc.Log())
 		}
 		return nil
