@@ -183,6 +183,7 @@ func (s *server) protect(next http.HandlerFunc, whileDraining bool) http.Handler
 			rec.conn.Authenticated()
 			next(w, r)
 		case shuttingDown:
+			w.Header().Set("Connection", "close") // a write must not meet its end
 			fail(w, r, http.StatusServiceUnavailable, why, 1)
 		default:
 			fail(w, r, http.StatusTooManyRequests, why, 1)

@@ -213,7 +213,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 		log.Warn("the drain timeout is over: cutting the streams that still run")
 		cutStreams(kube.ErrShutdown)
 	}
-	// What has been answered is still on its way to the caller.
+	time.Sleep(time.Second) // answers are on their way, and who keeps a connection is told to close it before we do
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
 	for _, server := range servers {
