@@ -89,9 +89,13 @@ func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	_ = control.EnableFullDuplex()
 	next.ServeHTTP(w, r)
-	// What is left of the body must be read here: net/http panics if it is left to it (Go 1.26, finishRequest).
+	// What is left of the body must be read here: net/http panics if it is left to it (Go 1.26, finishRequest). What does
+	// not come soon must not be taken for the next request.
 	_ = control.Flush()
-	_ = r.Body.Close()
+	_ = control.SetReadDeadline(time.Now().Add(2 * time.Second))
+	if r.Body.Close() != nil {
+		panic(http.ErrAbortHandler)
+	}
 }
 
 // buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
