@@ -213,7 +213,7 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 		log.Warn("the drain timeout is over: cutting the streams that still run")
 		cutStreams(kube.ErrShutdown)
 	}
-	time.Sleep(time.Second) // answers are on their way, and who keeps a connection is told to close it before we do
+	time.Sleep(3 * time.Second) // a caller told to retry after 1 s must meet an answer, not a closing connection
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
 	for _, server := range servers {
