@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -15,7 +14,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
 )
 
@@ -205,29 +206,25 @@ func (p *patient) tunnel(ctx context.Context) (string, error) {
 }
 
 func (p *patient) proxy(ctx context.Context) (string, error) {
-	var version struct{ Version string }
-	if err := p.call(ctx, p.cfg.Proxy.MetricsAddr, "/version", nil, &version); err != nil {
+	var info version.Info
+	if err := p.call(ctx, p.cfg.Proxy.MetricsAddr, agentapi.VersionPath, nil, &info); err != nil {
 		return "", fmt.Errorf("%w: check that the proxy container runs, and its log", err)
 	}
 	if p.tunnelTLS() != nil {
-		if err := p.call(ctx, p.cfg.Proxy.ListenAddr, "/version", nil, &version); err != nil {
+		if err := p.call(ctx, p.cfg.Proxy.ListenAddr, agentapi.VersionPath, nil, &info); err != nil {
 			return "", fmt.Errorf("the proxy does not speak TLS with the tunnel's certificate: %w: see its log", err)
 		}
 	}
-	return "version " + version.Version + " serves at " + config.Local(p.cfg.Proxy.MetricsAddr), nil
+	return "version " + info.Version + " serves at " + config.Local(p.cfg.Proxy.MetricsAddr), nil
 }
 
 func (p *patient) kubernetes(ctx context.Context) (string, error) {
-	var ready struct {
-		Checks map[string]struct {
-			OK     bool
-			Detail string
-		}
-	}
-	if err := p.call(ctx, p.cfg.Proxy.MetricsAddr, "/ready?exclude=tunnel&exclude=shutdown", nil, &ready); err != nil {
+	var ready agentapi.Ready
+	path := agentapi.ReadyPath + "?only=" + agentapi.CheckKubernetes
+	if err := p.call(ctx, p.cfg.Proxy.MetricsAddr, path, nil, &ready); err != nil {
 		return "", skipped("the proxy comes first")
 	}
-	if check := ready.Checks["kubernetes"]; !check.OK {
+	if check := ready.Checks[agentapi.CheckKubernetes]; !check.OK {
 		return "", errors.New(check.Detail)
 	}
 	return "the API server answers the agent's credential", nil
@@ -235,6 +232,7 @@ func (p *patient) kubernetes(ctx context.Context) (string, error) {
 
 // permissions asks the API server, by way of the proxy, for what the agent needs for more than what callers ask.
 func (p *patient) permissions(ctx context.Context) (string, error) {
+	const reviews = agentapi.KubernetesPrefix + "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 	var may, mayNot []string
 	for _, access := range []struct {
 		what       string
@@ -242,14 +240,14 @@ func (p *patient) permissions(ctx context.Context) (string, error) {
 	}{
 		{"list pods", map[string]string{"verb": "list", "resource": "pods"}},
 		{"list nodes", map[string]string{"verb": "list", "resource": "nodes"}},
-		{"keep runners", map[string]string{"verb": "update", "resource": "secrets", "name": "pipeops-agent-runners", "namespace": p.cfg.Kubernetes.Namespace}},
+		{"keep runners", map[string]string{"verb": "update", "resource": "secrets", "name": agentapi.RunnersSecret, "namespace": p.cfg.Kubernetes.Namespace}},
 	} {
 		review, _ := json.Marshal(map[string]any{ // texts alone: it cannot fail
 			"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
 			"spec": map[string]any{"resourceAttributes": access.attributes},
 		})
 		var answer struct{ Status struct{ Allowed bool } }
-		err := p.call(ctx, p.cfg.Proxy.ListenAddr, "/api/k8s/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review, &answer)
+		err := p.call(ctx, p.cfg.Proxy.ListenAddr, reviews, review, &answer)
 		switch {
 		case err != nil:
 			return "", skipped("the proxy and the API server come first")
@@ -287,27 +285,9 @@ func (p *patient) call(ctx context.Context, addr, path string, body []byte, answ
 	if err != nil {
 		return err
 	}
-	method, scheme, client := http.MethodGet, "http", *local
-	if body != nil {
-		method = http.MethodPost
+	proxy := agentapi.Client{ListenAddr: addr, Token: token}
+	if addr == p.cfg.Proxy.ListenAddr {
+		proxy.TLS = p.tunnelTLS()
 	}
-	if tlsConfig := p.tunnelTLS(); tlsConfig != nil && addr == p.cfg.Proxy.ListenAddr {
-		scheme = "https"
-		client.Transport = &http.Transport{DisableKeepAlives: true, TLSClientConfig: tlsConfig}
-	}
-	req, err := http.NewRequestWithContext(ctx, method, scheme+"://"+config.Local(addr)+path, bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Authorization", "Bearer "+token.Reveal())
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := client.Do(req)
-	if err != nil {
-		return fmt.Errorf("the proxy does not answer: %w", err)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer); err != nil || resp.StatusCode >= 400 && resp.StatusCode != http.StatusServiceUnavailable {
-		return fmt.Errorf("the proxy answers %s to %s %s", resp.Status, method, path)
-	}
-	return nil
+	return proxy.Call(ctx, path, body, answer)
 }

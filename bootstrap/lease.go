@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 )
@@ -156,7 +157,7 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 			return frpc.Lease{}, fmt.Errorf("the control plane's lease has port %d, which is none: tell those who run it", port)
 		}
 	}
-	tunnel.Name = name
+	tunnel.Name, tunnel.HealthPath = name, agentapi.TunnelHealthPath
 	admin = frpc.Admin{
 		Port: cmp.Or(admin.Port, cfg.FRP.AdminPort), User: cmp.Or(admin.User, adminUser), Password: cmp.Or(admin.Password, frpc.Secret(rand.Text())),
 	}

@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
@@ -130,6 +131,7 @@ const tooShort = "agent.token (PIPEOPS_AGENT_TOKEN) has fewer than 16 characters
 func written(cfg *config.Config) (*frpc.Lease, error) {
 	lease, err := frpc.ReadLease(cfg.RunDir)
 	if err == nil {
+		lease.Frpc.Tunnel.HealthPath = agentapi.TunnelHealthPath // of another version it may lack it
 		_, err = os.Stat(filepath.Join(cfg.RunDir, frpc.ConfigFile))
 	}
 	if err == nil && lease.Frpc.TLS.CAFile == filepath.Join(cfg.RunDir, frpc.RootsFile) {

@@ -103,7 +103,7 @@ func TestTunnelOfTheLeaseWins(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want.Name, want.LocalIP, want.LocalPort = "agent-001.pod-1", "127.0.0.1", 8080
+		want.Name, want.LocalIP, want.LocalPort, want.HealthPath = "agent-001.pod-1", "127.0.0.1", 8080, "/ready?only=shutdown"
 		if !reflect.DeepEqual(lease.Frpc.Tunnel, want) {
 			t.Errorf("%s: got %+v, want %+v", body, lease.Frpc.Tunnel, want)
 		}

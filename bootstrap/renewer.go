@@ -6,15 +6,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"syscall"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 )
@@ -454,23 +453,12 @@ func (r *renewer) restartReason(now time.Time) string {
 	}
 }
 
-// local is a client of the other containers of the pod, past every proxy.
-var local = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
-
-// idle says whether nothing runs through the tunnel, by the proxy's own count. If the proxy does not say, something
-// may.
+// idle reports whether nothing runs through the tunnel, by the proxy's own count. A proxy that does not answer is not
+// idle.
 func (r *renewer) idle(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, lookInterval)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+config.Local(r.cfg.Proxy.MetricsAddr)+"/metrics", nil)
-	if err != nil {
-		return false
-	}
-	resp, err := local.Do(req)
-	if err != nil {
-		return false
-	}
-	defer func() { _ = resp.Body.Close() }()
-	metrics, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	return err == nil && bytes.Contains(metrics, []byte("\npipeops_agent_http_requests_in_flight{listener=\"tunnel\"} 0\n"))
+	activity := agentapi.Activity{RequestsInFlight: -1} // an answer without the count is none
+	proxy := agentapi.Client{ListenAddr: r.cfg.Proxy.MetricsAddr}
+	return proxy.Call(ctx, agentapi.ActivityPath, nil, &activity) == nil && activity.RequestsInFlight == 0
 }

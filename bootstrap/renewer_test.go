@@ -589,12 +589,17 @@ func TestLeaseMustNotRemoveTLS(t *testing.T) {
 // TestIdle: only the proxy's own word counts.
 func TestIdle(t *testing.T) {
 	for body, want := range map[string]bool{
-		"pipeops_agent_http_requests_in_flight{listener=\"operations\"} 1\npipeops_agent_http_requests_in_flight{listener=\"tunnel\"} 0\n": true,
-		"pipeops_agent_http_requests_in_flight{listener=\"tunnel\"} 2\n":                                                                   false,
-		"pipeops_agent_http_requests_in_flight{listener=\"operations\"} 0\n":                                                               false,
-		"": false,
+		`{"requests_in_flight":0}`: true,
+		`{"requests_in_flight":2}`: false,
+		`{}`:                       false,
+		"":                         false,
 	} {
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprint(w, body) }))
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodGet || r.URL.Path != "/activity" {
+				t.Errorf("asked %s %s", r.Method, r.URL)
+			}
+			_, _ = fmt.Fprint(w, body)
+		}))
 		r := newRenewer(t, giving())
 		r.cfg.Proxy.MetricsAddr = strings.TrimPrefix(server.URL, "http://")
 		if got := r.idle(t.Context()); got != want {
@@ -604,6 +609,37 @@ func TestIdle(t *testing.T) {
 		if r.idle(t.Context()) {
 			t.Error("a proxy that does not answer is taken for idle")
 		}
+	}
+	refusing := httptest.NewServer(answer(503, "application/json", `{"requests_in_flight":0}`))
+	defer refusing.Close()
+	r := newRenewer(t, giving())
+	r.cfg.Proxy.MetricsAddr = strings.TrimPrefix(refusing.URL, "http://")
+	if r.idle(t.Context()) {
+		t.Error("a proxy that answers 503 is taken for idle")
+	}
+}
+
+// TestLeaseWithoutHealthPathStillWorks: it was written by a version whose frpc.toml had another path.
+func TestLeaseWithoutHealthPathStillWorks(t *testing.T) {
+	r := newRenewer(t, giving())
+	old := r.lease
+	if old.Frpc.Tunnel.HealthPath != "/ready?only=shutdown" {
+		t.Errorf("frpc asks %q", old.Frpc.Tunnel.HealthPath)
+	}
+	old.Frpc.Tunnel.HealthPath = ""
+	if _, err := old.Write(r.cfg.RunDir); err != nil {
+		t.Fatal(err)
+	}
+	got, err := written(r.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	toml, err := old.Frpc.TOML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if markStale(got, toml); got.Stale == nil || !sameTOML(got.Frpc, r.lease.Frpc) {
+		t.Errorf("frpc goes on with the old path: %+v", got)
 	}
 }
 

@@ -62,6 +62,9 @@ type Tunnel struct {
 	GroupKey      Secret   `json:"group_key,omitempty"`
 	LocalIP       string   `json:"local_ip"`
 	LocalPort     int      `json:"local_port"`
+	// HealthPath, with a query if any, is where frpc asks in plain HTTP every second whether to keep the tunnel
+	// registered. Empty: the tunnel stays registered.
+	HealthPath string `json:"health_path,omitempty"`
 }
 
 // GivesUp says what a tunnel of this type lacks beside one of type https, which lacks nothing.
@@ -71,10 +74,6 @@ func (t Tunnel) GivesUp() string {
 		"tcp":  "everybody on the way to frps can read and alter all that passes; kubectl needs a TLS gateway in front of it",
 	}[t.Type]
 }
-
-// HealthPath is what frpc asks the proxy whether to keep the tunnel registered: nothing but whether it drains.
-// It asks in plain HTTP, also where the tunnel is of type https.
-const HealthPath = "/ready?exclude=kubernetes&exclude=tunnel"
 
 // TOML renders frpc.toml. It fails only on text that is not UTF-8, which TOML cannot hold; the error names the key.
 func (c Config) TOML() ([]byte, error) {
@@ -136,11 +135,13 @@ func (c Config) TOML() ([]byte, error) {
 	// frpc registers the tunnel while the proxy takes requests, and withdraws it when the proxy drains: streams
 	// that run go on, new requests go to another instance. It counts failures for ever, not in a row, so that
 	// more than one allowed failure would only be the same later.
-	w.text("healthCheck.type", "http")
-	w.text("healthCheck.path", HealthPath)
-	w.number("healthCheck.intervalSeconds", 1)
-	w.number("healthCheck.timeoutSeconds", 5)
-	w.number("healthCheck.maxFailed", 1)
+	if c.Tunnel.HealthPath != "" {
+		w.text("healthCheck.type", "http")
+		w.text("healthCheck.path", c.Tunnel.HealthPath)
+		w.number("healthCheck.intervalSeconds", 1)
+		w.number("healthCheck.timeoutSeconds", 5)
+		w.number("healthCheck.maxFailed", 1)
+	}
 	return w.buf.Bytes(), w.err
 }
 

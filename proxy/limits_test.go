@@ -498,7 +498,7 @@ func TestPlainHTTPBesideHTTPS(t *testing.T) {
 	s, _, handlers := newTest(t, token)
 	s.ready.tunnel.https.Store(true)
 	for path, want := range map[string]int{
-		"/ready?exclude=kubernetes&exclude=tunnel": 200, "/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
+		"/ready?only=shutdown": 200, "/ready?only=shutdown&only=tunnel": 421, "/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
 	} {
 		if w := do(handlers[tunnel], "GET", path, "Bearer "+token); w.Code != want {
 			t.Errorf("%s: answered %d %s", path, w.Code, w.Body)

@@ -36,6 +36,8 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 		r.Header.Set("X-Request-Id", rec.requestID)
 		if l == tunnel {
 			rec.agentID = s.agent.ID
+			s.tunnelRequests.Add(1)
+			defer s.tunnelRequests.Add(-1)
 		}
 		if r.Body != http.NoBody {
 			rec.body = kube.NewBody(w, r.Body, s.metrics.received.Add)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -34,9 +35,9 @@ func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readines
 		t.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
 	r := &readiness{tunnel: t, checks: map[string]*check{
-		"kubernetes": {age: checkAge, run: api.Check},
-		"tunnel":     {age: checkAge, run: t.run, note: func() string { return t.status().LeaseProblem }},
-		"shutdown": {run: func(context.Context) error {
+		agentapi.CheckKubernetes: {age: checkAge, run: api.Check},
+		agentapi.CheckTunnel:     {age: checkAge, run: t.run, note: func() string { return t.status().LeaseProblem }},
+		agentapi.CheckShutdown: {run: func(context.Context) error {
 			if _, _, closed := g.state(); closed {
 				return errors.New("the agent is shutting down and takes nothing new")
 			}
@@ -226,21 +227,17 @@ func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []fr
 	return errors.New("frps accepts the login, but frpc has no tunnel yet: it connects within 20 s; if not, see frpc's log")
 }
 
-// getReady answers GET /ready. Checks named by ?exclude= are left out. Why a check fails is told on the
-// operations listener, and on the tunnel listener to those who show the agent's token.
+// getReady answers GET /ready: with the checks that ?only= names, or all, but for those that ?exclude= names. Why a
+// check fails is told on the operations listener, and on the tunnel listener to those who show the agent's token.
 func (s *server) getReady(l listener) http.HandlerFunc {
-	type answer struct {
-		OK     bool   `json:"ok"`
-		Detail string `json:"detail,omitempty"`
-	}
 	return func(w http.ResponseWriter, r *http.Request) {
 		query, err := url.ParseQuery(r.URL.RawQuery)
 		if err != nil {
-			writeProblem(w, http.StatusBadRequest, "the query cannot be read: give ?exclude=NAME, joined by &")
+			writeProblem(w, http.StatusBadRequest, "the query cannot be read: give ?only=NAME or ?exclude=NAME, joined by &")
 			return
 		}
-		excluded := query["exclude"]
-		for _, name := range excluded {
+		only, excluded := query["only"], query["exclude"]
+		for _, name := range slices.Concat(only, excluded) {
 			if s.ready.checks[name] == nil {
 				writeProblem(w, http.StatusBadRequest, fmt.Sprintf("no check is named %.50q: there are kubernetes, tunnel and shutdown", name))
 				return
@@ -251,17 +248,16 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 		if !detailed && refused.reason != "none" && s.throttled(w, r, refused) {
 			return
 		}
-		code, status := http.StatusOK, "ready"
-		checks := map[string]answer{}
+		code, ready := http.StatusOK, agentapi.Ready{Status: "ready", Checks: map[string]agentapi.Check{}}
 		for name, c := range s.ready.checks {
-			if slices.Contains(excluded, name) {
+			if len(only) > 0 && !slices.Contains(only, name) || slices.Contains(excluded, name) {
 				continue
 			}
 			err := c.result(r.Context())
 			if err != nil {
-				code, status = http.StatusServiceUnavailable, "not ready"
+				code, ready.Status = http.StatusServiceUnavailable, "not ready"
 			}
-			o := answer{OK: err == nil}
+			o := agentapi.Check{OK: err == nil}
 			switch {
 			case !detailed:
 			case err != nil:
@@ -269,8 +265,8 @@ func (s *server) getReady(l listener) http.HandlerFunc {
 			case c.note != nil:
 				o.Detail = c.note()
 			}
-			checks[name] = o
+			ready.Checks[name] = o
 		}
-		writeJSON(w, code, map[string]any{"status": status, "checks": checks})
+		writeJSON(w, code, ready)
 	}
 }

@@ -10,9 +10,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
-	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -46,11 +46,11 @@ type route struct {
 // routes is the whole API but for the Kubernetes API, which handler dispatches before any of these: a
 // ServeMux would redirect some of its paths.
 func (s *server) routes(l listener) []route {
-	return []route{
+	rows := []route{
 		// It depends on nothing but that the process works: a restart would mend nothing else.
-		{method: "GET", path: "/health", ops: true, handler: always(map[string]string{"status": "ok"})},
-		{method: "GET", path: "/ready", ops: true, handler: s.getReady(l)},
-		{method: "GET", path: "/version", ops: true, handler: always(version.Get())},
+		{method: "GET", path: agentapi.HealthPath, ops: true, handler: always(map[string]string{"status": "ok"})},
+		{method: "GET", path: agentapi.ReadyPath, ops: true, handler: s.getReady(l)},
+		{method: "GET", path: agentapi.VersionPath, ops: true, handler: always(version.Get())},
 		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
 		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.heartbeat},
 		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.message},
@@ -58,6 +58,15 @@ func (s *server) routes(l listener) []route {
 		{method: "GET", path: "/openapi.yaml", handler: getOpenAPI},
 		{method: "GET", path: "/metrics", ops: true, bearer: true, handler: s.metrics.handler.ServeHTTP},
 	}
+	if l == operations {
+		rows = append(rows, route{method: "GET", path: agentapi.ActivityPath, ops: true, handler: s.getActivity})
+	}
+	return rows
+}
+
+// getActivity answers GET /activity, by which bootstrap decides whether a restart of frpc cuts off anybody.
+func (s *server) getActivity(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, agentapi.Activity{RequestsInFlight: s.tunnelRequests.Load()})
 }
 
 const commandPattern = "/api/runners/{runner_id}/command"
@@ -74,6 +83,8 @@ type server struct {
 	gate    *gate
 	limits  limits
 	log     *slog.Logger
+
+	tunnelRequests atomic.Int64 // in flight on the tunnel listener
 
 	heartbeats    atomic.Uint64             // of the control plane
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
@@ -122,7 +133,7 @@ func (s *server) handler(l listener) http.Handler {
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch p := r.URL.EscapedPath(); {
-		case l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != frpc.HealthPath:
+		case l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != agentapi.TunnelHealthPath:
 			writeProblem(w, http.StatusMisdirectedRequest, "the tunnel is of type https: speak TLS, with the certificate that the tunnel shows")
 		case l == tunnel && belowKubernetes(r):
 			r.Pattern = kube.Prefix + "/"
@@ -143,7 +154,7 @@ func notFound(l listener) http.HandlerFunc {
 		const prefix = "the Kubernetes API is under " + kube.Prefix + "/"
 		switch p := r.URL.Path; {
 		case l == operations:
-			writeProblem(w, http.StatusNotFound, "there is no such path: /health, /ready, /version and /metrics are served here")
+			writeProblem(w, http.StatusNotFound, "there is no such path: /health, /ready, /version, /activity and /metrics are served here")
 		case p == "/api" || p == "/apis" || strings.HasPrefix(p, "/api/v1/") || strings.HasPrefix(p, "/apis/"):
 			kube.WriteStatus(w, r, http.StatusNotFound,
 				"there is no such path: "+prefix+": add that to the server's URL in the kubeconfig", 0)

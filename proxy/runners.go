@@ -22,6 +22,7 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -43,7 +44,7 @@ const registryTime = 10 * time.Second
 // registryName is the Secret that holds the registry: a key for each runner, and processedKey. A runner's id
 // begins with a letter or digit, so that it is never that key.
 const (
-	registryName = "pipeops-agent-runners"
+	registryName = agentapi.RunnersSecret
 	processedKey = "_processed" // ids of the last messages that changed the registry
 	maxProcessed = 256
 )

@@ -21,6 +21,7 @@ import (
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
@@ -159,6 +160,9 @@ func TestErrorsOutsideKubernetesAreProblems(t *testing.T) {
 		{tunnel, "GET", "/api/agent/heartbeat", 405, "POST"},
 		{tunnel, "GET", "/metrics", 401, ""},
 		{tunnel, "GET", "/ready?exclude=nonsense", 400, ""},
+		{tunnel, "GET", "/ready?only=nonsense", 400, ""},
+		{tunnel, "GET", "/activity", 404, ""},
+		{operations, "POST", "/activity", 405, "GET, HEAD"},
 		{tunnel, "POST", "/api/agent/heartbeat/", 404, ""},
 		{operations, "GET", "/api/k8s/version", 404, ""},
 		{operations, "GET", "/api/v1/pods", 404, ""},
@@ -173,6 +177,33 @@ func TestErrorsOutsideKubernetesAreProblems(t *testing.T) {
 			t.Errorf("%s %s: got %d %v %s", test.method, test.target, w.Code, w.Header(), w.Body)
 		}
 	}
+}
+
+func TestActivityCountsRequestsOnTheTunnel(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	inFlight := func(want int64) {
+		t.Helper()
+		activity := agentapi.Activity{RequestsInFlight: -1}
+		w := do(handlers[operations], "GET", agentapi.ActivityPath)
+		if err := json.Unmarshal(w.Body.Bytes(), &activity); err != nil || activity.RequestsInFlight != want {
+			t.Errorf("answered %d %s, want %d: %v", w.Code, w.Body, want, err)
+		}
+	}
+	inFlight(0)
+	body, caller := io.Pipe()
+	request := httptest.NewRequest(http.MethodPost, "/api/control-plane/message", body)
+	request.Header.Set("Authorization", "Bearer "+token)
+	request.Header.Set("Content-Type", "application/json")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		handlers[tunnel].ServeHTTP(httptest.NewRecorder(), request)
+	}()
+	_, _ = caller.Write([]byte("{")) // returns when the handler reads it
+	inFlight(1)
+	_ = caller.Close()
+	<-done
+	inFlight(0)
 }
 
 // TestPathsAreNotRedirected: a Location would lead out of the gateway's prefix.
@@ -230,6 +261,12 @@ func TestReadyNamesItsChecks(t *testing.T) {
 	s.gate.close()
 	if code, a := ready(operations, "/ready?exclude=tunnel&exclude=kubernetes"); code != 503 || a.Checks["shutdown"].OK || len(a.Checks) != 1 {
 		t.Errorf("draining: %d %+v", code, a)
+	}
+	if code, a := ready(operations, "/ready?only=shutdown"); code != 503 || a.Checks["shutdown"].OK || len(a.Checks) != 1 {
+		t.Errorf("draining, and only that is asked: %d %+v", code, a)
+	}
+	if code, a := ready(operations, "/ready?only=kubernetes&only=tunnel&exclude=tunnel"); code != 200 || len(a.Checks) != 1 {
+		t.Errorf("only the API server: %d %+v", code, a)
 	}
 	if w := do(handlers[operations], "GET", "/health"); w.Code != 200 {
 		t.Errorf("health depends on readiness: %d", w.Code)

@@ -19,10 +19,12 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 )
 
 // Prefix is where the Kubernetes API begins. What follows it is the API server's path.
-const Prefix = "/api/k8s"
+const Prefix = agentapi.KubernetesPrefix
 
 // Proxy forwards requests below Prefix to the API server, with the agent's credential in place of the caller's.
 type Proxy struct {

@@ -49,7 +49,7 @@ func with(value string) frpc.Config {
 		Admin:     frpc.Admin{Port: 7400, User: value, Password: frpc.Secret(value)},
 		Tunnel: frpc.Tunnel{
 			Name: value, Type: "http", Subdomain: value, CustomDomains: []string{value, "b"},
-			Group: value, GroupKey: frpc.Secret(value), LocalIP: value, LocalPort: 8080,
+			Group: value, GroupKey: frpc.Secret(value), LocalIP: value, LocalPort: 8080, HealthPath: value,
 		},
 	}
 }
@@ -105,8 +105,12 @@ func want(c frpc.Config) *v1.ClientConfig {
 	base := v1.ProxyBaseConfig{
 		Name: c.Tunnel.Name, Type: c.Tunnel.Type,
 		LoadBalancer: v1.LoadBalancerConfig{Group: c.Tunnel.Group, GroupKey: c.Tunnel.GroupKey.Reveal()},
-		HealthCheck:  v1.HealthCheckConfig{Type: "http", Path: frpc.HealthPath, IntervalSeconds: 1, TimeoutSeconds: 5, MaxFailed: 1},
 		ProxyBackend: v1.ProxyBackend{LocalIP: c.Tunnel.LocalIP, LocalPort: c.Tunnel.LocalPort},
+	}
+	if c.Tunnel.HealthPath != "" {
+		base.HealthCheck = v1.HealthCheckConfig{
+			Type: "http", Path: c.Tunnel.HealthPath, IntervalSeconds: 1, TimeoutSeconds: 5, MaxFailed: 1,
+		}
 	}
 	if c.Tunnel.Type != "http" {
 		base.Transport.ProxyProtocolVersion = "v2"

@@ -1,0 +1,57 @@
+package agentapi
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// Client calls the proxy of this pod, past every HTTP proxy of the environment.
+type Client struct {
+	ListenAddr string      // of one of the proxy's listeners, as configured
+	Token      frpc.Secret // of the agent; empty: none is sent
+	TLS        *tls.Config // nil: plain HTTP
+}
+
+// Call decodes the JSON answer to a GET, or to a POST if there is a body. Status 503 is an answer of ReadyPath, and
+// otherwise an error like the others from 400 on. Calls take ten seconds at most.
+func (c Client) Call(ctx context.Context, path string, body []byte, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	method, scheme := http.MethodGet, "http"
+	if body != nil {
+		method = http.MethodPost
+	}
+	if c.TLS != nil {
+		scheme = "https"
+	}
+	req, err := http.NewRequestWithContext(ctx, method, scheme+"://"+config.Local(c.ListenAddr)+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	if c.Token != "" {
+		req.Header.Set("Authorization", "Bearer "+c.Token.Reveal())
+	}
+	resp, err := (&http.Transport{DisableKeepAlives: true, TLSClientConfig: c.TLS}).RoundTrip(req)
+	if err != nil {
+		return fmt.Errorf("the proxy does not answer: %w", err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	accepted := resp.StatusCode < http.StatusBadRequest ||
+		resp.StatusCode == http.StatusServiceUnavailable && strings.HasPrefix(path, ReadyPath)
+	err = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer)
+	if err != nil || !accepted {
+		return fmt.Errorf("the proxy answers %s to %s %s", resp.Status, method, path)
+	}
+	return nil
+}
