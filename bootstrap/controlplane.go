@@ -20,6 +20,8 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
+	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
 // authPath is the control plane's only endpoint that the agent calls.
@@ -38,15 +40,15 @@ type authRequest struct {
 
 // authAnswer is the control plane's answer. Only frp_token is required.
 type authAnswer struct {
-	FRPToken    frpc.Secret            `json:"frp_token"`
-	ExpiresAt   time.Time              `json:"expires_at"`
-	AuthMethod  string                 `json:"auth_method"`
-	ServerAddr  string                 `json:"server_addr"`
-	ServerPort  int                    `json:"server_port"`
-	User        string                 `json:"user"`
-	Metadatas   map[string]frpc.Secret `json:"metadatas"`
-	Tunnel      frpc.Tunnel            `json:"tunnel"` // type, subdomain, custom_domains, remote_port, group and group_key
-	Permissions []string               `json:"permissions"`
+	FRPToken    secret.Secret            `json:"frp_token"`
+	ExpiresAt   time.Time                `json:"expires_at"`
+	AuthMethod  string                   `json:"auth_method"`
+	ServerAddr  string                   `json:"server_addr"`
+	ServerPort  int                      `json:"server_port"`
+	User        string                   `json:"user"`
+	Metadatas   map[string]secret.Secret `json:"metadatas"`
+	Tunnel      frpc.Tunnel              `json:"tunnel"` // type, subdomain, custom_domains, remote_port, group and group_key
+	Permissions []string                 `json:"permissions"`
 
 	// ends is ExpiresAt by the clock of this host, which may differ from the control plane's; zero: no end.
 	ends time.Time
@@ -61,7 +63,7 @@ type controlPlane struct {
 func newControlPlane(cfg *config.Config) (*controlPlane, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone() // HTTPS_PROXY and NO_PROXY apply
 	if cfg.Agent.CAFile != "" {
-		pool, err := frpc.CertPool(cfg.Agent.CAFile)
+		pool, err := tlsutil.CertPool(cfg.Agent.CAFile)
 		if err != nil {
 			return nil, &config.Error{Mistakes: []string{fmt.Sprintf("agent.ca_file (PIPEOPS_API_CA_FILE): %v: correct the path or mount the file", err)}}
 		}
@@ -215,7 +217,7 @@ func explain(err error) error {
 	var dns *net.DNSError
 	var noTLS tls.RecordHeaderError
 	var timeout net.Error
-	if explained := frpc.ExplainTLS(err, "agent.ca_file (PIPEOPS_API_CA_FILE)", "agent.api_url (PIPEOPS_API_URL)"); explained != nil {
+	if explained := tlsutil.Explain(err, "agent.ca_file (PIPEOPS_API_CA_FILE)", "agent.api_url (PIPEOPS_API_URL)"); explained != nil {
 		return explained
 	}
 	switch {

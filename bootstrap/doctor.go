@@ -18,6 +18,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
 // finding is what doctor says of one step of the way.
@@ -127,7 +128,7 @@ func (p *patient) controlPlane(ctx context.Context) (string, error) {
 	p.reached = true
 	detail := p.cfg.Agent.APIURL + " answers"
 	if resp.TLS != nil {
-		detail += " over TLS with " + frpc.DescribeCertificate(resp.TLS.PeerCertificates[0])
+		detail += " over TLS with " + tlsutil.DescribeCertificate(resp.TLS.PeerCertificates[0])
 	}
 	return detail, nil
 }

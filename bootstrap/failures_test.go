@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // serveTLS runs a control plane for localhost whose certificate ends at end, and returns its URL and the file of
@@ -178,7 +179,7 @@ func TestAdminPasswordStays(t *testing.T) {
 		return func() error { return os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600) }
 	}
 	remove := func(name string) func() error { return func() error { return os.Remove(filepath.Join(dir, name)) } }
-	var want frpc.Secret
+	var want secret.Secret
 	for _, harm := range []func() error{
 		func() error { return nil }, write(frpc.LeaseFile, "{"), remove(frpc.LeaseFile), write(frpc.ConfigFile, "serverAd"), remove(frpc.ConfigFile),
 	} {

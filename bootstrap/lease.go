@@ -16,6 +16,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // source is who gives a lease: the control plane, or the operator's own token for their own frps. The
@@ -159,7 +160,7 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 	}
 	tunnel.Name, tunnel.HealthPath = name, agentapi.TunnelHealthPath
 	admin = frpc.Admin{
-		Port: cmp.Or(admin.Port, cfg.FRP.AdminPort), User: cmp.Or(admin.User, adminUser), Password: cmp.Or(admin.Password, frpc.Secret(rand.Text())),
+		Port: cmp.Or(admin.Port, cfg.FRP.AdminPort), User: cmp.Or(admin.User, adminUser), Password: cmp.Or(admin.Password, secret.Secret(rand.Text())),
 	}
 	lease := frpc.Lease{
 		IssuedAt:    time.Now().UTC().Truncate(time.Second),

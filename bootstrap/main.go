@@ -23,6 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // Exit codes.
@@ -47,7 +48,7 @@ Usage:
 `
 
 func main() {
-	frpc.ForbidCoreDumps()
+	secret.ForbidCoreDumps()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:], config.Environ(), os.Stdout, os.Stderr)
 	stop()

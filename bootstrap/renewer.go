@@ -16,6 +16,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 const (
@@ -67,7 +68,7 @@ type renewer struct {
 	log   *slog.Logger
 
 	lease   frpc.Lease    // what the files hold
-	token   frpc.Secret   // what the lease was asked for with
+	token   secret.Secret // what the lease was asked for with
 	renewAt time.Time     // when to ask for the next; zero: this one has no end
 	backoff time.Duration // after the attempt that failed last
 	notYet  time.Time     // no attempt before this
@@ -375,7 +376,7 @@ func (r *renewer) tokenChanged() bool {
 }
 
 // credential is what leases are asked for with, as it now is.
-func (r *renewer) credential() (frpc.Secret, error) {
+func (r *renewer) credential() (secret.Secret, error) {
 	if r.cfg.FRP.Token != "" {
 		return r.cfg.FRPToken()
 	}

@@ -24,6 +24,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // configuration is what Load makes of an environment.
@@ -57,7 +58,7 @@ func giving() source {
 	n := 0
 	return func(context.Context, []byte) (authAnswer, *failure) {
 		n++
-		return authAnswer{FRPToken: frpc.Secret(fmt.Sprint("lease ", n)), ends: time.Now().Add(time.Hour)}, nil
+		return authAnswer{FRPToken: secret.Secret(fmt.Sprint("lease ", n)), ends: time.Now().Add(time.Hour)}, nil
 	}
 }
 
@@ -361,7 +362,7 @@ func TestTokenIsRemembered(t *testing.T) {
 // TestAdminPassword: of each agent's own, and kept.
 func TestAdminPassword(t *testing.T) {
 	cfg := configuration(t, environment(t, "https://control.example"))
-	passwords := map[frpc.Secret]bool{}
+	passwords := map[secret.Secret]bool{}
 	for range 10 {
 		lease, err := newLease(cfg, authAnswer{FRPToken: "f"}, frpc.Admin{})
 		if err != nil {

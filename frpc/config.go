@@ -11,28 +11,30 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // Config is what the agent decides in frpc.toml; what it leaves out keeps frp's default.
 // Its field names in JSON are those of lease.json.
 type Config struct {
-	ServerAddr string `json:"server_addr"` // host name or IP of frps
-	ServerPort int    `json:"server_port"`
-	User       string `json:"user,omitempty"` // frps puts it before the proxy's name, with a dot
-	ClientID   string `json:"client_id"`      // unique for each instance of the agent
-	Protocol   string `json:"protocol"`       // tcp, kcp, quic, websocket or wss
-	ProxyURL   Secret `json:"proxy_url,omitempty"`
-	TLS        TLS    `json:"tls"`
+	ServerAddr string        `json:"server_addr"` // host name or IP of frps
+	ServerPort int           `json:"server_port"`
+	User       string        `json:"user,omitempty"` // frps puts it before the proxy's name, with a dot
+	ClientID   string        `json:"client_id"`      // unique for each instance of the agent
+	Protocol   string        `json:"protocol"`       // tcp, kcp, quic, websocket or wss
+	ProxyURL   secret.Secret `json:"proxy_url,omitempty"`
+	TLS        TLS           `json:"tls"`
 	// AuthMethod is token or oidc. With token, frpc reads the credential once, at its start; with oidc it reads
 	// TokenFile at every login.
-	AuthMethod string `json:"auth_method"`
-	Token      Secret `json:"token,omitempty"`      // frp's auth.token, or the token of OpenID Connect
-	TokenFile  string `json:"token_file,omitempty"` // of method oidc: holds Token
+	AuthMethod string        `json:"auth_method"`
+	Token      secret.Secret `json:"token,omitempty"`      // frp's auth.token, or the token of OpenID Connect
+	TokenFile  string        `json:"token_file,omitempty"` // of method oidc: holds Token
 	// Metadatas go with every login; a plugin of frps checks the agent's own credential there.
-	Metadatas map[string]Secret `json:"metadatas,omitempty"`
-	LogLevel  string            `json:"log_level,omitempty"` // trace, debug, info, warn or error
-	Admin     Admin             `json:"admin"`
-	Tunnel    Tunnel            `json:"tunnel"`
+	Metadatas map[string]secret.Secret `json:"metadatas,omitempty"`
+	LogLevel  string                   `json:"log_level,omitempty"` // trace, debug, info, warn or error
+	Admin     Admin                    `json:"admin"`
+	Tunnel    Tunnel                   `json:"tunnel"`
 }
 
 // TLS is how the connection to frps is secured. It is always encrypted.
@@ -46,22 +48,22 @@ type TLS struct {
 
 // Admin is frpc's own API, on 127.0.0.1.
 type Admin struct {
-	Port     int    `json:"port"`
-	User     string `json:"user"`
-	Password Secret `json:"password"`
+	Port     int           `json:"port"`
+	User     string        `json:"user"`
+	Password secret.Secret `json:"password"`
 }
 
 // Tunnel is the one frp proxy that leads to the agent.
 type Tunnel struct {
-	Name          string   `json:"name"` // unique on the whole frps
-	Type          string   `json:"type"` // http, https or tcp
-	Subdomain     string   `json:"subdomain,omitempty"`
-	CustomDomains []string `json:"custom_domains,omitempty"`
-	RemotePort    int      `json:"remote_port,omitempty"` // tcp only
-	Group         string   `json:"group,omitempty"`       // instances of one agent share it
-	GroupKey      Secret   `json:"group_key,omitempty"`
-	LocalIP       string   `json:"local_ip"`
-	LocalPort     int      `json:"local_port"`
+	Name          string        `json:"name"` // unique on the whole frps
+	Type          string        `json:"type"` // http, https or tcp
+	Subdomain     string        `json:"subdomain,omitempty"`
+	CustomDomains []string      `json:"custom_domains,omitempty"`
+	RemotePort    int           `json:"remote_port,omitempty"` // tcp only
+	Group         string        `json:"group,omitempty"`       // instances of one agent share it
+	GroupKey      secret.Secret `json:"group_key,omitempty"`
+	LocalIP       string        `json:"local_ip"`
+	LocalPort     int           `json:"local_port"`
 	// HealthPath, with a query if any, is where frpc asks in plain HTTP every second whether to keep the tunnel
 	// registered. Empty: the tunnel stays registered.
 	HealthPath string `json:"health_path,omitempty"`
@@ -146,11 +148,11 @@ func (c Config) TOML() ([]byte, error) {
 }
 
 // AdminPassword finds the admin API's password in an frpc.toml that TOML has rendered. It is empty if there is none.
-func AdminPassword(toml []byte) Secret {
+func AdminPassword(toml []byte) secret.Secret {
 	_, after, _ := bytes.Cut(toml, []byte("\nwebServer.password = "))
 	quoted, _, _ := bytes.Cut(after, []byte("\n"))
 	password, _ := strconv.Unquote(string(quoted)) // what quote escapes, Go escapes the same way
-	return Secret(password)
+	return secret.Secret(password)
 }
 
 // tomlWriter writes key = value lines, leaves zero values to frp's defaults, and keeps the first error.

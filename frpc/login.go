@@ -18,6 +18,8 @@ import (
 	"slices"
 	"strconv"
 	"time"
+
+	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
 // ErrCannotLogin is for a way to frps that Login cannot go.
@@ -100,7 +102,7 @@ func explainHandshake(err error) error {
 		if c := failed.UnverifiedCertificates[0]; c.Subject.String() == "" && len(c.DNSNames)+len(c.IPAddresses) == 0 {
 			return errors.New("presents the certificate that frps makes for itself, which nobody can verify: give it one (transport.tls.certFile and keyFile in frps.toml) and set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE) to its authority, or accept any with frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY)")
 		}
-		return ExplainTLS(err, "frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)", "frp.tls.server_name (PIPEOPS_FRP_TLS_SERVER_NAME)")
+		return tlsutil.Explain(err, "frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)", "frp.tls.server_name (PIPEOPS_FRP_TLS_SERVER_NAME)")
 	}
 	if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
 		return fmt.Errorf("takes the connection and does not answer: %w: check that it runs, and what stands between", err)
@@ -113,7 +115,7 @@ func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 	config.InsecureSkipVerify = t.InsecureSkipVerify // bootstrap warns of it
 	if t.CAFile != "" {
 		var err error
-		config.RootCAs, err = CertPool(t.CAFile)
+		config.RootCAs, err = tlsutil.CertPool(t.CAFile)
 		notYet := errors.Is(err, fs.ErrNotExist) && filepath.Base(t.CAFile) == RootsFile // it will hold what Go trusts by itself
 		if err != nil && !notYet {
 			return nil, fmt.Errorf("frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE): %w", err)

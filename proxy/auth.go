@@ -16,7 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/wait"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -47,7 +47,7 @@ type authenticator struct {
 }
 
 // newAuthenticator takes the token that callers must show.
-func newAuthenticator(token frpc.Secret, overlap time.Duration, m *metrics, log *slog.Logger) *authenticator {
+func newAuthenticator(token secret.Secret, overlap time.Duration, m *metrics, log *slog.Logger) *authenticator {
 	return &authenticator{
 		failures: m.authFailures, log: log, overlap: overlap,
 		current: sha256.Sum256([]byte(token.Reveal())), empty: token == "",
@@ -57,7 +57,7 @@ func newAuthenticator(token frpc.Secret, overlap time.Duration, m *metrics, log 
 // follow reads the token anew from time to time, until ctx ends: not when somebody asks, or a token that was
 // replaced while nobody did would be good until its own next use, and for a while from there. While it cannot be
 // read, the token stays as it was; where it is gone, nobody is let in any more.
-func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, error)) {
+func (a *authenticator) follow(ctx context.Context, read func() (secret.Secret, error)) {
 	unread := false
 	wait.UntilWithContext(ctx, func(context.Context) {
 		token, err := read()
@@ -73,7 +73,7 @@ func (a *authenticator) follow(ctx context.Context, read func() (frpc.Secret, er
 	}, tokenAge)
 }
 
-func (a *authenticator) change(token frpc.Secret) {
+func (a *authenticator) change(token secret.Secret) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	hash := sha256.Sum256([]byte(token.Reveal()))

@@ -17,7 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 func bearer(token string) *http.Request {
@@ -44,13 +44,13 @@ func TestTokenChanges(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
 		var mu sync.Mutex
-		content, broken := frpc.Secret("first"), error(nil)
-		read := func() (frpc.Secret, error) {
+		content, broken := secret.Secret("first"), error(nil)
+		read := func() (secret.Secret, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			return content, broken
 		}
-		write := func(token frpc.Secret, err error) {
+		write := func(token secret.Secret, err error) {
 			mu.Lock()
 			defer mu.Unlock()
 			content, broken = token, err

@@ -23,7 +23,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
-	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -53,9 +53,9 @@ var runnerIDPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 // runner is where commands for one runner go.
 type runner struct {
-	Endpoint   string      `json:"runner_endpoint"`
-	Token      frpc.Secret `json:"runner_token"`
-	AssignedAt *string     `json:"assigned_at,omitempty"`
+	Endpoint   string        `json:"runner_endpoint"`
+	Token      secret.Secret `json:"runner_token"`
+	AssignedAt *string       `json:"assigned_at,omitempty"`
 }
 
 // runners is the registry, kept in a Secret: it outlives pods, and replicas share it.
@@ -81,7 +81,7 @@ func newRunners(api *kube.Proxy, namespace string, allowed []string) *runners {
 }
 
 // relay sends a command to its runner, with the runner's token for the caller's.
-func (s *server) relay(w http.ResponseWriter, r *http.Request, endpoint *url.URL, token frpc.Secret) {
+func (s *server) relay(w http.ResponseWriter, r *http.Request, endpoint *url.URL, token secret.Secret) {
 	connected := false // the runner may have got something of the command
 	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected = true }}
 	relay := &httputil.ReverseProxy{

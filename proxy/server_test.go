@@ -23,14 +23,14 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
 const token = "hunter2"
 
 // newTest is a server before an API server that accepts all, its log, and its two listeners' handlers.
-func newTest(t testing.TB, agentToken frpc.Secret) (s *server, log *bytes.Buffer, handlers map[listener]http.Handler) {
+func newTest(t testing.TB, agentToken secret.Secret) (s *server, log *bytes.Buffer, handlers map[listener]http.Handler) {
 	t.Helper()
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "from the API server") }))
 	t.Cleanup(api.Close)
@@ -41,12 +41,12 @@ func newTest(t testing.TB, agentToken frpc.Secret) (s *server, log *bytes.Buffer
 }
 
 // serverBefore is a server before an API server.
-func serverBefore(t testing.TB, api *rest.Config, agentToken frpc.Secret, log *slog.Logger) *server {
+func serverBefore(t testing.TB, api *rest.Config, agentToken secret.Secret, log *slog.Logger) *server {
 	t.Helper()
 	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log)
 }
 
-func serverWithin(t testing.TB, api *rest.Config, agentToken frpc.Secret, l limits, log *slog.Logger) *server {
+func serverWithin(t testing.TB, api *rest.Config, agentToken secret.Secret, l limits, log *slog.Logger) *server {
 	t.Helper()
 	m := newMetrics()
 	proxy, err := kube.New(api, m.latency.Observe, log)

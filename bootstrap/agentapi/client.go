@@ -12,14 +12,14 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // Client calls the proxy of this pod, past every HTTP proxy of the environment.
 type Client struct {
-	ListenAddr string      // of one of the proxy's listeners, as configured
-	Token      frpc.Secret // of the agent; empty: none is sent
-	TLS        *tls.Config // nil: plain HTTP
+	ListenAddr string        // of one of the proxy's listeners, as configured
+	Token      secret.Secret // of the agent; empty: none is sent
+	TLS        *tls.Config   // nil: plain HTTP
 }
 
 // Call decodes the JSON answer to a GET, or to a POST if there is a body. Status 503 is an answer of ReadyPath, and

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 	"sigs.k8s.io/yaml"
 )
 
@@ -30,7 +31,7 @@ const DefaultPath = "/etc/pipeops/config.yaml"
 type Config struct {
 	Agent struct {
 		ID, Name, ClusterName, Instance string
-		Token                           frpc.Secret // from agent.token or the file that agent.token_file names
+		Token                           secret.Secret // from agent.token or the file that agent.token_file names
 		TokenFile                       string
 		TokenOverlap                    time.Duration // how long the proxy accepts the token before, after a new one has come
 		APIURL                          string        // without a slash at its end
@@ -39,11 +40,11 @@ type Config struct {
 	FRP struct {
 		ServerAddr     string
 		ServerPort     int
-		Token          frpc.Secret // empty: ask the control plane
+		Token          secret.Secret // empty: ask the control plane
 		TokenFile      string
 		AdminPort      int
 		Protocol       string
-		ProxyURL       frpc.Secret
+		ProxyURL       secret.Secret
 		ProxyURLFile   string
 		TLS            frpc.TLS
 		Tunnel         frpc.Tunnel // Type, Subdomain, CustomDomains and RemotePort
@@ -380,19 +381,21 @@ func (l *loader) secret(key string) {
 	if err != nil {
 		l.mistake(file.key, "%v", err)
 	}
-	*s.field(l.config).(*frpc.Secret) = value
+	*s.field(l.config).(*secret.Secret) = value
 }
 
 // AgentToken is the agent's token as it now is: read anew where it comes from a file.
-func (c *Config) AgentToken() (frpc.Secret, error) { return current(c.Agent.Token, c.Agent.TokenFile) }
+func (c *Config) AgentToken() (secret.Secret, error) {
+	return current(c.Agent.Token, c.Agent.TokenFile)
+}
 
 // WeakToken reports whether the agent's token is so short that it could be guessed. It is accepted all the same.
 func (c *Config) WeakToken() bool { return len(c.Agent.Token) < 16 }
 
 // FRPToken is frp's token as it now is, empty where the control plane is asked for it.
-func (c *Config) FRPToken() (frpc.Secret, error) { return current(c.FRP.Token, c.FRP.TokenFile) }
+func (c *Config) FRPToken() (secret.Secret, error) { return current(c.FRP.Token, c.FRP.TokenFile) }
 
-func current(token frpc.Secret, file string) (frpc.Secret, error) {
+func current(token secret.Secret, file string) (secret.Secret, error) {
 	if file == "" {
 		return token, nil
 	}
@@ -403,7 +406,7 @@ func current(token frpc.Secret, file string) (frpc.Secret, error) {
 var ErrNoSecret = errors.New("no secret")
 
 // readSecret reads the file of a setting such as agent.token_file.
-func readSecret(file string, check func(string) (string, error)) (frpc.Secret, error) {
+func readSecret(file string, check func(string) (string, error)) (secret.Secret, error) {
 	data, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("%w: %w: create the file or correct its path", ErrNoSecret, err)
@@ -418,5 +421,5 @@ func readSecret(file string, check func(string) (string, error)) (frpc.Secret, e
 	if _, err := check(value); err != nil {
 		return "", fmt.Errorf("%s: %w", file, err)
 	}
-	return frpc.Secret(value), nil
+	return secret.Secret(value), nil
 }

@@ -15,7 +15,7 @@ import (
 	"time"
 	"unicode"
 
-	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // setting is one row of the configuration: its key in the file, its variable and its default.
@@ -120,9 +120,9 @@ func (s *setting) set(c *Config, v string) (err error) {
 		if s.check != nil {
 			*field, err = s.check(v)
 		}
-	case *frpc.Secret:
+	case *secret.Secret:
 		_, err = s.check(v)
-		*field = frpc.Secret(v)
+		*field = secret.Secret(v)
 	case *[]string:
 		for item := range strings.SplitSeq(v, ",") {
 			accepted, err := s.check(strings.TrimSpace(item))

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 	"github.com/pipeops/vm-agent/tests/process"
 )
 
@@ -244,7 +245,7 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	if c.terms.Life != 0 {
 		l.expires = time.Now().Add(c.terms.Life).UTC().Truncate(time.Second)
 	}
-	l.tunnel = frpc.Tunnel{Type: c.terms.TunnelType, Group: l.agentID, GroupKey: frpc.Secret(l.groupKey)}
+	l.tunnel = frpc.Tunnel{Type: c.terms.TunnelType, Group: l.agentID, GroupKey: secret.Secret(l.groupKey)}
 	if l.tunnel.Type == "" {
 		l.tunnel.Type = "http"
 		if l.certificate != "" {

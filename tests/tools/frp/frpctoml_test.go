@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // everyField compares unexported fields too: frp's types have some.
@@ -43,13 +44,13 @@ var hostile = map[string]string{
 func with(value string) frpc.Config {
 	return frpc.Config{
 		ServerAddr: value, ServerPort: 7000, User: value, ClientID: value, Protocol: "tcp", AuthMethod: "token",
-		ProxyURL: frpc.Secret(value), Token: frpc.Secret(value), LogLevel: value,
+		ProxyURL: secret.Secret(value), Token: secret.Secret(value), LogLevel: value,
 		TLS:       frpc.TLS{CAFile: value, ServerName: value, CertFile: value, KeyFile: value},
-		Metadatas: map[string]frpc.Secret{"key": frpc.Secret(value), value: "value"},
-		Admin:     frpc.Admin{Port: 7400, User: value, Password: frpc.Secret(value)},
+		Metadatas: map[string]secret.Secret{"key": secret.Secret(value), value: "value"},
+		Admin:     frpc.Admin{Port: 7400, User: value, Password: secret.Secret(value)},
 		Tunnel: frpc.Tunnel{
 			Name: value, Type: "http", Subdomain: value, CustomDomains: []string{value, "b"},
-			Group: value, GroupKey: frpc.Secret(value), LocalIP: value, LocalPort: 8080, HealthPath: value,
+			Group: value, GroupKey: secret.Secret(value), LocalIP: value, LocalPort: 8080, HealthPath: value,
 		},
 	}
 }

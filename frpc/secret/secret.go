@@ -1,4 +1,5 @@
-package frpc
+// Package secret holds the type of credentials, and keeps them off disks and out of logs.
+package secret
 
 import (
 	"fmt"

@@ -1,4 +1,5 @@
-package frpc
+// Package tlsutil reads certificate pools, and explains certificates and what is wrong with them.
+package tlsutil
 
 import (
 	"crypto/tls"
@@ -23,9 +24,9 @@ func CertPool(file string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// ExplainTLS says what is wrong with a server's certificate and which one it presented; nil if err is about
+// Explain says what is wrong with a server's certificate and which one it presented; nil if err is about
 // something else. caSetting and nameSetting are the settings that may have to be corrected.
-func ExplainTLS(err error, caSetting, nameSetting string) error {
+func Explain(err error, caSetting, nameSetting string) error {
 	var failed *tls.CertificateVerificationError
 	if !errors.As(err, &failed) {
 		return nil
