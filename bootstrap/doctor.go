@@ -192,14 +192,15 @@ func (p *patient) tunnel(ctx context.Context) (string, error) {
 		return "", err
 	}
 	proxies, err := lease.Frpc.Admin.Status(ctx)
+	state := frpc.StateOf(proxies, err)
 	if err != nil {
 		return "", fmt.Errorf("%w: check that the frpc container runs, and its log", err)
 	}
-	if len(proxies) == 0 {
+	if state == frpc.LoggedOut {
 		return "", errors.New("frpc is not logged in to frps: see the line of frps, and frpc's log")
 	}
 	t := proxies[0]
-	if t.Status != "running" {
+	if state != frpc.Running {
 		return "", fmt.Errorf("%s of type %s: %s %s: see frpc's log", t.Name, t.Type, t.Status, t.Err)
 	}
 	detail := fmt.Sprintf("%s of type %s is running at %s; %s", t.Name, t.Type, t.RemoteAddr, lease.Frpc.Tunnel.GivesUp())

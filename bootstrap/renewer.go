@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"syscall"
 	"time"
 
@@ -33,17 +32,6 @@ const (
 	requestMin, requestMax = 30 * time.Second, 5 * time.Minute // until another lease is requested
 	hangsAfter             = 2 * time.Minute                   // frpc hangs if frps accepts trial logins for so long
 	settleTime             = 5 * time.Minute                   // after it, more or less, until frpc is restarted for its sake
-)
-
-// frpcState is what a look at frpc finds.
-type frpcState int
-
-const (
-	unknown   frpcState = iota
-	away                // it does not run: when it starts, it reads the files as they then are
-	loggedOut           // frps cannot be reached, or does not let it in
-	rejected            // frps has let it in, and refuses the tunnel
-	connected
 )
 
 // outage is what is known while frpc has no tunnel.
@@ -149,9 +137,9 @@ func (r *renewer) run(ctx context.Context) error {
 	for {
 		now := time.Now()
 		r.repair()
-		state := look(ctx, admin)
+		state := stateOf(ctx, admin)
 		r.recordState(state, now)
-		if state == connected && !r.tried {
+		if connected(state) && !r.tried {
 			_ = r.tryLogin(ctx, r.lease.Frpc)
 		}
 		r.probeFrps(ctx, now)
@@ -257,7 +245,7 @@ func (r *renewer) repair() {
 func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *failure) error {
 	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
-		if look(ctx, admin) == away {
+		if stateOf(ctx, admin) == frpc.Down {
 			return fmt.Errorf("%w; the tunnel is closed", refusal)
 		}
 		if stopErr := admin.Stop(ctx); errors.Is(stopErr, frpc.ErrStuck) {
@@ -274,30 +262,21 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 	return fmt.Errorf("%w; the tunnel may still be open, because frpc could not be ended (%w): delete the pod", refusal, err)
 }
 
-// look asks frpc for its state.
-func look(ctx context.Context, admin frpc.Admin) frpcState {
-	proxies, err := admin.Status(ctx)
-	switch {
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return away
-	case err != nil:
-		return unknown
-	case len(proxies) == 0:
-		return loggedOut
-	case slices.ContainsFunc(proxies, func(p frpc.ProxyStatus) bool { return p.Status == "start error" }):
-		return rejected
-	default:
-		return connected
-	}
+// stateOf asks frpc for its state.
+func stateOf(ctx context.Context, admin frpc.Admin) frpc.State {
+	return frpc.StateOf(admin.Status(ctx))
 }
 
+// connected reports whether frps accepts what frpc was started with.
+func connected(state frpc.State) bool { return state >= frpc.Withdrawn }
+
 // recordState takes in what a look has found.
-func (r *renewer) recordState(state frpcState, now time.Time) {
+func (r *renewer) recordState(state frpc.State, now time.Time) {
 	switch state {
-	case away:
+	case frpc.Down:
 		r.outage = outage{}
 		r.markFresh()
-	case connected:
+	case frpc.Withdrawn, frpc.Starting, frpc.Running:
 		if r.outage.said != "" {
 			r.log.Info("the tunnel is up again", "down_for", now.Sub(r.outage.since).Round(time.Second).String())
 		}
@@ -305,13 +284,13 @@ func (r *renewer) recordState(state frpcState, now time.Time) {
 			r.settled = now.Add(jitter(settleTime))
 		}
 		r.outage = outage{}
-	case loggedOut, rejected:
+	case frpc.LoggedOut, frpc.Rejected:
 		if r.outage.since.IsZero() {
 			r.outage = outage{
 				since: now, probe: now.Add(jitter(probeMin)), probeWait: probeMin, request: now.Add(jitter(requestMin)), requestWait: requestMin,
 			}
 		}
-		r.outage.rejected = state == rejected
+		r.outage.rejected = state == frpc.Rejected
 	}
 }
 

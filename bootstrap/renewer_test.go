@@ -95,7 +95,7 @@ func TestRenewalDue(t *testing.T) {
 
 // outageOf lets frpc be logged out for so long, with a look every two seconds, or until it is to be restarted. It returns
 // when leases were requested, when logins were tried, when frpc was to be restarted, and why.
-func outageOf(t *testing.T, r *renewer, state frpcState, life time.Duration) (requests, logins, restarts []time.Duration, reason string) {
+func outageOf(t *testing.T, r *renewer, state frpc.State, life time.Duration) (requests, logins, restarts []time.Duration, reason string) {
 	t.Helper()
 	start := time.Now()
 	now := start
@@ -133,7 +133,7 @@ func TestOutage(t *testing.T) {
 	for range 20 {
 		r := newRenewer(t, unchanging)
 		r.login = lacking(errUnreachable)
-		requests, logins, restarts, reason := outageOf(t, r, loggedOut, 10*time.Minute)
+		requests, logins, restarts, reason := outageOf(t, r, frpc.LoggedOut, 10*time.Minute)
 		if len(restarts) > 0 {
 			t.Fatalf("frpc is restarted after %v: %s", restarts, reason)
 		}
@@ -150,11 +150,11 @@ func TestOutage(t *testing.T) {
 	}
 	r := newRenewer(t, giving()) // each lease is another: so frpc.toml changes, and still frpc is left alone
 	r.login = lacking(errUnreachable)
-	if requests, _, restarts, reason := outageOf(t, r, loggedOut, 10*time.Minute); len(requests) < 3 || len(requests) > 5 || len(restarts) > 0 || r.lease.Stale == nil {
+	if requests, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 10*time.Minute); len(requests) < 3 || len(requests) > 5 || len(restarts) > 0 || r.lease.Stale == nil {
 		t.Errorf("with another lease: requests %v, restarts %v %s", requests, restarts, reason)
 	}
 	now := time.Now()
-	r.recordState(connected, now)
+	r.recordState(frpc.Running, now)
 	if wait := r.settled.Sub(now); wait < 150*time.Second || wait > 450*time.Second {
 		t.Errorf("back from the outage, frpc may be restarted for the new lease after %s", wait)
 	}
@@ -193,17 +193,17 @@ func TestRefusedCredential(t *testing.T) {
 		}
 		return "0.71.0", nil
 	}
-	requests, _, restarts, reason := outageOf(t, r, loggedOut, 2*time.Minute)
+	requests, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 2*time.Minute)
 	if len(requests) != 1 || len(restarts) != 1 || requests[0] > 47*time.Second || restarts[0]-requests[0] > 4*time.Second || reason != "frps accepts the new lease, and not what it was started with" {
 		t.Errorf("requests %v, restarts %v: %s", requests, restarts, reason)
 	}
 	r = newRenewer(t, unchanging) // there is no better one
 	r.login = lacking(errors.New("frps refuses the login"))
-	if requests, _, restarts, _ := outageOf(t, r, loggedOut, 10*time.Minute); len(requests) > 6 || len(restarts) > 0 {
+	if requests, _, restarts, _ := outageOf(t, r, frpc.LoggedOut, 10*time.Minute); len(requests) > 6 || len(restarts) > 0 {
 		t.Errorf("requests %v, restarts %v", requests, restarts)
 	}
 	r = newRenewer(t, giving()) // the login is fine, the tunnel is not
-	if _, logins, restarts, reason := outageOf(t, r, rejected, time.Minute); len(logins) > 0 || len(restarts) != 1 || restarts[0] > 47*time.Second {
+	if _, logins, restarts, reason := outageOf(t, r, frpc.Rejected, time.Minute); len(logins) > 0 || len(restarts) != 1 || restarts[0] > 47*time.Second {
 		t.Errorf("rejected: logins %v, restarts %v: %s", logins, restarts, reason)
 	}
 }
@@ -211,7 +211,7 @@ func TestRefusedCredential(t *testing.T) {
 // TestHangingFrpc: frps accepts trial logins for two minutes, and frpc is still logged out.
 func TestHangingFrpc(t *testing.T) {
 	r := newRenewer(t, unchanging)
-	_, _, restarts, reason := outageOf(t, r, loggedOut, 4*time.Minute)
+	_, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 4*time.Minute)
 	if len(restarts) != 1 || restarts[0] < 127*time.Second || restarts[0] > 150*time.Second || reason != "it is logged out although frps accepts logins" {
 		t.Errorf("restarted after %v: %s", restarts, reason)
 	}
@@ -221,7 +221,7 @@ func TestHangingFrpc(t *testing.T) {
 		n++
 		return "", []error{nil, errUnreachable}[n%2]
 	}
-	if _, _, restarts, _ := outageOf(t, r, loggedOut, 20*time.Minute); len(restarts) > 0 {
+	if _, _, restarts, _ := outageOf(t, r, frpc.LoggedOut, 20*time.Minute); len(restarts) > 0 {
 		t.Errorf("restarted after %v, though frps cannot be relied upon", restarts)
 	}
 }
@@ -255,7 +255,7 @@ func TestRestartReason(t *testing.T) {
 	if old, err := frpc.ReadLease(r.cfg.RunDir); err != nil || old.Stale == nil || !old.Stale.Until.Equal(first.ExpiresAt) || old.Stale.Frpc.Token != "lease 1" {
 		t.Errorf("lease.json does not say that frpc runs with the first credential: %+v, %v", old, err)
 	}
-	r.recordState(loggedOut, now)
+	r.recordState(frpc.LoggedOut, now)
 	if reason := r.restartReason(now); reason != "" {
 		t.Errorf("restarted though nothing is known of frps: %s", reason)
 	}
@@ -266,7 +266,7 @@ func TestRestartReason(t *testing.T) {
 	if r.probeFrps(t.Context(), now); r.restartReason(now) == "" {
 		t.Error("not restarted though frps is elsewhere")
 	}
-	r.recordState(away, now)
+	r.recordState(frpc.Down, now)
 	if r.lease.Stale != nil || r.restartReason(now) != "" {
 		t.Error("restarted though it has not started yet")
 	}
@@ -395,17 +395,17 @@ func TestLook(t *testing.T) {
 	_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
 	number, _ := strconv.Atoi(port)
 	admin := frpc.Admin{Port: number}
-	for text, want := range map[string]frpcState{
-		"401": unknown, "cut": unknown, "<html>": unknown, "{}": loggedOut, `{"https":[{"status":"running"}]}`: connected,
-		`{"https":[{"status":"new"}]}`: connected, `{"https":[{"status":"check failed"}]}`: connected, `{"https":[{"status":"start error"}]}`: rejected,
+	for text, want := range map[string]frpc.State{
+		"401": frpc.Unknown, "cut": frpc.Unknown, "<html>": frpc.Unknown, "{}": frpc.LoggedOut, `{"https":[{"status":"running"}]}`: frpc.Running,
+		`{"https":[{"status":"new"}]}`: frpc.Starting, `{"https":[{"status":"check failed"}]}`: frpc.Withdrawn, `{"https":[{"status":"wait start","err":"taken"}]}`: frpc.Rejected, `{"https":[{"status":"start error"}]}`: frpc.Rejected,
 	} {
 		answer.Store(text)
-		if got := look(t.Context(), admin); got != want {
+		if got := stateOf(t.Context(), admin); got != want {
 			t.Errorf("%s: %v, want %v", text, got, want)
 		}
 	}
 	server.Close()
-	if state := look(t.Context(), admin); state != away {
+	if state := stateOf(t.Context(), admin); state != frpc.Down {
 		t.Errorf("nobody listens: %v", state)
 	}
 }

@@ -2,47 +2,21 @@ package frpc
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/http"
 	"os"
-	"slices"
 	"strconv"
 	"time"
 )
-
-// ProxyStatus is what frpc says of one of its proxies.
-// Source: GET /api/status of frpc's admin API (frp client/http/model).
-type ProxyStatus struct {
-	Name       string `json:"name"`
-	Type       string `json:"type"`
-	Status     string `json:"status"` // new, wait start, start error, running, check failed or closed
-	Err        string `json:"err"`    // why frps refused it
-	RemoteAddr string `json:"remote_addr"`
-}
 
 // adminClient has a transport of its own, so that the environment's proxy settings do not apply to loopback calls.
 var adminClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 5 * time.Second}
 
 // addr is where the frpc in the same pod serves its admin API. Calls of it take five seconds at most.
 func (a Admin) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(a.Port)) }
-
-// Status returns frpc's proxies. There are none while frpc is not logged in to frps.
-func (a Admin) Status(ctx context.Context) ([]ProxyStatus, error) {
-	body, err := a.call(ctx, http.MethodGet, "/api/status")
-	if err != nil {
-		return nil, err
-	}
-	var byType map[string][]ProxyStatus
-	if err := json.Unmarshal(body, &byType); err != nil {
-		return nil, fmt.Errorf("frpc's admin API: status is not JSON: %w", err)
-	}
-	return append([]ProxyStatus{}, slices.Concat(slices.Collect(maps.Values(byType))...)...), nil // not nil: frpc answers
-}
 
 // ErrStuck means that frpc was told to stop and has not: it hangs in its first login.
 var ErrStuck = errors.New("frpc does not stop")

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -143,7 +142,7 @@ func (t *tunnelCheck) remember(lease *frpc.Lease, proxies []frpc.ProxyStatus, er
 			t.metrics.frpcRestarts.Inc()
 		}
 		t.frpcUp, t.frpcAway = true, false
-	} else if t.frpcUp && errors.Is(err, syscall.ECONNREFUSED) { // nobody listens: it has ended
+	} else if t.frpcUp && frpc.StateOf(nil, err) == frpc.Down {
 		t.frpcAway = true
 	}
 	now := tunnelStatus{Connected: err == nil, Since: t.last.Since, FrpcRestarts: t.last.FrpcRestarts, Proxies: proxies}
@@ -203,19 +202,17 @@ func (t *tunnelCheck) status() tunnelStatus {
 // come back at once: their checks must not double that.
 const loginAge = 15 * time.Second
 
-// judge looks for a running proxy among those that frpc has. If there is none, it finds out why.
+// judge returns nil while the tunnel is registered at frps, and otherwise why it is not.
 func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus) error {
-	for _, p := range proxies {
-		if p.Status == "running" {
-			t.loginAt = time.Time{}
-			return nil
-		}
-		if p.Err != "" {
-			return fmt.Errorf("frps refuses the tunnel (%s: %s): check what frps.toml allows (vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and that no other agent has the same", p.Status, p.Err)
-		}
-		if p.Status == "check failed" {
-			return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer it: check proxy.listen_addr (PIPEOPS_LISTEN_ADDR), the same for bootstrap and the proxy")
-		}
+	switch frpc.StateOf(proxies, nil) {
+	case frpc.Running:
+		t.loginAt = time.Time{}
+		return nil
+	case frpc.Rejected:
+		p := proxies[0]
+		return fmt.Errorf("frps refuses the tunnel (%s: %s): check what frps.toml allows (vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and that no other agent has the same", p.Status, p.Err)
+	case frpc.Withdrawn:
+		return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer it: check proxy.listen_addr (PIPEOPS_LISTEN_ADDR), the same for bootstrap and the proxy")
 	}
 	if time.Since(t.loginAt) > loginAge {
 		_, t.login = frpc.Login(ctx, lease.Frpc)

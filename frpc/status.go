@@ -1,0 +1,74 @@
+package frpc
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"syscall"
+)
+
+// ProxyStatus is frpc's view of one of its proxies.
+// Source: GET /api/status of frpc's admin API (frp client/http/model).
+type ProxyStatus struct {
+	Name       string `json:"name"`
+	Type       string `json:"type"`
+	Status     string `json:"status"` // new, wait start, start error, running, check failed or closed
+	Err        string `json:"err"`    // why frps refused it
+	RemoteAddr string `json:"remote_addr"`
+}
+
+// State is how far frpc has come on its way to frps.
+type State int
+
+// The states, from the answer of the admin API or its absence.
+const (
+	Unknown   State = iota // the admin API gives no usable answer
+	Down                   // frpc does not run: nobody listens at the admin API; at its start it reads frpc.toml anew
+	LoggedOut              // frpc is not logged in to frps, or cannot log in
+	Rejected               // frps accepts the login and refuses the tunnel
+	Withdrawn              // frpc has withdrawn the tunnel, because its health check fails
+	Starting               // frpc is logged in and about to register the tunnel
+	Running                // the tunnel is registered at frps
+)
+
+// StateOf classifies the result of Status. frpc.toml has one proxy, so the first one decides.
+//
+// Its callers differ by intention in Withdrawn and Starting: bootstrap takes them for connected, because a new lease
+// or a restart would improve nothing; the proxy and doctor report them, because callers cannot reach the agent.
+func StateOf(proxies []ProxyStatus, err error) State {
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return Down
+	case err != nil:
+		return Unknown
+	case len(proxies) == 0:
+		return LoggedOut
+	}
+	switch p := proxies[0]; {
+	case p.Status == "running":
+		return Running
+	case p.Status == "start error" || p.Err != "": // frpc keeps the error while it tries again
+		return Rejected
+	case p.Status == "check failed":
+		return Withdrawn
+	default:
+		return Starting
+	}
+}
+
+// Status returns frpc's proxies. There are none while frpc is not logged in to frps.
+func (a Admin) Status(ctx context.Context) ([]ProxyStatus, error) {
+	body, err := a.call(ctx, http.MethodGet, "/api/status")
+	if err != nil {
+		return nil, err
+	}
+	var byType map[string][]ProxyStatus
+	if err := json.Unmarshal(body, &byType); err != nil {
+		return nil, fmt.Errorf("frpc's admin API: status is not JSON: %w", err)
+	}
+	return append([]ProxyStatus{}, slices.Concat(slices.Collect(maps.Values(byType))...)...), nil // not nil: frpc answers
+}
