@@ -119,7 +119,7 @@ func jitter(d time.Duration) time.Duration {
 func (c *controlPlane) attempt(ctx context.Context, certificate []byte) (authAnswer, *failure) {
 	agent := c.cfg.Agent
 	hop := "the control plane at " + agent.APIURL
-	token, err := c.cfg.AgentToken()
+	token, err := c.cfg.Agent.CurrentToken()
 	if err != nil {
 		return authAnswer{}, &failure{err: fmt.Errorf("agent.token_file (PIPEOPS_AGENT_TOKEN_FILE): %w", err)}
 	}

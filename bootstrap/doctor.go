@@ -41,7 +41,7 @@ func doctor(ctx context.Context, configPath string, env map[string]string, stdou
 	p := &patient{}
 	cfg, err := config.Load(configPath, env)
 	valid := "valid"
-	if cfg != nil && cfg.WeakToken() {
+	if cfg != nil && cfg.Agent.WeakToken() {
 		valid += ", but " + tooShort
 	}
 	findings := []finding{}
@@ -283,7 +283,7 @@ func (p *patient) tunnelTLS() *tls.Config {
 
 // call asks the proxy, with the agent's token, at one of its two addresses: with a POST if there is a body.
 func (p *patient) call(ctx context.Context, addr, path string, body []byte, answer any) error {
-	token, err := p.cfg.AgentToken()
+	token, err := p.cfg.Agent.CurrentToken()
 	if err != nil {
 		return err
 	}

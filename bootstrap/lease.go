@@ -39,7 +39,7 @@ func newSource(cfg *config.Config) (source, error) {
 		}, nil
 	}
 	return func(context.Context, []byte) (authAnswer, *failure) {
-		token, err := cfg.FRPToken()
+		token, err := cfg.FRP.CurrentToken()
 		if err != nil {
 			return authAnswer{}, &failure{err: fmt.Errorf("frp.token_file (PIPEOPS_FRP_TOKEN_FILE): %w", err)}
 		}
@@ -90,7 +90,7 @@ func obtain(ctx context.Context, cfg *config.Config, ask source, last frpc.Lease
 
 // redact takes the agent's token out of what the control plane has said, in which it may stand.
 func redact(cfg *config.Config, fail *failure) *failure {
-	if token, err := cfg.AgentToken(); fail != nil && err == nil && token != "" && strings.Contains(fail.Error(), token.Reveal()) {
+	if token, err := cfg.Agent.CurrentToken(); fail != nil && err == nil && token != "" && strings.Contains(fail.Error(), token.Reveal()) {
 		fail.err = errors.New(strings.ReplaceAll(fail.Error(), token.Reveal(), token.String()))
 	}
 	return fail

@@ -192,7 +192,7 @@ func serve(ctx context.Context, cfg *config.Config, timeout time.Duration, once 
 	stuck := filepath.Join(cfg.RunDir, frpc.StuckFile)
 	_ = os.Remove(stuck) // of a bootstrap that was killed
 	defer func() { _ = os.Remove(stuck) }()
-	if cfg.WeakToken() {
+	if cfg.Agent.WeakToken() {
 		log.Warn(tooShort)
 	}
 	if cfg.FRP.TLS.InsecureSkipVerify {

@@ -357,9 +357,9 @@ func (r *renewer) tokenChanged() bool {
 // credential is what leases are asked for with, as it now is.
 func (r *renewer) credential() (secret.Secret, error) {
 	if r.cfg.FRP.Token != "" {
-		return r.cfg.FRPToken()
+		return r.cfg.FRP.CurrentToken()
 	}
-	return r.cfg.AgentToken()
+	return r.cfg.Agent.CurrentToken()
 }
 
 // renew asks for the next lease, once. If there is none, the one that is stays, and its file says why.

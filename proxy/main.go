@@ -106,7 +106,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	log, level := cfg.Logger(stderr)
 	go changeLevel(ctx, log, level)
-	if cfg.WeakToken() {
+	if cfg.Agent.WeakToken() {
 		log.Warn("the agent's token has fewer than 16 characters and could be guessed: replace it by a longer one")
 	}
 	limits := newLimits(memoryLimit())

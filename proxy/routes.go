@@ -105,7 +105,7 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, l
 	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { _, n, _ := s.gate.state(); return n })
 	m.limit("commands", maxCommands, func() int64 { return int64(len(s.runners.running)) })
 	if cfg.Agent.TokenFile != "" { // as long as the process, and so while it drains
-		go s.auth.follow(context.Background(), cfg.AgentToken)
+		go s.auth.follow(context.Background(), cfg.Agent.CurrentToken)
 	}
 	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
 	return s

@@ -130,7 +130,7 @@ func TestNoSecret(t *testing.T) {
 		if err := test.change(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.AgentToken(); err == nil || errors.Is(err, ErrNoSecret) != test.noSecret {
+		if _, err := c.Agent.CurrentToken(); err == nil || errors.Is(err, ErrNoSecret) != test.noSecret {
 			t.Errorf("%s: %v", test.name, err)
 		}
 	}
