@@ -1,9 +1,16 @@
 package main
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"io"
 	"log"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -11,6 +18,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -22,21 +30,25 @@ import (
 // the authority that has signed it.
 func serveTLS(t *testing.T, name string, end time.Time) (url, caFile string) {
 	t.Helper()
-	certificate, err := newCertificate(name, frpc.Tunnel{}, end)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	pair, err := tls.X509KeyPair(certificate.cert, certificate.key)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+		NotBefore: end.Add(-48 * time.Hour), NotAfter: end,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	server := httptest.NewUnstartedServer(answer(200, "application/json", `{"frp_token":"f"}`))
-	server.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
+	server.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, MinVersion: tls.VersionTLS12}
 	server.Config.ErrorLog = log.New(io.Discard, "", 0)
 	server.StartTLS()
 	t.Cleanup(server.Close)
 	caFile = filepath.Join(t.TempDir(), "ca.crt")
-	if err := os.WriteFile(caFile, certificate.cert, 0o600); err != nil {
+	if err := os.WriteFile(caFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return strings.Replace(server.URL, "127.0.0.1", "localhost", 1), caFile
@@ -44,8 +56,8 @@ func serveTLS(t *testing.T, name string, end time.Time) (url, caFile string) {
 
 // TestNoConnection: what is between the agent and the control plane, and what a person reads of it.
 func TestNoConnection(t *testing.T) {
-	good, goodCA := serveTLS(t, "localhost", time.Time{})
-	wrongName, wrongNameCA := serveTLS(t, "other.example", time.Time{})
+	good, goodCA := serveTLS(t, "localhost", time.Now().Add(time.Hour))
+	wrongName, wrongNameCA := serveTLS(t, "other.example", time.Now().Add(time.Hour))
 	expired, expiredCA := serveTLS(t, "localhost", time.Now().Add(-time.Hour))
 	plain := httptest.NewServer(http.NotFoundHandler())
 	t.Cleanup(plain.Close)
@@ -68,10 +80,10 @@ func TestNoConnection(t *testing.T) {
 		{"dns", "https://control.invalid", "", exitFailed, []string{
 			"the control plane at https://control.invalid cannot be found: lookup control.invalid", "check agent.api_url (PIPEOPS_API_URL) and the cluster's DNS"}},
 		{"refused", "https://" + closed.Addr().String(), "", exitFailed, []string{"cannot be reached: dial tcp " + closed.Addr().String() + ": connect: connection refused: check agent.api_url"}},
-		{"timeout", "https://" + silent.Addr().String(), "", exitFailed, []string{"does not answer: context deadline exceeded: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it"}},
+		{"timeout", "https://" + silent.Addr().String(), "", exitFailed, []string{"does not answer: context deadline exceeded: check agent.api_url (PIPEOPS_API_URL), and that the network allows HTTPS connections to it"}},
 		{"no TLS", strings.Replace(plain.URL, "http:", "https:", 1), "", exitFailed, []string{"does not speak TLS: check the port in agent.api_url"}},
 		{"unknown authority", good, "", exitFailed, []string{
-			`presents a certificate that nobody known has signed (subject "CN=localhost" for localhost, issued by "CN=localhost", valid from `, "set agent.ca_file (PIPEOPS_API_CA_FILE) to the file of its authority"}},
+			`presents a certificate signed by an unknown authority (subject "CN=localhost" for localhost, issued by "CN=localhost", valid from `, "set agent.ca_file (PIPEOPS_API_CA_FILE) to the file of its authority"}},
 		{"wrong name", wrongName, wrongNameCA, exitFailed, []string{
 			`presents a certificate for another name than localhost (subject "CN=other.example" for other.example, `, "check agent.api_url (PIPEOPS_API_URL)"}},
 		{"expired", expired, expiredCA, exitFailed, []string{
@@ -144,8 +156,11 @@ func TestOneBootstrapForARunDirectory(t *testing.T) {
 	if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
 		t.Fatal(output)
 	}
-	release, err := lock(env["PIPEOPS_RUN_DIR"])
+	dir, err := os.Open(env["PIPEOPS_RUN_DIR"]) // as another bootstrap holds it
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
 	before := asked.Load()
@@ -163,7 +178,7 @@ func TestOneBootstrapForARunDirectory(t *testing.T) {
 	if _, _, output := bootstrap(t, env, "doctor"); strings.Contains(output, "another bootstrap") {
 		t.Errorf("doctor: %s", output)
 	}
-	release()
+	_ = dir.Close()
 	if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
 		t.Errorf("after the first has ended: %s", output)
 	}

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/pipeops/vm-agent/bootstrap/controlplane"
 	"github.com/pipeops/vm-agent/frpc"
 )
 
@@ -44,7 +45,7 @@ func environment(t *testing.T, url string) map[string]string {
 }
 
 func TestOnceWritesTheLease(t *testing.T) {
-	var request authRequest
+	var request controlplane.Request
 	var header http.Header
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		header = r.Header
@@ -60,7 +61,7 @@ func TestOnceWritesTheLease(t *testing.T) {
 	if code != exitOK {
 		t.Fatalf("exit code %d: %s", code, output)
 	}
-	if want := (authRequest{AgentID: "agent-001", AgentName: "agent-001", ClusterName: "agent-001", Instance: "pod-1", Version: "dev"}); request != want || lastError != "" {
+	if want := (controlplane.Request{AgentID: "agent-001", AgentName: "agent-001", ClusterName: "agent-001", Instance: "pod-1", Version: "dev"}); request != want || lastError != "" {
 		t.Errorf("the control plane was asked %+v, want %+v", request, want)
 	}
 	if got := header.Get("Authorization"); got != "Bearer "+token {
@@ -132,8 +133,8 @@ func TestAttempts(t *testing.T) {
 		{"an error that repeats the token", []http.HandlerFunc{answer(401, "application/json", `{"error":"bad token `+token+`"}`)}, 1, exitFailed, "refuses the agent's token (401 Unauthorized: bad token [redacted]): check"},
 		{"404", []http.HandlerFunc{answer(404, "text/html", "<html>")}, 1, exitFailed, "does not know the request (404 Not Found, text/html): check agent.api_url (PIPEOPS_API_URL)"},
 		{"redirect", []http.HandlerFunc{func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, other.URL, http.StatusFound) }}, 1, exitFailed, "redirects to \"" + other.URL + "\", and the token is not sent there"},
-		{"HTML", []http.HandlerFunc{answer(200, "text/html", "<html>")}, 1, exitFailed, "answers with something that is no lease (text/html, invalid character"},
-		{"truncated", []http.HandlerFunc{answer(200, "application/json", lease[:8])}, 1, exitFailed, "answers with something that is no lease (application/json, unexpected end"},
+		{"HTML", []http.HandlerFunc{answer(200, "text/html", "<html>")}, 1, exitFailed, "answers with something other than a lease (text/html, invalid character"},
+		{"truncated", []http.HandlerFunc{answer(200, "application/json", lease[:8])}, 1, exitFailed, "answers with something other than a lease (application/json, unexpected end"},
 		{"too large", []http.HandlerFunc{answer(200, "application/json", strings.Repeat(" ", 1<<20)+lease)}, 1, exitFailed, "answers with more than 1 MiB"},
 		{"no frp_token", []http.HandlerFunc{answer(200, "application/json", `{}`)}, 1, exitFailed, "answers without frp_token"},
 		{"unknown auth_method", []http.HandlerFunc{answer(200, "application/json", `{"frp_token":"f","auth_method":"magic"}`)}, 1, exitFailed, `auth_method "magic", which this version does not know`},

@@ -196,7 +196,7 @@ func TestLoginFaults(t *testing.T) {
 	}()
 	c := lease().Frpc
 	c.ServerAddr, c.ServerPort = "127.0.0.1", listener.Addr().(*net.TCPAddr).Port
-	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "does not speak TLS as it should") {
+	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "fails the TLS handshake") {
 		t.Errorf("a server that speaks no TLS: %v", err)
 	}
 	web := httptest.NewUnstartedServer(http.NotFoundHandler())
@@ -204,7 +204,7 @@ func TestLoginFaults(t *testing.T) {
 	web.StartTLS()
 	defer web.Close()
 	c.ServerPort = web.Listener.Addr().(*net.TCPAddr).Port
-	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "presents a certificate that nobody known has signed") {
+	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "presents a certificate signed by an unknown authority") {
 		t.Errorf("a server that cannot be verified: %v", err)
 	}
 	c.TLS.InsecureSkipVerify = true

@@ -22,13 +22,40 @@ import (
 	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
-// ErrCannotLogin is for a way to frps that Login cannot go.
+// ErrCannotLogin reports a way to frps that Login does not support.
 var ErrCannotLogin = errors.New("see frpc's log for the reason")
 
-// Login goes the way that frpc takes to frps (HTTP proxy, TCP, TLS, WebSocket, login), hangs up, and returns the
-// version of frps. It exists because frpc reports the reason for a failed login only in its log. The error names the
-// hop, the cause and the next step; nil means that frps accepts the login. For protocols quic and kcp, and for proxies
-// other than HTTP, it is ErrCannotLogin. Login does not know frpc's environment, where http_proxy would be a proxy.
+// LoginError names the stage at which a login failed. Its text has the hop and the cause; what to do depends on
+// settings, which the caller knows.
+type LoginError struct {
+	Stage Stage
+	Err   error
+}
+
+func (e *LoginError) Error() string { return e.Err.Error() }
+
+func (e *LoginError) Unwrap() error { return e.Err }
+
+// Stage is a stage of a login.
+type Stage int
+
+// The stages of a login, in their order.
+const (
+	StageFiles        Stage = iota // read the files for TLS
+	StageDial                      // connect to frps
+	StageProxyDial                 // connect to the HTTP proxy
+	StageProxyConnect              // have the HTTP proxy connect to frps
+	StageWebSocket                 // open a WebSocket
+	StageTLS                       // TLS handshake; Err may hold a *tlsutil.CertificateError
+	StageOwnCertificate            // verify the certificate that frps makes for itself, which nobody can
+	StageAnswer                    // frps answers the login
+	StageAccept                    // frps accepts the login
+)
+
+// Login takes the way of frpc to frps (HTTP proxy, TCP, TLS, WebSocket, login), disconnects, and returns the version of
+// frps. It exists because frpc reports the reason for a failed login only in its log. nil means that frps accepts the
+// login; other errors are a *LoginError. For protocols quic and kcp, and for proxies other than HTTP, the error is
+// ErrCannotLogin. Login does not know frpc's environment, where http_proxy would be a proxy.
 func Login(ctx context.Context, c Config) (version string, err error) {
 	addr := net.JoinHostPort(c.ServerAddr, strconv.Itoa(c.ServerPort))
 	proxy, err := url.Parse(c.ProxyURL.Reveal())
@@ -37,56 +64,58 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-
-	next, check := addr, "frps at "+addr+" cannot be reached: %w: check frp.server_addr and frp.server_port, and that the network lets TCP out to it"
+	fail := func(stage Stage, format string, args ...any) (string, error) {
+		return version, &LoginError{stage, fmt.Errorf(format, args...)}
+	}
+	next, stage, hop := addr, StageDial, "frps at "+addr
 	if proxy.Host != "" {
-		next, check = proxy.Host, "the proxy on the way to frps, "+proxy.Host+", cannot be reached: %w: check frp.proxy_url (PIPEOPS_FRP_PROXY_URL)"
+		next, stage, hop = proxy.Host, StageProxyDial, "the proxy on the way to frps, "+proxy.Host+","
 	}
 	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", next)
 	if err != nil {
-		return "", fmt.Errorf(check, err)
+		return fail(stage, "%s cannot be reached: %w", hop, err)
 	}
 	defer func() { _ = conn.Close() }()
 	deadline, _ := ctx.Deadline() // in five seconds at most
 	_ = conn.SetDeadline(deadline)
 	if proxy.Host != "" {
 		if err := connect(conn, proxy, addr); err != nil {
-			return "", fmt.Errorf("the proxy at %s does not connect to frps at %s: %w: check frp.proxy_url (PIPEOPS_FRP_PROXY_URL), and what the proxy allows", proxy.Host, addr, err)
+			return fail(StageProxyConnect, "the proxy at %s does not connect to frps at %s: %w", proxy.Host, addr, err)
 		}
 	}
-	noWebSocket := "frps at " + addr + " does not open a WebSocket: %w: check that frp.server_port is frps's bindPort, and what stands between"
 	if c.Protocol == "websocket" {
 		if conn, err = openWebSocket(conn, addr); err != nil {
-			return "", fmt.Errorf(noWebSocket, err)
+			return fail(StageWebSocket, "frps at %s does not open a WebSocket: %w", addr, err)
 		}
 	}
 	tlsConfig, err := c.TLS.clientConfig(c.ServerAddr)
 	if err != nil {
-		return "", err
+		return fail(StageFiles, "files for TLS with frps: %w", err)
 	}
 	conn = tls.Client(conn, tlsConfig)
 	if err := conn.(*tls.Conn).HandshakeContext(ctx); err != nil {
-		return "", fmt.Errorf("frps at %s %w", addr, explainHandshake(err))
+		stage, explained := explainHandshake(err)
+		return fail(stage, "frps at %s %w", addr, explained)
 	}
 	if c.Protocol == "wss" {
 		if conn, err = openWebSocket(conn, tlsConfig.ServerName); err != nil {
-			return "", fmt.Errorf(noWebSocket, err)
+			return fail(StageWebSocket, "frps at %s does not open a WebSocket: %w", addr, err)
 		}
 	}
 	version, refusal, err := exchangeLogin(conn, c)
 	if alert := tls.AlertError(0); errors.As(err, &alert) { // with TLS 1.3 it comes after the handshake
-		return "", fmt.Errorf("frps at %s does not accept the agent's client certificate (%w): check frp.tls.cert_file and frp.tls.key_file (PIPEOPS_FRP_TLS_CERT_FILE, _KEY_FILE)", addr, alert)
+		return fail(StageTLS, "frps at %s does not accept the agent's client certificate (%w)", addr, alert)
 	}
 	if err != nil {
-		return "", fmt.Errorf("frps at %s does not answer a login: %w: check that frp.server_port is frps's bindPort", addr, err)
+		return fail(StageAnswer, "frps at %s does not answer a login: %w", addr, err)
 	}
 	if refusal != "" {
-		return version, fmt.Errorf("frps at %s refuses the login: %s: check frp.token, or restart the pod to get a new lease from the control plane", addr, refusal)
+		return fail(StageAccept, "frps at %s refuses the login: %s", addr, refusal)
 	}
 	return version, nil
 }
 
-// Outdated says why a version of frps should not be used; empty if it may.
+// Outdated says why a version of frps should not be used. It is empty for other versions.
 func Outdated(version string) string {
 	var major, minor int
 	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); n == 2 && major == 0 && minor < 71 {
@@ -95,19 +124,19 @@ func Outdated(version string) string {
 	return ""
 }
 
-// explainHandshake returns what went wrong with TLS and what to do.
-func explainHandshake(err error) error {
-	var failed *tls.CertificateVerificationError
-	if errors.As(err, &failed) {
-		if c := failed.UnverifiedCertificates[0]; c.Subject.String() == "" && len(c.DNSNames)+len(c.IPAddresses) == 0 {
-			return errors.New("presents the certificate that frps makes for itself, which nobody can verify: give it one (transport.tls.certFile and keyFile in frps.toml) and set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE) to its authority, or accept any with frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY)")
-		}
-		return tlsutil.Explain(err, "frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)", "frp.tls.server_name (PIPEOPS_FRP_TLS_SERVER_NAME)")
+// explainHandshake says what went wrong with TLS, as the predicate of a sentence.
+func explainHandshake(err error) (Stage, error) {
+	timeout := net.Error(nil)
+	switch rejected := tlsutil.Explain(err); {
+	case rejected != nil && rejected.Nameless():
+		return StageOwnCertificate, errors.New("presents the certificate that frps makes for itself, which nobody can verify")
+	case rejected != nil:
+		return StageTLS, rejected
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return StageTLS, fmt.Errorf("accepts the connection and does not answer: %w", err)
+	default:
+		return StageTLS, fmt.Errorf("fails the TLS handshake: %w", err)
 	}
-	if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
-		return fmt.Errorf("takes the connection and does not answer: %w: check that it runs, and what stands between", err)
-	}
-	return fmt.Errorf("does not speak TLS as it should: %w: check that frp.server_port (PIPEOPS_FRP_SERVER_PORT) is frps's bindPort, and the client certificate if it asks for one", err)
 }
 
 func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
@@ -116,15 +145,16 @@ func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 	if t.CAFile != "" {
 		var err error
 		config.RootCAs, err = tlsutil.CertPool(t.CAFile)
-		notYet := errors.Is(err, fs.ErrNotExist) && filepath.Base(t.CAFile) == RootsFile // it will hold what Go trusts by itself
+		// RootsFile will hold what Go trusts by default.
+		notYet := errors.Is(err, fs.ErrNotExist) && filepath.Base(t.CAFile) == RootsFile
 		if err != nil && !notYet {
-			return nil, fmt.Errorf("frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE): %w", err)
+			return nil, err
 		}
 	}
 	if t.CertFile != "" {
 		cert, err := tls.LoadX509KeyPair(t.CertFile, t.KeyFile)
 		if err != nil {
-			return nil, fmt.Errorf("frp.tls.cert_file and key_file: %w", err)
+			return nil, err
 		}
 		config.Certificates = []tls.Certificate{cert}
 	}

@@ -106,8 +106,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	log, level := cfg.Logger(stderr)
 	go changeLevel(ctx, log, level)
-	if cfg.Agent.WeakToken() {
-		log.Warn("the agent's token has fewer than 16 characters and could be guessed: replace it by a longer one")
+	if warning := cfg.Agent.TokenWarning(); warning != "" {
+		log.Warn(warning)
 	}
 	limits := newLimits(memoryLimit())
 	metrics := newMetrics()
@@ -175,8 +175,8 @@ func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger)
 		listener
 		key, addr string
 	}{
-		{operations, "proxy.metrics_addr (PIPEOPS_METRICS_ADDR)", cfg.Proxy.MetricsAddr},
-		{tunnel, "proxy.listen_addr (PIPEOPS_LISTEN_ADDR)", cfg.Proxy.ListenAddr},
+		{operations, config.Name("proxy.metrics_addr"), cfg.Proxy.MetricsAddr},
+		{tunnel, config.Name("proxy.listen_addr"), cfg.Proxy.ListenAddr},
 	} {
 		socket, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
 		if err != nil {

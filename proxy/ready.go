@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -28,9 +29,9 @@ type readiness struct {
 	tunnel *tunnelCheck
 }
 
-func newReadiness(api *kube.Proxy, runDir string, g *gate, m *metrics) *readiness {
-	t := &tunnelCheck{runDir: runDir, metrics: m}
-	if lease, err := frpc.ReadLease(runDir); err == nil {
+func newReadiness(api *kube.Proxy, cfg *config.Config, g *gate, m *metrics) *readiness {
+	t := &tunnelCheck{runDir: cfg.RunDir, frp: cfg.FRP, metrics: m}
+	if lease, err := frpc.ReadLease(cfg.RunDir); err == nil {
 		t.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
 	r := &readiness{tunnel: t, checks: map[string]*check{
@@ -101,6 +102,7 @@ func (r *readiness) run(ctx context.Context) {
 // tunnelCheck looks at the way to frps, and remembers what it has seen.
 type tunnelCheck struct {
 	runDir  string
+	frp     config.FRP
 	metrics *metrics
 
 	loginAt time.Time
@@ -212,14 +214,15 @@ func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []fr
 		p := proxies[0]
 		return fmt.Errorf("frps refuses the tunnel (%s: %s): check what frps.toml allows (vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and that no other agent has the same", p.Status, p.Err)
 	case frpc.Withdrawn:
-		return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer it: check proxy.listen_addr (PIPEOPS_LISTEN_ADDR), the same for bootstrap and the proxy")
+		return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer it: check " +
+			config.Name("proxy.listen_addr") + ", the same for bootstrap and the proxy")
 	}
 	if time.Since(t.loginAt) > loginAge {
 		_, t.login = frpc.Login(ctx, lease.Frpc)
 		t.loginAt = time.Now()
 	}
 	if t.login != nil {
-		return t.login
+		return t.frp.ExplainLogin(t.login)
 	}
 	return errors.New("frps accepts the login, but frpc has no tunnel yet: it connects within 20 s; if not, see frpc's log")
 }

@@ -107,7 +107,7 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, l
 	if cfg.Agent.TokenFile != "" { // as long as the process, and so while it drains
 		go s.auth.follow(context.Background(), cfg.Agent.CurrentToken)
 	}
-	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
+	s.ready = newReadiness(api, cfg, s.gate, s.metrics)
 	return s
 }
 

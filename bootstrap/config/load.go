@@ -90,11 +90,7 @@ type loader struct {
 
 func (l *loader) mistake(key, format string, args ...any) {
 	l.told[key] = true
-	name := key
-	if s := find(key); s != nil && s.env != "" {
-		name += " (" + s.env + ")"
-	}
-	l.mistakes = append(l.mistakes, name+": "+fmt.Sprintf(format, args...))
+	l.mistakes = append(l.mistakes, Name(key)+": "+fmt.Sprintf(format, args...))
 }
 
 // unreadable is a mistake of the file as a whole. Nobody knows then what is missing.
@@ -205,6 +201,14 @@ func (l *loader) flatten(tree map[string]any, prefix string, values map[string]s
 			}
 		}
 	}
+}
+
+// Name returns a setting's key with its variable, if it has one: as messages name it.
+func Name(key string) string {
+	if s := find(key); s != nil && s.env != "" {
+		return key + " (" + s.env + ")"
+	}
+	return key
 }
 
 // find returns the setting of a key, nil if there is none.

@@ -33,8 +33,13 @@ func (a Agent) CurrentToken() (secret.Secret, error) {
 	return current(a.Token, a.TokenFile)
 }
 
-// WeakToken reports whether the agent's token is so short that it could be guessed. It is accepted all the same.
-func (a Agent) WeakToken() bool { return len(a.Token) < 16 }
+// TokenWarning says that the agent's token is so short that it could be guessed. It is empty for other tokens.
+func (a Agent) TokenWarning() string {
+	if len(a.Token) >= 16 {
+		return ""
+	}
+	return Name("agent.token") + " has fewer than 16 characters and could be guessed: replace it by a random one"
+}
 
 // CurrentToken returns frp's token, read anew where it comes from a file; empty where the control plane gives it.
 func (f FRP) CurrentToken() (secret.Secret, error) { return current(f.Token, f.TokenFile) }

@@ -2,8 +2,10 @@
 package secret
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"syscall"
 )
 
@@ -24,6 +26,14 @@ func (s Secret) String() string {
 
 // Format prints String for every verb, so that %x and %#v give nothing away either.
 func (s Secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(s.String())) }
+
+// RedactIn returns err, or an error with the same text but for the secret, if that is in it.
+func (s Secret) RedactIn(err error) error {
+	if s == "" || !strings.Contains(err.Error(), s.Reveal()) {
+		return err
+	}
+	return errors.New(strings.ReplaceAll(err.Error(), s.Reveal(), s.String()))
+}
 
 // LogValue implements [slog.LogValuer].
 func (s Secret) LogValue() slog.Value { return slog.StringValue(s.String()) }

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// CertPool reads the PEM certificates of a file.
+// CertPool returns the certificates of a PEM file.
 func CertPool(file string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(file)
 	if err != nil {
@@ -24,34 +24,64 @@ func CertPool(file string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// Explain says what is wrong with a server's certificate and which one it presented; nil if err is about
-// something else. caSetting and nameSetting are the settings that may have to be corrected.
-func Explain(err error, caSetting, nameSetting string) error {
-	var failed *tls.CertificateVerificationError
-	if !errors.As(err, &failed) {
+// CertificateError says why a server's certificate is not accepted. Its text is the predicate of a sentence.
+type CertificateError struct {
+	cause       *tls.CertificateVerificationError
+	certificate *x509.Certificate
+}
+
+// Explain finds out whether err is about a server's certificate. It returns nil if not.
+func Explain(err error) *CertificateError {
+	var cause *tls.CertificateVerificationError
+	if !errors.As(err, &cause) {
 		return nil
 	}
+	return &CertificateError{cause, cause.UnverifiedCertificates[0]}
+}
+
+// Nameless reports whether the certificate has neither a subject nor names, so that nobody can verify it.
+func (e *CertificateError) Nameless() bool {
+	c := e.certificate
+	return c.Subject.String() == "" && len(c.DNSNames)+len(c.IPAddresses) == 0
+}
+
+func (e *CertificateError) Error() string {
+	problem, _ := e.explain("", "")
+	return fmt.Sprintf("presents %s (%s)", problem, DescribeCertificate(e.certificate))
+}
+
+func (e *CertificateError) Unwrap() error { return e.cause }
+
+// Advice says what to do. caSetting and nameSetting are the settings that may have to be corrected.
+func (e *CertificateError) Advice(caSetting, nameSetting string) string {
+	_, advice := e.explain(caSetting, nameSetting)
+	return advice
+}
+
+func (e *CertificateError) explain(caSetting, nameSetting string) (problem, advice string) {
 	var unknownCA x509.UnknownAuthorityError
 	var wrongName x509.HostnameError
 	var invalid x509.CertificateInvalidError
-	problem, next := "a certificate that cannot be verified", "renew it, or check "+caSetting
 	switch {
-	case errors.As(err, &unknownCA):
-		problem, next = "a certificate that nobody known has signed", "set "+caSetting+" to the file of its authority"
-	case errors.As(err, &wrongName):
-		problem, next = "a certificate for another name than "+wrongName.Host, "check "+nameSetting
-	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
-		problem, next = "a certificate that is not valid at "+time.Now().UTC().Format(time.RFC3339), "renew it, or correct the clock of this host or its"
+	case errors.As(e.cause, &unknownCA):
+		return "a certificate signed by an unknown authority", "set " + caSetting + " to the file of its authority"
+	case errors.As(e.cause, &wrongName):
+		return "a certificate for another name than " + wrongName.Host, "check " + nameSetting
+	case errors.As(e.cause, &invalid) && invalid.Reason == x509.Expired:
+		now := time.Now().UTC().Format(time.RFC3339)
+		return "a certificate that is not valid at " + now, "renew it, or correct the clock of this host or its"
+	default:
+		return "a certificate that cannot be verified", "renew it, or check " + caSetting
 	}
-	return fmt.Errorf("presents %s (%s): %s", problem, DescribeCertificate(failed.UnverifiedCertificates[0]), next)
 }
 
-// DescribeCertificate is what a person needs to recognize a certificate.
+// DescribeCertificate returns what a person needs to recognize a certificate.
 func DescribeCertificate(c *x509.Certificate) string {
 	names := append([]string{}, c.DNSNames...)
 	for _, ip := range c.IPAddresses {
 		names = append(names, ip.String())
 	}
-	return fmt.Sprintf("subject %.100q for %.200s, issued by %.100q, valid from %s to %s", c.Subject, strings.Join(names, ", "), c.Issuer,
+	return fmt.Sprintf("subject %.100q for %.200s, issued by %.100q, valid from %s to %s",
+		c.Subject, strings.Join(names, ", "), c.Issuer,
 		c.NotBefore.UTC().Format(time.RFC3339), c.NotAfter.UTC().Format(time.RFC3339))
 }

@@ -43,9 +43,9 @@ func TestBootstrapFailures(t *testing.T) {
 		{"wrong token", []string{"PIPEOPS_AGENT_TOKEN=wrong-one"}, nil, 1,
 			"the control plane at " + w.cp.APIURL + " refuses the agent's token (401 Unauthorized: unknown agent or wrong token): check agent.token (PIPEOPS_AGENT_TOKEN), or get a new one from the control plane"},
 		{"unreachable", []string{"PIPEOPS_API_URL=https://" + closed}, []string{"--timeout", "3s"}, 1,
-			"the control plane at https://" + closed + " cannot be reached: dial tcp " + closed + ": connect: connection refused: check agent.api_url (PIPEOPS_API_URL), and that the network lets HTTPS out to it"},
+			"the control plane at https://" + closed + " cannot be reached: dial tcp " + closed + ": connect: connection refused: check agent.api_url (PIPEOPS_API_URL), and that the network allows HTTPS connections to it"},
 		{"unknown authority", []string{"PIPEOPS_API_CA_FILE="}, []string{"--timeout", "3s"}, 1,
-			"presents a certificate that nobody known has signed"},
+			"presents a certificate signed by an unknown authority"},
 		{"wrong path", []string{"PIPEOPS_API_URL=" + w.cp.APIURL + "/v9"}, nil, 1,
 			"does not know the request (404 Not Found, text/plain; charset=utf-8): check agent.api_url (PIPEOPS_API_URL)"},
 		{"no volume", []string{"PIPEOPS_RUN_DIR=/nonexistent"}, nil, 1,
@@ -85,9 +85,9 @@ func TestTunnelFailures(t *testing.T) {
 		want    string
 	}{
 		{"frps unreachable", func(w *world) { w.cp.StopFrps() }, nil,
-			"frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr and frp.server_port, and that the network lets TCP out to it"},
+			"frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr (PIPEOPS_FRP_SERVER_ADDR) and frp.server_port (PIPEOPS_FRP_SERVER_PORT), and that the network allows TCP connections to it"},
 		{"frps refuses the lease", func(w *world) { w.cp.RevokeLeases() }, nil,
-			"frps at 127.0.0.1:%d refuses the login: the control plane has given no such lease, or has revoked it: check frp.token, or restart the pod to get a new lease from the control plane"},
+			"frps at 127.0.0.1:%d refuses the login: the control plane has given no such lease, or has revoked it: restart the pod to get a new lease from the control plane"},
 		{"frps unverified", func(*world) {}, []string{"PIPEOPS_FRP_TLS_SERVER_NAME=other.example"},
 			"frps at 127.0.0.1:%d presents a certificate for another name than other.example (subject \"CN=localhost\" for localhost, 127.0.0.1, issued by \"CN=development control plane\", valid from "},
 	} {
@@ -117,7 +117,7 @@ func TestTunnelFailures(t *testing.T) {
 func TestFrpsGoesAway(t *testing.T) {
 	w := connected(t)
 	w.cp.StopFrps()
-	wantReady(t, w.agent, "tunnel", fmt.Sprintf("frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr and frp.server_port, and that the network lets TCP out to it", w.cp.FrpsPort))
+	wantReady(t, w.agent, "tunnel", fmt.Sprintf("frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr (PIPEOPS_FRP_SERVER_ADDR) and frp.server_port (PIPEOPS_FRP_SERVER_PORT), and that the network allows TCP connections to it", w.cp.FrpsPort))
 	if r := w.kubectl(w.caller, "", "get", "namespaces"); r.Code == 0 || !strings.Contains(r.Stderr, "the gateway cannot reach frps: dial tcp") {
 		t.Errorf("kubectl: %+v", r)
 	}
@@ -130,7 +130,7 @@ func TestWrongFrpToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantReady(t, w.agent, "tunnel",
-		"frps at "+addr+" refuses the login: token in login doesn't match token from configuration: check frp.token, or restart the pod to get a new lease from the control plane")
+		"frps at "+addr+" refuses the login: token in login doesn't match token from configuration: check frp.token (PIPEOPS_FRP_TOKEN)")
 }
 
 // TestOwnFrpToken: with frp.token set nobody is asked, and the tunnel comes up at the operator's own frps.

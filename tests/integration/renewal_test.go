@@ -421,7 +421,7 @@ func TestSomethingOnTheWayRefuses(t *testing.T) {
 	wantProblem := func() {
 		t.Helper()
 		eventually(t, func() error {
-			const want = "or something on the way there, refuses the request (403 Forbidden, text/html): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; unless the next attempts succeed, the tunnel is closed when the lease ends"
+			const want = "or something on the way to it, refuses the request (403 Forbidden, text/html): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; unless the next attempts succeed, the tunnel is closed when the lease ends"
 			if code, ready, err := w.agent.Ready(t.Context()); err != nil || code != http.StatusOK || !strings.Contains(ready.Checks["tunnel"].Detail, want) {
 				return fmt.Errorf("/ready answers %d %+v, %w", code, ready, err)
 			}
@@ -474,7 +474,7 @@ func TestRevokedAgent(t *testing.T) {
 	if code := w.agent.Bootstrap.ExitCode(); code != 1 {
 		t.Errorf("bootstrap ends with %d", code)
 	}
-	const want = `knows the token but does not let agent \"agent-001\" connect (403 Forbidden: the agent was revoked): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked; the tunnel is closed`
+	const want = `accepts the token but does not let agent \"agent-001\" connect (403 Forbidden: the agent was revoked): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked; the tunnel is closed`
 	if took := time.Since(first.FailingSince); took < 30*time.Second || took > 45*time.Second {
 		t.Errorf("the tunnel was closed after %s", took)
 	}

@@ -1,18 +1,44 @@
-package main
+package doctor
 
 import (
 	"context"
 	"crypto/tls"
 	"io"
 	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/lease"
 	"github.com/pipeops/vm-agent/frpc"
 )
+
+const token = "hunter2"
+
+// httpsAgent writes a lease with a tunnel of type https, and returns the configuration and the tunnel's certificate.
+func httpsAgent(t *testing.T) (*config.Config, tls.Certificate) {
+	t.Helper()
+	cfg, err := config.Load("", map[string]string{
+		"PIPEOPS_AGENT_ID": "agent-001", "PIPEOPS_AGENT_TOKEN": token, "PIPEOPS_INSTANCE": "pod-1",
+		"PIPEOPS_FRP_TOKEN": "f", "PIPEOPS_RUN_DIR": t.TempDir(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lease.Run(t.Context(), cfg, time.Minute, true, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.LoadX509KeyPair(filepath.Join(cfg.RunDir, frpc.CertFile), filepath.Join(cfg.RunDir, frpc.KeyFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg, pair
+}
 
 // TestDoctorSpeaksAsTheTunnelDoes: where the tunnel is of type https, the proxy's tunnel listener answers nobody who
 // does not speak TLS, and doctor trusts the tunnel's certificate alone.
@@ -26,21 +52,8 @@ func TestDoctorSpeaksAsTheTunnelDoes(t *testing.T) {
 	})
 	operations := httptest.NewServer(proxy)
 	defer operations.Close()
-	k := newRenewer(t, func(context.Context, []byte) (authAnswer, *failure) {
-		return authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, nil
-	})
-	pair, err := tls.X509KeyPair(k.lease.Certificate, k.lease.Key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	other, err := newCertificate("agent-001", frpc.Tunnel{}, time.Time{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	otherPair, err := tls.X509KeyPair(other.cert, other.key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	cfg, pair := httpsAgent(t)
+	_, otherPair := httpsAgent(t)
 	for name, test := range map[string]struct {
 		certificate *tls.Certificate // nil: no TLS
 		proxy       string           // what doctor says of the step
@@ -60,8 +73,8 @@ func TestDoctorSpeaksAsTheTunnelDoes(t *testing.T) {
 				tunnel.StartTLS()
 			}
 			defer tunnel.Close()
-			k.cfg.Proxy.ListenAddr, k.cfg.Proxy.MetricsAddr = tunnel.Listener.Addr().String(), operations.Listener.Addr().String()
-			p := &patient{cfg: k.cfg}
+			cfg.Proxy.ListenAddr, cfg.Proxy.MetricsAddr = tunnel.Listener.Addr().String(), operations.Listener.Addr().String()
+			p := &patient{cfg: cfg}
 			said := func(take func(context.Context) (string, error)) string {
 				detail, err := take(t.Context())
 				if err != nil {

@@ -1,4 +1,4 @@
-package main
+package lease
 
 import (
 	"crypto/ecdsa"

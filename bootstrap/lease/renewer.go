@@ -1,19 +1,17 @@
-package main
+package lease
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"syscall"
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/controlplane"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
@@ -51,7 +49,7 @@ type outage struct {
 // frpc alone: a restart would only add the kubelet's back-off to the outage.
 type renewer struct {
 	cfg   *config.Config
-	ask   source
+	issue issuer
 	login func(context.Context, frpc.Config) (version string, err error) // frpc.Login
 	log   *slog.Logger
 
@@ -61,8 +59,9 @@ type renewer struct {
 	backoff time.Duration // after the attempt that failed last
 	notYet  time.Time     // no attempt before this
 
-	failed       *failure  // why the last attempt got no lease; nil: it got one
-	revokedSince time.Time // when the control plane first said that the agent is revoked; zero: not since the last lease
+	failed       *controlplane.Failure // why the last attempt got no lease; nil: it got one
+	revokedSince time.Time             // when the control plane first said that the agent is revoked; zero: not since the last lease
+	confirmed    bool                  // it has said so again with the last attempt, after confirmAfter
 
 	outage  outage
 	settled time.Time // before this, frpc is not restarted merely because nothing runs through the tunnel
@@ -71,40 +70,12 @@ type renewer struct {
 	unsaved bool      // the run directory could not be written, and that was said
 }
 
-// write puts the lease's files into the run directory.
-func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
-	if _, err := lease.Write(cfg.RunDir); err != nil {
-		return unwritable(err)
-	}
-	if lacks := lease.Frpc.Tunnel.GivesUp(); lacks != "" {
-		log.Warn("the tunnel is not of type https", "tunnel_type", lease.Frpc.Tunnel.Type, "consequence", lacks,
-			"next_step", "set frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) to https, which refuses other leases too")
-	}
-	if !lease.ExpiresAt.IsZero() {
-		log = log.With("expires_at", lease.ExpiresAt)
-	}
-	log.Info("lease written", "run_dir", cfg.RunDir, "server_addr", lease.Frpc.ServerAddr,
-		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type)
-	return nil
-}
-
-func unwritable(err error) error {
-	return fmt.Errorf("the run directory cannot be written: %w: check run_dir (PIPEOPS_RUN_DIR), and that the volume mounted there is not full", err)
-}
-
 // inherit notes in the next lease that frpc may still run with what it was told before.
 func (r *renewer) inherit(next *frpc.Lease) {
 	next.Stale = r.lease.Stale
 	if old := r.lease.Frpc; next.Stale == nil && old.Tunnel.Type != "" && !sameTOML(old, next.Frpc) {
 		next.Stale = &frpc.Stale{Until: r.lease.ExpiresAt, Frpc: old}
 	}
-}
-
-// sameTOML reports whether two configurations, which can be written, are the same frpc.toml.
-func sameTOML(a, b frpc.Config) bool {
-	before, _ := a.TOML()
-	after, _ := b.TOML()
-	return bytes.Equal(before, after)
 }
 
 // adopt makes lease, which has been written, the one that is kept.
@@ -127,7 +98,7 @@ func (r *renewer) adopt(lease frpc.Lease, now time.Time) {
 // the agent was refused until its lease ended.
 func (r *renewer) unwanted(now time.Time) bool {
 	ended := !r.lease.ExpiresAt.IsZero() && now.After(r.lease.ExpiresAt)
-	return r.failed != nil && (r.failed.confirmed || r.failed.refused && ended)
+	return r.failed != nil && (r.confirmed || r.failed.Refused && ended)
 }
 
 // run keeps the lease until ctx ends. Its error means that the control plane does not want this agent: then the
@@ -208,13 +179,6 @@ func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason stri
 	r.unheard = err != nil
 }
 
-// reportStuck writes StuckFile, for a while: frpc's liveness probe has the kubelet kill it.
-func reportStuck(runDir string) error {
-	file := filepath.Join(runDir, frpc.StuckFile)
-	time.AfterFunc(stuckFor, func() { _ = os.Remove(file) })
-	return os.WriteFile(file, nil, 0o600)
-}
-
 // markFresh notes that frpc runs, or will run, with the files as they are.
 func (r *renewer) markFresh() {
 	if r.lease.Stale != nil {
@@ -242,7 +206,7 @@ func (r *renewer) repair() {
 
 // closeTunnel takes away what frpc would log in with, ends it, and makes sure that it has ended. It returns the
 // refusal, with what has become of the tunnel.
-func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *failure) error {
+func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *controlplane.Failure) error {
 	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
 		if stateOf(ctx, admin) == frpc.Down {
@@ -335,7 +299,7 @@ func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
 		r.log.Warn("frps is outdated", "version", version, "consequence", outdated)
 	}
 	r.tried = r.tried || version != ""
-	return err
+	return r.cfg.FRP.ExplainLogin(err)
 }
 
 // renewalDue reports whether it is time for the next lease: this one ends, or frpc has been logged out for a while.
@@ -363,12 +327,12 @@ func (r *renewer) credential() (secret.Secret, error) {
 }
 
 // renew asks for the next lease, once. If there is none, the one that is stays, and its file says why.
-func (r *renewer) renew(ctx context.Context) *failure {
+func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	token, err := r.credential()
 	if err != nil {
 		token = r.token
 	}
-	lease, fail := obtain(ctx, r.cfg, r.ask, r.lease)
+	lease, fail := requestLease(ctx, r.cfg, r.issue, r.lease)
 	if ctx.Err() != nil {
 		return nil // stopped
 	}
@@ -382,24 +346,24 @@ func (r *renewer) renew(ctx context.Context) *failure {
 		r.inherit(&lease)
 		err := write(r.cfg, lease, r.log)
 		if err == nil {
-			r.token, r.failed = token, nil
+			r.token, r.failed, r.confirmed = token, nil, false
 			r.adopt(lease, now)
 			return nil
 		}
-		fail = &failure{err: err}
+		fail = &controlplane.Failure{Err: err}
 	}
-	r.failed = fail
-	wait := min(max(jitter(r.backoff), fail.retryAfter), waitMax)
+	r.failed, r.confirmed = fail, false
+	wait := min(max(jitter(r.backoff), fail.RetryAfter), waitMax)
 	next := "the tunnel stays as it is"
-	if fail.refused && !r.lease.ExpiresAt.IsZero() {
+	if fail.Refused && !r.lease.ExpiresAt.IsZero() {
 		next = "unless the next attempts succeed, the tunnel is closed when the lease ends"
 	}
-	if fail.revoked {
+	if fail.Revoked {
 		if r.revokedSince.IsZero() {
 			r.revokedSince = now
 		}
 		elapsed := now.Sub(r.revokedSince)
-		fail.confirmed, wait = elapsed >= confirmAfter, max(wait, confirmAfter-elapsed)
+		r.confirmed, wait = elapsed >= confirmAfter, max(wait, confirmAfter-elapsed)
 		next = "the tunnel is closed if the next attempt is answered so too"
 	}
 	if r.unwanted(now) {

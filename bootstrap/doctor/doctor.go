@@ -1,4 +1,5 @@
-package main
+// Package doctor walks the way from the configuration to the API server.
+package doctor
 
 import (
 	"context"
@@ -16,6 +17,8 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/controlplane"
+	"github.com/pipeops/vm-agent/bootstrap/lease"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/frpc/tlsutil"
@@ -33,19 +36,19 @@ type skipped string
 
 func (s skipped) Error() string { return string(s) }
 
-// doctor walks the way from the configuration to the API server, and says of each step whether it works. It
-// writes no file; the lease that it asks for is not used.
-func doctor(ctx context.Context, configPath string, env map[string]string, stdout io.Writer, asJSON bool) int {
+// Run takes every step of the way, writes what it finds to stdout, and reports whether no step failed. It writes no
+// file; the lease that it requests is not used.
+func Run(ctx context.Context, configPath string, env map[string]string, stdout io.Writer, asJSON bool) (healthy bool) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	p := &patient{}
 	cfg, err := config.Load(configPath, env)
 	valid := "valid"
-	if cfg != nil && cfg.Agent.WeakToken() {
-		valid += ", but " + tooShort
+	if cfg != nil && cfg.Agent.TokenWarning() != "" {
+		valid += ", but " + cfg.Agent.TokenWarning()
 	}
 	findings := []finding{}
-	code := exitOK
+	healthy = true
 	for _, step := range []struct {
 		name string
 		take func(context.Context) (string, error)
@@ -67,7 +70,7 @@ func doctor(ctx context.Context, configPath string, env map[string]string, stdou
 			if why := skipped(""); errors.As(err, &why) {
 				f.Result, f.Detail = "skipped", string(why)
 			} else if err != nil {
-				f.Result, f.Detail, code = "failed", err.Error(), exitFailed
+				f.Result, f.Detail, healthy = "failed", err.Error(), false
 			}
 		}
 		findings = append(findings, f)
@@ -80,7 +83,7 @@ func doctor(ctx context.Context, configPath string, env map[string]string, stdou
 		encoder.SetIndent("", "  ")
 		_ = encoder.Encode(findings)
 	}
-	return code
+	return healthy
 }
 
 // patient is what doctor looks at, and what it has learned so far.
@@ -112,23 +115,18 @@ func (p *patient) controlPlane(ctx context.Context) (string, error) {
 	if p.cfg.FRP.Token != "" {
 		return "", ownToken
 	}
-	client, err := newControlPlane(p.cfg)
+	client, err := controlplane.New(p.cfg.Agent)
 	if err != nil {
 		return "", err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.cfg.Agent.APIURL+"/", nil)
+	state, err := client.Reach(ctx)
 	if err != nil {
 		return "", err
 	}
-	resp, err := client.http.Do(req)
-	if err != nil {
-		return "", fmt.Errorf("the control plane at %s %w", p.cfg.Agent.APIURL, explain(err))
-	}
-	_ = resp.Body.Close()
 	p.reached = true
 	detail := p.cfg.Agent.APIURL + " answers"
-	if resp.TLS != nil {
-		detail += " over TLS with " + tlsutil.DescribeCertificate(resp.TLS.PeerCertificates[0])
+	if state != nil {
+		detail += " over TLS with " + tlsutil.DescribeCertificate(state.PeerCertificates[0])
 	}
 	return detail, nil
 }
@@ -137,32 +135,19 @@ func (p *patient) authentication(ctx context.Context) (string, error) {
 	if p.cfg.FRP.Token == "" && !p.reached {
 		return "", skipped("the control plane comes first")
 	}
-	ask, err := newSource(p.cfg)
+	granted, err := lease.Try(ctx, p.cfg)
 	if err != nil {
 		return "", err
 	}
-	// The certificate that is in use: the control plane would trust another one in its place.
-	var certificate []byte
-	if now, err := written(p.cfg); err == nil {
-		certificate = now.Certificate
-	}
-	answer, fail := ask(ctx, certificate)
-	if fail != nil {
-		return "", fail
-	}
-	lease, err := newLease(p.cfg, answer, frpc.Admin{})
-	if err != nil {
-		return "", redact(p.cfg, &failure{err: err})
-	}
-	p.lease = &lease
+	p.lease = &granted
 	if p.cfg.FRP.Token != "" {
 		return "", ownToken
 	}
 	end := "without an end"
-	if !lease.ExpiresAt.IsZero() {
-		end = "until " + lease.ExpiresAt.Format(time.RFC3339)
+	if !granted.ExpiresAt.IsZero() {
+		end = "until " + granted.ExpiresAt.Format(time.RFC3339)
 	}
-	return fmt.Sprintf("the control plane gives a lease %s for a tunnel of type %s", end, lease.Frpc.Tunnel.Type), nil
+	return fmt.Sprintf("the control plane gives a lease %s for a tunnel of type %s", end, granted.Frpc.Tunnel.Type), nil
 }
 
 func (p *patient) frps(ctx context.Context) (string, error) {
@@ -180,18 +165,18 @@ func (p *patient) frps(ctx context.Context) (string, error) {
 		return "", skipped(addr + " cannot be tried with protocol " + c.Protocol + " or through this proxy: see the tunnel below")
 	}
 	if err != nil {
-		return "", err
+		return "", p.cfg.FRP.ExplainLogin(err)
 	}
 	detail := fmt.Sprintf("%s, version %s, accepts the login; its certificate is %s; %s", addr, version, verified, frpc.Outdated(version))
 	return strings.TrimSuffix(detail, "; "), nil // most are not outdated
 }
 
 func (p *patient) tunnel(ctx context.Context) (string, error) {
-	lease, err := written(p.cfg)
+	current, err := lease.Read(p.cfg.RunDir)
 	if err != nil {
 		return "", err
 	}
-	proxies, err := lease.Frpc.Admin.Status(ctx)
+	proxies, err := current.Frpc.Admin.Status(ctx)
 	state := frpc.StateOf(proxies, err)
 	if err != nil {
 		return "", fmt.Errorf("%w: check that the frpc container runs, and its log", err)
@@ -203,7 +188,7 @@ func (p *patient) tunnel(ctx context.Context) (string, error) {
 	if state != frpc.Running {
 		return "", fmt.Errorf("%s of type %s: %s %s: see frpc's log", t.Name, t.Type, t.Status, t.Err)
 	}
-	detail := fmt.Sprintf("%s of type %s is running at %s; %s", t.Name, t.Type, t.RemoteAddr, lease.Frpc.Tunnel.GivesUp())
+	detail := fmt.Sprintf("%s of type %s is running at %s; %s", t.Name, t.Type, t.RemoteAddr, current.Frpc.Tunnel.GivesUp())
 	return strings.TrimSuffix(detail, "; "), nil // https gives up nothing
 }
 
@@ -272,12 +257,12 @@ func (p *patient) permissions(ctx context.Context) (string, error) {
 // tunnelTLS is how callers speak with the proxy where the tunnel is of type https, nil where it is not: by the agent's
 // id, and trusting the tunnel's certificate alone.
 func (p *patient) tunnelTLS() *tls.Config {
-	lease, err := written(p.cfg)
-	if err != nil || lease.Certificate == nil {
+	current, err := lease.Read(p.cfg.RunDir)
+	if err != nil || current.Certificate == nil {
 		return nil
 	}
 	trusted := x509.NewCertPool()
-	trusted.AppendCertsFromPEM(lease.Certificate)
+	trusted.AppendCertsFromPEM(current.Certificate)
 	return &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 }
 

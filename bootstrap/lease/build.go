@@ -1,8 +1,7 @@
-package main
+package lease
 
 import (
 	"cmp"
-	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -15,86 +14,10 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/controlplane"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
-
-// source is who gives a lease: the control plane, or the operator's own token for their own frps. The
-// certificate is that of a tunnel of type https, PEM, or empty.
-type source func(ctx context.Context, certificate []byte) (authAnswer, *failure)
-
-// adminUser is frpc's name for bootstrap and the proxy.
-const adminUser = "pipeops"
-
-// newSource finds out who is to be asked.
-func newSource(cfg *config.Config) (source, error) {
-	if cfg.FRP.Token == "" {
-		client, err := newControlPlane(cfg)
-		if err != nil {
-			return nil, err
-		}
-		return func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
-			answer, fail := client.attempt(ctx, certificate)
-			return answer, redact(cfg, fail)
-		}, nil
-	}
-	return func(context.Context, []byte) (authAnswer, *failure) {
-		token, err := cfg.FRP.CurrentToken()
-		if err != nil {
-			return authAnswer{}, &failure{err: fmt.Errorf("frp.token_file (PIPEOPS_FRP_TOKEN_FILE): %w", err)}
-		}
-		return authAnswer{FRPToken: token}, nil
-	}, nil
-}
-
-// obtain gets a lease, and for a tunnel of type https one whose certificate the control plane has been shown. What
-// the certificate must be follows from the lease, which is not known when it is asked for: so a certificate is
-// made for what was last known, and if it does not fit, the one that does is shown in a second request.
-func obtain(ctx context.Context, cfg *config.Config, ask source, last frpc.Lease) (frpc.Lease, *failure) {
-	tunnel, end := last.Frpc.Tunnel, time.Time{}
-	switch {
-	case tunnel.Type == "": // the first
-		tunnel, end = cfg.FRP.Tunnel, time.Now().Add(24*time.Hour)
-	case !last.ExpiresAt.IsZero():
-		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
-	}
-	var shown *certificate
-	for range 3 {
-		var pem []byte
-		if tunnel.Type == "https" {
-			var err error
-			if shown, err = newCertificate(cfg.Agent.ID, tunnel, end); err != nil {
-				return frpc.Lease{}, &failure{err: fmt.Errorf("the tunnel's certificate cannot be made: %w", err), final: true}
-			}
-			pem = shown.cert
-		}
-		answer, fail := ask(ctx, pem)
-		if fail != nil {
-			return frpc.Lease{}, fail
-		}
-		lease, err := newLease(cfg, answer, last.Frpc.Admin)
-		if err != nil {
-			return frpc.Lease{}, redact(cfg, &failure{err: err, final: true})
-		}
-		tunnel, end = lease.Frpc.Tunnel, answer.ExpiresAt
-		if tunnel.Type != "https" {
-			return lease, nil
-		}
-		if shown.fits(cfg.Agent.ID, tunnel, end) {
-			lease.Certificate, lease.Key = shown.cert, shown.key
-			return lease, nil
-		}
-	}
-	return frpc.Lease{}, &failure{final: true, err: errors.New("the control plane's lease has another tunnel or another end each time: tell those who run it")}
-}
-
-// redact takes the agent's token out of what the control plane has said, in which it may stand.
-func redact(cfg *config.Config, fail *failure) *failure {
-	if token, err := cfg.Agent.CurrentToken(); fail != nil && err == nil && token != "" && strings.Contains(fail.Error(), token.Reveal()) {
-		fail.err = errors.New(strings.ReplaceAll(fail.Error(), token.Reveal(), token.String()))
-	}
-	return fail
-}
 
 // publicRoots returns the public authorities of this host, PEM. Source: crypto/x509/root_linux.go.
 func publicRoots() ([]byte, error) {
@@ -118,7 +41,12 @@ func isLocal(host string) bool {
 
 // newLease joins the configuration and the control plane's answer; the answer wins. admin is what frpc was told
 // before, if it was: it may still run. What admin leaves out is made up.
-func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lease, error) {
+func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) (_ frpc.Lease, err error) {
+	defer func() {
+		if token, tokenErr := cfg.Agent.CurrentToken(); err != nil && tokenErr == nil { // the answer may repeat it
+			err = token.RedactIn(err)
+		}
+	}()
 	answer.AuthMethod = cmp.Or(answer.AuthMethod, "token")
 	if answer.AuthMethod != "token" && answer.AuthMethod != "oidc" {
 		return frpc.Lease{}, fmt.Errorf("the control plane's lease has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
@@ -164,7 +92,7 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 	}
 	lease := frpc.Lease{
 		IssuedAt:    time.Now().UTC().Truncate(time.Second),
-		ExpiresAt:   answer.ends,
+		ExpiresAt:   answer.Ends,
 		Permissions: answer.Permissions,
 		Frpc: frpc.Config{
 			ServerAddr: cmp.Or(answer.ServerAddr, cfg.FRP.ServerAddr),
@@ -183,7 +111,6 @@ func newLease(cfg *config.Config, answer authAnswer, admin frpc.Admin) (frpc.Lea
 		},
 	}
 	if tls := &lease.Frpc.TLS; tls.CAFile == "" && !tls.InsecureSkipVerify {
-		var err error
 		if lease.Roots, err = publicRoots(); err != nil {
 			return frpc.Lease{}, err
 		}

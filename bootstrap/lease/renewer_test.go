@@ -1,4 +1,4 @@
-package main
+package lease
 
 import (
 	"context"
@@ -23,9 +23,30 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/controlplane"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
+
+const token = "hunter2"
+
+// environment configures an agent of the control plane at url, with a tunnel of type http: its lease takes one request,
+// without a certificate.
+func environment(t *testing.T, url string) map[string]string {
+	return map[string]string{
+		"PIPEOPS_FRP_TUNNEL_TYPE": "http",
+		"PIPEOPS_AGENT_ID":        "agent-001", "PIPEOPS_AGENT_TOKEN": token, "PIPEOPS_INSTANCE": "pod-1",
+		"PIPEOPS_API_URL": url, "PIPEOPS_RUN_DIR": t.TempDir(),
+	}
+}
+
+func answer(code int, contentType, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", contentType)
+		w.WriteHeader(code)
+		_, _ = fmt.Fprint(w, body)
+	}
+}
 
 // configuration is what Load makes of an environment.
 func configuration(t *testing.T, env map[string]string) *config.Config {
@@ -38,11 +59,11 @@ func configuration(t *testing.T, env map[string]string) *config.Config {
 }
 
 // newRenewer keeps leases that source gives; the integration tests have a real control plane and a real frpc.
-func newRenewer(t *testing.T, ask source) *renewer {
+func newRenewer(t *testing.T, issue issuer) *renewer {
 	t.Helper()
-	r := &renewer{cfg: configuration(t, environment(t, "https://control.example")), ask: ask, login: accepts, log: slog.New(slog.DiscardHandler), backoff: backoffMin}
+	r := &renewer{cfg: configuration(t, environment(t, "https://control.example")), issue: issue, login: accepts, log: slog.New(slog.DiscardHandler), backoff: backoffMin}
 	r.token = token
-	lease, fail := obtain(t.Context(), r.cfg, ask, frpc.Lease{})
+	lease, fail := requestLease(t.Context(), r.cfg, issue, frpc.Lease{})
 	if fail != nil {
 		t.Fatal(fail)
 	}
@@ -54,11 +75,11 @@ func newRenewer(t *testing.T, ask source) *renewer {
 }
 
 // giving gives leases that live for an hour, each with another credential.
-func giving() source {
+func giving() issuer {
 	n := 0
-	return func(context.Context, []byte) (authAnswer, *failure) {
+	return func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
 		n++
-		return authAnswer{FRPToken: secret.Secret(fmt.Sprint("lease ", n)), ends: time.Now().Add(time.Hour)}, nil
+		return controlplane.Answer{FRPToken: secret.Secret(fmt.Sprint("lease ", n)), Ends: time.Now().Add(time.Hour)}, nil
 	}
 }
 
@@ -99,8 +120,8 @@ func outageOf(t *testing.T, r *renewer, state frpc.State, life time.Duration) (r
 	t.Helper()
 	start := time.Now()
 	now := start
-	ask, login := r.ask, r.login
-	r.ask = func(ctx context.Context, certificate []byte) (authAnswer, *failure) {
+	ask, login := r.issue, r.login
+	r.issue = func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
 		requests = append(requests, now.Sub(start))
 		return ask(ctx, certificate)
 	}
@@ -123,7 +144,7 @@ func outageOf(t *testing.T, r *renewer, state frpc.State, life time.Duration) (r
 			break
 		}
 	}
-	r.ask, r.login = ask, login
+	r.issue, r.login = ask, login
 	return requests, logins, restarts, reason
 }
 
@@ -161,8 +182,8 @@ func TestOutage(t *testing.T) {
 }
 
 // unchanging gives the same lease every time.
-func unchanging(context.Context, []byte) (authAnswer, *failure) {
-	return authAnswer{FRPToken: "the same", ends: time.Now().Add(time.Hour)}, nil
+func unchanging(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
+	return controlplane.Answer{FRPToken: "the same", Ends: time.Now().Add(time.Hour)}, nil
 }
 
 // TestOutdatedFrps: it is named once, by the first login that tells its version.
@@ -277,8 +298,8 @@ func TestRestartReason(t *testing.T) {
 func TestFailedRenewal(t *testing.T) {
 	r := newRenewer(t, giving())
 	first := r.lease
-	r.ask = func(context.Context, []byte) (authAnswer, *failure) {
-		return authAnswer{}, &failure{err: errors.New("it is away"), retryAfter: 24 * time.Hour}
+	r.issue = func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
+		return controlplane.Answer{}, &controlplane.Failure{Err: errors.New("it is away"), RetryAfter: 24 * time.Hour}
 	}
 	for range 10 {
 		if fail := r.renew(t.Context()); fail == nil {
@@ -296,7 +317,7 @@ func TestFailedRenewal(t *testing.T) {
 	if lease.Renewal == nil || lease.Renewal.Error != "it is away; the tunnel stays as it is" || lease.Renewal.FailingSince.After(time.Now()) || lease.Frpc.Token != first.Frpc.Token {
 		t.Errorf("lease.json says %+v", lease)
 	}
-	r.ask = giving()
+	r.issue = giving()
 	if fail := r.renew(t.Context()); fail != nil {
 		t.Fatal(fail)
 	}
@@ -310,8 +331,8 @@ func TestFailedRenewal(t *testing.T) {
 func TestBackoff(t *testing.T) {
 	r := newRenewer(t, giving())
 	retryAfter := time.Duration(0)
-	r.ask = func(context.Context, []byte) (authAnswer, *failure) {
-		return authAnswer{}, &failure{err: errors.New("it is away"), retryAfter: retryAfter}
+	r.issue = func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
+		return controlplane.Answer{}, &controlplane.Failure{Err: errors.New("it is away"), RetryAfter: retryAfter}
 	}
 	attempt := func(low, high time.Duration) {
 		t.Helper()
@@ -364,12 +385,12 @@ func TestAdminPassword(t *testing.T) {
 	cfg := configuration(t, environment(t, "https://control.example"))
 	passwords := map[secret.Secret]bool{}
 	for range 10 {
-		lease, err := newLease(cfg, authAnswer{FRPToken: "f"}, frpc.Admin{})
+		lease, err := newLease(cfg, controlplane.Answer{FRPToken: "f"}, frpc.Admin{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		passwords[lease.Frpc.Admin.Password] = len(lease.Frpc.Admin.Password) >= 26
-		if next, err := newLease(cfg, authAnswer{FRPToken: "f"}, lease.Frpc.Admin); err != nil || next.Frpc.Admin != lease.Frpc.Admin {
+		if next, err := newLease(cfg, controlplane.Answer{FRPToken: "f"}, lease.Frpc.Admin); err != nil || next.Frpc.Admin != lease.Frpc.Admin {
 			t.Errorf("%+v, %v", next.Frpc.Admin, err)
 		}
 	}
@@ -427,18 +448,18 @@ func TestReload(t *testing.T) {
 	admin := frpc.Admin{Port: number}
 	for _, test := range []struct {
 		code   int
-		change authAnswer
+		change controlplane.Answer
 		reload bool // is tried
 		stale  bool // afterwards
 	}{
-		{http.StatusOK, authAnswer{FRPToken: "the same", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, true, false},
-		{http.StatusBadRequest, authAnswer{FRPToken: "the same", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, true, true},
-		{http.StatusOK, authAnswer{FRPToken: "another", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, false, true},
-		{http.StatusOK, authAnswer{FRPToken: "the same"}, false, false},
+		{http.StatusOK, controlplane.Answer{FRPToken: "the same", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, true, false},
+		{http.StatusBadRequest, controlplane.Answer{FRPToken: "the same", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, true, true},
+		{http.StatusOK, controlplane.Answer{FRPToken: "another", Tunnel: frpc.Tunnel{CustomDomains: []string{"b.example"}}}, false, true},
+		{http.StatusOK, controlplane.Answer{FRPToken: "the same"}, false, false},
 	} {
 		r := newRenewer(t, unchanging)
-		r.ask = func(context.Context, []byte) (authAnswer, *failure) {
-			test.change.ends = time.Now().Add(time.Hour)
+		r.issue = func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
+			test.change.Ends = time.Now().Add(time.Hour)
 			return test.change, nil
 		}
 		if fail := r.renew(t.Context()); fail != nil {
@@ -462,10 +483,10 @@ func TestReload(t *testing.T) {
 // TestRunDirectoryIsRepaired: the renewer holds everything that it writes, also after its own restart, says once what it
 // has restored, and says once that it cannot.
 func TestRunDirectoryIsRepaired(t *testing.T) {
-	r := newRenewer(t, func(_ context.Context, _ []byte) (authAnswer, *failure) {
-		return authAnswer{FRPToken: "f", AuthMethod: "oidc", Tunnel: frpc.Tunnel{Type: "https"}}, nil
+	r := newRenewer(t, func(_ context.Context, _ []byte) (controlplane.Answer, *controlplane.Failure) {
+		return controlplane.Answer{FRPToken: "f", AuthMethod: "oidc", Tunnel: frpc.Tunnel{Type: "https"}}, nil
 	})
-	old, err := written(r.cfg)
+	old, err := Read(r.cfg.RunDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -529,20 +550,20 @@ func TestLeaseMustNotLeadElsewhere(t *testing.T) {
 		"localhost", "LOCALHOST", "frps.localhost",
 	} {
 		env := environment(t, "https://control.example")
-		_, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{})
+		_, err := newLease(configuration(t, env), controlplane.Answer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{})
 		if err == nil || !strings.Contains(err.Error(), `names "`+addr+`" as frps`) || !strings.Contains(err.Error(), "set frp.server_addr (PIPEOPS_FRP_SERVER_ADDR)") {
 			t.Errorf("%s: %v", addr, err)
 		}
 		env["PIPEOPS_FRP_SERVER_ADDR"] = addr
-		if lease, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: strings.ToLower(addr)}, frpc.Admin{}); err != nil || !strings.EqualFold(lease.Frpc.ServerAddr, addr) {
+		if lease, err := newLease(configuration(t, env), controlplane.Answer{FRPToken: "f", ServerAddr: strings.ToLower(addr)}, frpc.Admin{}); err != nil || !strings.EqualFold(lease.Frpc.ServerAddr, addr) {
 			t.Errorf("%s, as configured: %v", addr, err)
 		}
-		if _, err := newLease(configuration(t, env), authAnswer{FRPToken: "f", ServerAddr: "127.9.9.9"}, frpc.Admin{}); err == nil {
+		if _, err := newLease(configuration(t, env), controlplane.Answer{FRPToken: "f", ServerAddr: "127.9.9.9"}, frpc.Admin{}); err == nil {
 			t.Errorf("127.9.9.9 where %s is configured", addr)
 		}
 	}
 	for _, addr := range []string{"", "frp.example", "localhost.example", "192.0.2.1", "10.0.0.1", "2001:db8::1"} {
-		if _, err := newLease(configuration(t, environment(t, "https://control.example")), authAnswer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{}); err != nil {
+		if _, err := newLease(configuration(t, environment(t, "https://control.example")), controlplane.Answer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{}); err != nil {
 			t.Errorf("%q: %v", addr, err)
 		}
 	}
@@ -563,7 +584,7 @@ func TestLeaseMustNotRemoveTLS(t *testing.T) {
 			t.Fatal(err)
 		}
 		env["PIPEOPS_FRP_TUNNEL_TYPE"] = "https"
-		answer := authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: got}}
+		answer := controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: got}}
 		for origin, cfg := range map[string]*config.Config{"file": fromFile, "environment": configuration(t, env)} {
 			_, err := newLease(cfg, answer, frpc.Admin{})
 			if want := "the control plane's lease has a tunnel of type " + got + ", but frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) is https"; err == nil || !strings.Contains(err.Error(), want) {
@@ -582,7 +603,7 @@ func TestLeaseMustNotRemoveTLS(t *testing.T) {
 		}
 	}
 	// The other way is an improvement.
-	if _, err := newLease(configuration(t, environment(t, "https://control.example")), authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, frpc.Admin{}); err != nil {
+	if _, err := newLease(configuration(t, environment(t, "https://control.example")), controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, frpc.Admin{}); err != nil {
 		t.Error(err)
 	}
 }
@@ -631,7 +652,7 @@ func TestLeaseWithoutHealthPathStillWorks(t *testing.T) {
 	if _, err := old.Write(r.cfg.RunDir); err != nil {
 		t.Fatal(err)
 	}
-	got, err := written(r.cfg)
+	got, err := Read(r.cfg.RunDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -648,15 +669,15 @@ func TestLeaseWithoutHealthPathStillWorks(t *testing.T) {
 func TestCertificateOfTheLease(t *testing.T) {
 	end := time.Now().Add(3 * time.Hour).Truncate(time.Second)
 	var shown [][]byte
-	ask := func(_ context.Context, certificate []byte) (authAnswer, *failure) {
+	ask := func(_ context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
 		shown = append(shown, certificate)
-		return authAnswer{
-			FRPToken: "f", ExpiresAt: end, ends: end.Add(-100 * time.Hour), // this host's clock is another
+		return controlplane.Answer{
+			FRPToken: "f", ExpiresAt: end, Ends: end.Add(-100 * time.Hour), // this host's clock is another
 			Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"a.agents.example"}},
 		}, nil
 	}
 	cfg := configuration(t, environment(t, "https://control.example"))
-	lease, fail := obtain(t.Context(), cfg, ask, frpc.Lease{})
+	lease, fail := requestLease(t.Context(), cfg, ask, frpc.Lease{})
 	if fail != nil {
 		t.Fatal(fail)
 	}
@@ -686,7 +707,7 @@ func TestCertificateOfTheLease(t *testing.T) {
 	}
 	// The next is asked for with the right certificate at once, where the clocks agree.
 	lease.IssuedAt, lease.ExpiresAt = end.Add(-3*time.Hour), end
-	next, fail := obtain(t.Context(), cfg, ask, lease)
+	next, fail := requestLease(t.Context(), cfg, ask, lease)
 	if fail != nil || len(shown) != 3 || string(next.Key) == string(lease.Key) {
 		t.Errorf("%v, asked %d times; the key is new: %v", fail, len(shown), string(next.Key) != string(lease.Key))
 	}
@@ -717,11 +738,11 @@ func TestClockOfTheControlPlaneCounts(t *testing.T) {
 			_, _ = fmt.Fprintf(w, `{"frp_token":"f","expires_at":%q}`, end.Format(time.RFC3339))
 		}))
 		r := newRenewer(t, giving())
-		client, err := newControlPlane(configuration(t, environment(t, server.URL)))
+		client, err := controlplane.New(configuration(t, environment(t, server.URL)).Agent)
 		if err != nil {
 			t.Fatal(err)
 		}
-		r.ask = client.attempt
+		r.issue = client.RequestLease
 		begin := time.Now()
 		if fail := r.renew(t.Context()); fail != nil {
 			t.Fatal(fail)
@@ -747,16 +768,16 @@ func TestMaliciousLease(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, test := range map[string]struct {
-		answer authAnswer
+		answer controlplane.Answer
 		want   string
 	}{
-		"address":  {authAnswer{FRPToken: "f", ServerAddr: "a b\nc{{.}}"}, "names the host \"a b\\nc{{.}}\", which is none"},
-		"domain":   {authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"x.café.example"}}}, "names the host"},
-		"ip":       {authAnswer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"192.0.2.1"}}}, "names the host"},
-		"token":    {authAnswer{FRPToken: "f", AuthMethod: token}, "auth_method \"[redacted]\""},
-		"no UTF-8": {authAnswer{FRPToken: "\xff"}, "not valid UTF-8"},
+		"address":  {controlplane.Answer{FRPToken: "f", ServerAddr: "a b\nc{{.}}"}, "names the host \"a b\\nc{{.}}\", which is none"},
+		"domain":   {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"x.café.example"}}}, "names the host"},
+		"ip":       {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"192.0.2.1"}}}, "names the host"},
+		"token":    {controlplane.Answer{FRPToken: "f", AuthMethod: token}, "auth_method \"[redacted]\""},
+		"no UTF-8": {controlplane.Answer{FRPToken: "\xff"}, "not valid UTF-8"},
 	} {
-		r.ask = func(context.Context, []byte) (authAnswer, *failure) { return test.answer, nil }
+		r.issue = func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) { return test.answer, nil }
 		fail := r.renew(t.Context())
 		if fail == nil || !strings.Contains(fail.Error(), test.want) || strings.Contains(fail.Error(), token) {
 			t.Errorf("%s: %v, want %q", name, fail, test.want)
@@ -769,7 +790,7 @@ func TestMaliciousLease(t *testing.T) {
 	for _, tunnel := range []frpc.Tunnel{
 		{Type: "tcp", Subdomain: "s", CustomDomains: []string{"d.example"}, RemotePort: 16001}, {Type: "http", Subdomain: "s", RemotePort: 16001},
 	} {
-		lease, err := newLease(r.cfg, authAnswer{FRPToken: "f", Tunnel: tunnel}, frpc.Admin{})
+		lease, err := newLease(r.cfg, controlplane.Answer{FRPToken: "f", Tunnel: tunnel}, frpc.Admin{})
 		if got := lease.Frpc.Tunnel; err != nil || (got.RemotePort != 0) == (got.Subdomain != "") || len(got.CustomDomains) > 0 {
 			t.Errorf("%+v, %v", got, err)
 		}

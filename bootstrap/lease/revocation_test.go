@@ -1,4 +1,4 @@
-package main
+package lease
 
 import (
 	"context"
@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/controlplane"
 	"github.com/pipeops/vm-agent/frpc"
 )
 
@@ -68,12 +69,12 @@ func TestWhenTheTunnelIsClosed(t *testing.T) {
 				env := environment(t, "https://control.example")
 				env["PIPEOPS_FRP_ADMIN_PORT"] = strconv.Itoa(port)
 				cfg := configuration(t, env)
-				client, err := newControlPlane(cfg)
+				client, err := controlplane.New(cfg.Agent)
 				if err != nil {
 					t.Fatal(err)
 				}
 				answers, attempts := append([]says{lease200}, test.answers...), []time.Time{}
-				client.http.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
+				client.HTTP.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
 					a := answers[min(len(attempts), len(answers)-1)]
 					attempts = append(attempts, time.Now())
 					if a == lease200 {
@@ -84,11 +85,11 @@ func TestWhenTheTunnelIsClosed(t *testing.T) {
 						Body: io.NopCloser(strings.NewReader(a.body)),
 					}, nil
 				})
-				lease, fail := obtain(t.Context(), cfg, client.attempt, frpc.Lease{})
+				lease, fail := requestLease(t.Context(), cfg, client.RequestLease, frpc.Lease{})
 				if fail != nil {
 					t.Fatal(fail)
 				}
-				k := &renewer{cfg: cfg, ask: client.attempt, log: slog.New(slog.DiscardHandler), backoff: backoffMin, lease: lease, token: token, renewAt: time.Now()}
+				k := &renewer{cfg: cfg, issue: client.RequestLease, log: slog.New(slog.DiscardHandler), backoff: backoffMin, lease: lease, token: token, renewAt: time.Now()}
 				start := time.Now()
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 				defer cancel()
@@ -125,7 +126,7 @@ func repeat(a says, n int) []says {
 	return all
 }
 
-// unusedPort is a port of 127.0.0.1 that refuses connections until the test ends: it is bound, and nobody listens.
+// unusedPort is a port of 127.0.0.1 that refuses connections until the test Ends: it is bound, and nobody listens.
 func unusedPort(t *testing.T) int {
 	t.Helper()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
