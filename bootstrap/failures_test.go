@@ -137,7 +137,7 @@ func TestRunDirectory(t *testing.T) {
 		t.Errorf("ready without frpc.toml: %s", output)
 	}
 	env["PIPEOPS_RUN_DIR"] = leftover // not there
-	if code, lastError, _ := bootstrap(t, env, "--once"); code != exitFailed || !strings.Contains(lastError, "the run directory cannot be opened") || !strings.Contains(lastError, "check run_dir (PIPEOPS_RUN_DIR)") {
+	if code, lastError, _ := bootstrap(t, env, "--once"); code != exitFailed || !strings.Contains(lastError, "open the run directory: ") || !strings.Contains(lastError, "check run_dir (PIPEOPS_RUN_DIR)") {
 		t.Errorf("exit code %d: %s", code, lastError)
 	}
 }
@@ -165,7 +165,7 @@ func TestOneBootstrapForARunDirectory(t *testing.T) {
 	}
 	before := asked.Load()
 	for _, args := range [][]string{{"--once"}, nil} {
-		if code, lastError, output := bootstrap(t, env, args...); code != exitFailed || !strings.Contains(lastError, "another bootstrap already uses the run directory "+env["PIPEOPS_RUN_DIR"]) {
+		if code, lastError, output := bootstrap(t, env, args...); code != exitFailed || !strings.Contains(lastError, "lock the run directory "+env["PIPEOPS_RUN_DIR"]) {
 			t.Errorf("%v: exit code %d: %s", args, code, output)
 		}
 	}

@@ -138,7 +138,7 @@ func TestAttempts(t *testing.T) {
 		{"too large", []http.HandlerFunc{answer(200, "application/json", strings.Repeat(" ", 1<<20)+lease)}, 1, exitFailed, "answers with more than 1 MiB"},
 		{"no frp_token", []http.HandlerFunc{answer(200, "application/json", `{}`)}, 1, exitFailed, "answers without frp_token"},
 		{"unknown auth_method", []http.HandlerFunc{answer(200, "application/json", `{"frp_token":"f","auth_method":"magic"}`)}, 1, exitFailed, `auth_method "magic", which this version does not know`},
-		{"impossible port", []http.HandlerFunc{answer(200, "application/json", `{"frp_token":"f","server_port":-5}`)}, 1, exitFailed, "lease has port -5, which is none"},
+		{"impossible port", []http.HandlerFunc{answer(200, "application/json", `{"frp_token":"f","server_port":-5}`)}, 1, exitFailed, "lease has the invalid port -5"},
 		{"unknown tunnel", []http.HandlerFunc{answer(200, "application/json", `{"frp_token":"f","tunnel":{"type":"magic"}}`)}, 1, exitFailed, `a tunnel of type "magic", which this version does not know`},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -3,7 +3,6 @@ package lease
 import (
 	"cmp"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -22,34 +21,37 @@ import (
 // publicRoots returns the public authorities of this host, PEM. Source: crypto/x509/root_linux.go.
 func publicRoots() ([]byte, error) {
 	for _, file := range []string{
-		os.Getenv("SSL_CERT_FILE"), "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
-		"/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/cert.pem",
+		os.Getenv("SSL_CERT_FILE"), "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+		"/etc/ssl/ca-bundle.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/cert.pem",
 	} {
 		if roots, err := os.ReadFile(file); err == nil { //nolint:gosec // a file that Go trusts, too
 			return roots, nil
 		}
 	}
-	return nil, errors.New("this host has no list of public authorities to verify frps by: set frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE), or accept any certificate with frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY)")
+	return nil, fmt.Errorf("this host has no list of public authorities to verify frps by: set %s, "+
+		"or accept any certificate with %s", config.Name("frp.tls.ca_file"), config.Name("frp.tls.insecure_skip_verify"))
 }
 
-// isLocal reports whether a host is this one, or one that no router leads to, such as the cloud's metadata service.
+// isLocal reports whether host is this host, or one that is not routed to, such as the cloud's metadata service.
 func isLocal(host string) bool {
 	ip := net.ParseIP(host)
 	return strings.HasSuffix("."+strings.ToLower(host), ".localhost") ||
 		ip != nil && (ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast())
 }
 
-// newLease joins the configuration and the control plane's answer; the answer wins. admin is what frpc was told
-// before, if it was: it may still run. What admin leaves out is made up.
-func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) (_ frpc.Lease, err error) {
-	defer func() {
-		if token, tokenErr := cfg.Agent.CurrentToken(); err != nil && tokenErr == nil { // the answer may repeat it
+// newLease joins the configuration and the control plane's answer; the answer wins. admin is the admin API of the last
+// lease, if any, because frpc may still run with it; what admin leaves out gets a default, the password a random one.
+func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) (frpc.Lease, error) {
+	invalid := func(format string, args ...any) (frpc.Lease, error) {
+		err := fmt.Errorf("the control plane's lease "+format, args...)
+		if token, tokenErr := cfg.Agent.CurrentToken(); tokenErr == nil { // the answer may repeat it
 			err = token.RedactIn(err)
 		}
-	}()
+		return frpc.Lease{}, err
+	}
 	answer.AuthMethod = cmp.Or(answer.AuthMethod, "token")
 	if answer.AuthMethod != "token" && answer.AuthMethod != "oidc" {
-		return frpc.Lease{}, fmt.Errorf("the control plane's lease has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
+		return invalid("has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
 	}
 	name := cfg.Agent.ID + "." + cfg.Agent.Instance
 	tunnel, configured := answer.Tunnel, cfg.FRP.Tunnel
@@ -62,12 +64,13 @@ func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) 
 	}
 	tunnel.LocalIP, tunnel.LocalPort = configured.LocalIP, configured.LocalPort
 	if !slices.Contains([]string{"http", "https", "tcp"}, tunnel.Type) {
-		return frpc.Lease{}, fmt.Errorf("the control plane's lease has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
+		return invalid("has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
 	}
-	if configured.Type == "https" && tunnel.Type != "https" && cfg.FRP.TypeConfigured { // else write warns
-		return frpc.Lease{}, fmt.Errorf("the control plane's lease has a tunnel of type %s, but frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) is https: have the control plane give https, or change the setting if others may read what passes", tunnel.Type)
+	if configured.Type == "https" && tunnel.Type != "https" && cfg.FRP.TypeConfigured { // else write only warns
+		return invalid("has a tunnel of type %s, but %s is https: have the control plane give https, "+
+			"or change the setting if others may read the traffic", tunnel.Type, config.Name("frp.tunnel.type"))
 	}
-	// frpc takes no key that is not the type's.
+	// frpc refuses keys that do not belong to the type.
 	if tunnel.Type == "tcp" {
 		tunnel.Subdomain, tunnel.CustomDomains = "", nil
 	} else {
@@ -75,20 +78,22 @@ func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) 
 	}
 	for _, host := range slices.Concat([]string{answer.ServerAddr, tunnel.Subdomain}, tunnel.CustomDomains) {
 		if host != "" && (!config.IsHost(host) || host != answer.ServerAddr && net.ParseIP(host) != nil) {
-			return frpc.Lease{}, fmt.Errorf("the control plane's lease names the host %.100q, which is none: tell those who run it", host)
+			return invalid("has the invalid host %.100q: contact the control plane's operator", host)
 		}
 	}
 	if isLocal(answer.ServerAddr) && !strings.EqualFold(answer.ServerAddr, cfg.FRP.ServerAddr) {
-		return frpc.Lease{}, fmt.Errorf("the control plane's lease names %q as frps, which is not another host: tell those who run it, or set frp.server_addr (PIPEOPS_FRP_SERVER_ADDR) to the same if frps does run there", answer.ServerAddr)
+		return invalid("names %q as frps, which is this host or a link-local address: contact the control plane's operator, "+
+			"or set %s to the same if frps does run there", answer.ServerAddr, config.Name("frp.server_addr"))
 	}
 	for _, port := range []int{answer.ServerPort, tunnel.RemotePort} {
 		if port < 0 || port > 65535 {
-			return frpc.Lease{}, fmt.Errorf("the control plane's lease has port %d, which is none: tell those who run it", port)
+			return invalid("has the invalid port %d: contact the control plane's operator", port)
 		}
 	}
 	tunnel.Name, tunnel.HealthPath = name, agentapi.TunnelHealthPath
 	admin = frpc.Admin{
-		Port: cmp.Or(admin.Port, cfg.FRP.AdminPort), User: cmp.Or(admin.User, adminUser), Password: cmp.Or(admin.Password, secret.Secret(rand.Text())),
+		Port: cmp.Or(admin.Port, cfg.FRP.AdminPort), User: cmp.Or(admin.User, adminUser),
+		Password: cmp.Or(admin.Password, secret.Secret(rand.Text())),
 	}
 	lease := frpc.Lease{
 		IssuedAt:    time.Now().UTC().Truncate(time.Second),
@@ -105,12 +110,14 @@ func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) 
 			AuthMethod: answer.AuthMethod,
 			Token:      answer.FRPToken,
 			Metadatas:  answer.Metadatas,
-			LogLevel:   cmp.Or(map[string]string{"debug": "debug", "error": "error"}[cfg.Logging.Level], "warn"), // info has two lines for each look at it
-			Admin:      admin,
-			Tunnel:     tunnel,
+			// At level info frpc logs two lines for each request to its admin API.
+			LogLevel: cmp.Or(map[string]string{"debug": "debug", "error": "error"}[cfg.Logging.Level], "warn"),
+			Admin:    admin,
+			Tunnel:   tunnel,
 		},
 	}
 	if tls := &lease.Frpc.TLS; tls.CAFile == "" && !tls.InsecureSkipVerify {
+		var err error
 		if lease.Roots, err = publicRoots(); err != nil {
 			return frpc.Lease{}, err
 		}

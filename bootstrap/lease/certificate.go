@@ -13,21 +13,22 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 )
 
-// How long a certificate outlives the lease that it was made for, and how much earlier or later another may end.
+// A certificate outlives the lease that it was made for by grace, and fits leases that end up to tolerance earlier or
+// later.
 const grace, tolerance = 330 * time.Second, 270 * time.Second
 
-// forever is what X.509 has for a certificate without an end (RFC 5280, 4.1.2.5).
+// forever is the end of a certificate that never expires (RFC 5280, 4.1.2.5).
 var forever = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 
-// certificate is what the proxy shows to callers of a tunnel of type https. It signs itself: the control plane
-// gets it with the request for the lease, and trusts it and no other. The key never leaves the run directory.
+// certificate is what the proxy shows to callers of a tunnel of type https. It is self-signed: the control plane gets
+// it with the request for the lease, and trusts no other. The key never leaves the run directory.
 type certificate struct {
 	cert, key []byte // PEM
 	names     []string
-	end       time.Time // of the lease that it was made for; zero: it has none
+	end       time.Time // of the lease that it was made for; zero: that never expires
 }
 
-// newCertificate makes one for a lease that ends at end; zero for one without an end.
+// newCertificate makes the certificate for a lease that expires at end; zero: never.
 func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -57,7 +58,7 @@ func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certifi
 	}, nil
 }
 
-// certificateNames are the names that callers may ask for.
+// certificateNames returns the names that callers may ask for.
 func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
 	names := []string{agentID}
 	if tunnel.Subdomain != "" && tunnel.Subdomain != agentID {
@@ -66,7 +67,7 @@ func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
 	return append(names, tunnel.CustomDomains...)
 }
 
-// fits says whether the certificate has the names of the tunnel and lives about until end.
+// fits reports whether the certificate has the names of the tunnel and expires at about end.
 func (c *certificate) fits(agentID string, tunnel frpc.Tunnel, end time.Time) bool {
 	return c != nil && slices.Equal(c.names, certificateNames(agentID, tunnel)) &&
 		(c.end.Equal(end) || !c.end.IsZero() && !end.IsZero() && c.end.Sub(end).Abs() <= tolerance)

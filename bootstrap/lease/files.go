@@ -14,11 +14,11 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 )
 
-// Read returns the lease in the run directory. It fails unless all files of the lease are there.
+// Read returns the lease in the run directory. It fails unless all of the lease's files are there.
 func Read(runDir string) (*frpc.Lease, error) {
 	lease, err := frpc.ReadLease(runDir)
 	if err == nil {
-		lease.Frpc.Tunnel.HealthPath = agentapi.TunnelHealthPath // of another version it may lack it
+		lease.Frpc.Tunnel.HealthPath = agentapi.TunnelHealthPath // one of another version may lack it
 		_, err = os.Stat(filepath.Join(runDir, frpc.ConfigFile))
 	}
 	if err == nil && lease.Frpc.TLS.CAFile == filepath.Join(runDir, frpc.RootsFile) {
@@ -33,8 +33,8 @@ func Read(runDir string) (*frpc.Lease, error) {
 	return lease, err
 }
 
-// previousAdmin finds the admin API of the frpc that may still run with files from before: in lease.json, or where
-// that cannot be read, in frpc.toml. Its error is fs.ErrNotExist if there are none.
+// previousAdmin returns the admin API of the frpc that may still run with older files: from lease.json, or if that is
+// unreadable, from frpc.toml. The error is fs.ErrNotExist if there are no such files.
 func previousAdmin(cfg *config.Config, toml []byte) (frpc.Admin, error) {
 	lease, err := frpc.ReadLease(cfg.RunDir)
 	if err == nil {
@@ -47,35 +47,36 @@ func previousAdmin(cfg *config.Config, toml []byte) (frpc.Admin, error) {
 	return admin, err
 }
 
-// markStale notes in the lease that frpc may run with another frpc.toml, which stood there when bootstrap started.
+// markStale records in the lease that frpc may run with another frpc.toml: toml, which bootstrap found at its start.
 func markStale(lease *frpc.Lease, toml []byte) {
 	if now, err := lease.Frpc.TOML(); err == nil && lease.Stale == nil && len(toml) > 0 && !bytes.Equal(toml, now) {
 		lease.Stale = &frpc.Stale{}
 	}
 }
 
-// lock takes the run directory for this process, until release is called or the process Ends: two that write there
-// would change frpc's password for each other. It locks the directory itself: a file in it could be removed.
+// lock locks the run directory until release is called or the process ends, because two processes that write there
+// would replace each other's password of frpc. It locks the directory itself: a file in it could be removed.
 func lock(runDir string) (release func(), err error) {
 	dir, err := os.Open(runDir)
 	if err != nil {
-		return nil, fmt.Errorf("the run directory cannot be opened: %w: check run_dir (PIPEOPS_RUN_DIR) and the volume mounted there", err)
+		return nil, fmt.Errorf("open the run directory: %w: check %s and the volume mounted there",
+			err, config.Name("run_dir"))
 	}
 	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		_ = dir.Close()
-		return nil, fmt.Errorf("another bootstrap already uses the run directory %s (%w): leave the lease to that one, or stop it first", runDir, err)
+		return nil, fmt.Errorf("lock the run directory %s: %w: another bootstrap uses it, stop that one first", runDir, err)
 	}
 	return func() { _ = dir.Close() }, nil
 }
 
-// write puts the lease's files into the run directory.
+// write writes the lease's files into the run directory, and logs what the lease is.
 func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 	if _, err := lease.Write(cfg.RunDir); err != nil {
 		return unwritable(err)
 	}
 	if lacks := lease.Frpc.Tunnel.GivesUp(); lacks != "" {
 		log.Warn("the tunnel is not of type https", "tunnel_type", lease.Frpc.Tunnel.Type, "consequence", lacks,
-			"next_step", "set frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) to https, which refuses other leases too")
+			"next_step", "set "+config.Name("frp.tunnel.type")+" to https, which refuses other leases too")
 	}
 	if !lease.ExpiresAt.IsZero() {
 		log = log.With("expires_at", lease.ExpiresAt)
@@ -86,17 +87,18 @@ func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 }
 
 func unwritable(err error) error {
-	return fmt.Errorf("the run directory cannot be written: %w: check run_dir (PIPEOPS_RUN_DIR), and that the volume mounted there is not full", err)
+	return fmt.Errorf("write the run directory: %w: check %s, and that the volume mounted there is not full",
+		err, config.Name("run_dir"))
 }
 
-// sameTOML reports whether two configurations, which can be written, are the same frpc.toml.
+// sameTOML reports whether two configurations have the same frpc.toml. Both must be valid for Config.TOML.
 func sameTOML(a, b frpc.Config) bool {
 	before, _ := a.TOML()
 	after, _ := b.TOML()
 	return bytes.Equal(before, after)
 }
 
-// reportStuck writes StuckFile, for a while: frpc's liveness probe has the kubelet kill it.
+// reportStuck writes StuckFile for the time stuckFor, so that frpc's liveness probe fails and the kubelet kills frpc.
 func reportStuck(runDir string) error {
 	file := filepath.Join(runDir, frpc.StuckFile)
 	time.AfterFunc(stuckFor, func() { _ = os.Remove(file) })

@@ -17,60 +17,60 @@ import (
 )
 
 const (
-	lookInterval = 2 * time.Second  // between two looks at frpc
+	pollInterval = 2 * time.Second  // between two requests for frpc's state
 	renewalMin   = 10 * time.Second // between two leases, however short they are
 	backoffMin   = time.Second
 	backoffMax   = time.Minute
 	waitMax      = 90 * time.Second // between two attempts, whatever the control plane asks for
 	confirmAfter = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
-	stuckFor     = 25 * time.Second // how long StuckFile stays: a liveness probe every 5 s sees it three times, and kills frpc
+	stuckFor     = 25 * time.Second // how long StuckFile stays: three liveness probes, 5 s apart
 
-	// While frpc is logged out; all of them with jitter, and doubled after each time.
+	// While frpc is logged out. All have jitter; the first two double after each time.
 	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login
 	requestMin, requestMax = 30 * time.Second, 5 * time.Minute // until another lease is requested
-	hangsAfter             = 2 * time.Minute                   // frpc hangs if frps accepts trial logins for so long
-	settleTime             = 5 * time.Minute                   // after it, more or less, until frpc is restarted for its sake
+	hangsAfter             = 2 * time.Minute                   // frpc hangs if frps accepts trial logins for this long
+	settleTime             = 5 * time.Minute                   // from an outage to a restart for a new lease
 )
 
-// outage is what is known while frpc has no tunnel.
+// outage is what the renewer knows while frpc has no tunnel.
 type outage struct {
 	since    time.Time // zero: it has one
 	rejected bool
-	outdated bool      // it fails with what frpc was started with, and succeeds with the new lease
-	said     string    // the error that was logged last
+	outdated bool      // a login fails with what frpc was started with, and succeeds with the new lease
+	logged   string    // the error that was logged last
 	accepted time.Time // since when frps accepts trial logins; zero: it did not accept the last one
 
-	probe, request         time.Time // when to try a login, and when to request another lease
+	probe, request         time.Time // next trial login, next request for another lease
 	probeWait, requestWait time.Duration
 }
 
-// renewer keeps the lease fresh: it requests the next one in time and writes it. It restarts frpc when it must log in
-// with the new one and that cuts nobody off, or when frpc cannot log in with what it has. While frps is away, it leaves
-// frpc alone: a restart would only add the kubelet's back-off to the outage.
+// renewer renews the lease: it requests the next one in time and writes it. It restarts frpc when frpc must log in with
+// the new lease and that interrupts no request, or when frpc cannot log in with what it has. While frps is unreachable,
+// it leaves frpc alone: a restart would only add the kubelet's back-off to the outage.
 type renewer struct {
 	cfg   *config.Config
 	issue issuer
 	login func(context.Context, frpc.Config) (version string, err error) // frpc.Login
 	log   *slog.Logger
 
-	lease   frpc.Lease    // what the files hold
-	token   secret.Secret // what the lease was asked for with
-	renewAt time.Time     // when to ask for the next; zero: this one has no end
-	backoff time.Duration // after the attempt that failed last
-	notYet  time.Time     // no attempt before this
+	lease   frpc.Lease    // in the files
+	token   secret.Secret // the credential that the lease was requested with
+	renewAt time.Time     // when to request the next lease; zero: this one never expires
+	backoff time.Duration // after the next failed request
+	notYet  time.Time     // no request before this
 
-	failed       *controlplane.Failure // why the last attempt got no lease; nil: it got one
-	revokedSince time.Time             // when the control plane first said that the agent is revoked; zero: not since the last lease
-	confirmed    bool                  // it has said so again with the last attempt, after confirmAfter
+	failed       *controlplane.Failure // why the last request got no lease; nil: it got one
+	revokedSince time.Time             // since when the control plane says that the agent is revoked; zero: it does not
+	confirmed    bool                  // the last answer said so again, after confirmAfter
 
 	outage  outage
-	settled time.Time // before this, frpc is not restarted merely because nothing runs through the tunnel
-	tried   bool      // there was a trial login, which tells the version of frps
-	unheard bool      // frpc could not be told to end, and that was said
-	unsaved bool      // the run directory could not be written, and that was said
+	settled time.Time // before this, frpc is not restarted for a new lease just because the tunnel is idle
+	tried   bool      // a trial login has told the version of frps
+	unheard bool      // frpc could not be stopped, and that was logged
+	unsaved bool      // the run directory could not be written, and that was logged
 }
 
-// inherit notes in the next lease that frpc may still run with what it was told before.
+// inherit records in the next lease that frpc may still run with the configuration of an earlier one.
 func (r *renewer) inherit(next *frpc.Lease) {
 	next.Stale = r.lease.Stale
 	if old := r.lease.Frpc; next.Stale == nil && old.Tunnel.Type != "" && !sameTOML(old, next.Frpc) {
@@ -78,7 +78,7 @@ func (r *renewer) inherit(next *frpc.Lease) {
 	}
 }
 
-// adopt makes lease, which has been written, the one that is kept.
+// adopt makes lease, which is written, the current one, and schedules its renewal.
 func (r *renewer) adopt(lease frpc.Lease, now time.Time) {
 	r.lease = lease
 	r.backoff, r.notYet = backoffMin, now.Add(renewalMin)
@@ -86,23 +86,24 @@ func (r *renewer) adopt(lease frpc.Lease, now time.Time) {
 	if lease.ExpiresAt.IsZero() {
 		return
 	}
-	// At two thirds of its life, more or less, so that agents which started together part ways.
+	// After 65 to 75% of its lifetime, at random: agents that started together should not renew together.
 	life := lease.ExpiresAt.Sub(now)
 	r.renewAt = now.Add(max(renewalMin, life/10*6+jitter(life/10)))
 	if life <= time.Second {
-		r.log.Warn("the lease has ended before it could be used: check the clock of the control plane, or the life of its leases", "expires_at", lease.ExpiresAt)
+		r.log.Warn("the lease has already expired: check the control plane's clock, or the lifetime of its leases",
+			"expires_at", lease.ExpiresAt)
 	}
 }
 
 // unwanted reports whether the tunnel must be closed: the control plane has said twice that the agent is revoked, or
-// the agent was refused until its lease ended.
+// the agent was refused until its lease expired.
 func (r *renewer) unwanted(now time.Time) bool {
-	ended := !r.lease.ExpiresAt.IsZero() && now.After(r.lease.ExpiresAt)
-	return r.failed != nil && (r.confirmed || r.failed.Refused && ended)
+	expired := !r.lease.ExpiresAt.IsZero() && now.After(r.lease.ExpiresAt)
+	return r.failed != nil && (r.confirmed || r.failed.Refused && expired)
 }
 
-// run keeps the lease until ctx ends. Its error means that the control plane does not want this agent: then the
-// tunnel is closed.
+// run renews the lease until ctx ends. An error means that the control plane no longer wants this agent; the tunnel is
+// closed then.
 func (r *renewer) run(ctx context.Context) error {
 	admin := r.lease.Frpc.Admin
 	for {
@@ -115,7 +116,7 @@ func (r *renewer) run(ctx context.Context) error {
 		}
 		r.probeFrps(ctx, now)
 		if r.tokenChanged() || r.renewalDue(now) {
-			_ = r.renew(ctx) // r.failed has it
+			_ = r.renew(ctx) // r.failed holds the failure
 		}
 		if r.unwanted(time.Now()) {
 			return closeTunnel(ctx, r.cfg.RunDir, r.lease.Frpc.Admin, r.failed)
@@ -123,20 +124,20 @@ func (r *renewer) run(ctx context.Context) error {
 		r.reload(ctx, admin)
 		reason := r.restartReason(time.Now())
 		if reason == "" && r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.settled) && r.idle(ctx) {
-			reason = "nothing runs through the tunnel"
+			reason = "there is a new lease, and no request is in flight"
 		}
 		if reason != "" {
 			r.restartFrpc(ctx, admin, reason)
 		}
 		select {
-		case <-time.After(lookInterval):
+		case <-time.After(pollInterval):
 		case <-ctx.Done():
 			return nil
 		}
 	}
 }
 
-// reload has frpc apply a new lease that differs in the tunnel alone: that cuts nothing.
+// reload has frpc apply a new lease that differs only in the tunnel. That interrupts no request.
 func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
 	stale := r.lease.Stale
 	if stale == nil {
@@ -147,22 +148,22 @@ func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
 		return
 	}
 	if err := admin.Reload(ctx); err != nil {
-		r.log.Warn("frpc does not reload its configuration", "error", err)
-		stale.Frpc = frpc.Config{} // it must be restarted
+		r.log.Warn("frpc cannot reload its configuration", "error", err)
+		stale.Frpc = frpc.Config{} // unknown: only a restart helps
 		return
 	}
-	r.log.Info("frpc has reloaded its configuration", "tunnel_type", r.lease.Frpc.Tunnel.Type)
+	r.log.Info("frpc reloaded its configuration", "tunnel_type", r.lease.Frpc.Tunnel.Type)
 	r.markFresh()
 }
 
-// restartFrpc ends frpc, which the kubelet then restarts. If frpc hangs, StuckFile has the kubelet kill it.
+// restartFrpc stops frpc, which the kubelet then restarts. If frpc hangs, StuckFile makes the kubelet kill it.
 func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason string) {
 	err := admin.Stop(ctx)
 	if errors.Is(err, frpc.ErrStuck) {
-		r.log.Warn("frpc hangs and does not stop: its liveness probe restarts it; outside Kubernetes, restart it yourself", "reason", reason)
+		r.log.Warn("frpc hangs: its liveness probe restarts it; outside Kubernetes, restart its container", "reason", reason)
 		r.outage = outage{}
 		if err = reportStuck(r.cfg.RunDir); err == nil {
-			return // what frpc runs with stays noted: nobody may restart it
+			return // Stale stays: outside Kubernetes, frpc may go on
 		}
 	}
 	if errors.Is(err, syscall.ECONNREFUSED) { // it does not run
@@ -174,12 +175,12 @@ func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason stri
 		r.outage = outage{}
 		r.markFresh()
 	} else if !r.unheard {
-		r.log.Warn("frpc must be restarted and cannot be told to: restart its container", "reason", reason, "error", err)
+		r.log.Warn("frpc must be restarted and cannot be stopped: restart its container", "reason", reason, "error", err)
 	}
 	r.unheard = err != nil
 }
 
-// markFresh notes that frpc runs, or will run, with the files as they are.
+// markFresh records that frpc runs, or will run, with the current files.
 func (r *renewer) markFresh() {
 	if r.lease.Stale != nil {
 		r.lease.Stale = nil
@@ -187,25 +188,25 @@ func (r *renewer) markFresh() {
 	}
 }
 
-// save makes the run directory hold the lease as it is in memory, and returns the names of the files that it wrote.
+// save writes the lease to the run directory, and returns the names of the files that were missing or different.
 func (r *renewer) save() []string {
 	written, err := r.lease.Write(r.cfg.RunDir)
 	if err != nil && !r.unsaved {
-		r.log.Warn("trying again every few seconds to write the lease's files", "error", unwritable(err))
+		r.log.Warn("retrying every few seconds to write the lease's files", "error", unwritable(err))
 	}
 	r.unsaved = err != nil
 	return written
 }
 
-// repair restores what has been removed from the run directory or changed there.
+// repair restores files of the run directory that were removed or changed.
 func (r *renewer) repair() {
 	if restored := r.save(); len(restored) > 0 {
 		r.log.Warn("restored missing or changed files of the run directory", "run_dir", r.cfg.RunDir, "files", restored)
 	}
 }
 
-// closeTunnel takes away what frpc would log in with, ends it, and makes sure that it has ended. It returns the
-// refusal, with what has become of the tunnel.
+// closeTunnel removes what frpc would log in with, stops frpc, and waits until it no longer runs. It returns the
+// refusal, and whether the tunnel is closed.
 func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *controlplane.Failure) error {
 	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
@@ -213,7 +214,7 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 			return fmt.Errorf("%w; the tunnel is closed", refusal)
 		}
 		if stopErr := admin.Stop(ctx); errors.Is(stopErr, frpc.ErrStuck) {
-			err = errors.Join(stopErr, reportStuck(runDir)) // its liveness probe ends it
+			err = errors.Join(stopErr, reportStuck(runDir)) // its liveness probe restarts it
 		} else if attempt == 10 {
 			err = cmp.Or(stopErr, errors.New("it still runs"))
 		}
@@ -223,7 +224,8 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 			err = ctx.Err()
 		}
 	}
-	return fmt.Errorf("%w; the tunnel may still be open, because frpc could not be ended (%w): delete the pod", refusal, err)
+	return fmt.Errorf("%w; the tunnel may still be open, because frpc could not be stopped (%w): delete the pod",
+		refusal, err)
 }
 
 // stateOf asks frpc for its state.
@@ -234,43 +236,44 @@ func stateOf(ctx context.Context, admin frpc.Admin) frpc.State {
 // connected reports whether frps accepts what frpc was started with.
 func connected(state frpc.State) bool { return state >= frpc.Withdrawn }
 
-// recordState takes in what a look has found.
+// recordState updates the outage with frpc's state.
 func (r *renewer) recordState(state frpc.State, now time.Time) {
 	switch state {
 	case frpc.Down:
 		r.outage = outage{}
 		r.markFresh()
 	case frpc.Withdrawn, frpc.Starting, frpc.Running:
-		if r.outage.said != "" {
+		if r.outage.logged != "" {
 			r.log.Info("the tunnel is up again", "down_for", now.Sub(r.outage.since).Round(time.Second).String())
 		}
-		if r.outage.requestWait > requestMin { // all agents are back now, with new leases: they must not all log in again
+		if r.outage.requestWait > requestMin { // all agents are back now, with new leases, and must not all log in again
 			r.settled = now.Add(jitter(settleTime))
 		}
 		r.outage = outage{}
 	case frpc.LoggedOut, frpc.Rejected:
 		if r.outage.since.IsZero() {
 			r.outage = outage{
-				since: now, probe: now.Add(jitter(probeMin)), probeWait: probeMin, request: now.Add(jitter(requestMin)), requestWait: requestMin,
+				since: now, probe: now.Add(jitter(probeMin)), probeWait: probeMin,
+				request: now.Add(jitter(requestMin)), requestWait: requestMin,
 			}
 		}
 		r.outage.rejected = state == frpc.Rejected
 	}
 }
 
-// probeFrps tries now and then, while frpc is logged out, whether frps accepts what frpc was started with.
+// probeFrps finds out now and then, while frpc is logged out, whether frps accepts what frpc was started with.
 func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 	o, started := &r.outage, r.lease.Frpc
-	if o.rejected && o.said == "" {
-		o.said = "frps refuses it"
-		r.log.Warn("the tunnel is down", "error", o.said, "next_step", "ask the proxy's /ready for the reason")
+	if o.rejected && o.logged == "" {
+		o.logged = "frps refuses the tunnel"
+		r.log.Warn("the tunnel is down", "error", o.logged, "next_step", "see the proxy's /ready for the reason")
 	}
 	if o.since.IsZero() || o.rejected || now.Before(o.probe) {
 		return
 	}
 	if stale := r.lease.Stale; stale != nil {
 		if started = stale.Frpc; started.AuthMethod == "oidc" && r.lease.Frpc.AuthMethod == "oidc" {
-			started.Token = r.lease.Frpc.Token // of the file, which frpc reads at every login
+			started.Token = r.lease.Frpc.Token // from TokenFile, which frpc reads at every login
 		}
 	}
 	err := r.tryLogin(ctx, started)
@@ -278,8 +281,8 @@ func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 		err = r.tryLogin(ctx, r.lease.Frpc)
 		o.outdated = err == nil
 	}
-	if err != nil && err.Error() != o.said {
-		o.said = err.Error()
+	if err != nil && err.Error() != o.logged {
+		o.logged = err.Error()
 		r.log.Warn("the tunnel is down", "error", err)
 	}
 	switch {
@@ -292,7 +295,7 @@ func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 	o.probe = now.Add(jitter(o.probeWait))
 }
 
-// tryLogin logs in to frps as frpc would, and warns, once, of a frps that is outdated.
+// tryLogin logs in to frps as frpc would, and warns once of an outdated frps.
 func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
 	version, err := r.login(ctx, as)
 	if outdated := frpc.Outdated(version); outdated != "" && !r.tried {
@@ -302,23 +305,23 @@ func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
 	return r.cfg.FRP.ExplainLogin(err)
 }
 
-// renewalDue reports whether it is time for the next lease: this one ends, or frpc has been logged out for a while.
-// Then frps may be elsewhere, or refuse the lease.
+// renewalDue reports whether it is time for the next lease: this one expires soon, or frpc has been logged out for a
+// while, because then frps may have moved, or refuse the lease.
 func (r *renewer) renewalDue(now time.Time) bool {
 	if now.Before(r.notYet) {
 		return false
 	}
-	out := !r.outage.since.IsZero() && r.cfg.FRP.Token == ""
-	return !r.renewAt.IsZero() && !now.Before(r.renewAt) || out && !now.Before(r.outage.request)
+	early := !r.outage.since.IsZero() && r.cfg.FRP.Token == "" && !now.Before(r.outage.request)
+	return early || !r.renewAt.IsZero() && !now.Before(r.renewAt)
 }
 
-// tokenChanged reports whether the lease was requested with another token than the one that now stands.
+// tokenChanged reports whether the lease was requested with another credential than the current one.
 func (r *renewer) tokenChanged() bool {
 	token, err := r.credential()
 	return err == nil && token != r.token && !time.Now().Before(r.notYet)
 }
 
-// credential is what leases are asked for with, as it now is.
+// credential returns the current credential for requests of leases.
 func (r *renewer) credential() (secret.Secret, error) {
 	if r.cfg.FRP.Token != "" {
 		return r.cfg.FRP.CurrentToken()
@@ -326,7 +329,7 @@ func (r *renewer) credential() (secret.Secret, error) {
 	return r.cfg.Agent.CurrentToken()
 }
 
-// renew asks for the next lease, once. If there is none, the one that is stays, and its file says why.
+// renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.
 func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	token, err := r.credential()
 	if err != nil {
@@ -334,7 +337,7 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	}
 	lease, fail := requestLease(ctx, r.cfg, r.issue, r.lease)
 	if ctx.Err() != nil {
-		return nil // stopped
+		return nil // bootstrap stops
 	}
 	now := time.Now()
 	if o := &r.outage; !o.since.IsZero() {
@@ -356,7 +359,7 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	wait := min(max(jitter(r.backoff), fail.RetryAfter), waitMax)
 	next := "the tunnel stays as it is"
 	if fail.Refused && !r.lease.ExpiresAt.IsZero() {
-		next = "unless the next attempts succeed, the tunnel is closed when the lease ends"
+		next = "unless a retry succeeds, the tunnel is closed when the lease expires"
 	}
 	if fail.Revoked {
 		if r.revokedSince.IsZero() {
@@ -364,14 +367,15 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 		}
 		elapsed := now.Sub(r.revokedSince)
 		r.confirmed, wait = elapsed >= confirmAfter, max(wait, confirmAfter-elapsed)
-		next = "the tunnel is closed if the next attempt is answered so too"
+		next = "the tunnel is closed if the next answer is the same"
 	}
 	if r.unwanted(now) {
 		next = "the tunnel is closed"
 	}
 	r.backoff, r.notYet = min(2*r.backoff, backoffMax), now.Add(wait)
 	r.renewAt = r.notYet
-	r.log.Warn("lease not renewed", "error", fail, "consequence", next, "next_attempt_in", wait.String(), "expires_at", r.lease.ExpiresAt)
+	r.log.Warn("lease not renewed", "error", fail, "consequence", next, "next_attempt_in", wait.String(),
+		"expires_at", r.lease.ExpiresAt)
 	since := now.UTC()
 	if r.lease.Renewal != nil {
 		since = r.lease.Renewal.FailingSince
@@ -381,7 +385,7 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	return fail
 }
 
-// restartReason says why frpc must be restarted now, empty if it need not.
+// restartReason returns why frpc must be restarted now, even if that interrupts requests. Empty: it need not.
 func (r *renewer) restartReason(now time.Time) string {
 	o, stale := &r.outage, r.lease.Stale
 	out := !o.since.IsZero()
@@ -389,7 +393,7 @@ func (r *renewer) restartReason(now time.Time) string {
 	case stale != nil && !stale.Until.IsZero() && now.After(stale.Until.Add(-5*time.Second)):
 		return "the credential that it was started with expires"
 	case stale != nil && out && (o.outdated || o.rejected):
-		return "frps accepts the new lease, and not what it was started with"
+		return "frps accepts the new lease, and not the one that it was started with"
 	case out && !o.rejected && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
 		return "it is logged out although frps accepts logins"
 	default:
@@ -400,7 +404,7 @@ func (r *renewer) restartReason(now time.Time) string {
 // idle reports whether nothing runs through the tunnel, by the proxy's own count. A proxy that does not answer is not
 // idle.
 func (r *renewer) idle(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, lookInterval)
+	ctx, cancel := context.WithTimeout(ctx, pollInterval)
 	defer cancel()
 	activity := agentapi.Activity{RequestsInFlight: -1} // an answer without the count is none
 	proxy := agentapi.Client{ListenAddr: r.cfg.Proxy.MetricsAddr}

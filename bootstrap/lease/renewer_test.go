@@ -215,7 +215,7 @@ func TestRefusedCredential(t *testing.T) {
 		return "0.71.0", nil
 	}
 	requests, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 2*time.Minute)
-	if len(requests) != 1 || len(restarts) != 1 || requests[0] > 47*time.Second || restarts[0]-requests[0] > 4*time.Second || reason != "frps accepts the new lease, and not what it was started with" {
+	if len(requests) != 1 || len(restarts) != 1 || requests[0] > 47*time.Second || restarts[0]-requests[0] > 4*time.Second || reason != "frps accepts the new lease, and not the one that it was started with" {
 		t.Errorf("requests %v, restarts %v: %s", requests, restarts, reason)
 	}
 	r = newRenewer(t, unchanging) // there is no better one
@@ -516,7 +516,7 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	for range 3 {
 		r.repair()
 	}
-	if said := log.String(); strings.Count(said, "\n") != 1 || !strings.Contains(said, "the run directory cannot be written") || !strings.Contains(said, "is not full") {
+	if said := log.String(); strings.Count(said, "\n") != 1 || !strings.Contains(said, "write the run directory: ") || !strings.Contains(said, "is not full") {
 		t.Errorf("said %q", said)
 	}
 	// What could not be written is written as soon as it can be.
@@ -771,9 +771,9 @@ func TestMaliciousLease(t *testing.T) {
 		answer controlplane.Answer
 		want   string
 	}{
-		"address":  {controlplane.Answer{FRPToken: "f", ServerAddr: "a b\nc{{.}}"}, "names the host \"a b\\nc{{.}}\", which is none"},
-		"domain":   {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"x.café.example"}}}, "names the host"},
-		"ip":       {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"192.0.2.1"}}}, "names the host"},
+		"address":  {controlplane.Answer{FRPToken: "f", ServerAddr: "a b\nc{{.}}"}, "has the invalid host \"a b\\nc{{.}}\""},
+		"domain":   {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"x.café.example"}}}, "has the invalid host"},
+		"ip":       {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"192.0.2.1"}}}, "has the invalid host"},
 		"token":    {controlplane.Answer{FRPToken: "f", AuthMethod: token}, "auth_method \"[redacted]\""},
 		"no UTF-8": {controlplane.Answer{FRPToken: "\xff"}, "not valid UTF-8"},
 	} {

@@ -13,11 +13,11 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 )
 
-// issuer gives a lease: the control plane, or the operator's own token for their own frps. certificate is that of a
-// tunnel of type https, PEM, or empty.
+// issuer grants a lease: the control plane does, or the operator's own token for their own frps. certificate is the PEM
+// that callers of a tunnel of type https will see, or empty.
 type issuer func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure)
 
-// adminUser is frpc's name for bootstrap and the proxy.
+// adminUser is the user that bootstrap and the proxy are for frpc's admin API.
 const adminUser = "pipeops"
 
 // newIssuer returns the issuer that the configuration chooses.
@@ -32,7 +32,8 @@ func newIssuer(cfg *config.Config) (issuer, error) {
 	return func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
 		token, err := cfg.FRP.CurrentToken()
 		if err != nil {
-			return controlplane.Answer{}, &controlplane.Failure{Err: fmt.Errorf("%s: %w", config.Name("frp.token_file"), err)}
+			err = fmt.Errorf("%s: %w", config.Name("frp.token_file"), err)
+			return controlplane.Answer{}, &controlplane.Failure{Err: err}
 		}
 		return controlplane.Answer{FRPToken: token}, nil
 	}, nil
@@ -56,10 +57,15 @@ func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 	return newLease(cfg, answer, frpc.Admin{})
 }
 
-// requestLease gets a lease, and for a tunnel of type https one whose certificate the control plane has been shown. What
-// the certificate must be follows from the lease, which is not known when it is asked for: so a certificate is
-// made for what was last known, and if it does not fit, the one that does is shown in a second request.
-func requestLease(ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease) (frpc.Lease, *controlplane.Failure) {
+// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. The lease decides
+// what the certificate must hold, and is not known before the request: so the first request shows a certificate made
+// for the last lease, and if that does not fit, a second request shows one that does.
+func requestLease(
+	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
+) (frpc.Lease, *controlplane.Failure) {
+	fail := func(err error) (frpc.Lease, *controlplane.Failure) {
+		return frpc.Lease{}, &controlplane.Failure{Err: err, Final: true}
+	}
 	tunnel, end := last.Frpc.Tunnel, time.Time{}
 	switch {
 	case tunnel.Type == "": // the first
@@ -73,17 +79,17 @@ func requestLease(ctx context.Context, cfg *config.Config, issue issuer, last fr
 		if tunnel.Type == "https" {
 			var err error
 			if shown, err = newCertificate(cfg.Agent.ID, tunnel, end); err != nil {
-				return frpc.Lease{}, &controlplane.Failure{Err: fmt.Errorf("the tunnel's certificate cannot be made: %w", err), Final: true}
+				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
 			}
 			pem = shown.cert
 		}
-		answer, fail := issue(ctx, pem)
-		if fail != nil {
-			return frpc.Lease{}, fail
+		answer, refusal := issue(ctx, pem)
+		if refusal != nil {
+			return frpc.Lease{}, refusal
 		}
 		lease, err := newLease(cfg, answer, last.Frpc.Admin)
 		if err != nil {
-			return frpc.Lease{}, &controlplane.Failure{Err: err, Final: true}
+			return fail(err)
 		}
 		tunnel, end = lease.Frpc.Tunnel, answer.ExpiresAt
 		if tunnel.Type != "https" {
@@ -94,31 +100,32 @@ func requestLease(ctx context.Context, cfg *config.Config, issue issuer, last fr
 			return lease, nil
 		}
 	}
-	return frpc.Lease{}, &controlplane.Failure{Final: true, Err: errors.New("the control plane's lease has another tunnel or another end each time: tell those who run it")}
+	return fail(errors.New("the control plane's lease has another tunnel or another end each time: contact its operator"))
 }
 
-// retryUntilLease asks until it gets a lease, the failure is final, or ctx ends.
-func retryUntilLease(ctx context.Context, issue issuer, log *slog.Logger, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
-	stopped := errors.New("stopped by a signal before there was a lease")
-	for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
-		answer, fail := issue(ctx, certificate)
-		if fail == nil || fail.Final {
-			return answer, fail
-		}
-		wait := max(jitter(delay), fail.RetryAfter)
-		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
-			return controlplane.Answer{}, &controlplane.Failure{Err: fmt.Errorf("%w (gave up after --timeout)", fail)}
-		}
-		log.Warn("no lease yet", "error", fail, "next_attempt_in", wait.String())
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done(): // there was time to wait, so it is a signal
-			return controlplane.Answer{}, &controlplane.Failure{Err: stopped}
+// retryUntilLease returns an issuer that retries until there is a lease, the failure is final, or ctx ends.
+func retryUntilLease(issue issuer, log *slog.Logger) issuer {
+	return func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
+		for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
+			answer, fail := issue(ctx, certificate)
+			if fail == nil || fail.Final {
+				return answer, fail
+			}
+			wait := max(jitter(delay), fail.RetryAfter)
+			if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
+				return answer, &controlplane.Failure{Err: fmt.Errorf("%w (gave up after --timeout)", fail)}
+			}
+			log.Warn("no lease yet", "error", fail, "next_attempt_in", wait.String())
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done(): // by a signal: the deadline is later
+				return answer, &controlplane.Failure{Err: errors.New("stopped by a signal before there was a lease")}
+			}
 		}
 	}
 }
 
-// jitter is a time around d, so that agents that failed together do not try again together.
+// jitter returns a random duration around d, so that agents which failed together do not retry together.
 func jitter(d time.Duration) time.Duration {
 	return d/2 + mathrand.N(max(d, 1)) //nolint:gosec // no secret
 }

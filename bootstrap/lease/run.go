@@ -11,12 +11,11 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
-	"github.com/pipeops/vm-agent/bootstrap/controlplane"
 	"github.com/pipeops/vm-agent/frpc"
 )
 
-// Run gets a lease, writes its files, and unless once is set renews it until ctx ends. It gives up after timeout if
-// there is no lease by then.
+// Run gets a lease, writes its files, and unless once is set renews it until ctx ends. It fails if there is no lease
+// after timeout, and if the control plane no longer wants the agent.
 func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bool, log *slog.Logger) error {
 	release, err := lock(cfg.RunDir)
 	if err != nil {
@@ -24,22 +23,23 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	}
 	defer release()
 	stuck := filepath.Join(cfg.RunDir, frpc.StuckFile)
-	_ = os.Remove(stuck) // of a bootstrap that was killed
+	_ = os.Remove(stuck) // left by a bootstrap that was killed
 	defer func() { _ = os.Remove(stuck) }()
 	if warning := cfg.Agent.TokenWarning(); warning != "" {
 		log.Warn(warning)
 	}
 	if cfg.FRP.TLS.InsecureSkipVerify {
-		log.Warn("frpc does not verify frps, because frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY) is set: whoever can redirect the connection gets its credential")
+		log.Warn("frpc does not verify frps", "reason", config.Name("frp.tls.insecure_skip_verify")+" is set",
+			"consequence", "whoever can redirect the connection gets the agent's credential")
 	}
 	issue, err := newIssuer(cfg)
 	if err != nil {
 		return err
 	}
 	r := &renewer{cfg: cfg, issue: issue, login: frpc.Login, log: log, backoff: backoffMin}
-	toml, _ := os.ReadFile(filepath.Join(cfg.RunDir, frpc.ConfigFile)) // empty: none from before
+	toml, _ := os.ReadFile(filepath.Join(cfg.RunDir, frpc.ConfigFile)) // empty: there is none
 	if old, err := Read(cfg.RunDir); err == nil && !once {
-		// This container was started again; frpc may run with what is there, so it stays until there is better.
+		// This container was restarted. frpc may run with these files, so they stay until there is a new lease.
 		r.lease, r.renewAt = *old, time.Now()
 		markStale(&r.lease, toml)
 		return r.run(ctx)
@@ -50,9 +50,8 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	}
 	first, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	lease, fail := requestLease(first, cfg, func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
-		return retryUntilLease(ctx, issue, log, certificate)
-	}, frpc.Lease{Frpc: frpc.Config{Admin: frpc.Admin{Password: admin.Password}}})
+	last := frpc.Lease{Frpc: frpc.Config{Admin: frpc.Admin{Password: admin.Password}}}
+	lease, fail := requestLease(first, cfg, retryUntilLease(issue, log), last)
 	if fail != nil && fail.Revoked && !errors.Is(noTunnel, fs.ErrNotExist) {
 		return closeTunnel(ctx, cfg.RunDir, admin, fail)
 	}

@@ -49,7 +49,7 @@ func TestBootstrapFailures(t *testing.T) {
 		{"wrong path", []string{"PIPEOPS_API_URL=" + w.cp.APIURL + "/v9"}, nil, 1,
 			"does not know the request (404 Not Found, text/plain; charset=utf-8): check agent.api_url (PIPEOPS_API_URL)"},
 		{"no volume", []string{"PIPEOPS_RUN_DIR=/nonexistent"}, nil, 1,
-			"the run directory cannot be opened"},
+			"open the run directory: "},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			before := w.agent.Env

@@ -299,7 +299,7 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		const want = "another bootstrap already uses the run directory"
+		const want = "another bootstrap uses it, stop that one first"
 		select {
 		case <-second.Done():
 			if code := second.ExitCode(); code != 1 || !strings.Contains(second.Log(), want) {
@@ -369,7 +369,7 @@ func TestTunnelIsReloaded(t *testing.T) {
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || w.agent.FrpcPid() != pid {
 		t.Errorf("the watch runs: %v; frpc was restarted %d times:\n%s", runs(watch), w.agent.FrpcRestarts(), w.agent.Bootstrap.Log())
 	}
-	if !strings.Contains(w.agent.Bootstrap.Log(), "frpc has reloaded its configuration") {
+	if !strings.Contains(w.agent.Bootstrap.Log(), "frpc reloaded its configuration") {
 		t.Errorf("bootstrap says:\n%s", w.agent.Bootstrap.Log())
 	}
 }
@@ -468,7 +468,7 @@ func TestRevokedAgent(t *testing.T) {
 	}
 	wantMetric(t, w.agent, "pipeops_agent_tunnel_lease_renewal_failing 1")
 	first := w.lease().Renewal
-	if !runs(watch) || first == nil || !strings.HasSuffix(first.Error, "; the tunnel is closed if the next attempt is answered so too") {
+	if !runs(watch) || first == nil || !strings.HasSuffix(first.Error, "; the tunnel is closed if the next answer is the same") {
 		t.Errorf("after the first answer: the watch runs: %v, lease.json says %+v", runs(watch), first)
 	}
 	if code := w.agent.Bootstrap.ExitCode(); code != 1 {
@@ -557,7 +557,7 @@ func TestOddLeases(t *testing.T) {
 			if next := w.renewed(first); next.IssuedAt.Sub(first.IssuedAt) < 10*time.Second {
 				t.Errorf("the control plane is asked again after %s", next.IssuedAt.Sub(first.IssuedAt))
 			}
-			if !strings.Contains(w.agent.Bootstrap.Log(), "the lease has ended before it could be used") {
+			if !strings.Contains(w.agent.Bootstrap.Log(), "the lease has already expired") {
 				t.Errorf("bootstrap does not say so:\n%s", w.agent.Bootstrap.Log())
 			}
 		})

@@ -195,7 +195,7 @@ func TestVolumes(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if code := p.ExitCode(); code != 1 || !strings.Contains(p.Log(), "the run directory cannot be written: ") || !strings.Contains(p.Log(), test.want) {
+			if code := p.ExitCode(); code != 1 || !strings.Contains(p.Log(), "write the run directory: ") || !strings.Contains(p.Log(), test.want) {
 				t.Errorf("exit code %d, want 1 and %q:\n%s", code, test.want, p.Log())
 			}
 			if strings.Contains(p.Log(), "left: ") && (name != "full" || strings.Contains(p.Log(), "/"+frpc.ConfigFile+"\n")) {
