@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"bufio"
@@ -83,7 +83,7 @@ func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toA
 	return client, toAgent, toAPI
 }
 
-func serverOverPipes(t *testing.T, handler http.HandlerFunc) (s *server, client *http.Client, toAgent, toAPI *pipes) {
+func serverOverPipes(t *testing.T, handler http.HandlerFunc) (s *Server, client *http.Client, toAgent, toAPI *pipes) {
 	t.Helper()
 	toAgent, toAPI = newPipes(), newPipes()
 	certificates := httptest.NewUnstartedServer(nil)

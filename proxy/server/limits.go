@@ -1,12 +1,7 @@
-package main
+package server
 
 import (
-	"math"
 	"net"
-	"os"
-	"runtime/debug"
-	"strconv"
-	"strings"
 
 	"github.com/pipeops/vm-agent/proxy/inbound"
 )
@@ -28,7 +23,6 @@ const (
 	opsHeaderBytes = 16 << 10
 	opsConnections = 100
 	maxCommands    = 32
-	defaultMemory  = 1 << 30 // bytes, where nothing limits it
 	baseMemory     = 24 << 20
 	stalledMemory  = 96 << 10 // bytes for a stream whose caller does not read: its window, and what is under way
 )
@@ -46,24 +40,8 @@ func newLimits(memory int64) limits {
 	}
 }
 
-// memoryLimit returns how many bytes of memory the proxy may take: GOMEMLIMIT if it is set, else four fifths of the
-// container's limit, which Go is then told to keep to.
-func memoryLimit() int64 {
-	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
-		return limit
-	}
-	for _, file := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} { // v2, v1
-		data, _ := os.ReadFile(file) // one of them is not there
-		if limit, err := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64); err == nil && limit < 1<<40 {
-			debug.SetMemoryLimit(limit / 5 * 4)
-			return limit / 5 * 4
-		}
-	}
-	return defaultMemory
-}
-
 // bound keeps a listener to its limits, and shows them.
-func (s *server) bound(l listener, socket *net.TCPListener, runDir string) *inbound.Listener {
+func (s *Server) bound(l listener, socket *net.TCPListener, runDir string) *inbound.Listener {
 	config := inbound.Config{
 		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime, TLS: newTLSConfig(runDir, s.log),
 		Closed: func(limit string, caller net.Addr, err error) {

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"bufio"
@@ -22,7 +22,7 @@ import (
 
 // observe gives every request an id, marks every answer as this agent's, counts it and logs it. The log
 // holds no query, header or body, and below the Kubernetes API no path: names may be secrets there.
-func (s *server) observe(l listener, next http.Handler) http.Handler {
+func (s *Server) observe(l listener, next http.Handler) http.Handler {
 	level := slog.LevelInfo
 	if l == operations {
 		level = slog.LevelDebug // probes and scrapes
@@ -51,7 +51,7 @@ func (s *server) observe(l listener, next http.Handler) http.Handler {
 }
 
 // answered counts and logs a request. It is deferred, and goes on with a panic.
-func (s *server) answered(rec *recorder, r *http.Request, level slog.Level) {
+func (s *Server) answered(rec *recorder, r *http.Request, level slog.Level) {
 	rec.conn.Answered()
 	code := rec.status()
 	// ReverseProxy drops a connection by a panic of its own; any other is a mistake of ours.

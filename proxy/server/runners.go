@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"context"
@@ -80,7 +80,7 @@ func newRunners(api *kube.Proxy, namespace string, allowed []string) *runners {
 }
 
 // relay sends a command to its runner, with the runner's token for the caller's.
-func (s *server) relay(w http.ResponseWriter, r *http.Request, endpoint *url.URL, token frpc.Secret) {
+func (s *Server) relay(w http.ResponseWriter, r *http.Request, endpoint *url.URL, token frpc.Secret) {
 	connected := false // the runner may have got something of the command
 	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected = true }}
 	relay := &httputil.ReverseProxy{
@@ -247,7 +247,7 @@ func checkRunnerID(id string) error {
 	return nil
 }
 
-func (s *server) runnerAssigned(ctx context.Context, m message) (bool, error) {
+func (s *Server) runnerAssigned(ctx context.Context, m message) (bool, error) {
 	var data struct {
 		RunnerID string `json:"runner_id"`
 		runner
@@ -273,7 +273,7 @@ func (s *server) runnerAssigned(ctx context.Context, m message) (bool, error) {
 	})
 }
 
-func (s *server) runnerUnassigned(ctx context.Context, m message) (bool, error) {
+func (s *Server) runnerUnassigned(ctx context.Context, m message) (bool, error) {
 	var data struct {
 		RunnerID string `json:"runner_id"`
 	}
@@ -290,7 +290,7 @@ func (s *server) runnerUnassigned(ctx context.Context, m message) (bool, error) 
 }
 
 // command answers POST /api/runners/{runner_id}/command with what the runner answers.
-func (s *server) command(w http.ResponseWriter, r *http.Request) {
+func (s *Server) command(w http.ResponseWriter, r *http.Request) {
 	rec := w.(*recorder) // observe has put it there
 	rec.streams = true
 	defer func() { s.metrics.commands.WithLabelValues(strconv.Itoa(rec.status())).Inc() }()

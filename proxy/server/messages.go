@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"cmp"
@@ -38,7 +38,7 @@ type invalidError struct{ why string }
 func (e invalidError) Error() string { return e.why }
 
 // message answers POST /api/control-plane/message.
-func (s *server) message(w http.ResponseWriter, r *http.Request) {
+func (s *Server) message(w http.ResponseWriter, r *http.Request) {
 	if !s.gate.reserve(w.(*recorder), maxMessage, false) { // observe has put it there
 		fail(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
 		return
@@ -62,7 +62,7 @@ func (s *server) message(w http.ResponseWriter, r *http.Request) {
 }
 
 // obey does what a message says, unless it was done before.
-func (s *server) obey(ctx context.Context, body []byte) (m message, duplicate bool, err error) {
+func (s *Server) obey(ctx context.Context, body []byte) (m message, duplicate bool, err error) {
 	if err = decodeStrict("", body, &m); err == nil {
 		err = checkTime("timestamp", m.Timestamp)
 	}

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"context"
@@ -151,7 +151,7 @@ func (a *authenticator) failed(r *http.Request, refused *refusal) time.Duration 
 }
 
 // throttled counts a refusal, and answers 429 if there are too many from the same source.
-func (s *server) throttled(w http.ResponseWriter, r *http.Request, refused *refusal) bool {
+func (s *Server) throttled(w http.ResponseWriter, r *http.Request, refused *refusal) bool {
 	wait := s.auth.failed(r, refused)
 	if wait > 0 {
 		why := fmt.Sprintf("too many wrong credentials from %s: %s", caller(r), refused.why)
@@ -162,7 +162,7 @@ func (s *server) throttled(w http.ResponseWriter, r *http.Request, refused *refu
 
 // protect lets next answer only those who show the agent's token, and only as many as the gate lets in; while the
 // agent drains, if it may.
-func (s *server) protect(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
+func (s *Server) protect(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if refused := s.auth.check(r); refused != nil {
 			if !s.throttled(w, r, refused) {

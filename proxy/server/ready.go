@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"cmp"
@@ -228,7 +228,7 @@ func (t *tunnelCheck) judge(ctx context.Context, lease *frpc.Lease, proxies []fr
 
 // getReady answers GET /ready. Checks named by ?exclude= are left out. Why a check fails is told on the
 // operations listener, and on the tunnel listener to those who show the agent's token.
-func (s *server) getReady(l listener) http.HandlerFunc {
+func (s *Server) getReady(l listener) http.HandlerFunc {
 	type answer struct {
 		OK     bool   `json:"ok"`
 		Detail string `json:"detail,omitempty"`

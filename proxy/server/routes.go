@@ -1,16 +1,11 @@
-package main
+package server
 
 import (
-	"context"
 	_ "embed"
-	"log/slog"
 	"net/http"
 	"path"
 	"strings"
-	"sync/atomic"
-	"time"
 
-	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/kube"
@@ -45,7 +40,7 @@ type route struct {
 
 // routes is the whole API but for the Kubernetes API, which handler dispatches before any of these: a
 // ServeMux would redirect some of its paths.
-func (s *server) routes(l listener) []route {
+func (s *Server) routes(l listener) []route {
 	return []route{
 		// It depends on nothing but that the process works: a restart would mend nothing else.
 		{method: "GET", path: "/health", ops: true, handler: always(map[string]string{"status": "ok"})},
@@ -62,46 +57,8 @@ func (s *server) routes(l listener) []route {
 
 const commandPattern = "/api/runners/{runner_id}/command"
 
-// server holds what the handlers share.
-type server struct {
-	agent   agentStatus
-	auth    *authenticator
-	kube    *kube.Proxy
-	cluster *clusterSummary
-	runners *runners
-	metrics *metrics
-	ready   *readiness
-	gate    *gate
-	limits  limits
-	log     *slog.Logger
-
-	heartbeats    atomic.Uint64             // of the control plane
-	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
-}
-
-func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, log *slog.Logger) *server {
-	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
-	s := &server{
-		agent: agentStatus{
-			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
-			Version: version.Version, StartedAt: time.Now().UTC(),
-		},
-		auth: newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log), kube: api, cluster: &clusterSummary{api: api, metrics: m},
-		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts), metrics: m, gate: newGate(limits, refused, log),
-		limits: limits, log: log,
-	}
-	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
-	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { _, n, _ := s.gate.state(); return n })
-	m.limit("commands", maxCommands, func() int64 { return int64(len(s.runners.running)) })
-	if cfg.Agent.TokenFile != "" { // as long as the process, and so while it drains
-		go s.auth.follow(context.Background(), cfg.AgentToken)
-	}
-	s.ready = newReadiness(api, cfg.RunDir, s.gate, s.metrics)
-	return s
-}
-
 // handler serves one listener.
-func (s *server) handler(l listener) http.Handler {
+func (s *Server) handler(l listener) http.Handler {
 	mux := http.NewServeMux()
 	for _, r := range s.routes(l) {
 		if l == operations && !r.ops {
@@ -154,7 +111,7 @@ func notFound(l listener) http.HandlerFunc {
 }
 
 // kubernetes answers what is below kube.Prefix.
-func (s *server) kubernetes(w http.ResponseWriter, r *http.Request) {
+func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	rec := w.(*recorder) // observe has put it there
 	s.kube.Serve(w, r, &rec.description, rec.body, func(bytes int64, optional bool) bool { return s.gate.reserve(rec, bytes, optional) })
 }

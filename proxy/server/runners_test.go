@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"bufio"
@@ -256,7 +256,7 @@ func TestSlowBodies(t *testing.T) {
 }
 
 // runnerOverPipes starts a runner, which the agent reaches over pipes from now on.
-func runnerOverPipes(t *testing.T, s *server, handler http.HandlerFunc) {
+func runnerOverPipes(t *testing.T, s *Server, handler http.HandlerFunc) {
 	t.Helper()
 	toRunner := newPipes()
 	server := &http.Server{Handler: handler}

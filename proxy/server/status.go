@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"context"
@@ -84,7 +84,7 @@ func timeOrNil(t time.Time) *time.Time {
 }
 
 // getStatus answers GET /api/agent/status. What cannot be read is null, with a reason, and the rest is served.
-func (s *server) getStatus(w http.ResponseWriter, r *http.Request) {
+func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
 	_ = s.ready.checks["tunnel"].result(r.Context()) // what is wrong stands in the status
 	writeJSON(w, http.StatusOK, status{
@@ -94,7 +94,7 @@ func (s *server) getStatus(w http.ResponseWriter, r *http.Request) {
 }
 
 // heartbeat answers POST /api/agent/heartbeat, the control plane's pulse. A body is not looked at.
-func (s *server) heartbeat(w http.ResponseWriter, _ *http.Request) {
+func (s *Server) heartbeat(w http.ResponseWriter, _ *http.Request) {
 	s.lastHeartbeat.Store(new(time.Now().UTC()))
 	sequence := s.heartbeats.Add(1)
 	s.metrics.lastHeartbeat.SetToCurrentTime()
