@@ -104,7 +104,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	log, level := cfg.Logger(stderr)
 	go changeLevel(ctx, log, level)
 	if cfg.WeakToken() {
-		log.Warn("the agent's token has fewer than 16 characters and could be guessed: replace it by a longer one")
+		log.Warn("agent token is shorter than 16 characters and could be guessed: replace it with a longer one")
 	}
 	s, err := server.New(cfg, restConfig, limitMemory(), log)
 	if err != nil {
@@ -128,7 +128,7 @@ func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
 			next = configured
 		}
 		// At the level that lets more through.
-		log.Log(ctx, max(level.Level(), next), "the log level changes", "level", next.String())
+		log.Log(ctx, max(level.Level(), next), "log level changed", "level", next.String())
 		level.Set(next)
 	}
 }

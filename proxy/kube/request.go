@@ -1,126 +1,107 @@
 package kube
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"math/rand/v2"
 	"net/http"
-	"regexp"
+	"net/http/httputil"
+	"net/url"
+	"slices"
 	"strings"
-	"time"
-
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// failedCheck is a line of the API server's /readyz.
-var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
+// request is a caller's request that is being answered.
+type request struct {
+	*Proxy
+	*Description
 
-// call asks the API server with the agent's own credential and hands the body of a 2xx to read; object is what to
-// send, if not nil. Lists are asked for without their objects' contents, except for nodes.
-func (p *Proxy) call(ctx context.Context, method, path string, object any, read func(io.Reader) error) error {
-	var body io.Reader
-	if object != nil {
-		data, err := json.Marshal(object)
-		if err != nil {
-			return err
+	path    string // at the API server
+	body    *Body  // nil if there is none, or it was kept
+	reserve Reserve
+}
+
+// rewrite addresses the request to the API server and removes the caller's credentials. It runs after the hop-by-hop
+// headers are removed, so that a caller's "Connection: Authorization" removes nothing that is set here. The transport
+// adds the agent's credential, but only where there is none.
+func (r *request) rewrite(pr *httputil.ProxyRequest) {
+	out, target := pr.Out, r.client.target
+	out.URL.Scheme, out.URL.Host, out.Host = target.Scheme, target.Host, ""
+	out.URL.RawPath = strings.TrimRight(target.EscapedPath(), "/") + r.path
+	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
+	out.URL.RawQuery = pr.In.URL.RawQuery               // byte for byte: ReverseProxy has normalized it
+
+	for name := range out.Header {
+		if hasPrefixFold(name, "X-Remote-") ||
+			slices.Contains([]string{"Authorization", "Cookie", "X-Real-Ip", "Expect"}, name) { // Expect: see Body.stream
+			out.Header.Del(name)
 		}
-		body = bytes.NewReader(data)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(p.target.String(), "/")+path, body)
-	if err != nil {
-		return err
+	// The API server accepts a token in this list too.
+	// Source: k8s.io/apiserver/pkg/authentication/request/websocket.
+	protocols := slices.DeleteFunc(ListOf(out, "Sec-Websocket-Protocol"), func(protocol string) bool {
+		return protocol == "" || hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.")
+	})
+	out.Header.Del("Sec-Websocket-Protocol")
+	if len(protocols) > 0 && out.Header.Get("Upgrade") != "" {
+		out.Header.Set("Sec-Websocket-Protocol", strings.Join(protocols, ", "))
 	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("Accept", "application/json")
-	if strings.HasSuffix(path, "?limit=1") {
-		req.Header.Set("Accept", "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json")
+	// From pr.In: a caller's "Connection: X-Request-Id" has removed it from out.
+	out.Header.Set("Audit-Id", pr.In.Header.Get("X-Request-Id"))
+	out.Header.Del("X-Request-Id")
+}
+
+// checkAnswer turns the API server's 401 into an error, which becomes a 502: it refuses the agent's credential and says
+// nothing about the caller's. Below a subresource the 401 is forwarded: it may be a backend's behind services/proxy, or
+// the kubelet's.
+func (r *request) checkAnswer(resp *http.Response) error {
+	if resp.StatusCode < 100 || resp.StatusCode > 599 {
+		return fmt.Errorf("its status %d is not one of HTTP", resp.StatusCode)
 	}
-	resp, err := p.lanes.RoundTrip(req)
-	if err != nil {
-		_, message := explain(p.target.Host, err)
-		return errors.New(message)
+	if !r.reserve(HeaderMemory(resp.Header), false) {
+		return errNoMemory
 	}
-	defer func() {
-		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // what is read to its end leaves a connection for the next
-		_ = resp.Body.Close()
-	}()
-	if resp.StatusCode == http.StatusUnauthorized {
-		return statusError(resp, errCredential.Error())
+	if resp.StatusCode == http.StatusUnauthorized && r.Subresource == "" {
+		return errCredential
 	}
-	if resp.StatusCode >= 300 {
-		var status metav1.Status
-		body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-		if err := json.Unmarshal(body, &status); err != nil || status.Message == "" {
-			failed := failedCheck.FindAllString(string(body), -1) // of /readyz
-			status.Message = strings.Join(append([]string{resp.Status}, failed...), "; ")
-		}
-		return statusError(resp, fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s", p.target.Host, method, req.URL.Path, status.Message))
-	}
-	if err := read(resp.Body); err != nil {
-		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w", p.target.Host, method, req.URL.Path, err)
+	if resp.StatusCode == http.StatusOK && r.Verb == "watch" {
+		r.endOnDrain(resp)
 	}
 	return nil
 }
 
-// statusError is an answer of the API server that is none of what the agent has asked for. Only its code tells what it
-// is: a Secret that exists already has the reason AlreadyExists, and is a conflict for ChangeSecret.
-func statusError(resp *http.Response, message string) error {
-	return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
+// fail answers for an API server that gave no valid answer. out is the request as rewritten.
+func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
+	cause := context.Cause(out.Context())
+	switch {
+	case cause != nil && r.body.late() || cause == nil && r.body.Failure() != nil:
+		writeBodyError(w, out, r.body.Failure())
+	case errors.Is(cause, ErrShutdown):
+		// Without Retry-After: the request may have taken effect, and must not be repeated blindly.
+		WriteStatus(w, out, http.StatusGatewayTimeout, cause.Error(), 0)
+	case cause != nil:
+		panic(http.ErrAbortHandler) // the caller has gone; to return would answer 200
+	default:
+		code, message := explain(r.client.target.Host, err)
+		r.log.WarnContext(out.Context(), "no answer from the API server",
+			"error", err, "request_id", out.Header.Get("Audit-Id"))
+		WriteStatus(w, out, code, message, 0)
+	}
 }
 
-// Secret is a Secret of the agent's own.
-type Secret struct {
-	metav1.TypeMeta   `json:",inline"`
-	metav1.ObjectMeta `json:"metadata"`
-
-	Data map[string][]byte `json:"data"`
+// HeaderMemory returns how many bytes of memory headers take at most, ReverseProxy's copy included. Measured: short
+// headers cost about 120 bytes each.
+func HeaderMemory(header http.Header) int64 {
+	var memory int64
+	for name, values := range header {
+		memory += 2 * int64(len(name)+120)
+		for _, value := range values {
+			memory += 2 * int64(len(value)+32)
+		}
+	}
+	return memory
 }
 
-// ReadSecret returns a Secret, an empty one if there is none.
-func (p *Proxy) ReadSecret(ctx context.Context, namespace, name string) (*Secret, error) {
-	secret := &Secret{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
-	}
-	path := "/api/v1/namespaces/" + namespace + "/secrets/" + name
-	err := p.call(ctx, http.MethodGet, path, nil, func(body io.Reader) error { return json.NewDecoder(body).Decode(secret) })
-	if secret.Data == nil {
-		secret.Data = map[string][]byte{}
-	}
-	if apierrors.IsNotFound(err) {
-		err = nil
-	}
-	return secret, err
-}
-
-// ChangeSecret reads a Secret, applies change to its data and writes it, unless change returns false. If
-// another has written it in between, all of that is done again: no change of anyone is lost.
-func (p *Proxy) ChangeSecret(ctx context.Context, namespace, name string, change func(data map[string][]byte) (bool, error)) error {
-	for {
-		secret, err := p.ReadSecret(ctx, namespace, name)
-		if err != nil {
-			return err
-		}
-		if write, err := change(secret.Data); err != nil || !write {
-			return err
-		}
-		method, path := http.MethodPut, "/api/v1/namespaces/"+namespace+"/secrets/"+name
-		if secret.ResourceVersion == "" {
-			method, path = http.MethodPost, "/api/v1/namespaces/"+namespace+"/secrets"
-		}
-		err = p.call(ctx, method, path, secret, func(io.Reader) error { return nil })
-		if !apierrors.IsConflict(err) {
-			return err
-		}
-		select {
-		case <-time.After(rand.N(100 * time.Millisecond)): //nolint:gosec // no secret
-		case <-ctx.Done():
-			return err
-		}
-	}
+func hasPrefixFold(s, prefix string) bool {
+	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
 }

@@ -6,7 +6,7 @@ import (
 	"github.com/pipeops/vm-agent/proxy/inbound"
 )
 
-// limits are the bounds of what callers can make the proxy hold. README.md has the table with the reasons.
+// limits bound what callers can make the proxy hold. README.md has the table with the reasons.
 type limits struct {
 	connections    int   // open on the tunnel listener; on the operations listener opsConnections
 	headerMemory   int64 // bytes for headers until their request is authenticated, for each listener
@@ -23,11 +23,11 @@ const (
 	opsHeaderBytes = 16 << 10
 	opsConnections = 100
 	maxCommands    = 32
-	baseMemory     = 24 << 20
-	stalledMemory  = 96 << 10 // bytes for a stream whose caller does not read: its window, and what is under way
+	baseMemory     = 24 << 20 // bytes that the proxy itself needs
+	stalledMemory  = 96 << 10 // bytes for a stream whose caller does not read: its window, and what is in transit
 )
 
-// newLimits shares out memory, in bytes, beside what the proxy needs for itself.
+// newLimits returns limits that fit memory, in bytes, with what the proxy itself needs.
 func newLimits(memory int64) limits {
 	memory = max(memory-baseMemory, memory/4)
 	requests := int(memory / (160 << 10))
@@ -40,21 +40,30 @@ func newLimits(memory int64) limits {
 	}
 }
 
-// bound keeps a listener to its limits, and shows them.
+// bound returns a listener on socket that keeps to its limits, and shows them as metrics.
 func (s *Server) bound(l listener, socket *net.TCPListener, runDir string) *inbound.Listener {
 	config := inbound.Config{
-		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime, TLS: newTLSConfig(runDir, s.log),
+		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
+		TLS: newTLSConfig(runDir, s.log),
 		Closed: func(limit string, caller net.Addr, err error) {
 			s.metrics.refused.WithLabelValues(limit).Inc()
-			s.log.Debug("connection closed", "listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
+			s.log.Debug("connection closed",
+				"listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
 		},
 	}
 	prefix := ""
 	if l == operations {
-		config.Connections, config.HeaderMemory, config.TLS, prefix = opsConnections, s.limits.headerMemory/4, nil, "operations_"
+		config.Connections, config.HeaderMemory, config.TLS = opsConnections, s.limits.headerMemory/4, nil
+		prefix = "operations_"
 	}
 	bounded := inbound.New(socket, config)
-	s.metrics.limit(prefix+"connections", int64(config.Connections), func() int64 { n, _ := bounded.InUse(); return int64(n) })
-	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, func() int64 { _, n := bounded.InUse(); return n })
+	s.metrics.limit(prefix+"connections", int64(config.Connections), func() int64 {
+		n, _ := bounded.InUse()
+		return int64(n)
+	})
+	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, func() int64 {
+		_, n := bounded.InUse()
+		return n
+	})
 	return bounded
 }

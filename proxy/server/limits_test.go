@@ -192,10 +192,10 @@ func TestStalledRequestsMakeRoom(t *testing.T) {
 }
 
 // stalledNow returns those that wait for their callers at this moment.
-func (g *gate) stalledNow() []*recorder {
+func (g *gate) stalledNow() []*scope {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.stalled(time.Now().Add(stallGrace), func(rec *recorder) bool { return rec.stalled() < time.Now().Add(-100*time.Millisecond).UnixNano() })
+	return g.stalled(time.Now().Add(stallGrace), func(sc *scope) bool { return sc.stalledSince() < time.Now().Add(-100*time.Millisecond).UnixNano() })
 }
 
 // TestStalledUploadsMakeRoom: each holds one of the API server's seats, which others wait for.
@@ -240,11 +240,11 @@ func TestStalledCallEnds(t *testing.T) {
 		}
 	}
 	eventually(t, func() bool { return len(s.gate.stalledNow()) == 3 })
-	s.gate.endStalled(time.Now().Add(callStall / 2))
+	s.gate.endStalled(time.Now().Add(callTimeout / 2))
 	if n := inUse(s); n != 3 {
 		t.Errorf("%d run after half a minute", n)
 	}
-	s.gate.endStalled(time.Now().Add(2 * callStall))
+	s.gate.endStalled(time.Now().Add(2 * callTimeout))
 	eventually(t, func() bool { return inUse(s) == 2 })
 	if refused(s, "stalled_calls") != 1 {
 		t.Errorf("%v calls were ended", refused(s, "stalled_calls"))
@@ -337,9 +337,9 @@ func TestSlowCheckHoldsNobody(t *testing.T) {
 		return nil
 	}}
 	done := make(chan error, 1)
-	go func() { done <- c.result(t.Context()) }()
+	go func() { done <- c.refresh(t.Context()) }()
 	<-begun
-	if err := c.result(t.Context()); err == nil || !strings.Contains(err.Error(), "not checked yet") {
+	if err := c.refresh(t.Context()); err == nil || !strings.Contains(err.Error(), "not checked yet") {
 		t.Errorf("before the first outcome: %v", err)
 	}
 	close(end)

@@ -54,7 +54,7 @@ func TestHangingCredentialPlugin(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 40 { // more than may wait at a time
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-		err := s.kube.Check(ctx)
+		err := s.cluster.api.CheckReady(ctx)
 		cancel()
 		if err == nil || !strings.Contains(err.Error(), "slow-plugin does not answer") {
 			t.Fatalf("the check says %v", err)

@@ -19,6 +19,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
+	"github.com/pipeops/vm-agent/proxy/runners"
 )
 
 // Server is the proxy's HTTP server. Its fields are what the handlers share.
@@ -28,7 +29,7 @@ type Server struct {
 	auth    *authenticator
 	kube    *kube.Proxy
 	cluster *clusterSummary
-	runners *runners
+	runners *runners.Runners
 	metrics *metrics
 	ready   *readiness
 	gate    *gate
@@ -42,15 +43,15 @@ type Server struct {
 // New returns a server that forwards to the API server of api, with limits for so many bytes of memory. It opens no
 // listener, starts no goroutine and sends nothing: Run does.
 func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (*Server, error) {
+	return newServer(cfg, api, newLimits(memory), log)
+}
+
+func newServer(cfg *config.Config, api *rest.Config, limits limits, log *slog.Logger) (*Server, error) {
 	m := newMetrics()
-	proxy, err := kube.New(api, m.latency.Observe, log)
+	client, err := kube.NewClient(api, m.latency.Observe)
 	if err != nil {
 		return nil, err
 	}
-	return newServer(cfg, proxy, m, newLimits(memory), log), nil
-}
-
-func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, log *slog.Logger) *Server {
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &Server{
 		config: cfg, metrics: m, limits: limits, log: log,
@@ -59,16 +60,19 @@ func newServer(cfg *config.Config, api *kube.Proxy, m *metrics, limits limits, l
 			Version: version.Version, StartedAt: time.Now().UTC(),
 		},
 		auth:    newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log),
-		kube:    api,
-		cluster: &clusterSummary{api: api, metrics: m},
-		runners: newRunners(api, cfg.Kubernetes.Namespace, cfg.Runners.AllowedHosts),
+		kube:    kube.NewProxy(client, log),
+		cluster: &clusterSummary{api: client, metrics: m},
 		gate:    newGate(limits, refused, log),
+		runners: runners.New(client, runners.Config{
+			AgentID: cfg.Agent.ID, Namespace: cfg.Kubernetes.Namespace, AllowedHosts: cfg.Runners.AllowedHosts,
+			MaxCommands: maxCommands, Refused: func() { refused("commands") }, Log: log,
+		}),
 	}
-	s.ready = newReadiness(api, cfg.RunDir, s.gate, m)
+	s.ready = newReadiness(client, cfg.RunDir, s.gate, m)
 	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
 	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { _, n, _ := s.gate.state(); return n })
-	m.limit("commands", maxCommands, func() int64 { return int64(len(s.runners.running)) })
-	return s
+	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })
+	return s, nil
 }
 
 // Run serves both listeners until ctx ends, then drains. It returns an error if a listener fails, and nil after a
@@ -108,7 +112,7 @@ func (s *Server) Run(ctx context.Context) error {
 			}
 		}()
 	}
-	go wait.UntilWithContext(ctx, s.ready.run, 5*time.Second)
+	go wait.UntilWithContext(ctx, s.ready.refresh, 5*time.Second)
 	go wait.UntilWithContext(background, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
 	if s.config.Agent.TokenFile != "" {
 		go s.auth.follow(background, s.config.AgentToken)

@@ -23,7 +23,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/proxy/kube"
+	"github.com/pipeops/vm-agent/proxy/answer"
 )
 
 const token = "hunter2"
@@ -43,22 +43,24 @@ func newTest(t testing.TB, agentToken frpc.Secret) (s *Server, log *bytes.Buffer
 }
 
 // serverBefore is a server before an API server.
-func serverBefore(t testing.TB, api *rest.Config, agentToken frpc.Secret, log *slog.Logger) *Server {
+func serverBefore(t testing.TB, api *rest.Config, agentToken frpc.Secret, log *slog.Logger, runnerHosts ...string) *Server {
 	t.Helper()
-	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log)
+	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log, runnerHosts...)
 }
 
-func serverWithin(t testing.TB, api *rest.Config, agentToken frpc.Secret, l limits, log *slog.Logger) *Server {
+// serverWithin returns a server with limits before an API server, for runners on *.svc and runnerHosts.
+func serverWithin(
+	t testing.TB, api *rest.Config, agentToken frpc.Secret, l limits, log *slog.Logger, runnerHosts ...string,
+) *Server {
 	t.Helper()
-	m := newMetrics()
-	proxy, err := kube.New(api, m.latency.Observe, log)
+	cfg := &config.Config{RunDir: t.TempDir()}
+	cfg.Agent.ID, cfg.Agent.Token, cfg.Agent.TokenOverlap = "agent-001", agentToken, 5*time.Minute
+	cfg.Runners.AllowedHosts = append([]string{"*.svc"}, runnerHosts...)
+	s, err := newServer(cfg, api, l, log)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := &config.Config{RunDir: t.TempDir()}
-	cfg.Agent.ID, cfg.Agent.Token, cfg.Agent.TokenOverlap = "agent-001", agentToken, 5*time.Minute
-	cfg.Runners.AllowedHosts = []string{"*.svc"}
-	return newServer(cfg, proxy, m, l, log)
+	return s
 }
 
 func do(handler http.Handler, method, target string, authorization ...string) *httptest.ResponseRecorder {
@@ -167,7 +169,7 @@ func TestErrorsOutsideKubernetesAreProblems(t *testing.T) {
 		{operations, "GET", "/api/v1/pods", 404, ""},
 	} {
 		w := do(handlers[test.l], test.method, test.target)
-		var p problem
+		var p answer.Problem
 		if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
 			t.Errorf("%s %s: %v: %s", test.method, test.target, err, w.Body)
 		}

@@ -145,7 +145,7 @@ func TestDeadConnection(t *testing.T) {
 			code         int
 		}{
 			{http.MethodGet, "answered", http.StatusOK},
-			{http.MethodPost, "look whether what you asked for was done", http.StatusBadGateway},
+			{http.MethodPost, "check whether the request took effect", http.StatusBadGateway},
 		} {
 			if resp, body := ask(t, client, http.MethodGet, "/api/k8s/version"); resp.StatusCode != http.StatusOK {
 				t.Fatalf("before: %s %s", resp.Status, body)
