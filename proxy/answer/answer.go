@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// Problem is an error in the form of RFC 9457.
+// Problem is an error as in RFC 9457.
 type Problem struct {
 	Title  string `json:"title"`
 	Status int    `json:"status"`
@@ -19,8 +19,7 @@ type Problem struct {
 
 // WriteProblem answers with a Problem.
 func WriteProblem(w http.ResponseWriter, code int, detail string) {
-	problem := Problem{Title: http.StatusText(code), Status: code, Detail: detail}
-	WriteJSON(w, code, "application/problem+json", problem)
+	write(w, code, "application/problem+json", Problem{Title: http.StatusText(code), Status: code, Detail: detail})
 }
 
 // InvalidError says which field of a request is invalid, and what is allowed.
@@ -39,8 +38,10 @@ func WriteBodyError(w http.ResponseWriter, err error, limit time.Duration) {
 		"the body cannot be read to its end: its length or its chunks are wrong, or it ended early")
 }
 
-// WriteJSON answers with body encoded as JSON.
-func WriteJSON(w http.ResponseWriter, code int, contentType string, body any) {
+// WriteJSON answers with body as JSON.
+func WriteJSON(w http.ResponseWriter, code int, body any) { write(w, code, "application/json", body) }
+
+func write(w http.ResponseWriter, code int, contentType string, body any) {
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(code)

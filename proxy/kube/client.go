@@ -144,8 +144,8 @@ func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secre
 
 func secretsPath(namespace string) string { return "/api/v1/namespaces/" + namespace + "/secrets" }
 
-// Change changes a Secret's data, and returns whether to write it.
-type Change func(data map[string][]byte) (write bool, err error)
+// Change changes a Secret's data. If it returns an error, nothing is written.
+type Change func(data map[string][]byte) error
 
 // ChangeSecret reads a Secret, applies change and writes it. If the Secret was written by another in between, it starts
 // again, so that no change is lost.
@@ -155,7 +155,7 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 		if err != nil {
 			return err
 		}
-		if write, err := change(secret.Data); err != nil || !write {
+		if err := change(secret.Data); err != nil {
 			return err
 		}
 		method, path := http.MethodPut, secretsPath(namespace)+"/"+name

@@ -4,6 +4,7 @@ package runners
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -32,11 +33,10 @@ const (
 	maxToken     = 8 << 10 // bytes
 )
 
-// validID is what idPattern matches.
-const validID = "1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"
+var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
-var (
-	idPattern    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+const (
+	validID      = "1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"
 	errInvalidID = answer.InvalidError("data.runner_id: give " + validID)
 )
 
@@ -126,30 +126,29 @@ func (r *Runners) Unassign(ctx context.Context, messageID, id string) (duplicate
 	})
 }
 
-// edit changes the registry's data.
-type edit func(registry map[string][]byte) error
+// errDuplicate is a message that has changed the registry before.
+var errDuplicate = errors.New("duplicate message")
 
 // change applies a message to the registry, once.
-func (r *Runners) change(ctx context.Context, messageID string, apply edit) (duplicate bool, err error) {
-	err = r.secrets.ChangeSecret(ctx, r.config.Namespace, registryName, func(data map[string][]byte) (bool, error) {
+func (r *Runners) change(ctx context.Context, messageID string, apply kube.Change) (duplicate bool, err error) {
+	err = r.secrets.ChangeSecret(ctx, r.config.Namespace, registryName, func(data map[string][]byte) error {
 		var processed []string
 		if stored := data[processedKey]; stored != nil && json.Unmarshal(stored, &processed) != nil {
-			return false, fmt.Errorf("the key %s of Secret %s is not a list: delete it", processedKey, r.name())
+			return fmt.Errorf("the key %s of Secret %s is not a list: delete it", processedKey, r.name())
 		}
-		if duplicate = slices.Contains(processed, messageID); duplicate {
-			return false, nil
-		}
-		if err := apply(data); err != nil {
-			return false, err
+		if slices.Contains(processed, messageID) {
+			return errDuplicate
 		}
 		processed = append(processed, messageID)
 		data[processedKey], _ = json.Marshal(processed[max(0, len(processed)-maxProcessed):]) // strings always encode
-		return true, nil
+		return apply(data)
 	})
-	return duplicate, err
+	if errors.Is(err, errDuplicate) {
+		return true, nil
+	}
+	return false, err
 }
 
-// name returns the registry's Secret as people write it.
 func (r *Runners) name() string { return r.config.Namespace + "/" + registryName }
 
 // find reads a runner from the registry, and reports whether it is there. It reads the Secret each time, because another

@@ -39,28 +39,23 @@ func (s *Server) logRequest(sc *scope, r *http.Request, l listener, code int) {
 	if !s.log.Enabled(r.Context(), level) {
 		return
 	}
-	attrs := []slog.Attr{
-		slog.String("request_id", sc.requestID), slog.String("method", methodLabel(r.Method)),
-		slog.String("route", routeLabel(r)), slog.Int("status", code), slog.Int64("bytes", sc.bytes),
-		slog.Int64("duration_us", time.Since(sc.start).Microseconds()), slog.String("caller", sc.caller),
-	}
 	from := ""
 	if sc.conn.Proxied() {
 		from = forwardedFor(r)
 	}
 	d := &sc.description
-	for _, attr := range []slog.Attr{
+	attrs := []slog.Attr{
+		slog.String("request_id", sc.requestID), slog.String("method", methodLabel(r.Method)),
+		slog.String("route", routeLabel(r)), slog.Int("status", code), slog.Int64("bytes", sc.bytes),
+		slog.Int64("duration_us", time.Since(sc.start).Microseconds()), slog.String("caller", sc.caller),
 		slog.String("forwarded_for", from), slog.String("verb", d.Verb), slog.String("group", d.Group),
 		slog.String("resource", d.Resource), slog.String("subresource", d.Subresource),
-	} {
-		if attr.Value.String() != "" {
-			attrs = append(attrs, attr)
-		}
 	}
+	attrs = slices.DeleteFunc(attrs, func(attr slog.Attr) bool { return attr.Value.String() == "" })
 	s.log.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-// codeLabel returns the label for a status, "other" for one that a backend has made up.
+// codeLabel limits the labels to codes of HTTP: a backend may send others.
 func codeLabel(code int) string {
 	if http.StatusText(code) == "" && code != callerLeft {
 		return "other"
@@ -77,7 +72,7 @@ func routeLabel(r *http.Request) string {
 	return r.Pattern[slash:]
 }
 
-// methodLabel returns the label for a method, "other" for one that a caller has made up.
+// methodLabel limits the labels to methods of the Kubernetes API: a caller may send others.
 func methodLabel(method string) string {
 	if slices.Contains(kube.Methods, method) {
 		return method

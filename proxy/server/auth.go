@@ -143,8 +143,7 @@ func (a *authenticator) recordFailure(caller string, refused *refusal) time.Dura
 	a.callers[caller]++
 	switch n := a.callers[caller]; {
 	case n == 1:
-		a.log.Warn("authentication failed", "caller", caller, "reason", refused.why,
-			"next_log_in", failureWindow.String())
+		a.log.Warn("authentication failed", "caller", caller, "reason", refused.why, "next_log_in", failureWindow.String())
 	case n > maxFailures:
 		return time.Until(a.window.Add(failureWindow))
 	}

@@ -47,8 +47,7 @@ func (s *Server) bound(l listener, socket *net.TCPListener, runDir string) *inbo
 		TLS: newTLSConfig(runDir, s.log),
 		Closed: func(limit string, caller net.Addr, err error) {
 			s.metrics.refused.WithLabelValues(limit).Inc()
-			s.log.Debug("connection closed",
-				"listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
+			s.log.Debug("connection closed", "listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
 		},
 	}
 	prefix := ""

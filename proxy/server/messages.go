@@ -54,7 +54,7 @@ func (s *Server) postMessage(w http.ResponseWriter, r *http.Request) {
 	case err != nil:
 		runners.WriteError(ctx, w, err)
 	default:
-		writeJSON(w, http.StatusOK, map[string]any{
+		answer.WriteJSON(w, http.StatusOK, map[string]any{
 			"status": "acknowledged", "id": m.ID, "type": m.Type, "duplicate": duplicate, "agent_id": s.agent.ID,
 		})
 	}

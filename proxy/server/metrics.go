@@ -14,24 +14,14 @@ import (
 
 // metrics are all metrics of the proxy. No label holds a value that a caller chooses.
 type metrics struct {
-	requests     *prometheus.CounterVec
-	inFlight     *prometheus.GaugeVec
-	received     prometheus.Counter
-	sent         prometheus.Counter
-	kube         *prometheus.CounterVec
-	kubeInFlight *prometheus.GaugeVec
-	latency      prometheus.Histogram
-	checks       *prometheus.GaugeVec
-
+	requests, kube, authFailures, commands, refused   *prometheus.CounterVec
+	received, sent, frpcRestarts, statusRequests      prometheus.Counter
+	inFlight, kubeInFlight, checks, limits            *prometheus.GaugeVec
 	tunnelUp, leaseEnd, renewalFailing, lastHeartbeat prometheus.Gauge
-	frpcRestarts                                      prometheus.Counter
-	authFailures, commands, refused                   *prometheus.CounterVec
-	limits                                            *prometheus.GaugeVec
-	statusDuration                                    prometheus.Histogram
-	statusRequests                                    prometheus.Counter
+	latency, statusDuration                           prometheus.Histogram
 
 	factory promauto.Factory
-	handler http.Handler
+	handler http.Handler // of /metrics
 }
 
 // limit adds a limit and how much of it is in use.

@@ -139,11 +139,7 @@ func belowKubernetes(r *http.Request) bool {
 	return path == kube.Prefix || strings.HasPrefix(path, kube.Prefix+"/")
 }
 
-func writeJSON(w http.ResponseWriter, code int, body any) {
-	answer.WriteJSON(w, code, "application/json", body)
-}
-
 // always returns a handler that answers with body.
 func always(body any) http.HandlerFunc {
-	return func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, http.StatusOK, body) }
+	return func(w http.ResponseWriter, _ *http.Request) { answer.WriteJSON(w, http.StatusOK, body) }
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/answer"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -88,7 +89,7 @@ func timeOrNil(t time.Time) *time.Time {
 func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
 	_ = s.ready.checks["tunnel"].refresh(r.Context()) // the error is in the status
-	writeJSON(w, http.StatusOK, status{
+	answer.WriteJSON(w, http.StatusOK, status{
 		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
 		Tunnel: s.ready.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})
@@ -99,7 +100,7 @@ func (s *Server) postHeartbeat(w http.ResponseWriter, _ *http.Request) {
 	s.lastHeartbeat.Store(new(time.Now().UTC()))
 	sequence := s.heartbeats.Add(1)
 	s.metrics.lastHeartbeat.SetToCurrentTime()
-	writeJSON(w, http.StatusOK, map[string]any{
+	answer.WriteJSON(w, http.StatusOK, map[string]any{
 		"status": "alive", "agent": s.agent, "sequence": sequence,
 		"uptime_seconds": int64(time.Since(s.agent.StartedAt).Seconds()),
 	})
