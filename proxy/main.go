@@ -10,23 +10,20 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"net/http"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
-
-	"k8s.io/apimachinery/pkg/util/wait"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc/secret"
-	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
+	"github.com/pipeops/vm-agent/proxy/server"
 )
 
 // Exit codes.
@@ -109,13 +106,11 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	if warning := cfg.Agent.TokenWarning(); warning != "" {
 		log.Warn(warning)
 	}
-	limits := newLimits(memoryLimit())
-	metrics := newMetrics()
-	api, err := kube.New(restConfig, metrics.latency.Observe, log)
+	s, err := server.New(cfg, restConfig, limitMemory(), log)
 	if err != nil {
 		return complain(err)
 	}
-	if err := serve(ctx, cfg, newServer(cfg, api, metrics, limits, log), log); err != nil {
+	if err := s.Run(ctx); err != nil {
 		log.Error("stopped", "error", err)
 		return exitFailed
 	}
@@ -133,91 +128,26 @@ func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
 			next = configured
 		}
 		// At the level that lets more through.
-		log.Log(ctx, max(level.Level(), next), "the log level changes", "level", next.String())
+		log.Log(ctx, max(level.Level(), next), "log level changed", "level", next.String())
 		level.Set(next)
 	}
 }
 
-// headerTime is how long the headers of a request may take to come.
-const headerTime = 32 * time.Second
+// defaultMemory is the memory in bytes that the limits are computed from where nothing limits the proxy's.
+const defaultMemory = 1 << 30
 
-// newHTTPServer makes the server of one listener. Its requests end with ctx.
-func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
-	server := &http.Server{
-		Handler:           handler,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ConnContext:       inbound.ConnContext,
-		ReadHeaderTimeout: headerTime,
-		// frps keeps idle connections for 60 s: this end must not close first, or a request is lost.
-		IdleTimeout: 120 * time.Second,
-		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
-		BaseContext: func(net.Listener) context.Context { return ctx },
+// limitMemory returns how many bytes of memory the proxy may use: GOMEMLIMIT if it is set, else four fifths of the
+// container's limit, which it sets as Go's memory limit.
+func limitMemory() int64 {
+	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
+		return limit
 	}
-	if l == operations { // on the tunnel listener these timeouts would cut watches, logs and exec
-		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
-	}
-	return server
-}
-
-// serve runs both listeners until ctx ends, then drains.
-func serve(ctx context.Context, cfg *config.Config, s *server, log *slog.Logger) error {
-	// Streams outlive ctx: they end by themselves, or with the drain timeout.
-	streams, cutStreams := context.WithCancelCause(context.WithoutCancel(ctx))
-	defer cutStreams(nil)
-	var servers []*http.Server
-	defer func() {
-		for _, server := range servers {
-			_ = server.Close()
+	for _, file := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} { // v2, v1
+		data, _ := os.ReadFile(file) // only one of them exists
+		if limit, err := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64); err == nil && limit < 1<<40 {
+			debug.SetMemoryLimit(limit / 5 * 4)
+			return limit / 5 * 4
 		}
-	}()
-	failed := make(chan error, 2)
-	for _, l := range []struct {
-		listener
-		key, addr string
-	}{
-		{operations, config.Name("proxy.metrics_addr"), cfg.Proxy.MetricsAddr},
-		{tunnel, config.Name("proxy.listen_addr"), cfg.Proxy.ListenAddr},
-	} {
-		socket, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
-		if err != nil {
-			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
-		}
-		listener := s.bound(l.listener, socket.(*net.TCPListener), cfg.RunDir)
-		server := newHTTPServer(streams, l.listener, s.handler(l.listener), log)
-		server.ConnState = listener.ConnState
-		servers = append(servers, server)
-		go func() {
-			if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-				failed <- fmt.Errorf("%s: %w", l.key, err)
-			}
-		}()
 	}
-	go wait.UntilWithContext(ctx, s.ready.run, 5*time.Second)
-	go wait.UntilWithContext(streams, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
-	log.Info("serving", "listen_addr", cfg.Proxy.ListenAddr, "metrics_addr", cfg.Proxy.MetricsAddr,
-		"agent_id", cfg.Agent.ID, "version", version.Version)
-
-	select {
-	case err := <-failed:
-		return err
-	case <-ctx.Done():
-	}
-	// Both listeners stay: new requests are told to come again, and probes that the agent is draining.
-	log.Info("draining", "drain_timeout", cfg.Proxy.DrainTimeout.String())
-	s.gate.close()
-	s.kube.Drain()
-	select {
-	case <-s.gate.empty:
-		log.Info("drained")
-	case <-time.After(cfg.Proxy.DrainTimeout):
-		log.Warn("the drain timeout is over: cutting the streams that still run")
-		cutStreams(kube.ErrShutdown)
-	}
-	time.Sleep(3 * time.Second) // a caller told to retry after 1 s must meet an answer, not a closing connection
-	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
-	for _, server := range servers {
-		_ = server.Shutdown(last)
-	}
-	return nil
+	return defaultMemory
 }

@@ -15,14 +15,14 @@ import (
 // handshakeRecord is the first byte of every TLS connection (RFC 8446, 5.1), and of no HTTP request.
 const handshakeRecord = 0x16
 
-// signature is how a PROXY header begins. Source: the PROXY protocol, version 2, section 2.2.
+// signature begins a PROXY header. Source: the PROXY protocol, version 2, section 2.2.
 const signature = "\r\n\r\n\x00\r\nQUIT\n"
 
-// maxProxyHeader is the size in bytes of what may follow the first 16: addresses, ports, and further fields.
+// maxProxyHeader limits in bytes what may follow the first 16: addresses, ports, and further fields.
 const maxProxyHeader = 512
 
-// hello reads the PROXY header, if there is one, and then by the first byte decides whether the caller speaks TLS
-// or plain HTTP: frpc's health check speaks nothing else, and a lease may change the tunnel's type.
+// hello reads the PROXY header, if there is one, and does the TLS handshake if the next byte begins one. Else the caller
+// speaks plain HTTP: frpc's health check always does, and a lease may change the tunnel's type.
 func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 	first, err := c.peek()
 	if err == nil && first == signature[0] {
@@ -40,7 +40,7 @@ func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 	return conn, conn.HandshakeContext(context.Background()) // the connection has a deadline
 }
 
-// peek waits for the first byte.
+// peek returns the next byte, which stays unread.
 func (c *Conn) peek() (byte, error) {
 	var first [1]byte
 	if _, err := io.ReadFull(c, first[:]); err != nil {
@@ -50,12 +50,12 @@ func (c *Conn) peek() (byte, error) {
 	return first[0], nil
 }
 
-// readProxyHeader takes the caller's address from a PROXY header, which frpc sends for tunnels of type https and
-// tcp. Source: the PROXY protocol, version 2, section 2.2.
+// readProxyHeader sets the caller's address from the PROXY header that frpc sends for tunnels of type https and tcp.
+// Source: the PROXY protocol, version 2, section 2.2.
 func (c *Conn) readProxyHeader() error {
 	var head [16]byte
 	if _, err := io.ReadFull(c, head[:]); err != nil {
-		return fmt.Errorf("the PROXY header breaks off: %w", err)
+		return fmt.Errorf("the PROXY header is incomplete: %w", err)
 	}
 	length := binary.BigEndian.Uint16(head[14:])
 	if !bytes.HasPrefix(head[:], []byte(signature)) || head[12]>>4 != 2 || length > maxProxyHeader {
@@ -63,9 +63,9 @@ func (c *Conn) readProxyHeader() error {
 	}
 	rest := make([]byte, length)
 	if _, err := io.ReadFull(c, rest); err != nil {
-		return fmt.Errorf("the PROXY header breaks off: %w", err)
+		return fmt.Errorf("the PROXY header is incomplete: %w", err)
 	}
-	if command := head[12] & 0xf; command == 0 { // LOCAL: the proxy itself
+	if command := head[12] & 0xf; command == 0 { // LOCAL: the connection is the proxy's own
 		return nil
 	}
 	size := map[byte]int{0x11: 4, 0x21: 16}[head[13]] // TCP over IPv4 and IPv6

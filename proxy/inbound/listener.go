@@ -1,6 +1,5 @@
-// Package inbound accepts connections within bounds: of their number, and of the memory that unfinished
-// headers may take. Beyond a bound it closes a connection, and never leaves one unread: what the agent does not
-// read, frpc would have to buffer.
+// Package inbound accepts connections within limits: on their number, and on the memory for unfinished headers. Beyond a
+// limit it closes a connection. It never leaves one unread, because frpc would have to buffer the data.
 package inbound
 
 import (
@@ -15,24 +14,29 @@ import (
 	"time"
 )
 
-// What a byte that is read costs in memory, at most. Measured with the shortest headers.
+// handshakeCost and headerCost are how many bytes of memory a byte that is read may cost. Measured with the shortest
+// headers.
 const handshakeCost, headerCost = 2, 20
 
-// What the kernel may hold for a connection, in bytes; it takes twice that. By default it takes several MiB for a
-// caller who does not read, of the pod's memory. With less than 48 KiB to read, loopback has 8 MB/s.
+// readBuffer and writeBuffer are the bytes that the kernel buffers for a connection; it uses twice the memory. Its default
+// is several MiB of the pod's memory for a caller who does not read. With less than 48 KiB to read, loopback has 8 MB/s.
 const readBuffer, writeBuffer = 64 << 10, 32 << 10
 
-// Reasons for Config.Closed: there were too many connections, all of them in use; it made room for another; its headers
-// were unfinished for longest, and all of them too large together; it sent no valid PROXY header or TLS handshake.
-const TooMany, Evicted, HeaderMemory, Invalid = "connections", "idle", "header_memory", "handshake"
+// Why a connection was closed.
+const (
+	TooMany      = "connections"   // all connections are in use
+	Evicted      = "idle"          // it made room for another
+	HeaderMemory = "header_memory" // unfinished headers used too much memory, and it had been unfinished for longest
+	Invalid      = "handshake"     // it sent no valid PROXY header or TLS handshake
+)
 
-// Config is what a Listener keeps to.
+// Config holds the limits of a Listener.
 type Config struct {
-	Connections  int           // how many may be open
-	HeaderMemory int64         // bytes of memory that headers may take until their request is authenticated
-	HelloTimeout time.Duration // how long a connection may take until its TLS handshake is over
-	TLS          *tls.Config   // for connections that begin with a handshake; nil: neither TLS nor PROXY headers
-	// Closed is told of each connection that was closed. err may be nil.
+	Connections  int           // open at the same time
+	HeaderMemory int64         // bytes of memory for headers until their request is authenticated
+	HelloTimeout time.Duration // until the end of the TLS handshake
+	TLS          *tls.Config   // nil: neither TLS nor PROXY headers
+	// Closed is called for each connection that a limit closes. err may be nil.
 	Closed func(reason string, caller net.Addr, err error)
 }
 
@@ -46,11 +50,11 @@ type Listener struct {
 
 	mu      sync.Mutex
 	open    int
-	waiting *list.List // of *Conn whose request is not authenticated, the one that has waited longest first
-	headers int64      // memory that their headers may take
+	waiting *list.List // of *Conn without an authenticated request, the one that has waited longest first
+	headers int64      // bytes of memory that their headers may use
 }
 
-// New starts to accept from inner. It ends when inner, or what it returns, is closed.
+// New returns a Listener and starts to accept from inner, until either is closed.
 func New(inner *net.TCPListener, config Config) *Listener {
 	l := &Listener{
 		TCPListener: inner, config: config, waiting: list.New(),
@@ -60,7 +64,7 @@ func New(inner *net.TCPListener, config Config) *Listener {
 	return l
 }
 
-// Accept returns the next connection that has said what it is.
+// Accept returns the next connection after its hello.
 func (l *Listener) Accept() (net.Conn, error) {
 	select {
 	case conn := <-l.ready:
@@ -77,7 +81,7 @@ func (l *Listener) accept() {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil { // no file descriptors are left, for example
+		if err != nil { // for example, no file descriptors are left
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
@@ -90,7 +94,7 @@ func (l *Listener) accept() {
 	}
 }
 
-// admit counts a connection in. If there are too many, the one that has waited longest makes room.
+// admit counts a connection. If there are too many, it closes the one that has waited longest, or c if none waits.
 func (l *Listener) admit(c *Conn) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -115,29 +119,29 @@ func (l *Listener) evict(c *Conn, reason string) {
 	c.reset() // net/http's next read or write fails
 }
 
-// forget takes a connection out of the counts, once. l.mu is held.
+// forget removes a connection from the counts, once. l.mu is held.
 func (l *Listener) forget(c *Conn) {
 	if c.gone {
 		return
 	}
 	c.gone = true
 	l.open--
-	l.settle(c)
-	l.keep(c)
+	l.releaseHeaders(c)
+	l.protect(c)
 }
 
-// keep takes a connection out of those that may be evicted. l.mu is held.
-func (l *Listener) keep(c *Conn) {
+// protect removes a connection from those that may be evicted. l.mu is held.
+func (l *Listener) protect(c *Conn) {
 	if c.place != nil {
 		l.waiting.Remove(c.place)
 		c.place = nil
 	}
 }
 
-// settle ends what a connection's headers count for. l.mu is held.
-func (l *Listener) settle(c *Conn) { l.headers, c.memory = l.headers-c.memory, 0 }
+// releaseHeaders stops counting the memory of a connection's headers. l.mu is held.
+func (l *Listener) releaseHeaders(c *Conn) { l.headers, c.memory = l.headers-c.memory, 0 }
 
-// begin finds out what a connection is, and hands it to Accept.
+// begin reads a connection's hello, and passes it to Accept.
 func (l *Listener) begin(c *Conn) {
 	conn := net.Conn(c)
 	if l.config.TLS != nil {
@@ -150,9 +154,7 @@ func (l *Listener) begin(c *Conn) {
 			return
 		}
 		_ = c.SetDeadline(time.Time{})
-		l.mu.Lock()
-		l.settle(c)
-		l.mu.Unlock()
+		c.locked(l.releaseHeaders)
 	}
 	c.cost.Store(headerCost)
 	select {
@@ -162,7 +164,7 @@ func (l *Listener) begin(c *Conn) {
 	}
 }
 
-// ConnState is for http.Server. A connection that becomes idle begins the wait for its next request.
+// ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 	c := unwrap(conn)
 	if c == nil || state != http.StateIdle {
@@ -171,43 +173,43 @@ func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 	c.cost.Store(headerCost)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.settle(c)
+	l.releaseHeaders(c)
 	if c.place != nil {
 		l.waiting.MoveToBack(c.place)
 	}
 }
 
-// InUse returns how many connections are open, and how much memory unfinished headers may take.
+// InUse returns how many connections are open, and how many bytes of memory unfinished headers may use.
 func (l *Listener) InUse() (connections int, headers int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.open, l.headers
 }
 
-// Conn is one connection. A nil *Conn does nothing: it is that of requests which came by another listener.
+// Conn is one connection. A nil *Conn, that of a request which came by another listener, does nothing.
 type Conn struct {
 	*net.TCPConn
 
 	listener *Listener
 	remote   net.Addr
 	proxied  bool         // remote is what a PROXY header said
-	unread   []byte       // what was read to find out what the connection is
-	cost     atomic.Int64 // memory that a byte which is read now may take
+	unread   []byte       // read by peek
+	cost     atomic.Int64 // bytes of memory that a byte read now may cost
 
 	// Guarded by the listener's mu.
 	place  *list.Element // in waiting; nil while an authenticated request is being answered
-	memory int64         // what its headers count for
+	memory int64         // counted for its headers
 	gone   bool
 }
 
 type contextKey struct{}
 
-// ConnContext is for http.Server.
+// ConnContext is for http.Server. It lets From find the connection.
 func ConnContext(ctx context.Context, conn net.Conn) context.Context {
 	return context.WithValue(ctx, contextKey{}, unwrap(conn))
 }
 
-// From returns the connection that a request came by, nil if that is not known.
+// From returns the connection of a request's context, nil if there is none.
 func From(ctx context.Context) *Conn {
 	c, _ := ctx.Value(contextKey{}).(*Conn)
 	return c
@@ -221,40 +223,37 @@ func unwrap(conn net.Conn) *Conn {
 	return c
 }
 
-// RemoteAddr returns the caller's address: what the PROXY header says, if there was one.
+// RemoteAddr returns the caller's address, from the PROXY header if there was one.
 func (c *Conn) RemoteAddr() net.Addr { return c.remote }
 
-// Proxied reports whether a PROXY header said who the caller is.
+// Proxied reports whether RemoteAddr is from a PROXY header.
 func (c *Conn) Proxied() bool { return c != nil && c.proxied }
 
-// HeadersRead is called when a request's headers are complete: what comes now is its body.
+// HeadersRead must be called when a request's headers are complete: its body costs no memory.
 func (c *Conn) HeadersRead() {
 	if c != nil {
 		c.cost.Store(0)
 	}
 }
 
-// Authenticated is called when a request's credential is accepted: the connection is safe from eviction until Answered.
+// Authenticated must be called when a request's credential is accepted: until Answered, the connection is not evicted.
 func (c *Conn) Authenticated() {
-	if c == nil {
-		return
+	if c != nil {
+		c.locked(c.listener.releaseHeaders)
+		c.locked(c.listener.protect)
 	}
-	c.listener.mu.Lock()
-	defer c.listener.mu.Unlock()
-	c.listener.settle(c)
-	c.listener.keep(c)
 }
 
-// Answered is called when a handler has returned. The last bytes of the answer may still be on their way.
+// Answered must be called when a handler has returned. The last bytes of the answer may still be in transit.
 func (c *Conn) Answered() {
 	if c == nil {
 		return
 	}
-	c.listener.mu.Lock()
-	defer c.listener.mu.Unlock()
-	if c.place == nil && !c.gone {
-		c.place = c.listener.waiting.PushBack(c)
-	}
+	c.locked(func(*Conn) {
+		if c.place == nil && !c.gone {
+			c.place = c.listener.waiting.PushBack(c)
+		}
+	})
 }
 
 func (c *Conn) Read(p []byte) (int, error) {
@@ -265,14 +264,14 @@ func (c *Conn) Read(p []byte) (int, error) {
 	}
 	n, err := c.TCPConn.Read(p)
 	if cost := c.cost.Load(); cost > 0 && n > 0 && !c.listener.charge(c, int64(n)*cost) {
-		return 0, errors.New("the headers of all requests take too much memory")
+		return 0, errors.New("the headers of all requests use too much memory")
 	}
 	return n, err
 }
 
-// charge counts what was read of headers. Beyond the bound, connections are closed, the one whose headers are
-// unfinished for longest first: those who are slow, or send without end, must not keep out those who come with whole
-// headers at once. It returns false if that is c.
+// charge counts memory for headers that were read. Beyond the limit it closes connections, the one whose headers have
+// been unfinished for longest first: callers who are slow, or send without end, must not keep out those who send whole
+// headers at once. It returns false if c was closed.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -294,7 +293,7 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 	return !c.gone
 }
 
-// Abort closes the connection under a write that does not return.
+// Abort closes the connection, also during a write that waits.
 func (c *Conn) Abort() {
 	if c != nil {
 		_ = c.SetLinger(0)
@@ -302,16 +301,21 @@ func (c *Conn) Abort() {
 	}
 }
 
-// reset drops what the kernel still holds for a caller who does not read.
+// reset closes the connection and drops what the kernel has buffered for a caller who does not read.
 func (c *Conn) reset() {
 	_ = c.SetLinger(0)
 	_ = c.TCPConn.Close()
 }
 
-// Close closes the connection and takes it out of the counts.
+// Close closes the connection and removes it from the counts.
 func (c *Conn) Close() error {
-	c.listener.mu.Lock()
-	c.listener.forget(c)
-	c.listener.mu.Unlock()
+	c.locked(c.listener.forget)
 	return c.TCPConn.Close()
+}
+
+// locked calls change with the connection while the listener's mu is held.
+func (c *Conn) locked(change func(*Conn)) {
+	c.listener.mu.Lock()
+	defer c.listener.mu.Unlock()
+	change(c)
 }

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -10,33 +11,42 @@ import (
 	"time"
 )
 
+// maxRepeatable is the size in bytes of bodies that are read before they are sent, so that the transport can repeat the
+// request: an API server that stops, or balances its connections, rejects requests that it has not read (GOAWAY), and
+// each would be an error else. Where memory is short, bodies are not kept.
+const maxRepeatable = 256 << 10
+
+// keepTimeout is how long a body that is kept may take to arrive, as headers may; uploadTimeout is how long any other
+// body may take between two parts.
+const keepTimeout, uploadTimeout = 32 * time.Second, time.Minute
+
 // Body is a request's body as its caller sends it. A nil *Body is that of a request without one.
 type Body struct {
 	io.ReadCloser
 
 	control  *http.ResponseController
 	received func(bytes float64)
-	patience time.Duration // between two parts; 0: as long as it takes
+	patience time.Duration // between two parts; 0: no limit
 	blocked  atomic.Int64
-	reading  context.Context         // its cause is what reading has ended with: io.EOF if all has come
+	reading  context.Context         // its cause is the error that ended reading: io.EOF if all has arrived
 	end      context.CancelCauseFunc // ends reading
 }
 
-// NewBody wraps the body of a request that w answers. It tells received how many bytes have come.
+// NewBody wraps the body of a request that w answers. It calls received with the number of bytes of each read.
 func NewBody(w http.ResponseWriter, body io.ReadCloser, received func(bytes float64)) *Body {
 	b := &Body{ReadCloser: body, control: http.NewResponseController(w), received: received}
 	b.reading, b.end = context.WithCancelCause(context.Background())
 	return b
 }
 
-// Within gives the caller so long to send all of it. Else there is no limit: it may be a stream.
+// Within limits the time until all of the body has arrived. Without it there is no limit: the body may be a stream.
 func (b *Body) Within(limit time.Duration) {
 	if b != nil {
 		_ = b.control.SetReadDeadline(time.Now().Add(limit))
 	}
 }
 
-// Blocked returns since when a read has not returned, in Unix nanoseconds; 0 if none is under way.
+// Blocked returns since when a read has been waiting, in Unix nanoseconds; 0 if none is.
 func (b *Body) Blocked() int64 {
 	if b == nil {
 		return 0
@@ -47,7 +57,7 @@ func (b *Body) Blocked() int64 {
 // Ended reports whether there is nothing more to read.
 func (b *Body) Ended() bool { return b == nil || b.reading.Err() != nil }
 
-// Failure returns why the body could not be read to its end, nil if it could, or is being read.
+// Failure returns why the body could not be read to its end; nil if it could, or is still being read.
 func (b *Body) Failure() error {
 	if b == nil || errors.Is(context.Cause(b.reading), io.EOF) {
 		return nil
@@ -64,7 +74,7 @@ func (b *Body) Read(p []byte) (int, error) {
 	b.blocked.Store(0)
 	b.received(float64(n))
 	if errors.Is(err, io.EOF) {
-		// From here net/http reads, and would take the end of the limit for the caller's leaving.
+		// From here net/http reads, and would take an expired deadline for a caller who has gone.
 		_ = b.control.SetReadDeadline(time.Time{})
 	}
 	if err != nil {
@@ -73,8 +83,34 @@ func (b *Body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// afterAnswer reads what is left of a body that the API server has not read to its end, for a moment, and else ends the
-// connection. net/http would do that after the handler, reads on then as if for the next request, and panics when that is
+// keep reads a small body in full, so that the transport can repeat the request.
+func (b *Body) keep(r *http.Request) error {
+	b.Within(keepTimeout)
+	data := make([]byte, r.ContentLength)
+	if _, err := io.ReadFull(b, data); err != nil {
+		return err
+	}
+	_, _ = io.Copy(io.Discard, b) // to io.EOF; nothing is left
+	r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
+	r.Body, _ = r.GetBody()
+	return nil
+}
+
+// stream prepares a body to be sent while it arrives. afterAnswer must follow.
+func (b *Body) stream(w http.ResponseWriter, r *http.Request) {
+	b.patience = uploadTimeout
+	// Else net/http closes the body when the answer begins. The transport may still read from it then, takes that for a
+	// failure, and breaks off the rest of the answer.
+	_ = b.control.EnableFullDuplex()
+	if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
+		// Else net/http tells the caller to continue when the transport, in another goroutine, first reads the body: a
+		// race with a 1xx of the API server on the way back.
+		w.WriteHeader(http.StatusContinue)
+	}
+}
+
+// afterAnswer reads what is left of a body that the API server has not read to its end, for a moment, and else closes
+// the connection. net/http would do that after the handler, read on as if for the next request, and panic when that is
 // read (Go 1.26, finishRequest).
 func (b *Body) afterAnswer(answer http.Header) {
 	if b.Ended() && b.Failure() == nil {
@@ -83,12 +119,12 @@ func (b *Body) afterAnswer(answer http.Header) {
 	_ = b.control.Flush()
 	b.Within(2 * time.Second)
 	if err := b.Close(); (err != nil || b.Failure() != nil) && answer.Get("Connection") != "close" {
-		panic(http.ErrAbortHandler) // what comes next is no request
+		panic(http.ErrAbortHandler) // the bytes that come next are not a request
 	}
 }
 
-// late reports whether the body did not come in its time. net/http then ends the request's context, as if the caller
-// had gone, a moment before that read returns.
+// late reports whether the body did not arrive in time. net/http then cancels the request's context, as if the caller
+// had gone, a moment before the read returns.
 func (b *Body) late() bool {
 	if b == nil {
 		return false
@@ -100,12 +136,13 @@ func (b *Body) late() bool {
 	return errors.Is(b.Failure(), os.ErrDeadlineExceeded)
 }
 
-// writeBroken answers for a body that could not be read.
-func writeBroken(w http.ResponseWriter, r *http.Request, err error) {
+// writeBodyError answers for a body that could not be read; err is why.
+func writeBodyError(w http.ResponseWriter, r *http.Request, err error) {
 	w.Header().Set("Connection", "close")
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request does not come to its end: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
+		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request did not arrive in time: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
 		return
 	}
-	WriteStatus(w, r, http.StatusBadRequest, "the body of the request cannot be read: its length or its chunks are wrong, or it has ended early", 0)
+	WriteStatus(w, r, http.StatusBadRequest,
+		"the body of the request cannot be read: its length or its chunks are wrong, or it ended early", 0)
 }

@@ -7,22 +7,22 @@ import (
 	"strings"
 )
 
-// Description says what a request below Prefix asks for, in the terms of RBAC, without names of objects:
-// they may be secrets, and there are too many for labels.
+// Description says what a request below Prefix asks for, in the terms of RBAC. It leaves out objects' names: they may be
+// secret, and are too many for labels.
 type Description struct {
 	Verb        string // get, list, watch, create, update, patch, delete, deletecollection; connect for upgrades
-	Group       string // empty for the core group, and where nothing is asked of a resource
+	Group       string // empty for the core group, and for requests without a resource
 	Resource    string // plural; empty for discovery, /version and the like
 	Subresource string
 }
 
-// Describe reads the request as the API server does.
+// Describe describes a request as the API server reads it.
 // Source: k8s.io/apiserver/pkg/endpoints/request/requestinfo.go.
 func Describe(r *http.Request) Description {
 	d := Description{Verb: cmp.Or(verbs[r.Method], "other")}
 	parts := strings.Split(strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/"), "/")
 	if slices.Contains(parts, "") {
-		parts = nil // not a path of the API server's: what stands where may be anything
+		parts = nil // not a path of the API server: any segment could be a secret
 	}
 	switch {
 	case len(parts) >= 3 && parts[0] == "api":
@@ -61,14 +61,14 @@ func Describe(r *http.Request) Description {
 	return d
 }
 
-// isUpgrade is ReverseProxy's rule.
+// isUpgrade reports whether ReverseProxy takes the request for an upgrade.
 func isUpgrade(r *http.Request) bool {
 	return r.Header.Get("Upgrade") != "" && slices.ContainsFunc(ListOf(r, "Connection"), func(token string) bool {
 		return strings.EqualFold(token, "upgrade")
 	})
 }
 
-// ListOf returns the elements of a header that is a list.
+// ListOf returns the elements of a header that is a comma-separated list, all its lines together.
 func ListOf(r *http.Request, header string) []string {
 	elements := strings.Split(strings.Join(r.Header.Values(header), ","), ",")
 	for i := range elements {
@@ -77,7 +77,7 @@ func ListOf(r *http.Request, header string) []string {
 	return elements
 }
 
-// name lets through what can be a group or a resource, and nothing else that a caller may put there.
+// name returns s if it can be the name of a group or resource, and else "invalid": callers choose it.
 func name(s string) string {
 	if len(s) > 253 || strings.ContainsFunc(s, func(c rune) bool {
 		return (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '.' && c != '-'
@@ -92,7 +92,8 @@ var verbs = map[string]string{
 	http.MethodPatch: "patch", http.MethodDelete: "delete",
 }
 
-// Methods are those of the Kubernetes API.
+// Methods are the HTTP methods of the Kubernetes API.
 var Methods = []string{
-	http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions,
+	http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete,
+	http.MethodOptions,
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -30,11 +29,7 @@ func before(t *testing.T, handler http.HandlerFunc) *Proxy {
 	t.Helper()
 	api := httptest.NewServer(handler)
 	t.Cleanup(api.Close)
-	proxy, err := New(&rest.Config{Host: api.URL}, ignored, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return proxy
+	return proxyTo(t, &rest.Config{Host: api.URL})
 }
 
 // TestShutdownIsNotSuccess: a caller whose request is cut must not take that for an answer.

@@ -2,7 +2,6 @@ package kube
 
 import (
 	"bufio"
-	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
@@ -37,14 +36,12 @@ func FuzzRequest(f *testing.F) {
 	}
 	upstream := &capture{}
 	config := &rest.Config{Host: "https://api.internal", BearerToken: "agents-own"}
-	proxy, err := New(config, ignored, slog.New(slog.DiscardHandler))
+	proxy := proxyTo(f, config)
+	captured, err := rest.HTTPWrappersForConfig(config, upstream)
 	if err != nil {
 		f.Fatal(err)
 	}
-	if proxy.lanes.http2, err = rest.HTTPWrappersForConfig(config, upstream); err != nil {
-		f.Fatal(err)
-	}
-	proxy.lanes.http1 = proxy.lanes.http2
+	proxy.client.transport.http1, proxy.client.transport.http2 = captured, captured
 	f.Fuzz(func(t *testing.T, text string) {
 		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
 		if err != nil {

@@ -49,17 +49,22 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.Serve(w, r, &d, body, func(int64, bool) bool { return true })
 }
 
-// ignored takes a latency that nobody wants to know.
-func ignored(float64) {}
+// proxyTo returns a proxy to an API server.
+func proxyTo(t testing.TB, config *rest.Config) *Proxy {
+	t.Helper()
+	client, err := NewClient(config, func(float64) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return NewProxy(client, slog.New(slog.DiscardHandler))
+}
 
 // front serves a proxy to the API server at host over plain HTTP, as frpc sees it.
 func front(t *testing.T, host string) *httptest.Server {
 	t.Helper()
-	p, err := New(&rest.Config{Host: host, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, ignored, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(p)
+	server := httptest.NewServer(proxyTo(t, &rest.Config{
+		Host: host, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+	}))
 	t.Cleanup(server.Close)
 	return server
 }
@@ -244,11 +249,12 @@ func Example() {
 		fmt.Println(r.Method, r.RequestURI, r.Header.Get("Authorization"))
 	}))
 	defer api.Close()
-	proxy, err := New(&rest.Config{Host: api.URL, BearerToken: "agents-own"}, ignored, slog.New(slog.DiscardHandler))
+	client, err := NewClient(&rest.Config{Host: api.URL, BearerToken: "agents-own"}, func(float64) {})
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
+	proxy := NewProxy(client, slog.New(slog.DiscardHandler))
 	request := httptest.NewRequest(http.MethodGet, Prefix+"/api/v1/namespaces?limit=1", nil)
 	request.Header.Set("Authorization", "Bearer callers")
 	proxy.ServeHTTP(httptest.NewRecorder(), request)

@@ -1,126 +1,187 @@
 package kube
 
 import (
-	"bytes"
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"math/rand/v2"
 	"net/http"
-	"regexp"
+	"net/http/httputil"
+	"net/url"
+	"slices"
 	"strings"
-	"time"
-
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// failedCheck is a line of the API server's /readyz.
-var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
+// request is a caller's request that is being answered.
+type request struct {
+	*Proxy
+	*Description
 
-// call asks the API server with the agent's own credential and hands the body of a 2xx to read; object is what to
-// send, if not nil. Lists are asked for without their objects' contents, except for nodes.
-func (p *Proxy) call(ctx context.Context, method, path string, object any, read func(io.Reader) error) error {
-	var body io.Reader
-	if object != nil {
-		data, err := json.Marshal(object)
-		if err != nil {
-			return err
+	path    string // at the API server
+	body    *Body  // nil if there is none, or it was kept
+	reserve Reserve
+}
+
+// rewrite addresses the request to the API server and removes the caller's credentials. It runs after the hop-by-hop
+// headers are removed, so that a caller's "Connection: Authorization" removes nothing that is set here. The transport
+// adds the agent's credential, but only where there is none.
+func (r *request) rewrite(pr *httputil.ProxyRequest) {
+	out, target := pr.Out, r.client.target
+	out.URL.Scheme, out.URL.Host, out.Host = target.Scheme, target.Host, ""
+	out.URL.RawPath = strings.TrimRight(target.EscapedPath(), "/") + r.path
+	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
+	out.URL.RawQuery = pr.In.URL.RawQuery               // byte for byte: ReverseProxy has normalized it
+
+	for name := range out.Header {
+		if hasPrefixFold(name, "X-Remote-") ||
+			slices.Contains([]string{"Authorization", "Cookie", "X-Real-Ip", "Expect"}, name) { // Expect: see Body.stream
+			out.Header.Del(name)
 		}
-		body = bytes.NewReader(data)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(p.target.String(), "/")+path, body)
-	if err != nil {
-		return err
+	// The API server accepts a token in this list too.
+	// Source: k8s.io/apiserver/pkg/authentication/request/websocket.
+	protocols := slices.DeleteFunc(ListOf(out, "Sec-Websocket-Protocol"), func(protocol string) bool {
+		return protocol == "" || hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.")
+	})
+	out.Header.Del("Sec-Websocket-Protocol")
+	if len(protocols) > 0 && out.Header.Get("Upgrade") != "" {
+		out.Header.Set("Sec-Websocket-Protocol", strings.Join(protocols, ", "))
 	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("Accept", "application/json")
-	if strings.HasSuffix(path, "?limit=1") {
-		req.Header.Set("Accept", "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json")
+	// From pr.In: a caller's "Connection: X-Request-Id" has removed it from out.
+	out.Header.Set("Audit-Id", pr.In.Header.Get("X-Request-Id"))
+	out.Header.Del("X-Request-Id")
+}
+
+// checkAnswer turns the API server's 401 into an error, which becomes a 502: it refuses the agent's credential and says
+// nothing about the caller's. Below a subresource the 401 is forwarded: it may be a backend's behind services/proxy, or
+// the kubelet's.
+func (r *request) checkAnswer(resp *http.Response) error {
+	if resp.StatusCode < 100 || resp.StatusCode > 599 {
+		return fmt.Errorf("its status %d is not one of HTTP", resp.StatusCode)
 	}
-	resp, err := p.lanes.RoundTrip(req)
-	if err != nil {
-		_, message := explain(p.target.Host, err)
-		return errors.New(message)
+	if !r.reserve(HeaderMemory(resp.Header), false) {
+		return errNoMemory
 	}
-	defer func() {
-		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // what is read to its end leaves a connection for the next
-		_ = resp.Body.Close()
-	}()
-	if resp.StatusCode == http.StatusUnauthorized {
-		return statusError(resp, errCredential.Error())
+	if resp.StatusCode == http.StatusUnauthorized && r.Subresource == "" {
+		return errCredential
 	}
-	if resp.StatusCode >= 300 {
-		var status metav1.Status
-		body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-		if err := json.Unmarshal(body, &status); err != nil || status.Message == "" {
-			failed := failedCheck.FindAllString(string(body), -1) // of /readyz
-			status.Message = strings.Join(append([]string{resp.Status}, failed...), "; ")
-		}
-		return statusError(resp, fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s", p.target.Host, method, req.URL.Path, status.Message))
-	}
-	if err := read(resp.Body); err != nil {
-		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w", p.target.Host, method, req.URL.Path, err)
+	if resp.StatusCode == http.StatusOK && r.Verb == "watch" {
+		r.endOnDrain(resp)
 	}
 	return nil
 }
 
-// statusError is an answer of the API server that is none of what the agent has asked for. Only its code tells what it
-// is: a Secret that exists already has the reason AlreadyExists, and is a conflict for ChangeSecret.
-func statusError(resp *http.Response, message string) error {
-	return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
+// fail answers for an API server that gave no valid answer. out is the request as rewritten.
+func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
+	cause := context.Cause(out.Context())
+	switch {
+	case cause != nil && r.body.late() || cause == nil && r.body.Failure() != nil:
+		writeBodyError(w, out, r.body.Failure())
+	case errors.Is(cause, ErrShutdown):
+		// Without Retry-After: the request may have taken effect, and must not be repeated blindly.
+		WriteStatus(w, out, http.StatusGatewayTimeout, cause.Error(), 0)
+	case cause != nil:
+		panic(http.ErrAbortHandler) // the caller has gone; to return would answer 200
+	default:
+		code, message := explain(r.client.target.Host, err)
+		r.log.WarnContext(out.Context(), "no answer from the API server",
+			"error", err, "request_id", out.Header.Get("Audit-Id"))
+		WriteStatus(w, out, code, message, 0)
+	}
 }
 
-// Secret is a Secret of the agent's own.
-type Secret struct {
-	metav1.TypeMeta   `json:",inline"`
-	metav1.ObjectMeta `json:"metadata"`
-
-	Data map[string][]byte `json:"data"`
+// HeaderMemory returns how many bytes of memory headers take at most, ReverseProxy's copy included. Measured: short
+// headers cost about 120 bytes each.
+func HeaderMemory(header http.Header) int64 {
+	var memory int64
+	for name, values := range header {
+		memory += 2 * int64(len(name)+120)
+		for _, value := range values {
+			memory += 2 * int64(len(value)+32)
+		}
+	}
+	return memory
 }
 
-// ReadSecret returns a Secret, an empty one if there is none.
-func (p *Proxy) ReadSecret(ctx context.Context, namespace, name string) (*Secret, error) {
-	secret := &Secret{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
-	}
-	path := "/api/v1/namespaces/" + namespace + "/secrets/" + name
-	err := p.call(ctx, http.MethodGet, path, nil, func(body io.Reader) error { return json.NewDecoder(body).Decode(secret) })
-	if secret.Data == nil {
-		secret.Data = map[string][]byte{}
-	}
-	if apierrors.IsNotFound(err) {
-		err = nil
-	}
-	return secret, err
+func hasPrefixFold(s, prefix string) bool {
+	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
 }
 
-// ChangeSecret reads a Secret, applies change to its data and writes it, unless change returns false. If
-// another has written it in between, all of that is done again: no change of anyone is lost.
-func (p *Proxy) ChangeSecret(ctx context.Context, namespace, name string, change func(data map[string][]byte) (bool, error)) error {
-	for {
-		secret, err := p.ReadSecret(ctx, namespace, name)
-		if err != nil {
-			return err
+// maxHeaderSize limits a request's headers and target in bytes, as HTTP/2 counts them: enough for an exec with a URL of
+// 60 KB, and 200 groups. It is less than net/http reads, so that the agent's own message is sent; and less than the
+// API server's 1 MiB, beyond which it closes a connection that other requests share.
+const maxHeaderSize = 112 << 10
+
+// admit returns the request's path at the API server, or, for a request that must not reach it, the status and the
+// message of the answer.
+func admit(r *http.Request) (path string, code int, why string) {
+	path, err := upstreamPath(r)
+	if err != nil {
+		return "", http.StatusBadRequest, "the agent refuses the request: " + err.Error()
+	}
+	if !slices.Contains(Methods, r.Method) {
+		return "", http.StatusMethodNotAllowed,
+			"the agent forwards the methods of the Kubernetes API only: " + strings.Join(Methods, ", ")
+	}
+	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
+		return "", http.StatusForbidden, "the agent does not forward this path: " + why
+	}
+	size := len(r.RequestURI)
+	for name, values := range r.Header {
+		if hasPrefixFold(name, "Impersonate-") {
+			return "", http.StatusForbidden,
+				"the agent does not forward impersonation: remove --as, --as-group and --as-uid"
 		}
-		if write, err := change(secret.Data); err != nil || !write {
-			return err
-		}
-		method, path := http.MethodPut, "/api/v1/namespaces/"+namespace+"/secrets/"+name
-		if secret.ResourceVersion == "" {
-			method, path = http.MethodPost, "/api/v1/namespaces/"+namespace+"/secrets"
-		}
-		err = p.call(ctx, method, path, secret, func(io.Reader) error { return nil })
-		if !apierrors.IsConflict(err) {
-			return err
-		}
-		select {
-		case <-time.After(rand.N(100 * time.Millisecond)): //nolint:gosec // no secret
-		case <-ctx.Done():
-			return err
+		for _, value := range values {
+			size += len(name) + len(value) + 32 // as HTTP/2 counts
 		}
 	}
+	if size > maxHeaderSize {
+		return "", http.StatusRequestHeaderFieldsTooLarge, largeHeaders
+	}
+	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
+		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
+		return "", http.StatusBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only"
+	}
+	return path, 0, ""
+}
+
+// upstreamPath returns the part of the request's path that follows Prefix, still encoded, byte for byte as the caller
+// sent it; or why it is refused. A path that the agent and the API server could read differently is refused: what is
+// decided here would not hold there.
+func upstreamPath(r *http.Request) (string, error) {
+	raw, _, _ := strings.Cut(r.RequestURI, "?")
+	encoded := r.URL.EscapedPath()
+	if r.Method == http.MethodConnect || !strings.HasPrefix(raw, "/") || raw != encoded {
+		return "", errors.New("the request's target must be a path, encoded by the rules of RFC 3986")
+	}
+	decoded := r.URL.Path
+	if strings.ContainsAny(decoded, "\\\x00") {
+		return "", errors.New("the path holds a backslash or NUL")
+	}
+	for segment := range strings.SplitSeq(decoded, "/") {
+		if segment == "." || segment == ".." {
+			return "", fmt.Errorf("the path holds the segment %q", segment)
+		}
+	}
+	return cmp.Or(strings.TrimPrefix(encoded, Prefix), "/"), nil
+}
+
+// forbidden returns why path (decoded, below Prefix) is not forwarded, or "". With nodes/proxy a caller bypasses RBAC
+// and audit to every pod of the node, even with GET (kubernetes/kubernetes#136550). /metrics, /debug, /logs, /flagz and
+// /statusz show the API server's process and host. A token made by serviceaccounts/token is valid for years, and
+// without the agent.
+func forbidden(path string) string {
+	// Without empty segments: the API server serves nothing at a path that has them, but a server in front of it may.
+	parts := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })
+	core := len(parts) >= 5 && parts[0] == "api"
+	switch {
+	case core && parts[2] == "nodes" && parts[4] == "proxy":
+		return "nodes/proxy reaches every pod on the node past RBAC and audit: use pods/exec, pods/log or pods/portforward"
+	case core && len(parts) >= 7 && parts[2] == "namespaces" && parts[4] == "serviceaccounts" && parts[6] == "token":
+		return "serviceaccounts/token makes a credential that outlives the agent and its owner's control over it: create tokens in the cluster"
+	case len(parts) >= 1 && slices.Contains([]string{"metrics", "debug", "logs", "flagz", "statusz"}, parts[0]):
+		return "/" + parts[0] + " is the API server's own: read it in the cluster"
+	}
+	return ""
 }

@@ -15,7 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Summary is what the agent's own credential may read of the cluster. What could not be read is nil, and
+// Summary is what the agent's own credential may read of the cluster. Fields that could not be read are nil, and
 // Unavailable says why.
 type Summary struct {
 	Reachable   bool              `json:"reachable"`
@@ -26,12 +26,12 @@ type Summary struct {
 	Deployments *int64            `json:"deployments"`
 	Services    *int64            `json:"services"`
 	Pods        *int64            `json:"pods"`
-	Unavailable map[string]string `json:"unavailable,omitempty"` // name of the field: why it is null
+	Unavailable map[string]string `json:"unavailable,omitempty"` // field: why it is null
 
-	Requests int `json:"-"` // that were made for it
+	Requests int `json:"-"` // sent to read it
 }
 
-// Nodes sums up all nodes.
+// Nodes is the sum of all nodes.
 type Nodes struct {
 	Total       int              `json:"total"`
 	Ready       int              `json:"ready"`    // those whose condition Ready is True
@@ -46,25 +46,25 @@ type Resources struct {
 	Memory int64 `json:"memory_bytes"`
 }
 
-// nodePage is how many nodes are asked for at a time: a thousand nodes cost two requests.
+// nodePage is how many nodes one request reads: a thousand nodes cost two requests.
 const nodePage = 500
 
-// Summarize asks the API server for its version, for one page of one object of each resource that is counted,
-// and for the nodes page by page. That costs the same for a cluster of any size but for the nodes.
-func (p *Proxy) Summarize(ctx context.Context) Summary {
+// Summarize reads the API server's version, one object of each resource that is counted, and the nodes page by page.
+// But for the nodes, the cost does not depend on the size of the cluster.
+func (c *Client) Summarize(ctx context.Context) Summary {
 	s := Summary{Unavailable: map[string]string{}}
-	get := func(path string, read func(io.Reader) error) error {
+	get := func(path, accept string, read reader) error {
 		s.Requests++
-		return p.call(ctx, http.MethodGet, path, nil, read)
+		return c.call(ctx, http.MethodGet, path, accept, nil, read)
 	}
 	var version struct{ GitVersion, Platform string }
-	err := get("/version", func(body io.Reader) error { return json.NewDecoder(body).Decode(&version) })
+	err := get("/version", acceptObjects, decodeInto(&version))
 	if err != nil {
 		s.Unavailable["version"], s.Unavailable["platform"] = err.Error(), err.Error()
 	} else {
 		s.Version, s.Platform = &version.GitVersion, &version.Platform
 	}
-	// Whoever answers is there, even if what it answers is an error.
+	// An API server that answers with an error is reachable.
 	_, answered := errors.AsType[*apierrors.StatusError](err)
 	s.Reachable = err == nil || answered
 	if !s.Reachable {
@@ -95,13 +95,13 @@ func (p *Proxy) Summarize(ctx context.Context) Summary {
 	return s
 }
 
-// getter asks for a path and hands the body of a 2xx to read.
-type getter func(path string, read func(io.Reader) error) error
+// getter reads the answer to a GET.
+type getter func(path, accept string, read reader) error
 
-// count asks for one object, and for how many there are beside it.
+// count reads one object's metadata, and how many objects there are beside it.
 func count(get getter, path string) (int64, error) {
 	var list metav1.PartialObjectMetadataList
-	err := get(path+"?limit=1", func(body io.Reader) error { return json.NewDecoder(body).Decode(&list) })
+	err := get(path+"?limit=1", acceptMetadata, decodeInto(&list))
 	n := int64(len(list.Items))
 	if list.RemainingItemCount != nil {
 		n += *list.RemainingItemCount
@@ -111,7 +111,7 @@ func count(get getter, path string) (int64, error) {
 	return n, err
 }
 
-// node is what is read of a node.
+// node holds the fields that are read of a node.
 type node struct {
 	Status struct {
 		Conditions  []struct{ Type, Status string }
@@ -125,9 +125,8 @@ func readNodes(get getter) (*Nodes, error) {
 	nodes := &Nodes{Versions: map[string]int64{}}
 	for next := ""; ; {
 		var meta metav1.ListMeta
-		err := get("/api/v1/nodes?limit="+strconv.Itoa(nodePage)+"&continue="+url.QueryEscape(next), func(body io.Reader) error {
-			return eachNode(body, &meta, nodes.add)
-		})
+		path := "/api/v1/nodes?limit=" + strconv.Itoa(nodePage) + "&continue=" + url.QueryEscape(next)
+		err := get(path, acceptObjects, func(body io.Reader) error { return eachNode(body, &meta, nodes.add) })
 		if err != nil || meta.Continue == "" {
 			return nodes, err
 		}
@@ -153,13 +152,13 @@ func (r *Resources) add(list map[string]resource.Quantity) {
 	r.Memory += memory.Value()
 }
 
-// eachNode decodes a list of nodes with one of them in memory at a time.
+// eachNode decodes a list of nodes, with one node in memory at a time.
 func eachNode(body io.Reader, meta *metav1.ListMeta, add func(*node)) error {
 	decoder := json.NewDecoder(body)
 	expect := func(want json.Delim) error {
 		got, err := decoder.Token()
 		if err == nil && got != want {
-			err = fmt.Errorf("%v stands where %v is expected", got, want)
+			err = fmt.Errorf("found %v, expected %v", got, want)
 		}
 		return err
 	}

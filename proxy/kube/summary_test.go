@@ -2,7 +2,6 @@ package kube
 
 import (
 	"fmt"
-	"io"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -45,7 +44,7 @@ func TestSummaryOfALargeCluster(t *testing.T) {
 			_, _ = fmt.Fprintf(w, `{"kind":"NodeList","metadata":{"continue":%q},"items":[%s],"more":[1]}`, next, strings.Join(items, ","))
 		}
 	})
-	s := proxy.Summarize(t.Context())
+	s := proxy.client.Summarize(t.Context())
 	if !s.Reachable || s.Version == nil || *s.Version != "v1.36.3" || *s.Platform != "linux/amd64" || *s.Pods != 50_000 || *s.Services != 1 {
 		t.Errorf("got %+v", s)
 	}
@@ -69,7 +68,7 @@ func TestSummaryWithoutAnAPIServer(t *testing.T) {
 		requests.Add(1)
 		panic(http.ErrAbortHandler)
 	})
-	s := proxy.Summarize(t.Context())
+	s := proxy.client.Summarize(t.Context())
 	if s.Reachable || s.Version != nil || s.Pods != nil || s.Nodes != nil || len(s.Unavailable) != 7 || !strings.Contains(s.Unavailable["pods"], "broke off") {
 		t.Errorf("got %+v", s)
 	}
@@ -81,7 +80,7 @@ func TestSummaryWithoutAnAPIServer(t *testing.T) {
 // TestBrokenNodes: half a list is not taken for a small one.
 func TestBrokenNodes(t *testing.T) {
 	for _, body := range []string{``, `[]`, `{"items":[{"status":{}}`, `{"items":{}}`, `{"items":[{"status":{"capacity":{"cpu":"x"}}}]}`, `{"items":[1]}`, `{"metadata":1}`, `{"items":[]`} {
-		get := func(_ string, read func(io.Reader) error) error { return read(strings.NewReader(body)) }
+		get := func(_, _ string, read reader) error { return read(strings.NewReader(body)) }
 		if n, err := readNodes(get); err == nil {
 			t.Errorf("%q: got %+v", body, n)
 		}

@@ -10,7 +10,7 @@ import (
 	"sync"
 )
 
-// isWatch follows the API server's reading of ?watch: anything but false and 0 is true.
+// isWatch reads ?watch as the API server does: anything but false and 0 is true.
 // Source: k8s.io/apimachinery/pkg/runtime/conversion.go, Convert_Slice_string_To_bool.
 func isWatch(u *url.URL) bool {
 	if !strings.Contains(u.RawQuery, "watch") {
@@ -20,18 +20,19 @@ func isWatch(u *url.URL) bool {
 	return ok && !strings.EqualFold(values[0], "false") && values[0] != "0"
 }
 
-// track puts a body in place of a watch's that ends between two events once the proxy drains, with a clean end.
-// client-go takes that for the end that every watch has after a while, and watches again from where it was.
-func (p *Proxy) track(resp *http.Response) {
+// endOnDrain replaces a watch's body by one that ends cleanly between two events once the proxy drains. client-go takes
+// that for the end that every watch has after a while, and watches again from where it was. A watch in a format whose
+// events cannot be told apart is left alone, and runs until the drain timeout.
+func (p *Proxy) endOnDrain(resp *http.Response) {
 	body := &watchBody{ReadCloser: resp.Body, draining: p.draining, endsEvent: endsLine, between: true}
 	switch contentType := resp.Header.Get("Content-Type"); {
 	case strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf"):
 		body.endsEvent = new(framedEvents).read
 	case !strings.HasPrefix(contentType, "application/json"):
-		return // where its events end is not known: it runs on until the drain timeout
+		return
 	}
 	body.forget = context.AfterFunc(p.draining, func() { body.advance(nil) })
-	body.advance(nil) // ends it now, if it comes late
+	body.advance(nil) // ends it now if the proxy drains already
 	resp.Body = body
 }
 
@@ -40,8 +41,8 @@ type watchBody struct {
 	io.ReadCloser
 
 	draining  context.Context        // ends when the proxy drains
-	forget    func() bool            // takes the body from what is ended then
-	endsEvent func(part []byte) bool // takes the next part and says whether it ends with an event
+	forget    func() bool            // releases the body from draining
+	endsEvent func(part []byte) bool // takes the next part and reports whether it ends with an event
 
 	mu      sync.Mutex
 	between bool // the caller has got whole events only
@@ -51,7 +52,7 @@ type watchBody struct {
 func (b *watchBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if b.advance(p[:n]) {
-		return 0, io.EOF // what came since belongs to events that the caller will get from its next watch
+		return 0, io.EOF // the caller's next watch delivers the events that came since
 	}
 	return n, err
 }
@@ -61,8 +62,8 @@ func (b *watchBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// advance takes note of a part that the caller gets, unless the body has ended before, which it reports. If the proxy
-// drains and the caller has whole events only, the next Read, or the one that waits, returns the end of the body.
+// advance records a part that the caller is about to get, and reports whether the body has ended before. If the proxy
+// drains and the caller has whole events only, it ends the body: the next Read, or one that waits, returns io.EOF.
 func (b *watchBody) advance(part []byte) (ended bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -79,13 +80,13 @@ func (b *watchBody) advance(part []byte) (ended bool) {
 	return false
 }
 
-// endsLine finds the ends of events in JSON: a line break, which the API server has nowhere else.
+// endsLine reports whether a part ends with an event in JSON: the API server breaks lines nowhere else.
 func endsLine(part []byte) bool { return part[len(part)-1] == '\n' }
 
-// framedEvents begin with their length in four bytes.
+// framedEvents finds the ends of events that begin with their length in four bytes.
 // Source: k8s.io/apimachinery/pkg/util/framer.
 type framedEvents struct {
-	header []byte // what has come of the length
+	header []byte // the bytes of the length that have come
 	rest   int64  // bytes of the event that are still to come
 }
 

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"io"
 	"log"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -47,12 +46,8 @@ func watch(t *testing.T, target, contentType string) *watching {
 		}
 	}))
 	t.Cleanup(api.Close)
-	proxy, err := New(&rest.Config{Host: api.URL}, ignored, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.proxy = proxy
-	server := httptest.NewServer(proxy)
+	w.proxy = proxyTo(t, &rest.Config{Host: api.URL})
+	server := httptest.NewServer(w.proxy)
 	t.Cleanup(server.Close)
 	resp, err := http.Get(server.URL + Prefix + "/api/v1/" + target)
 	if err != nil {
@@ -113,7 +108,7 @@ func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
 	late := &http.Response{
 		Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader("{}\n")),
 	}
-	w.proxy.track(late)
+	w.proxy.endOnDrain(late)
 	if got, err := io.ReadAll(late.Body); err != nil || len(got) != 0 {
 		t.Errorf("got %q, %v", got, err)
 	}
@@ -133,7 +128,7 @@ func TestOtherAnswersOutliveTheDrain(t *testing.T) {
 func TestEndedWatchesAreForgotten(t *testing.T) {
 	w := watch(t, "pods?watch=true", "application/json")
 	resp := &http.Response{Header: http.Header{"Content-Type": {"application/json"}}, Body: http.NoBody}
-	w.proxy.track(resp)
+	w.proxy.endOnDrain(resp)
 	if err := resp.Body.Close(); err != nil {
 		t.Error(err)
 	}

@@ -212,7 +212,7 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 		kube.WriteStatus(w, r, http.StatusServiceUnavailable, message, 1)
 		return
 	}
-	kube.WriteStatus(w, r, http.StatusBadGateway, "the request may have reached the agent: look whether what you asked for was done; "+message, 0)
+	kube.WriteStatus(w, r, http.StatusBadGateway, "the request may have reached the agent: check whether the request took effect; "+message, 0)
 }
 
 // cutAgent splits /agents/{id}/rest into id and /rest. It works on encoded paths as on decoded ones.

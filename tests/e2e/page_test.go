@@ -274,7 +274,7 @@ func installOnCluster(t *testing.T, p *page) {
 	// The kubelet looks for a changed Secret now and then. Not so the callers: who is refused too often waits a minute.
 	if err := process.Poll(t.Context(), 2*time.Minute, nil, func() error {
 		log, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", "proxy")
-		if err == nil && !strings.Contains(log, "the agent's token has changed") {
+		if err == nil && !strings.Contains(log, "agent token changed") {
 			err = errors.New("the pod has the token of before")
 		}
 		return err
@@ -359,7 +359,7 @@ func (i *installed) runbooks(sh *shell) {
 		i.t.Fatalf("the runbooks have %d commands to read and %d to mend", len(read), len(mend))
 	}
 	// What finds nothing in an agent that is well.
-	nothing := regexp.MustCompile(`"status":5|a caller is refused|grep -v True`)
+	nothing := regexp.MustCompile(`"status":5|authentication failed|grep -v True`)
 	// There is none, and that is too short.
 	expected := regexp.MustCompile(`previous terminated container|timed out waiting`)
 	for _, command := range slices.Concat(read, mend) {

@@ -192,7 +192,7 @@ func TestLogLevelChanges(t *testing.T) {
 			t.Fatal(err)
 		}
 		eventually(t, func() error {
-			if !strings.Contains(w.agent.Proxy.Log(), `"the log level changes","level":"`+level+`"`) {
+			if !strings.Contains(w.agent.Proxy.Log(), `"log level changed","level":"`+level+`"`) {
 				return fmt.Errorf("the level is not said to be %s", level)
 			}
 			return nil

@@ -243,7 +243,7 @@ func TestDrainTimeout(t *testing.T) {
 	if err := s.cmd.Wait(); err == nil {
 		t.Error("exec ended well")
 	}
-	if !strings.Contains(w.agent.Proxy.Log(), "the drain timeout is over") {
+	if !strings.Contains(w.agent.Proxy.Log(), "drain timeout reached") {
 		t.Error("the proxy did not cut it")
 	}
 	if code := w.agent.Proxy.ExitCode(); code != 0 {

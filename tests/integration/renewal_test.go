@@ -382,7 +382,7 @@ func TestControlPlaneAway(t *testing.T) {
 	w.cp.Fail(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
 	watch := w.stream()
 	first := w.lease()
-	want := "the lease cannot be renewed since "
+	want := "the renewal of the lease has failed since "
 	eventuallyWithin(t, time.Minute, func() error {
 		code, ready, err := w.agent.Ready(t.Context())
 		if err == nil && (code != http.StatusOK || !strings.HasPrefix(ready.Checks["tunnel"].Detail, want) || time.Now().Before(first.ExpiresAt)) {

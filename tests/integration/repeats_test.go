@@ -24,7 +24,7 @@ func TestOnlyWhatWasNotDeliveredIsRepeated(t *testing.T) {
 	server.EnableHTTP2 = true
 	server.StartTLS()
 	t.Cleanup(func() { server.CloseClientConnections(); server.Close() })
-	const path, mustLook = "/api/k8s/api/v1/namespaces/default/configmaps", "look whether what you asked for was done"
+	const path, mustLook = "/api/k8s/api/v1/namespaces/default/configmaps", "check whether the request took effect"
 	for _, tunnel := range []string{"https", "http"} {
 		t.Run(tunnel, func(t *testing.T) {
 			w := over(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"net/http"
@@ -12,29 +12,19 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/version"
 )
 
-// metrics are all that /metrics shows. Labels hold nothing that a caller can make up.
+// metrics are all metrics of the proxy. No label holds a value that a caller chooses.
 type metrics struct {
-	requests     *prometheus.CounterVec
-	inFlight     *prometheus.GaugeVec
-	received     prometheus.Counter
-	sent         prometheus.Counter
-	kube         *prometheus.CounterVec
-	kubeInFlight *prometheus.GaugeVec
-	latency      prometheus.Histogram
-	checks       *prometheus.GaugeVec
-
+	requests, kube, authFailures, commands, refused   *prometheus.CounterVec
+	received, sent, frpcRestarts, statusRequests      prometheus.Counter
+	inFlight, kubeInFlight, checks, limits            *prometheus.GaugeVec
 	tunnelUp, leaseEnd, renewalFailing, lastHeartbeat prometheus.Gauge
-	frpcRestarts                                      prometheus.Counter
-	authFailures, commands, refused                   *prometheus.CounterVec
-	limits                                            *prometheus.GaugeVec
-	statusDuration                                    prometheus.Histogram
-	statusRequests                                    prometheus.Counter
+	latency, statusDuration                           prometheus.Histogram
 
 	factory promauto.Factory
-	handler http.Handler
+	handler http.Handler // of /metrics
 }
 
-// limit shows a limit and how much of it is in use.
+// limit adds a limit and how much of it is in use.
 func (m *metrics) limit(name string, size int64, inUse func() int64) {
 	m.limits.WithLabelValues(name).Set(float64(size))
 	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
@@ -85,11 +75,12 @@ func newMetrics() *metrics {
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
 	}
-	for limit := range strings.FieldsSeq("connections idle header_memory handshake requests caller request_memory stalled_calls stalled_reads stalled_streams commands") {
-		m.refused.WithLabelValues(limit)
+	for limit := range strings.FieldsSeq("connections idle header_memory handshake requests caller request_memory " +
+		"stalled_calls stalled_reads stalled_streams commands") {
+		m.refused.WithLabelValues(limit) // 0 until there is one
 	}
-	for _, reason := range []string{"none", "several", "scheme", "token", "unconfigured"} {
-		m.authFailures.WithLabelValues(reason) // 0 until there is one
+	for reason := range strings.FieldsSeq("none several scheme token unconfigured") {
+		m.authFailures.WithLabelValues(reason)
 	}
 	info := version.Get()
 	gauges("build_info", "Always 1; the labels say what was built.", "version", "commit", "go_version").

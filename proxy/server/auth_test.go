@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"context"
@@ -31,7 +31,7 @@ const tokenOverlap = 5 * time.Minute
 // TestTokenWithoutOverlap: the token before is worth nothing as soon as there is another.
 func TestTokenWithoutOverlap(t *testing.T) {
 	a := newAuthenticator("first", 0, newMetrics(), slog.New(slog.DiscardHandler))
-	a.change("second")
+	a.setToken("second")
 	if a.check(bearer("first")) == nil || a.check(bearer("second")) != nil {
 		t.Error("the first token is let in, or the second is not")
 	}
@@ -69,7 +69,7 @@ func TestTokenChanges(t *testing.T) {
 		}
 		want("first")
 		write("second", nil)
-		time.Sleep(tokenAge + 1)
+		time.Sleep(tokenInterval + 1)
 		want("first", "second")
 		write("", errors.New("input/output error"))
 		time.Sleep(time.Minute)
@@ -78,20 +78,20 @@ func TestTokenChanges(t *testing.T) {
 		time.Sleep(tokenOverlap)
 		want("second")
 		write("third", nil)
-		time.Sleep(tokenAge + 1)
+		time.Sleep(tokenInterval + 1)
 		want("second", "third")
 		time.Sleep(tokenOverlap)
 		want("third")
 		write("fourth", nil)
-		time.Sleep(tokenAge + tokenOverlap) // and nobody asks
+		time.Sleep(tokenInterval + tokenOverlap) // and nobody asks
 		want("fourth")
 		write("", fmt.Errorf("%w: the file is empty", config.ErrNoSecret))
-		time.Sleep(tokenAge + 1)
+		time.Sleep(tokenInterval + 1)
 		want() // neither the last token nor an empty one
 		write("first", nil)
-		time.Sleep(tokenAge + 1)
+		time.Sleep(tokenInterval + 1)
 		want("first")
-		if n := strings.Count(log.String(), "cannot be read anew"); n != 1 || strings.Contains(log.String(), "second") {
+		if n := strings.Count(log.String(), "reading the agent token failed"); n != 1 || strings.Contains(log.String(), "second") {
 			t.Errorf("the log says %d times that the file cannot be read:\n%s", n, log)
 		}
 	})
@@ -127,16 +127,16 @@ func TestFailuresAreLimited(t *testing.T) {
 	if w := from("192.0.2.2", "wrong"); w.Code != http.StatusUnauthorized {
 		t.Errorf("another source: answered %d", w.Code)
 	}
-	if n := strings.Count(log.String(), "a caller is refused"); n != 2 || strings.Count(log.String(), "\n") != 3 || strings.Contains(log.String(), "wrong-") {
+	if n := strings.Count(log.String(), "authentication failed"); n != 2 || strings.Count(log.String(), "\n") != 3 || strings.Contains(log.String(), "wrong-") {
 		t.Errorf("%d refusals are logged:\n%s", n, log)
 	}
 	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != 101 {
 		t.Errorf("%v failures are counted", n)
 	}
-	for i := range 3 * maxSources {
+	for i := range 3 * maxCallers {
 		from(fmt.Sprintf("10.%d.%d.1", i/256, i%256), "wrong")
 	}
-	if n := len(s.auth.sources); n > maxSources+1 {
+	if n := len(s.auth.callers); n > maxCallers+1 {
 		t.Errorf("%d sources are remembered", n)
 	}
 	if w := from("192.0.2.1", token); w.Code != http.StatusOK {

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"bufio"
@@ -21,7 +21,7 @@ import (
 )
 
 // listening serves a server's tunnel listener, and returns its address.
-func listening(t *testing.T, s *server) string {
+func listening(t *testing.T, s *Server) string {
 	t.Helper()
 	socket, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -36,7 +36,7 @@ func listening(t *testing.T, s *server) string {
 }
 
 // withLimits is a server with limits before an API server.
-func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *server {
+func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *Server {
 	t.Helper()
 	upstream := httptest.NewUnstartedServer(api)
 	upstream.EnableHTTP2 = true
@@ -50,7 +50,7 @@ func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *serve
 	return serverWithin(t, &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, token, l, slog.New(slog.DiscardHandler))
 }
 
-func refused(s *server, limit string) float64 {
+func refused(s *Server, limit string) float64 {
 	return testutil.ToFloat64(s.metrics.refused.WithLabelValues(limit))
 }
 
@@ -107,7 +107,7 @@ func TestRequestsInFlightAreBounded(t *testing.T) {
 	watch("192.0.2.3", http.StatusOK)
 }
 
-func inUse(s *server) int {
+func inUse(s *Server) int {
 	n, _, _ := s.gate.state()
 	return n
 }
@@ -192,10 +192,10 @@ func TestStalledRequestsMakeRoom(t *testing.T) {
 }
 
 // stalledNow returns those that wait for their callers at this moment.
-func (g *gate) stalledNow() []*recorder {
+func (g *gate) stalledNow() []*scope {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.stalled(time.Now().Add(stallGrace), func(rec *recorder) bool { return rec.stalled() < time.Now().Add(-100*time.Millisecond).UnixNano() })
+	return g.stalled(time.Now().Add(stallGrace), func(sc *scope) bool { return sc.stalledSince() < time.Now().Add(-100*time.Millisecond).UnixNano() })
 }
 
 // TestStalledUploadsMakeRoom: each holds one of the API server's seats, which others wait for.
@@ -240,11 +240,11 @@ func TestStalledCallEnds(t *testing.T) {
 		}
 	}
 	eventually(t, func() bool { return len(s.gate.stalledNow()) == 3 })
-	s.gate.endStalled(time.Now().Add(callStall / 2))
+	s.gate.endStalled(time.Now().Add(callTimeout / 2))
 	if n := inUse(s); n != 3 {
 		t.Errorf("%d run after half a minute", n)
 	}
-	s.gate.endStalled(time.Now().Add(2 * callStall))
+	s.gate.endStalled(time.Now().Add(2 * callTimeout))
 	eventually(t, func() bool { return inUse(s) == 2 })
 	if refused(s, "stalled_calls") != 1 {
 		t.Errorf("%v calls were ended", refused(s, "stalled_calls"))
@@ -337,9 +337,9 @@ func TestSlowCheckHoldsNobody(t *testing.T) {
 		return nil
 	}}
 	done := make(chan error, 1)
-	go func() { done <- c.result(t.Context()) }()
+	go func() { done <- c.refresh(t.Context()) }()
 	<-begun
-	if err := c.result(t.Context()); err == nil || !strings.Contains(err.Error(), "not checked yet") {
+	if err := c.refresh(t.Context()); err == nil || !strings.Contains(err.Error(), "not checked yet") {
 		t.Errorf("before the first outcome: %v", err)
 	}
 	close(end)
@@ -439,7 +439,7 @@ func TestSilentAPIServer(t *testing.T) {
 }
 
 // serverBeforeSilence is a server before an API server that speaks plain HTTP, and nothing at all.
-func serverBeforeSilence(t *testing.T) (*server, *pipes) {
+func serverBeforeSilence(t *testing.T) (*Server, *pipes) {
 	t.Helper()
 	toAPI := newPipes()
 	go func() {
@@ -552,7 +552,7 @@ func TestLimitsFitTheMemory(t *testing.T) {
 	}
 }
 
-func memoryInUse(s *server) int64 {
+func memoryInUse(s *Server) int64 {
 	_, n, _ := s.gate.state()
 	return n
 }

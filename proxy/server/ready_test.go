@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"strings"
@@ -19,7 +19,7 @@ func TestLeaseIsOverdue(t *testing.T) {
 	}
 	noted := lease(time.Minute, time.Hour)
 	noted.Renewal = &frpc.Renewal{FailingSince: now, Error: "it is away"}
-	const overdue = "the lease should have been renewed by now, and ends at "
+	const overdue = "the renewal of the lease is overdue, and it expires at "
 	for name, test := range map[string]struct {
 		lease   *frpc.Lease
 		failing float64
@@ -32,14 +32,14 @@ func TestLeaseIsOverdue(t *testing.T) {
 		"of less":              {lease(100*time.Second, 10*time.Second), 0, ""},
 		"of a hundred years":   {lease(50*365*24*time.Hour, 50*365*24*time.Hour), 0, ""},
 		"without an end":       {&frpc.Lease{IssuedAt: now.Add(-24 * time.Hour)}, 0, ""},
-		"noted by bootstrap":   {noted, 1, "the lease cannot be renewed since "},
-		"ended":                {lease(time.Hour, -time.Second), 1, "the lease ended at "},
-		"ended, of no minutes": {lease(time.Minute, -time.Second), 0, "the lease ended at "},
+		"noted by bootstrap":   {noted, 1, "the renewal of the lease has failed since "},
+		"ended":                {lease(time.Hour, -time.Second), 1, "the lease expired at "},
+		"ended, of no minutes": {lease(time.Minute, -time.Second), 0, "the lease expired at "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMetrics()
 			check := &tunnelCheck{metrics: m}
-			check.remember(test.lease, nil, nil)
+			check.record(test.lease, nil, nil)
 			if got := testutil.ToFloat64(m.renewalFailing); got != test.failing {
 				t.Errorf("the metric is %v, want %v", got, test.failing)
 			}

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"context"
@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/answer"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -16,7 +17,7 @@ type status struct {
 	ControlPlane controlPlaneStatus `json:"control_plane"`
 	Tunnel       tunnelStatus       `json:"tunnel"`
 	Cluster      kube.Summary       `json:"cluster"`
-	Timestamp    time.Time          `json:"timestamp"` // when the cluster was looked at
+	Timestamp    time.Time          `json:"timestamp"` // when the cluster was read
 }
 
 type agentStatus struct {
@@ -28,30 +29,30 @@ type agentStatus struct {
 	StartedAt time.Time `json:"started_at"`
 }
 
-// controlPlaneStatus is what is known of the control plane: its last heartbeat.
+// controlPlaneStatus says when the control plane last sent a heartbeat.
 type controlPlaneStatus struct {
 	Heartbeats    uint64     `json:"heartbeats"`     // since the start
 	LastHeartbeat *time.Time `json:"last_heartbeat"` // null: none since the start
 }
 
-// tunnelStatus is what frpc and the lease say.
+// tunnelStatus is the state of frpc and the lease.
 type tunnelStatus struct {
 	Connected      bool               `json:"connected"`
-	Since          *time.Time         `json:"since"`            // when Connected was first seen as it is
+	Since          *time.Time         `json:"since"`            // when Connected last changed
 	Detail         string             `json:"detail,omitempty"` // why it is not connected
-	FrpcRestarts   uint64             `json:"frpc_restarts"`    // seen since the start: frpc was away and came back
+	FrpcRestarts   uint64             `json:"frpc_restarts"`    // seen since the start: frpc had ended and answered again
 	Proxies        []frpc.ProxyStatus `json:"proxies"`
 	LeaseIssuedAt  *time.Time         `json:"lease_issued_at"`
-	LeaseExpiresAt *time.Time         `json:"lease_expires_at"`        // null: unknown, or no end
-	LeaseProblem   string             `json:"lease_problem,omitempty"` // there is no next lease: since when, and why
+	LeaseExpiresAt *time.Time         `json:"lease_expires_at"`        // null: unknown, or never
+	LeaseProblem   string             `json:"lease_problem,omitempty"` // why the lease is not renewed, and since when
 }
 
-// statusAge is how long an answer is good for: polling oftener costs the API server nothing more.
+// statusAge is how long a summary is reused: frequent requests cost the API server nothing more.
 const statusAge = 5 * time.Second
 
-// clusterSummary shares what was last read of the cluster.
+// clusterSummary reads the cluster, and shares the last summary. Safe for concurrent use.
 type clusterSummary struct {
-	api     *kube.Proxy
+	api     *kube.Client
 	metrics *metrics
 
 	mu   sync.Mutex
@@ -59,11 +60,12 @@ type clusterSummary struct {
 	last kube.Summary
 }
 
+// get returns a summary that is at most statusAge old, and when it was read.
 func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if time.Since(c.at) > statusAge {
-		// No caller's leaving cuts short what others wait for.
+		// Others wait for the result: a caller that leaves must not end the reading.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
 		defer cancel()
 		begin := time.Now()
@@ -75,7 +77,7 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 	return c.last, c.at
 }
 
-// timeOrNil makes null of a time that is not known.
+// timeOrNil returns nil, which is null in JSON, for the zero time.
 func timeOrNil(t time.Time) *time.Time {
 	if t.IsZero() {
 		return nil
@@ -83,22 +85,23 @@ func timeOrNil(t time.Time) *time.Time {
 	return new(t.UTC())
 }
 
-// getStatus answers GET /api/agent/status. What cannot be read is null, with a reason, and the rest is served.
-func (s *server) getStatus(w http.ResponseWriter, r *http.Request) {
+// getStatus answers GET /api/agent/status. What cannot be read is null, with a reason.
+func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
-	_ = s.ready.checks["tunnel"].result(r.Context()) // what is wrong stands in the status
-	writeJSON(w, http.StatusOK, status{
+	_ = s.ready.checks["tunnel"].refresh(r.Context()) // the error is in the status
+	answer.WriteJSON(w, http.StatusOK, status{
 		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
 		Tunnel: s.ready.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})
 }
 
-// heartbeat answers POST /api/agent/heartbeat, the control plane's pulse. A body is not looked at.
-func (s *server) heartbeat(w http.ResponseWriter, _ *http.Request) {
+// postHeartbeat answers POST /api/agent/heartbeat. It ignores the body.
+func (s *Server) postHeartbeat(w http.ResponseWriter, _ *http.Request) {
 	s.lastHeartbeat.Store(new(time.Now().UTC()))
 	sequence := s.heartbeats.Add(1)
 	s.metrics.lastHeartbeat.SetToCurrentTime()
-	writeJSON(w, http.StatusOK, map[string]any{
-		"status": "alive", "agent": s.agent, "uptime_seconds": int64(time.Since(s.agent.StartedAt).Seconds()), "sequence": sequence,
+	answer.WriteJSON(w, http.StatusOK, map[string]any{
+		"status": "alive", "agent": s.agent, "sequence": sequence,
+		"uptime_seconds": int64(time.Since(s.agent.StartedAt).Seconds()),
 	})
 }

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"bufio"
@@ -83,7 +83,7 @@ func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toA
 	return client, toAgent, toAPI
 }
 
-func serverOverPipes(t *testing.T, handler http.HandlerFunc) (s *server, client *http.Client, toAgent, toAPI *pipes) {
+func serverOverPipes(t *testing.T, handler http.HandlerFunc) (s *Server, client *http.Client, toAgent, toAPI *pipes) {
 	t.Helper()
 	toAgent, toAPI = newPipes(), newPipes()
 	certificates := httptest.NewUnstartedServer(nil)
@@ -145,7 +145,7 @@ func TestDeadConnection(t *testing.T) {
 			code         int
 		}{
 			{http.MethodGet, "answered", http.StatusOK},
-			{http.MethodPost, "look whether what you asked for was done", http.StatusBadGateway},
+			{http.MethodPost, "check whether the request took effect", http.StatusBadGateway},
 		} {
 			if resp, body := ask(t, client, http.MethodGet, "/api/k8s/version"); resp.StatusCode != http.StatusOK {
 				t.Fatalf("before: %s %s", resp.Status, body)

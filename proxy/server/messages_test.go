@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"encoding/json"
@@ -6,6 +6,8 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+
+	"github.com/pipeops/vm-agent/proxy/answer"
 )
 
 func post(handler http.Handler, path, contentType, body string) *httptest.ResponseRecorder {
@@ -39,7 +41,7 @@ func TestBadMessages(t *testing.T) {
 		"wrong type":        {"text/plain", `{}`, 415, "Content-Type: application/json"},
 		"empty":             {"application/json", ``, 400, "empty"},
 		"truncated":         {"application/json", `{"id":"1","ty`, 400, "unexpected end of JSON"},
-		"two":               {"application/json", `{} {}`, 400, "cannot be read as JSON: invalid character"},
+		"two":               {"application/json", `{} {}`, 400, "is not valid JSON: invalid character"},
 		"too large":         {"application/json", `"` + strings.Repeat("a", 10<<20) + `"`, 413, "larger than 65536 bytes"},
 		"deep":              {"application/json", strings.Repeat("[", 30_000) + strings.Repeat("]", 30_000), 400, "exceeded max depth"},
 		"not UTF-8":         {"application/json", "{\"id\":\"\xff\"}", 400, "not UTF-8"},
@@ -54,7 +56,7 @@ func TestBadMessages(t *testing.T) {
 		"time":              {"application/json", `{"id":"1","type":"ping","timestamp":"yesterday"}`, 422, `"timestamp: give a time`},
 		"time, a number":    {"application/json", `{"id":"1","type":"ping","timestamp":5}`, 422, `"timestamp: give a string"`},
 		"time of a runner":  {"application/json", assigned(`{` + good + `,"assigned_at":""}`), 422, `"data.assigned_at: give a time`},
-		"unknown type":      {"application/json", `{"id":"1","type":"reboot"}`, 422, "there are ping, runner_assigned and runner_unassigned"},
+		"unknown type":      {"application/json", `{"id":"1","type":"reboot"}`, 422, "give ping, runner_assigned or runner_unassigned"},
 		"no data":           {"application/json", `{"id":"1","type":"runner_assigned"}`, 422, `"data: give an object"`},
 		"data of no kind":   {"application/json", assigned(`[]`), 422, `"data: give an object"`},
 		"data null":         {"application/json", assigned(`null`), 422, `"data.runner_id: give`},
@@ -80,7 +82,7 @@ func TestBadMessages(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := post(handlers[tunnel], messagePath, test.contentType, test.body)
-			var p problem
+			var p answer.Problem
 			if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil || w.Code != test.code || p.Status != test.code || !strings.Contains(w.Body.String(), test.want) ||
 				w.Header().Get("Content-Type") != "application/problem+json" {
 				t.Errorf("answered %d %v %.300s, want %d %q", w.Code, err, w.Body, test.code, test.want)

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"bufio"
@@ -24,13 +24,16 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc/secret"
-	"github.com/pipeops/vm-agent/proxy/kube"
+	"github.com/pipeops/vm-agent/proxy/answer"
 )
 
 const token = "hunter2"
 
+// defaultMemory is the memory in bytes that tests compute the limits from.
+const defaultMemory = 1 << 30
+
 // newTest is a server before an API server that accepts all, its log, and its two listeners' handlers.
-func newTest(t testing.TB, agentToken secret.Secret) (s *server, log *bytes.Buffer, handlers map[listener]http.Handler) {
+func newTest(t testing.TB, agentToken secret.Secret) (s *Server, log *bytes.Buffer, handlers map[listener]http.Handler) {
 	t.Helper()
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "from the API server") }))
 	t.Cleanup(api.Close)
@@ -41,22 +44,24 @@ func newTest(t testing.TB, agentToken secret.Secret) (s *server, log *bytes.Buff
 }
 
 // serverBefore is a server before an API server.
-func serverBefore(t testing.TB, api *rest.Config, agentToken secret.Secret, log *slog.Logger) *server {
+func serverBefore(t testing.TB, api *rest.Config, agentToken secret.Secret, log *slog.Logger, runnerHosts ...string) *Server {
 	t.Helper()
-	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log)
+	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log, runnerHosts...)
 }
 
-func serverWithin(t testing.TB, api *rest.Config, agentToken secret.Secret, l limits, log *slog.Logger) *server {
+// serverWithin returns a server with limits before an API server, for runners on *.svc and runnerHosts.
+func serverWithin(
+	t testing.TB, api *rest.Config, agentToken secret.Secret, l limits, log *slog.Logger, runnerHosts ...string,
+) *Server {
 	t.Helper()
-	m := newMetrics()
-	proxy, err := kube.New(api, m.latency.Observe, log)
+	cfg := &config.Config{RunDir: t.TempDir()}
+	cfg.Agent.ID, cfg.Agent.Token, cfg.Agent.TokenOverlap = "agent-001", agentToken, 5*time.Minute
+	cfg.Runners.AllowedHosts = append([]string{"*.svc"}, runnerHosts...)
+	s, err := newServer(cfg, api, l, log)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := &config.Config{RunDir: t.TempDir()}
-	cfg.Agent.ID, cfg.Agent.Token, cfg.Agent.TokenOverlap = "agent-001", agentToken, 5*time.Minute
-	cfg.Runners.AllowedHosts = []string{"*.svc"}
-	return newServer(cfg, proxy, m, l, log)
+	return s
 }
 
 func do(handler http.Handler, method, target string, authorization ...string) *httptest.ResponseRecorder {
@@ -168,7 +173,7 @@ func TestErrorsOutsideKubernetesAreProblems(t *testing.T) {
 		{operations, "GET", "/api/v1/pods", 404, ""},
 	} {
 		w := do(handlers[test.l], test.method, test.target)
-		var p problem
+		var p answer.Problem
 		if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
 			t.Errorf("%s %s: %v: %s", test.method, test.target, err, w.Body)
 		}
@@ -315,7 +320,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for _, m := range regexp.MustCompile(`(?m)^# TYPE (pipeops_agent_\S+) (\S+)$`).FindAllStringSubmatch(do(handlers[operations], "GET", "/metrics").Body.String(), -1) {
 		served[m[1]] = m[2]
 	}
-	readme, err := os.ReadFile("README.md")
+	readme, err := os.ReadFile("../README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -338,27 +343,6 @@ func TestRequestsAreLoggedWithoutTheirContent(t *testing.T) {
 	for _, want := range []string{`"request_id":"` + id + `"`, `"status":200`, `"bytes":19`, `"verb":"get"`, `"resource":"secrets"`, `"caller":"192.0.2.1"`} {
 		if id == "" || !strings.Contains(line, want) {
 			t.Errorf("request %q logged without %s: %s", id, want, line)
-		}
-	}
-}
-
-func TestCommandLine(t *testing.T) {
-	for _, test := range []struct {
-		args []string
-		env  map[string]string
-		code int
-		want string
-	}{
-		{[]string{"--help"}, nil, exitOK, "Usage: proxy"},
-		{[]string{"--version"}, nil, exitOK, `"contract":"1"`},
-		{[]string{"extra"}, nil, exitUsage, `unknown argument "extra"`},
-		{nil, nil, exitUsage, "agent.token (PIPEOPS_AGENT_TOKEN): required"},
-		{nil, map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": token, "KUBECONFIG": "/nonexistent"}, exitUsage, "no way to the Kubernetes API server"},
-	} {
-		var out bytes.Buffer
-		code := run(t.Context(), test.args, test.env, &out, &out)
-		if code != test.code || !strings.Contains(out.String(), test.want) || strings.Contains(out.String(), token) {
-			t.Errorf("%v: exit code %d, want %d; output, want %q:\n%s", test.args, code, test.code, test.want, out.String())
 		}
 	}
 }

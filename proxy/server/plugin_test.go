@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"context"
@@ -7,12 +7,9 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -57,7 +54,7 @@ func TestHangingCredentialPlugin(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 40 { // more than may wait at a time
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-		err := s.kube.Check(ctx)
+		err := s.cluster.api.CheckReady(ctx)
 		cancel()
 		if err == nil || !strings.Contains(err.Error(), "slow-plugin does not answer") {
 			t.Fatalf("the check says %v", err)
@@ -76,33 +73,4 @@ func TestHangingCredentialPlugin(t *testing.T) {
 		return w.Code == http.StatusOK && w.Body.String() == "Bearer from-the-plugin"
 	})
 	eventually(t, func() bool { return runtime.NumGoroutine() < before+40 })
-}
-
-// TestKillChildren: a plugin, and what it has started, end with the proxy.
-func TestKillChildren(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "pids")
-	parent := exec.Command("sh", "-c", `sh -c 'sleep 1000 & echo $$ $! >'"$0"'.new; mv "$0".new "$0"; wait' "$0"; exit 0`, file)
-	if err := parent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	var pids []int
-	eventually(t, func() bool {
-		data, err := os.ReadFile(file)
-		for _, field := range strings.Fields(string(data)) {
-			pid, err := strconv.Atoi(field)
-			if err != nil {
-				t.Fatal(err)
-			}
-			pids = append(pids, pid)
-		}
-		return err == nil
-	})
-	killChildren(os.Getpid())
-	_ = parent.Wait()
-	for _, pid := range pids {
-		eventually(t, func() bool {
-			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-			return syscall.Kill(pid, 0) != nil || err == nil && strings.Contains(string(stat), ") Z ")
-		})
-	}
 }

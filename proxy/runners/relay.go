@@ -1,0 +1,144 @@
+package runners
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pipeops/vm-agent/proxy/answer"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// What a command may cost.
+const (
+	HeaderTimeout  = 30 * time.Second // from the command's last byte to the answer's headers
+	CommandTimeout = 5 * time.Minute  // from the command's headers to the end of the answer
+
+	maxCommand       = 10 << 20 // bytes
+	maxAnswer        = 64 << 20 // bytes; the rest is cut off
+	maxAnswerHeaders = 16 << 10 // bytes
+)
+
+// Relay answers a command for the runner id with that runner's answer. body is the request's, nil if it has none.
+func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, body *kube.Body) {
+	if !idPattern.MatchString(id) {
+		answer.WriteProblem(w, http.StatusBadRequest, "invalid runner id: give "+validID)
+		return
+	}
+	if slices.Contains(kube.ListOf(req, "Via"), "1.1 "+r.config.AgentID) {
+		answer.WriteProblem(w, http.StatusLoopDetected,
+			fmt.Sprintf("the endpoint of runner %q leads back to this agent: assign it another one", id))
+		return
+	}
+	select {
+	case r.running <- struct{}{}:
+		defer func() { <-r.running }()
+	default:
+		r.config.Refused()
+		w.Header().Set("Retry-After", "1")
+		answer.WriteProblem(w, http.StatusTooManyRequests, "too many commands are being relayed: try again")
+		return
+	}
+	body.Within(CommandTimeout)
+	ctx, cancel := context.WithTimeout(req.Context(), CommandTimeout)
+	defer cancel()
+	reading, cancelReading := context.WithTimeout(ctx, RegistryTimeout)
+	defer cancelReading()
+	found, known, err := r.find(reading, id)
+	switch {
+	case err != nil:
+		WriteError(reading, w, err)
+		return
+	case !known:
+		answer.WriteProblem(w, http.StatusNotFound,
+			fmt.Sprintf("no runner %q is assigned to this agent: send it a runner_assigned message", id))
+		return
+	}
+	endpoint, err := r.checkEndpoint(found.Endpoint) // again: the setting may have changed since the assignment
+	if err != nil {
+		answer.WriteProblem(w, http.StatusBadGateway, "the runner's endpoint "+err.Error())
+		return
+	}
+	endpoint.RawQuery = strings.Trim(endpoint.RawQuery+"&"+req.URL.RawQuery, "&")
+	c := &command{Runners: r, endpoint: endpoint, token: "Bearer " + found.Token.Reveal(), body: body}
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { c.connected = true }}
+	req = req.WithContext(httptrace.WithClientTrace(ctx, trace))
+	req.Body = http.MaxBytesReader(w, req.Body, maxCommand)
+	relay := &httputil.ReverseProxy{
+		Rewrite: c.rewrite, Transport: r.Transport, ModifyResponse: c.checkAnswer, ErrorHandler: c.fail,
+		FlushInterval: -1, // answers may be streams
+		ErrorLog:      slog.NewLogLogger(r.config.Log.Handler(), slog.LevelDebug),
+	}
+	relay.ServeHTTP(w, req)
+}
+
+// command is a command that is being relayed.
+type command struct {
+	*Runners
+
+	endpoint  *url.URL
+	token     string // the Authorization header
+	body      *kube.Body
+	connected bool // the runner may have received part of the command
+}
+
+// rewrite addresses the command to its runner, with the runner's token in place of the caller's.
+func (c *command) rewrite(pr *httputil.ProxyRequest) {
+	pr.Out.URL, pr.Out.Host = c.endpoint, ""
+	for _, name := range []string{"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect"} {
+		pr.Out.Header.Del(name)
+	}
+	pr.Out.Header.Add("Via", "1.1 "+c.config.AgentID)
+	pr.Out.Header.Set("Authorization", c.token)
+}
+
+// checkAnswer refuses invalid statuses and limits the body. Beyond the limit reading fails, so that a cut answer does
+// not look complete.
+func (c *command) checkAnswer(resp *http.Response) error {
+	if resp.StatusCode < 200 || resp.StatusCode > 599 {
+		return fmt.Errorf("its status is %d", resp.StatusCode)
+	}
+	resp.Body = http.MaxBytesReader(nil, resp.Body, maxAnswer)
+	return nil
+}
+
+// fail answers for a runner that gave no valid answer. out is the request as rewritten.
+func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
+	var tooLarge *http.MaxBytesError
+	var timeout net.Error
+	late := errors.As(err, &timeout) && timeout.Timeout()
+	cause, unread := context.Cause(out.Context()), c.body.Failure()
+	code, what, do := http.StatusBadGateway, "broke off or gave no valid answer", "it may have done the command: look at its log"
+	switch {
+	case errors.As(err, &tooLarge):
+		answer.WriteProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the command is larger than %d bytes", tooLarge.Limit))
+		return
+	case errors.Is(cause, context.Canceled) && !errors.Is(unread, os.ErrDeadlineExceeded):
+		panic(http.ErrAbortHandler) // the caller has gone
+	case unread != nil:
+		answer.WriteBodyError(w, unread, CommandTimeout)
+		return
+	case errors.Is(cause, kube.ErrShutdown):
+		late, what, err = true, "has not answered", errors.New("the agent has stopped")
+	case errors.Is(err, errForbiddenAddress):
+		what, do = "is not called", "give the runner an endpoint in the cluster, or add its IP to runners.allowed_hosts"
+	case !c.connected:
+		what, do = "cannot be reached", "check that it runs, and its endpoint"
+	case late:
+		what = "does not answer"
+	}
+	if late {
+		code = http.StatusGatewayTimeout
+	}
+	answer.WriteProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", c.endpoint.Host, what, err, do))
+}

@@ -1,0 +1,81 @@
+package server
+
+import (
+	"log/slog"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// answered counts and logs a request. It must be deferred: it records a panic of the handler, and panics again.
+func (s *Server) answered(sc *scope, r *http.Request, l listener) {
+	sc.conn.Answered()
+	code := sc.status()
+	if p := recover(); p != nil {
+		if p != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
+			code = http.StatusInternalServerError // ReverseProxy drops a connection by ErrAbortHandler; others are bugs
+		}
+		defer panic(p)
+	}
+	s.metrics.requests.WithLabelValues(routeLabel(r), methodLabel(r.Method), codeLabel(code)).Inc()
+	if verb := sc.description.Verb; verb != "" {
+		s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Dec()
+		s.metrics.kube.WithLabelValues(verb, codeLabel(code), sc.lane()).Inc()
+	}
+	s.logRequest(sc, r, l, code)
+}
+
+// logRequest logs a request without its query, headers and body, and below the Kubernetes API without its path: objects'
+// names may be secret.
+func (s *Server) logRequest(sc *scope, r *http.Request, l listener, code int) {
+	level := slog.LevelInfo
+	if l == operations || !sc.authenticated { // probes and scrapes; and callers who could fill the log
+		level = slog.LevelDebug
+	}
+	if !s.log.Enabled(r.Context(), level) {
+		return
+	}
+	from := ""
+	if sc.conn.Proxied() {
+		from = forwardedFor(r)
+	}
+	d := &sc.description
+	attrs := []slog.Attr{
+		slog.String("request_id", sc.requestID), slog.String("method", methodLabel(r.Method)),
+		slog.String("route", routeLabel(r)), slog.Int("status", code), slog.Int64("bytes", sc.bytes),
+		slog.Int64("duration_us", time.Since(sc.start).Microseconds()), slog.String("caller", sc.caller),
+		slog.String("forwarded_for", from), slog.String("verb", d.Verb), slog.String("group", d.Group),
+		slog.String("resource", d.Resource), slog.String("subresource", d.Subresource),
+	}
+	attrs = slices.DeleteFunc(attrs, func(attr slog.Attr) bool { return attr.Value.String() == "" })
+	s.log.LogAttrs(r.Context(), level, "request", attrs...)
+}
+
+// codeLabel limits the labels to codes of HTTP: a backend may send others.
+func codeLabel(code int) string {
+	if http.StatusText(code) == "" && code != callerLeft {
+		return "other"
+	}
+	return strconv.Itoa(code)
+}
+
+// routeLabel returns the path of the request's route, "none" if it has none; never the caller's path.
+func routeLabel(r *http.Request) string {
+	slash := strings.IndexByte(r.Pattern, '/')
+	if slash < 0 || r.Pattern == "/" {
+		return "none"
+	}
+	return r.Pattern[slash:]
+}
+
+// methodLabel limits the labels to methods of the Kubernetes API: a caller may send others.
+func methodLabel(method string) string {
+	if slices.Contains(kube.Methods, method) {
+		return method
+	}
+	return "other"
+}

@@ -1,0 +1,209 @@
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/apimachinery/pkg/util/wait"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc/secret"
+	"github.com/pipeops/vm-agent/proxy/answer"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+const (
+	// tokenInterval is how often the token's file is read.
+	tokenInterval = 2 * time.Second
+	// Within failureWindow a caller may fail maxFailures times before it gets 429. At most maxCallers are told apart.
+	failureWindow = time.Minute
+	maxFailures   = 20
+	maxCallers    = 1000
+)
+
+// authenticator checks callers' tokens, and counts their failures. Safe for concurrent use.
+type authenticator struct {
+	failures *prometheus.CounterVec
+	log      *slog.Logger
+	overlap  time.Duration // how long the previous token stays valid, so that callers can change theirs later
+
+	mu       sync.Mutex
+	current  [sha256.Size]byte
+	empty    bool // there is no token: all callers are refused
+	previous [sha256.Size]byte
+	until    time.Time // previous is valid until then
+
+	window  time.Time      // when the counting of callers' failures began
+	callers map[string]int // failures by address
+}
+
+func newAuthenticator(token secret.Secret, overlap time.Duration, m *metrics, log *slog.Logger) *authenticator {
+	return &authenticator{
+		failures: m.authFailures, log: log, overlap: overlap,
+		current: sha256.Sum256([]byte(token.Reveal())), empty: token == "",
+	}
+}
+
+// follow reads the token every tokenInterval until ctx ends. It does not wait for a request: else a token that was
+// replaced meanwhile would be valid until its own next use, and for the overlap from there. If reading fails the token
+// stays as it was; if there is none any more, all callers are refused.
+func (a *authenticator) follow(ctx context.Context, read func() (secret.Secret, error)) {
+	failing := false
+	wait.UntilWithContext(ctx, func(context.Context) {
+		token, err := read()
+		if errors.Is(err, config.ErrNoSecret) {
+			token, err = "", nil
+		}
+		if err != nil && !failing {
+			a.log.Warn("reading the agent token failed: keeping the previous one", "error", err)
+		}
+		if failing = err != nil; !failing {
+			a.setToken(token)
+		}
+	}, tokenInterval)
+}
+
+// setToken replaces the token. The previous one stays valid for the overlap, unless there is no new one.
+func (a *authenticator) setToken(token secret.Secret) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	hash := sha256.Sum256([]byte(token.Reveal()))
+	switch {
+	case hash == a.current:
+	case token == "":
+		a.current, a.empty, a.until = hash, true, time.Time{}
+		a.log.Warn("agent token missing: refusing all callers")
+	default:
+		a.previous, a.until = a.current, time.Now().Add(a.overlap)
+		if a.empty { // there was none before
+			a.until = time.Time{}
+		}
+		a.current, a.empty = hash, false
+		a.log.Info("agent token changed", "previous_valid_until", a.until.UTC())
+	}
+}
+
+// refusal is why a request's credential is refused.
+type refusal struct {
+	reason string // metric label
+	why    string // for the caller
+}
+
+// check returns nil for a request with the agent's token. It compares hashes in constant time, so that neither the token
+// nor its length can be measured.
+func (a *authenticator) check(r *http.Request) *refusal {
+	values := r.Header["Authorization"]
+	if len(values) == 0 {
+		return &refusal{"none", "no credential: send \"Authorization: Bearer <agent token>\""}
+	}
+	if len(values) > 1 {
+		return &refusal{"several", "more than one Authorization header: send one"}
+	}
+	scheme, token, _ := strings.Cut(values[0], " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return &refusal{"scheme", "the credential is not a bearer token: send \"Authorization: Bearer <agent token>\""}
+	}
+	hash := sha256.Sum256([]byte(strings.TrimLeft(token, " ")))
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.empty {
+		return &refusal{"unconfigured", "the agent has no token configured and refuses all callers: set agent.token"}
+	}
+	current := subtle.ConstantTimeCompare(hash[:], a.current[:])
+	previous := subtle.ConstantTimeCompare(hash[:], a.previous[:])
+	if current == 1 || previous == 1 && time.Now().Before(a.until) {
+		return nil
+	}
+	return &refusal{"token", "the bearer token is not this agent's token: check the token in the kubeconfig or client"}
+}
+
+// recordFailure counts a refusal, and logs the first of each caller in a window. It returns how long the caller must
+// wait, 0 if it may try again at once. Only wrong tokens have to wait: many callers share the address of their gateway,
+// and one of them must not lock out the others.
+func (a *authenticator) recordFailure(caller string, refused *refusal) time.Duration {
+	a.failures.WithLabelValues(refused.reason).Inc()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if time.Since(a.window) > failureWindow {
+		a.window, a.callers = time.Now(), map[string]int{}
+	}
+	if _, known := a.callers[caller]; !known && len(a.callers) >= maxCallers {
+		caller = "others"
+	}
+	a.callers[caller]++
+	switch n := a.callers[caller]; {
+	case n == 1:
+		a.log.Warn("authentication failed", "caller", caller, "reason", refused.why, "next_log_in", failureWindow.String())
+	case n > maxFailures:
+		return time.Until(a.window.Add(failureWindow))
+	}
+	return 0
+}
+
+// fail answers an error in the form that the caller of r expects: kubectl prints a metav1.Status. retryAfter is in
+// seconds; 0 sends none.
+func fail(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32) {
+	if isKubernetes(r) {
+		if why != shuttingDown {
+			why = "the agent refuses the request: " + why
+		}
+		kube.WriteStatus(w, r, code, why, retryAfter)
+		return
+	}
+	if retryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
+	}
+	answer.WriteProblem(w, code, why)
+}
+
+// throttle counts a refusal. It answers 429 and returns true if the caller has failed too often.
+func (s *Server) throttle(w http.ResponseWriter, r *http.Request, refused *refusal) bool {
+	caller := scopeOf(r).caller
+	wait := s.auth.recordFailure(caller, refused)
+	if wait > 0 {
+		why := fmt.Sprintf("too many wrong credentials from %s: %s", caller, refused.why)
+		fail(w, r, http.StatusTooManyRequests, why, int32(wait.Seconds())+1)
+	}
+	return wait > 0
+}
+
+// protect returns a handler that calls next for requests with the agent's token that the gate admits. While the agent
+// drains, it admits them only if whileDraining.
+func (s *Server) protect(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if refused := s.auth.check(r); refused != nil {
+			if !s.throttle(w, r, refused) {
+				w.Header().Set("WWW-Authenticate", `Bearer realm="pipeops-agent"`) // RFC 6750
+				fail(w, r, http.StatusUnauthorized, refused.why, 0)
+			}
+			return
+		}
+		sc := scopeOf(r)
+		sc.authenticated = true
+		if isKubernetes(r) {
+			sc.description, sc.streams = kube.Describe(r), true
+			s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Inc()
+		}
+		switch why := s.gate.enter(sc, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), whileDraining); why {
+		case "":
+			defer s.gate.leave(sc)
+			sc.conn.Authenticated()
+			next(w, r)
+		case shuttingDown:
+			w.Header().Set("Connection", "close") // the caller's next write must not meet a closing connection
+			fail(w, r, http.StatusServiceUnavailable, why, 1)
+		default:
+			fail(w, r, http.StatusTooManyRequests, why, 1)
+		}
+	}
+}

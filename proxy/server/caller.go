@@ -1,0 +1,33 @@
+package server
+
+import (
+	"net"
+	"net/http"
+	"net/netip"
+
+	"github.com/pipeops/vm-agent/proxy/inbound"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// caller returns the address of the request's sender. For tunnels of type https and tcp, frpc sends it in a PROXY
+// header. For type http, frps appends the address that it has seen to the caller's own X-Forwarded-For, so the last one
+// can be trusted.
+func caller(r *http.Request) string {
+	if !inbound.From(r.Context()).Proxied() {
+		if from := forwardedFor(r); from != "" {
+			return from
+		}
+	}
+	host, _, _ := net.SplitHostPort(r.RemoteAddr)
+	return host
+}
+
+// forwardedFor returns the last address of X-Forwarded-For, empty if there is none.
+func forwardedFor(r *http.Request) string {
+	elements := kube.ListOf(r, "X-Forwarded-For")
+	addr, err := netip.ParseAddr(elements[len(elements)-1])
+	if err != nil {
+		return ""
+	}
+	return addr.WithZone("").String()
+}

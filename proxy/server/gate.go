@@ -1,0 +1,177 @@
+package server
+
+import (
+	"cmp"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+)
+
+// shuttingDown is the answer to requests that arrive while the gate is closed.
+const shuttingDown = "this instance of the agent is shutting down: try again, the next one will answer"
+
+// gate admits authenticated requests within the limits, none once it is closed, and ends those that are stalled. Safe for
+// concurrent use.
+type gate struct {
+	limits  limits
+	refused func(limit string) // counts a refusal
+	log     *slog.Logger
+
+	mu      sync.Mutex
+	running map[*scope]struct{}
+	memory  int64            // bytes that they have reserved
+	callers map[string]usage // by caller's address
+	closed  bool
+	empty   chan struct{} // is closed once the gate is closed and no request runs
+	drained sync.Once
+}
+
+// usage is how much of the limits one caller uses.
+type usage struct {
+	requests int
+	memory   int64 // bytes
+}
+
+func newGate(l limits, refused func(limit string), log *slog.Logger) *gate {
+	return &gate{
+		limits: l, refused: refused, log: log,
+		running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),
+	}
+}
+
+// enter admits a request whose headers use so many bytes of memory, and returns why not, or "": then leave must follow.
+// Once the gate is closed, it admits only requests with whileDraining.
+func (g *gate) enter(sc *scope, headers int64, whileDraining bool) (refusal string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed && !whileDraining {
+		return shuttingDown
+	}
+	if g.callers[sc.caller].requests >= g.limits.caller {
+		g.refused("caller")
+		return "too many requests of this caller are being answered: try again"
+	}
+	if len(g.running) >= g.limits.requests { // ends a stalled request, to make room for the next try
+		g.end(g.stalled(time.Now(), func(*scope) bool { return true }), 1, "requests")
+		g.refused("requests")
+		return "too many requests are being answered: try again"
+	}
+	if !g.take(sc, headers, false) {
+		return "its headers are too large while so many other requests are being answered: try again"
+	}
+	g.running[sc] = struct{}{}
+	g.add(sc.caller, usage{requests: 1})
+	return ""
+}
+
+// add adds to the usage of a caller. g.mu is held.
+func (g *gate) add(caller string, more usage) {
+	g.memory += more.memory
+	now := usage{g.callers[caller].requests + more.requests, g.callers[caller].memory + more.memory}
+	if g.callers[caller] = now; now == (usage{}) {
+		delete(g.callers, caller)
+	}
+}
+
+// reserve takes memory until leave, and returns false if there is not enough, or the caller would have more than three
+// quarters of it. An optional reservation leaves half for those that are not.
+func (g *gate) reserve(sc *scope, bytes int64, optional bool) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.take(sc, bytes, optional)
+}
+
+// take is reserve with g.mu held.
+func (g *gate) take(sc *scope, bytes int64, optional bool) bool {
+	size := g.limits.requestMemory
+	if g.callers[sc.caller].memory+bytes > size*3/4 || g.memory+bytes > size ||
+		optional && g.memory+bytes > size/2 {
+		g.refused("request_memory")
+		return false
+	}
+	sc.memory += bytes
+	g.add(sc.caller, usage{memory: bytes})
+	return true
+}
+
+// leave takes a request out of the counts.
+func (g *gate) leave(sc *scope) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.running, sc)
+	g.add(sc.caller, usage{-1, -sc.memory})
+	g.closeEmpty()
+}
+
+// close begins the drain.
+func (g *gate) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+	g.closeEmpty()
+}
+
+// closeEmpty closes empty, once, when no request runs any more. g.mu is held.
+func (g *gate) closeEmpty() {
+	if g.closed && len(g.running) == 0 {
+		g.drained.Do(func() { close(g.empty) })
+	}
+}
+
+// state returns the requests that run, the bytes that they have reserved, and whether the gate is closed.
+func (g *gate) state() (running int, memory int64, closed bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.running), g.memory, g.closed
+}
+
+const (
+	stallInterval = 250 * time.Millisecond // between two calls of endStalled
+	stallGrace    = time.Second            // a request is stalled once its caller reads or sends nothing for so long
+	callTimeout   = time.Minute            // a call is ended once its caller reads or sends nothing for so long
+)
+
+// endStalled ends stalled requests: calls after callTimeout; and where more calls, reads or streams are stalled than the
+// limits allow, those that have been stalled longest.
+func (g *gate) endStalled(now time.Time) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	isCall := func(sc *scope) bool { return !sc.isStream() }
+	late := g.stalled(now.Add(stallGrace-callTimeout), isCall)
+	g.end(late, len(late), "stalled_calls")
+	reads := g.stalled(now, func(sc *scope) bool { return isCall(sc) && sc.blocked.Load() != 0 })
+	g.end(reads, len(reads)-g.limits.stalledReads, "stalled_reads")
+	calls, streams := g.stalled(now, isCall), g.stalled(now, (*scope).isStream)
+	g.end(calls, len(calls)-g.limits.stalledCalls, "stalled_calls")
+	g.end(streams, len(streams)-g.limits.stalledStreams, "stalled_streams")
+}
+
+// stalled returns the stalled requests of a kind: those of the caller with most of them first, and of each caller the
+// one stalled longest first. g.mu is held.
+func (g *gate) stalled(now time.Time, of func(*scope) bool) []*scope {
+	var stalled []*scope
+	perCaller := map[string]int{}
+	for sc := range g.running {
+		since := sc.stalledSince()
+		if since != 0 && now.UnixNano()-since >= int64(stallGrace) && of(sc) {
+			stalled = append(stalled, sc)
+			perCaller[sc.caller]++
+		}
+	}
+	slices.SortFunc(stalled, func(a, b *scope) int {
+		return cmp.Or(cmp.Compare(perCaller[b.caller], perCaller[a.caller]), cmp.Compare(a.stalledSince(), b.stalledSince()))
+	})
+	return stalled
+}
+
+// end ends the first n requests. g.mu is held.
+func (g *gate) end(requests []*scope, n int, limit string) {
+	for _, sc := range requests[:min(max(n, 0), len(requests))] {
+		if !sc.abort() {
+			continue
+		}
+		g.refused(limit)
+		g.log.Warn("ended a stalled request", "request_id", sc.requestID, "caller", sc.caller, "limit", limit)
+	}
+}

@@ -1,0 +1,146 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"reflect"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	strictjson "sigs.k8s.io/json"
+
+	"github.com/pipeops/vm-agent/proxy/answer"
+	"github.com/pipeops/vm-agent/proxy/runners"
+)
+
+// maxMessage is the size of a message in bytes.
+const maxMessage = 64 << 10
+
+// messageTime is how long all of a message may take to arrive, as its headers may.
+const messageTime = headerTime
+
+// message is what the control plane tells the agent to do.
+type message struct {
+	ID        string          `json:"id"` // the same id twice does the work once
+	Type      string          `json:"type"`
+	Timestamp *string         `json:"timestamp"`
+	Data      json.RawMessage `json:"data"`
+}
+
+// postMessage answers POST /api/control-plane/message.
+func (s *Server) postMessage(w http.ResponseWriter, r *http.Request) {
+	if !s.gate.reserve(scopeOf(r), maxMessage, false) {
+		fail(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
+		return
+	}
+	body, ok := readJSON(w, r, maxMessage)
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), runners.RegistryTimeout)
+	defer cancel()
+	m, duplicate, err := s.apply(ctx, body)
+	var invalid answer.InvalidError
+	switch {
+	case errors.As(err, &invalid):
+		answer.WriteProblem(w, http.StatusUnprocessableEntity, invalid.Error())
+	case err != nil:
+		runners.WriteError(ctx, w, err)
+	default:
+		answer.WriteJSON(w, http.StatusOK, map[string]any{
+			"status": "acknowledged", "id": m.ID, "type": m.Type, "duplicate": duplicate, "agent_id": s.agent.ID,
+		})
+	}
+}
+
+// apply does what a message says. It does nothing and reports a duplicate if the same id was applied before.
+func (s *Server) apply(ctx context.Context, body []byte) (m message, duplicate bool, err error) {
+	if err = decodeStrict("", body, &m); err == nil {
+		err = checkTime("timestamp", m.Timestamp)
+	}
+	switch {
+	case err != nil:
+	case !runners.IsPrintable(m.ID, 128):
+		err = answer.InvalidError("id: give 1 to 128 printable ASCII characters, no spaces")
+	case m.Type == "ping":
+	case m.Type == "runner_assigned":
+		var data runners.Assignment
+		if err = decodeStrict("data", m.Data, &data); err == nil {
+			err = checkTime("data.assigned_at", data.AssignedAt)
+		}
+		if err == nil {
+			duplicate, err = s.runners.Assign(ctx, m.ID, data)
+		}
+	case m.Type == "runner_unassigned":
+		var data struct {
+			RunnerID string `json:"runner_id"`
+		}
+		if err = decodeStrict("data", m.Data, &data); err == nil {
+			duplicate, err = s.runners.Unassign(ctx, m.ID, data.RunnerID)
+		}
+	default:
+		err = answer.InvalidError(
+			fmt.Sprintf("type: %.64q is unknown: give ping, runner_assigned or runner_unassigned", m.Type))
+	}
+	return m, duplicate, err
+}
+
+// readJSON reads a JSON body of at most limit bytes. It returns false after it has answered with an error.
+func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool) {
+	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || mediaType != "application/json" {
+		answer.WriteProblem(w, http.StatusUnsupportedMediaType, "send the body as Content-Type: application/json")
+		return nil, false
+	}
+	scopeOf(r).body.Within(messageTime)
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		answer.WriteProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", limit))
+	case err != nil:
+		answer.WriteBodyError(w, err, messageTime)
+	case len(body) == 0:
+		answer.WriteProblem(w, http.StatusBadRequest, "the body is empty")
+	case !utf8.Valid(body):
+		answer.WriteProblem(w, http.StatusBadRequest, "the body is not UTF-8")
+	default:
+		if err = json.Unmarshal(body, new(json.RawMessage)); err == nil {
+			return body, true
+		}
+		answer.WriteProblem(w, http.StatusBadRequest, "the body is not valid JSON: "+err.Error())
+	}
+	return nil, false
+}
+
+// decodeStrict decodes the data of a field, or of a whole message if that is "", and refuses unknown and duplicate
+// fields. Its errors name the field and hold no values.
+func decodeStrict(field string, data []byte, into any) error {
+	strict, err := strictjson.UnmarshalStrict(data, into)
+	var wrongType *json.UnmarshalTypeError
+	switch name := cmp.Or(field, "the message"); {
+	case errors.As(err, &wrongType) && wrongType.Type.Kind() == reflect.String:
+		inner := wrongType.Field[strings.LastIndexByte(wrongType.Field, '.')+1:] // without the names of Go's fields
+		return answer.InvalidError(strings.Trim(field+"."+inner, ".") + ": give a string")
+	case err != nil: // it is valid JSON, so it is missing or of another type
+		return answer.InvalidError(name + ": give an object")
+	case len(strict) > 0:
+		return answer.InvalidError(fmt.Sprintf("%s: %.200s", name, strict[0]))
+	}
+	return nil
+}
+
+// checkTime returns an error unless value is nil or a time in RFC 3339's form.
+func checkTime(field string, value *string) error {
+	if value != nil && new(time.Time).UnmarshalText([]byte(*value)) != nil {
+		return answer.InvalidError(field + ": give a time in the form of RFC 3339, such as 2026-01-02T03:04:05Z")
+	}
+	return nil
+}

@@ -1,0 +1,281 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/answer"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// checkAge is how long the result of a check of another process is reused: frequent probes cost nothing more.
+const checkAge = time.Second
+
+// readiness holds the checks of /ready by their names.
+type readiness struct {
+	checks map[string]*check
+	tunnel *tunnelCheck
+}
+
+func newReadiness(api *kube.Client, cfg *config.Config, g *gate, m *metrics) *readiness {
+	t := &tunnelCheck{runDir: cfg.RunDir, frp: cfg.FRP, metrics: m}
+	if lease, err := frpc.ReadLease(cfg.RunDir); err == nil {
+		t.https.Store(lease.Frpc.Tunnel.Type == "https")
+	}
+	r := &readiness{tunnel: t, checks: map[string]*check{
+		agentapi.CheckKubernetes: {age: checkAge, run: api.CheckReady},
+		agentapi.CheckTunnel:     {age: checkAge, run: t.run, note: func() string { return t.status().LeaseProblem }},
+		agentapi.CheckShutdown: {run: func(context.Context) error {
+			if _, _, closed := g.state(); closed {
+				return errors.New("the agent is shutting down and accepts no new requests")
+			}
+			return nil
+		}},
+	}}
+	for name, c := range r.checks {
+		c.passed = m.checks.WithLabelValues(name)
+	}
+	return r
+}
+
+// check is a condition of readiness.
+type check struct {
+	age    time.Duration // how long a result is reused
+	run    func(context.Context) error
+	note   func() string // the detail of a check that passes; may be nil
+	passed prometheus.Gauge
+
+	running sync.Mutex
+	last    atomic.Pointer[result]
+}
+
+// result is what a check has found.
+type result struct {
+	at  time.Time
+	err error
+}
+
+// refresh runs the check unless its last result is fresh, and returns the result. While it runs, other callers get the
+// previous result, because those that wait would hold memory. A caller that leaves does not end the run.
+func (c *check) refresh(ctx context.Context) error {
+	last := cmp.Or(c.last.Load(), &result{err: errors.New("not checked yet: try again")})
+	if time.Since(last.at) < c.age || !c.running.TryLock() {
+		return last.err
+	}
+	defer c.running.Unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 8*time.Second)
+	defer cancel()
+	err := c.run(ctx)
+	c.last.Store(&result{time.Now(), err})
+	c.passed.Set(boolValue(err == nil))
+	return err
+}
+
+// boolValue returns the value of a metric that says yes or no.
+func boolValue(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
+}
+
+// refresh refreshes all checks. Called regularly, it keeps their metrics, and since when the tunnel is up, current
+// without any request.
+func (r *readiness) refresh(ctx context.Context) {
+	for _, c := range r.checks {
+		_ = c.refresh(ctx)
+	}
+}
+
+// getReady answers GET /ready: with the checks that ?only= names, or all, without those that ?exclude= names. It says why
+// a check fails on the operations listener, and on the tunnel listener to callers with the agent's token.
+func (s *Server) getReady(l listener) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		query, err := url.ParseQuery(r.URL.RawQuery)
+		if err != nil {
+			answer.WriteProblem(w, http.StatusBadRequest, "invalid query: give ?only=NAME or ?exclude=NAME, several joined by &")
+			return
+		}
+		only, excluded := query["only"], query["exclude"]
+		for _, name := range slices.Concat(only, excluded) {
+			if s.ready.checks[name] == nil {
+				answer.WriteProblem(w, http.StatusBadRequest,
+					fmt.Sprintf("unknown check %.50q: give kubernetes, tunnel or shutdown", name))
+				return
+			}
+		}
+		refused := s.auth.check(r)
+		detailed := l == operations || refused == nil
+		if !detailed && refused.reason != "none" && s.throttle(w, r, refused) {
+			return
+		}
+		code, ready := http.StatusOK, agentapi.Ready{Status: "ready", Checks: map[string]agentapi.Check{}}
+		for name, c := range s.ready.checks {
+			if len(only) > 0 && !slices.Contains(only, name) || slices.Contains(excluded, name) {
+				continue
+			}
+			err := c.refresh(r.Context())
+			if err != nil {
+				code, ready.Status = http.StatusServiceUnavailable, "not ready"
+			}
+			o := agentapi.Check{OK: err == nil}
+			switch {
+			case !detailed:
+			case err != nil:
+				o.Detail = err.Error()
+			case c.note != nil:
+				o.Detail = c.note()
+			}
+			ready.Checks[name] = o
+		}
+		answer.WriteJSON(w, code, ready)
+	}
+}
+
+// tunnelCheck checks the tunnel to frps, and records its state.
+type tunnelCheck struct {
+	runDir  string
+	frp     config.FRP
+	metrics *metrics
+
+	loginAt time.Time // of the last login check
+	login   error     // its result
+
+	https atomic.Bool // frpc's tunnel is of type https
+
+	mu       sync.Mutex
+	last     tunnelStatus
+	frpcSeen bool // frpc has answered once
+	frpcDown bool // and had ended at the last check
+}
+
+// run returns why the tunnel is not connected, nil if it is. Calls must not overlap.
+func (t *tunnelCheck) run(ctx context.Context) error {
+	lease, err := frpc.ReadLease(t.runDir)
+	var proxies []frpc.ProxyStatus
+	if err == nil {
+		proxies, err = lease.Frpc.Admin.Status(ctx)
+		if err == nil {
+			err = t.explain(ctx, lease, proxies)
+		} else {
+			err = fmt.Errorf("%w: check that the frpc container runs, and its log", err)
+		}
+		if problem := leaseProblem(lease); problem != "" && err != nil {
+			err = fmt.Errorf("%w; %s", err, problem)
+		}
+	}
+	t.record(lease, proxies, err)
+	return err
+}
+
+// record updates the status and the metrics. lease and proxies are nil if they could not be read.
+func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if proxies != nil { // frpc answers
+		if t.frpcDown {
+			t.last.FrpcRestarts++
+			t.metrics.frpcRestarts.Inc()
+		}
+		t.frpcSeen, t.frpcDown = true, false
+	} else if t.frpcSeen && frpc.StateOf(nil, err) == frpc.Down {
+		t.frpcDown = true
+	}
+	now := tunnelStatus{Connected: err == nil, Since: t.last.Since, FrpcRestarts: t.last.FrpcRestarts, Proxies: proxies}
+	if now.Since == nil || now.Connected != t.last.Connected {
+		now.Since = timeOrNil(time.Now())
+	}
+	if err != nil {
+		now.Detail = err.Error()
+	}
+	if len(proxies) > 0 { // not the lease's type: frpc may not have been restarted since
+		t.https.Store(!slices.ContainsFunc(proxies, func(p frpc.ProxyStatus) bool { return p.Type != "https" }))
+	} else if lease != nil {
+		t.https.Store(lease.Frpc.Tunnel.Type == "https")
+	}
+	failing, leaseEnd := false, 0.0
+	if lease != nil {
+		now.LeaseProblem, failing = leaseProblem(lease), lease.Renewal != nil || overdue(lease)
+		now.LeaseIssuedAt, now.LeaseExpiresAt = timeOrNil(lease.IssuedAt), timeOrNil(lease.ExpiresAt)
+		if !lease.ExpiresAt.IsZero() {
+			leaseEnd = float64(lease.ExpiresAt.Unix())
+		}
+	}
+	t.last = now
+	t.metrics.tunnelUp.Set(boolValue(now.Connected))
+	t.metrics.renewalFailing.Set(boolValue(failing))
+	t.metrics.leaseEnd.Set(leaseEnd)
+}
+
+// leaseProblem returns why the lease is not renewed, and since when; empty if the renewal works.
+func leaseProblem(lease *frpc.Lease) string {
+	end := lease.ExpiresAt.Format(time.RFC3339)
+	switch expired := !lease.ExpiresAt.IsZero() && time.Now().After(lease.ExpiresAt); {
+	case lease.Renewal != nil:
+		return fmt.Sprintf("the renewal of the lease has failed since %s: %s",
+			lease.Renewal.FailingSince.Format(time.RFC3339), lease.Renewal.Error)
+	case expired:
+		return "the lease expired at " + end + ", and frps will refuse the next login: " + checkBootstrap
+	case overdue(lease):
+		return "the renewal of the lease is overdue, and it expires at " + end + ": " + checkBootstrap
+	default:
+		return ""
+	}
+}
+
+const checkBootstrap = "check the bootstrap container and its log, and that the run directory is not full"
+
+// overdue reports whether more than 85% of the lease's life is over. bootstrap renews a lease after 65 to 75% and
+// records a failure in it, but cannot if it has ended or the run directory is full. Leases shorter than two minutes are
+// never overdue.
+func overdue(lease *frpc.Lease) bool {
+	life := lease.ExpiresAt.Sub(lease.IssuedAt) // negative for a lease without an end
+	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
+}
+
+func (t *tunnelCheck) status() tunnelStatus {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.last
+}
+
+// loginAge is how long the result of a login check is reused. When a frps restarts, all of its agents log in at once:
+// their checks must not double that.
+const loginAge = 15 * time.Second
+
+// explain returns nil if one of frpc's proxies is running, else why none is. To find out, it may log in to frps.
+func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus) error {
+	switch frpc.StateOf(proxies, nil) {
+	case frpc.Running:
+		t.loginAt = time.Time{}
+		return nil
+	case frpc.Rejected:
+		return fmt.Errorf("frps refuses the tunnel (%s: %s): check what frps.toml allows "+
+			"(vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and that no other agent has the same",
+			proxies[0].Status, proxies[0].Err)
+	case frpc.Withdrawn:
+		return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: " +
+			"check that " + config.Name("proxy.listen_addr") + " is the same for bootstrap and the proxy")
+	}
+	if time.Since(t.loginAt) > loginAge {
+		_, t.login = frpc.Login(ctx, lease.Frpc)
+		t.loginAt = time.Now()
+	}
+	if t.login != nil {
+		return t.frp.ExplainLogin(t.login)
+	}
+	return errors.New("frps accepts the login, but frpc has no tunnel yet: check frpc's log if it has none after 20 s")
+}

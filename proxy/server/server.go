@@ -1,0 +1,169 @@
+// Package server serves the agent's HTTP API: to frpc on the tunnel listener, and probes and metrics to the kubelet
+// and Prometheus on the operations listener.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/proxy/inbound"
+	"github.com/pipeops/vm-agent/proxy/kube"
+	"github.com/pipeops/vm-agent/proxy/runners"
+)
+
+// Server is the proxy's HTTP server. Its fields are what the handlers share.
+type Server struct {
+	config  *config.Config
+	agent   agentStatus
+	auth    *authenticator
+	kube    *kube.Proxy
+	cluster *clusterSummary
+	runners *runners.Runners
+	metrics *metrics
+	ready   *readiness
+	gate    *gate
+	limits  limits
+	log     *slog.Logger
+
+	tunnelRequests atomic.Int64 // in flight on the tunnel listener
+
+	heartbeats    atomic.Uint64             // received from the control plane
+	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
+}
+
+// New returns a server that forwards to the API server of api, with limits for so many bytes of memory. It opens no
+// listener, starts no goroutine and sends nothing: Run does.
+func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (*Server, error) {
+	return newServer(cfg, api, newLimits(memory), log)
+}
+
+func newServer(cfg *config.Config, api *rest.Config, limits limits, log *slog.Logger) (*Server, error) {
+	m := newMetrics()
+	client, err := kube.NewClient(api, m.latency.Observe)
+	if err != nil {
+		return nil, err
+	}
+	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
+	s := &Server{
+		config: cfg, metrics: m, limits: limits, log: log,
+		agent: agentStatus{
+			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
+			Version: version.Version, StartedAt: time.Now().UTC(),
+		},
+		auth:    newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log),
+		kube:    kube.NewProxy(client, log),
+		cluster: &clusterSummary{api: client, metrics: m},
+		gate:    newGate(limits, refused, log),
+		runners: runners.New(client, runners.Config{
+			AgentID: cfg.Agent.ID, Namespace: cfg.Kubernetes.Namespace, AllowedHosts: cfg.Runners.AllowedHosts,
+			MaxCommands: maxCommands, Refused: func() { refused("commands") }, Log: log,
+		}),
+	}
+	s.ready = newReadiness(client, cfg, s.gate, m)
+	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
+	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { _, n, _ := s.gate.state(); return n })
+	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })
+	return s, nil
+}
+
+// Run serves both listeners until ctx ends, then drains. It returns an error if a listener fails, and nil after a
+// drain. All goroutines that last longer than a request start here, or in inbound.New.
+func (s *Server) Run(ctx context.Context) error {
+	// Requests outlive ctx: they end by themselves, or with the drain timeout.
+	requests, cut := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cut(nil)
+	background, stop := context.WithCancel(context.WithoutCancel(ctx)) // until Run returns, so also while it drains
+	defer stop()
+	proxy := s.config.Proxy
+	var servers []*http.Server
+	defer func() {
+		for _, server := range servers {
+			_ = server.Close()
+		}
+	}()
+	failed := make(chan error, 2)
+	for _, l := range []struct {
+		listener
+		key, addr string
+	}{
+		{operations, config.Name("proxy.metrics_addr"), proxy.MetricsAddr},
+		{tunnel, config.Name("proxy.listen_addr"), proxy.ListenAddr},
+	} {
+		socket, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.addr)
+		if err != nil {
+			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
+		}
+		bounded := s.bound(l.listener, socket.(*net.TCPListener), s.config.RunDir)
+		server := newHTTPServer(requests, l.listener, s.handler(l.listener), s.log)
+		server.ConnState = bounded.ConnState
+		servers = append(servers, server)
+		go func() {
+			if err := server.Serve(bounded); !errors.Is(err, http.ErrServerClosed) {
+				failed <- fmt.Errorf("%s: %w", l.key, err)
+			}
+		}()
+	}
+	go wait.UntilWithContext(ctx, s.ready.refresh, 5*time.Second)
+	go wait.UntilWithContext(background, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
+	if s.config.Agent.TokenFile != "" {
+		go s.auth.follow(background, s.config.Agent.CurrentToken)
+	}
+	s.log.Info("serving", "listen_addr", proxy.ListenAddr, "metrics_addr", proxy.MetricsAddr,
+		"agent_id", s.agent.ID, "version", version.Version)
+
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	// Both listeners stay open: new requests are told to retry, and probes that the agent drains.
+	s.log.Info("draining", "drain_timeout", proxy.DrainTimeout.String())
+	s.gate.close()
+	s.kube.Drain()
+	select {
+	case <-s.gate.empty:
+		s.log.Info("drained")
+	case <-time.After(proxy.DrainTimeout):
+		s.log.Warn("drain timeout reached: cutting the remaining requests")
+		cut(kube.ErrShutdown)
+	}
+	time.Sleep(3 * time.Second) // a caller that retries after 1 s, as told, must get an answer, not a closed connection
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	for _, server := range servers {
+		_ = server.Shutdown(last)
+	}
+	return nil
+}
+
+// headerTime is how long the headers of a request may take to arrive.
+const headerTime = 32 * time.Second
+
+// newHTTPServer returns the server of one listener. Its requests' contexts end with ctx.
+func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
+	server := &http.Server{
+		Handler:           handler,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ConnContext:       inbound.ConnContext,
+		ReadHeaderTimeout: headerTime,
+		// frps keeps idle connections for 60 s: if this end closed first, a request would be lost.
+		IdleTimeout: 120 * time.Second,
+		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	if l == operations { // on the tunnel listener these timeouts would cut watches, logs and exec
+		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
+	}
+	return server
+}
