@@ -1,7 +1,7 @@
-# For tests where no registry can be reached: a frpc of the same version, at the same place as in the stock image,
-# and as there by root unless somebody says otherwise. Never pushed.
+# A substitute for the upstream frpc image, for tests without a registry: the same version at the same path, run as
+# root by default like the upstream image. Never pushed.
 FROM scratch
 COPY frpc /usr/bin/frpc
-# A busybox, which the stock image's Alpine has there too: for the liveness probe.
+# busybox for the liveness probe, at the same path as in the upstream image's Alpine.
 COPY test /usr/bin/test
 ENTRYPOINT ["/usr/bin/frpc"]

@@ -90,7 +90,7 @@ func TestAlertsSayWhatToDo(t *testing.T) {
 		if want := "manifests/components/monitoring/runbooks.md#" + strings.ToLower(rule.Alert); rule.Annotations["runbook_url"] != want {
 			t.Errorf("the runbook of %s is %s, want %s", rule.Alert, rule.Annotations["runbook_url"], want)
 		}
-		for _, part := range []string{"**Means**", "**How bad**", "**Mend**", "\n1. "} {
+		for _, part := range []string{"**Meaning**", "**Impact**", "**Fix**", "\n1. "} {
 			if !strings.Contains(sections[rule.Alert], part) {
 				t.Errorf("the runbook of %s has no %q", rule.Alert, part)
 			}
