@@ -131,7 +131,7 @@ images: ## Build the images for amd64 and arm64, and what they are made of, into
 		root=$(IMAGES)/root-$$arch && mkdir $$root || exit 1; \
 		for m in bootstrap proxy; do \
 			(cd $$m && GOARCH=$$arch GOOS=linux go build -trimpath -ldflags '-s -w $(STAMPS)' -o $$root/$$m .) || exit 1; done; \
-		(cd tests && go run -trimpath ./manifests/imagefiles --version $(VERSION) --root $$root --sbom $(IMAGES)/vm-agent-$$arch.cdx.json) && \
+		(cd tests && go run -trimpath ./cmd/imagefiles --version $(VERSION) --root $$root --sbom $(IMAGES)/vm-agent-$$arch.cdx.json) && \
 		chmod -R u=rwX,go=rX $$root && \
 		manifests/images/build manifests/images/Dockerfile $$root $$arch $(call image,pipeops/vm-agent) $(IMAGES)/vm-agent-$$arch.tar \
 			--label org.opencontainers.image.version=$(VERSION) --label org.opencontainers.image.revision=$(COMMIT) \

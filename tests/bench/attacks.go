@@ -10,8 +10,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/attack"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/attack"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const (

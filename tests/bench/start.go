@@ -12,7 +12,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // start measures what a new user waits for: from `make run`, with everything built, to kubectl's first

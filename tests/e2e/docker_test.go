@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // docker is podman under the name of docker, with a store of its own; and an operator's own frps for what it runs. It

@@ -9,8 +9,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // ownFrps is that of an operator who has no control plane.

@@ -9,8 +9,8 @@ import (
 	"github.com/elazarl/goproxy"
 	corev1 "k8s.io/api/core/v1"
 
-	"github.com/pipeops/vm-agent/tests/process"
-	"github.com/pipeops/vm-agent/tests/relay"
+	"github.com/pipeops/vm-agent/tests/harness/process"
+	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
 // TestHangingFrpc: the HTTP proxy on the way to frps says nothing to frpc's first login, in which frpc then waits for

@@ -8,8 +8,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/attack"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/attack"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // TestAttack: under attacks on its memory from all sides at once, the proxy stays below the memory limit of its

@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
 // TestTheControlPlaneKeepsTheContract has the development control plane checked as any other, over both types of

@@ -8,8 +8,8 @@ import (
 	"testing"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
 // TestNoAgentTakesAnothersTunnel: the control plane's plugin knows an agent by its own credential, and refuses it the

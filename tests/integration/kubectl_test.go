@@ -13,7 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const configMap = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"thing"},"data":{"a":"%s"}}`

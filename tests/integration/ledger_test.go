@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/ledger"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/ledger"
 )
 
 // TestNoWriteIsRepeated kills a hop in the middle of writes that client-go makes, which repeats what is answered with

@@ -15,8 +15,8 @@ import (
 
 	"github.com/elazarl/goproxy"
 
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/relay"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
 // TestFrpsAway: frps is frozen or killed for a while. frpc is never restarted, few leases are requested, and the tunnel

@@ -21,7 +21,7 @@ import (
 	"github.com/elazarl/goproxy"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // ownServer is a stock frps of the operator's own, with all its ways in.

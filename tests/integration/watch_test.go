@@ -7,7 +7,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 
-	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
 // TestSilentWatch: the longest timeout on the way is 120 s (frps's wait for headers, the proxy's for idle

@@ -23,8 +23,8 @@ import (
 
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
 // TestNoAnswerIsLost sends writes of 4 to 100 KB, eight at a time, while all cores are busy, and expects each answer

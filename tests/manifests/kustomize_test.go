@@ -16,7 +16,7 @@ import (
 	"k8s.io/pod-security-admission/policy"
 	"sigs.k8s.io/yaml"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
 // build is what `kubectl apply -k` would send.

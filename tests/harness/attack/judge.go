@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // Limit is the memory limit of the proxy's container, in MB.

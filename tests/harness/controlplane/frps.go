@@ -9,7 +9,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // Below which frps looks for agents, by the type of their tunnel. They never leave the gateway, so they need not

@@ -21,7 +21,7 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // Options are what a control plane is started with.
