@@ -105,7 +105,7 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 	if err != nil {
 		return nil, err
 	}
-	addr, err := freeAddr()
+	addr, err := process.FreeAddr()
 	if err != nil {
 		return nil, err
 	}
@@ -129,7 +129,7 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 		if len(names) > 0 && !slices.Contains(names, name) {
 			return nil
 		}
-		addr, err := freeAddr()
+		addr, err := process.FreeAddr()
 		if err != nil {
 			return err
 		}
@@ -156,7 +156,7 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 		if err != nil {
 			return nil, err
 		}
-		metrics, err := freeAddr()
+		metrics, err := process.FreeAddr()
 		if err != nil {
 			return nil, err
 		}
@@ -239,11 +239,6 @@ http {
 	}
 }
 `
-
-func freeAddr() (string, error) {
-	port, err := process.FreePort()
-	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), err
-}
 
 // childOf returns the pid of the one child of a process.
 func childOf(pid int) (int, error) {

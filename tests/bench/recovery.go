@@ -33,12 +33,8 @@ func recovery(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
-	if err != nil {
-		return err
-	}
 	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
-	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+	if _, err := c.WriteAgentKubeconfig(ctx, kubeconfig); err != nil {
 		return err
 	}
 	for _, shared := range []bool{true, false} {

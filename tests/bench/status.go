@@ -5,14 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -24,6 +22,7 @@ import (
 
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/process"
+	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
 // status measures what GET /api/agent/status costs before a real API server, with few objects and with many.
@@ -37,13 +36,14 @@ func status(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := startRelay(ctx, strings.TrimPrefix(c.Config.Host, "https://"))
+	r, err := relay.Start(ctx, "127.0.0.1", strings.TrimPrefix(c.Config.Host, "https://"), 0)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = r.listener.Close() }()
+	defer r.Close()
+	r.Silent.Store(false)
 	config := rest.CopyConfig(c.Config)
-	config.Host = "https://" + r.listener.Addr().String()
+	config.Host = "https://" + r.Addr
 	kubeconfig := filepath.Join(group.Dir(), "status.kubeconfig")
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		return err
@@ -65,16 +65,16 @@ func status(ctx context.Context) error {
 	return nil
 }
 
-func measureStatus(ctx context.Context, group *process.Group, r *relay, kubeconfig string, pods, nodes int) error {
+func measureStatus(ctx context.Context, group *process.Group, r *relay.Relay, kubeconfig string, pods, nodes int) error {
 	binary, err := process.Binary("proxy")
 	if err != nil {
 		return err
 	}
-	listen, err := freeAddr()
+	listen, err := process.FreeAddr()
 	if err != nil {
 		return err
 	}
-	metrics, err := freeAddr()
+	metrics, err := process.FreeAddr()
 	if err != nil {
 		return err
 	}
@@ -95,13 +95,13 @@ func measureStatus(ctx context.Context, group *process.Group, r *relay, kubeconf
 	if err != nil {
 		return err
 	}
-	received := r.received.Load()
+	received := r.Received()
 	begin := time.Now()
 	if err := call(ctx, client, p, "/api/agent/status"); err != nil {
 		return err
 	}
 	first := time.Since(begin)
-	received = r.received.Load() - received
+	received = r.Received() - received
 	after, err := upstreamRequests(ctx, client, metrics)
 	if err != nil {
 		return err
@@ -142,48 +142,6 @@ func upstreamRequests(ctx context.Context, client *http.Client, addr string) (in
 		return 0, errors.New("/metrics does not count the requests to the API server")
 	}
 	return strconv.Atoi(string(found[1]))
-}
-
-// relay stands between the proxy and the API server and counts bytes.
-type relay struct {
-	listener net.Listener
-	received atomic.Int64 // from the API server
-}
-
-func startRelay(ctx context.Context, target string) (*relay, error) {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	r := &relay{listener: listener}
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			go r.carry(ctx, conn, target)
-		}
-	}()
-	return r, nil
-}
-
-func (r *relay) carry(ctx context.Context, conn net.Conn, target string) {
-	defer func() { _ = conn.Close() }()
-	server, err := (&net.Dialer{}).DialContext(ctx, "tcp", target)
-	if err != nil {
-		return
-	}
-	defer func() { _ = server.Close() }()
-	go func() { _, _ = io.Copy(server, conn); _ = server.Close() }()
-	_, _ = io.Copy(conn, io.TeeReader(server, counter{&r.received}))
-}
-
-type counter struct{ n *atomic.Int64 }
-
-func (c counter) Write(p []byte) (int, error) {
-	c.n.Add(int64(len(p)))
-	return len(p), nil
 }
 
 // fill makes pods and nodes, from the numbers that there are to those that shall be. A node is as large as one

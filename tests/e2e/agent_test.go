@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -26,16 +25,14 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-const (
-	agentID    = "agent-001"
-	agentToken = "the-agents-token"
-)
+const agentID, agentToken = harness.AgentID, harness.AgentToken
 
 // installed is the agent, installed as its README says, and a control plane that it dials out to.
 type installed struct {
@@ -55,16 +52,11 @@ func (i *installed) in(t *testing.T) *installed {
 	return &same
 }
 
-// kubectl prepares the real one, with what env adds.
+// kubectl prepares the real kubectl, which finds the manifests in its working directory.
 func (i *installed) kubectl(ctx context.Context, kubeconfig string, env []string, args ...string) *exec.Cmd {
 	i.t.Helper()
-	binary, err := process.Binary("kubectl")
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	cmd := exec.CommandContext(ctx, binary, args...)
+	cmd := harness.Kubectl(ctx, i.t, filepath.Dir(i.dir), kubeconfig, env, args...)
 	cmd.Dir = filepath.Dir(i.dir)
-	cmd.Env = append([]string{"KUBECONFIG=" + kubeconfig, "HOME=" + filepath.Dir(i.dir), "PATH=" + os.Getenv("PATH")}, env...)
 	return cmd
 }
 
@@ -73,13 +65,8 @@ func (i *installed) run(kubeconfig, stdin string, env []string, args ...string) 
 	i.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // cleaning up needs it after the test's end
 	defer cancel()
-	cmd := i.kubectl(ctx, kubeconfig, env, args...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, stderr.String())
-	}
-	return stdout.String(), nil
+	result, err := harness.Run(i.kubectl(ctx, kubeconfig, env, args...), stdin)
+	return result.Stdout, err
 }
 
 func (i *installed) must(kubeconfig string, args ...string) string {
@@ -104,8 +91,8 @@ func install(t *testing.T, components ...string) *installed {
 // beside an overlay for it. What is installed then goes with the test.
 func prepare(t *testing.T) *installed {
 	t.Helper()
-	group := newGroup(t)
-	root := repository(t)
+	group := harness.NewGroup(t)
+	root := harness.Root(t)
 	importImages(t, node.Machine)
 	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
 	var err error
@@ -167,7 +154,7 @@ func importImages(t *testing.T, m *cluster.Machine) {
 // archives are those of the images of the agent and frpc.
 func archives(t *testing.T) []string {
 	t.Helper()
-	dir := filepath.Join(repository(t), ".build", "images")
+	dir := filepath.Join(harness.Root(t), ".build", "images")
 	return []string{filepath.Join(dir, "vm-agent-"+runtime.GOARCH+".tar"), filepath.Join(dir, "frpc.tar")}
 }
 
@@ -211,27 +198,6 @@ func (i *installed) write(name, content string) {
 	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		i.t.Fatal(err)
 	}
-}
-
-// newGroup is ended with the test.
-func newGroup(t *testing.T) *process.Group {
-	t.Helper()
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	return group
-}
-
-// repository is the top of this one.
-func repository(t *testing.T) string {
-	t.Helper()
-	root, err := process.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return root
 }
 
 // TestAgentOnANode: the node is used through the tunnel, with what each component grants, and while the agent's containers are killed.

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
@@ -22,7 +23,7 @@ type docker struct {
 
 func startDocker(t *testing.T) *docker {
 	t.Helper()
-	group := newGroup(t)
+	group := harness.NewGroup(t)
 	dir := group.Dir()
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatal(err)
@@ -99,7 +100,7 @@ func (d *docker) empty() {
 // runByCompose runs those that do, by Compose itself, which talks to podman in Docker's language.
 func runByCompose(t *testing.T, p *page) {
 	d := startDocker(t)
-	d.must("mkdir manifests && cp -r " + filepath.Join(repository(t), "manifests", "docker") + " manifests")
+	d.must("mkdir manifests && cp -r " + filepath.Join(harness.Root(t), "manifests", "docker") + " manifests")
 	unpin(t, filepath.Join(d.dir, "manifests", "docker", "compose.yaml"))
 	files := p.block(t, "cd manifests/docker")
 	files, _, found := strings.Cut(files, p.command(t, "docker compose up -d"))

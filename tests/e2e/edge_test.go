@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -60,7 +61,7 @@ func (f *ownFrps) answers(t *testing.T, id, token string) {
 // TestEdge applies the overlay of a cluster without a control plane, twice: the second pod takes the tunnel of the first.
 func TestEdge(t *testing.T) {
 	i := prepare(t)
-	frps := startFrps(t, newGroup(t))
+	frps := startFrps(t, harness.NewGroup(t))
 	const overlay = "overlays/edge/kustomization.yaml"
 	data, err := os.ReadFile(filepath.Join(i.dir, overlay))
 	if err != nil {

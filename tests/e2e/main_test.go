@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -97,10 +98,8 @@ func report(ctx context.Context, t *testing.T, namespace string) {
 	t.Log(node.Report())
 }
 
-// eventually polls until ready returns nil.
+// eventually polls for a minute until ready returns nil.
 func eventually(t *testing.T, ready func() error) {
 	t.Helper()
-	if err := process.Poll(t.Context(), time.Minute, nil, ready); err != nil {
-		t.Fatal(err)
-	}
+	harness.Eventually(t, time.Minute, ready)
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/process"
@@ -43,7 +44,7 @@ var within = regexp.MustCompile("`((?:ctr|docker|kubectl|make) [^`]+)`")
 
 func readPage(t *testing.T) *page {
 	t.Helper()
-	data, err := os.ReadFile(filepath.Join(repository(t), "manifests", "README.md"))
+	data, err := os.ReadFile(filepath.Join(harness.Root(t), "manifests", "README.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +111,7 @@ type shell struct {
 func newShell(t *testing.T, dir string, env ...string) *shell {
 	t.Helper()
 	bin := filepath.Join(dir, "bin")
-	return &shell{t, dir, append([]string{"PATH=" + bin + ":" + filepath.Join(repository(t), ".build", "bin") + ":" + os.Getenv("PATH"), "HOME=" + dir}, env...)}
+	return &shell{t, dir, append([]string{"PATH=" + bin + ":" + filepath.Join(harness.Root(t), ".build", "bin") + ":" + os.Getenv("PATH"), "HOME=" + dir}, env...)}
 }
 
 // program puts a script under a name.

@@ -20,6 +20,7 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/utils/ptr"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -102,10 +103,7 @@ func traces(t *testing.T, uid string) error {
 // ServiceAccount by the address that it finds in its environment, and verifies it.
 func TestServiceAccount(t *testing.T) {
 	t.Parallel()
-	binary, err := process.Binary("kubectl")
-	if err != nil {
-		t.Fatal(err)
-	}
+	binary := harness.Binary(t, "kubectl")
 	const image = "localhost/kubectl:test"
 	archive := filepath.Join(t.TempDir(), "kubectl.tar")
 	if err := cluster.WriteImage(archive, image, binary, "/kubectl"); err != nil {

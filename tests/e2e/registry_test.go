@@ -10,13 +10,14 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // pushImages pushes to a registry on this machine and asks it for the digest of frpc, as at Docker Hub.
 func pushImages(t *testing.T, p *page) {
-	group := newGroup(t)
-	dir, root := group.Dir(), repository(t)
+	group := harness.NewGroup(t)
+	dir, root := group.Dir(), harness.Root(t)
 	port, err := process.FreePort()
 	if err != nil {
 		t.Fatal(err)

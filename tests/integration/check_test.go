@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
@@ -21,7 +22,7 @@ func TestTheControlPlaneKeepsTheContract(t *testing.T) {
 			if err := os.WriteFile(token, []byte(agentToken), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			p, err := w.group.Start("check", nil, w.binary("controlplane"), "check", "--agent-id", agentID, "--token-file", token,
+			p, err := w.group.Start("check", nil, harness.Binary(t, "controlplane"), "check", "--agent-id", agentID, "--token-file", token,
 				"--revoked-id", "revoked", "--revoked-token-file", token, "--ca-file", w.cp.CAFile, "--frps", "127.0.0.1",
 				"--gateway", w.cp.GatewayURL+"/agents/"+agentID, "--away", w.cp.GatewayURL+"/agents/away", w.cp.APIURL)
 			if err != nil {

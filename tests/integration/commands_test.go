@@ -16,21 +16,16 @@ import (
 	"testing"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
-	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // TestRunCommand does what a new user does: make run, kubectl, curl, Ctrl-C. KUBECONFIG leads it to the tests'
 // cluster.
 func TestRunCommand(t *testing.T) {
-	w := &world{t: t}
-	var err error
-	if w.group, err = process.NewGroup(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.group.Close)
-	run, err := w.group.Start("run", []string{"KUBECONFIG=" + api.kubeconfig}, w.binary("run"))
+	w := &world{t: t, group: harness.NewGroup(t)}
+	run, err := w.group.Start("run", []string{"KUBECONFIG=" + api.kubeconfig}, harness.Binary(t, "run"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +75,7 @@ func TestControlPlaneCommand(t *testing.T) {
 	if err := os.WriteFile(agents, []byte("agent-002=another-token\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p, err := w.group.Start("controlplane", nil, w.binary("controlplane"), "--agents", agents)
+	p, err := w.group.Start("controlplane", nil, harness.Binary(t, "controlplane"), "--agents", agents)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,12 +95,7 @@ func TestControlPlaneCommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := a.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	harness.StartAgent(t, a)
 	if err := agent.WriteCaller(w.caller, cp, "agent-002", "another-token"); err != nil {
 		t.Fatal(err)
 	}
@@ -147,13 +137,7 @@ func TestFrpcAdmin(t *testing.T) {
 // TestRunDirectoryIsPrivate: the files hold credentials.
 func TestRunDirectoryIsPrivate(t *testing.T) {
 	w := newWorld(t)
-	bootstrap, err := w.agent.Once()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if bootstrap.ExitCode() != 0 {
-		t.Fatal(bootstrap.Failed())
-	}
+	w.bootstrapOnce()
 	files, err := os.ReadDir(w.agent.RunDir)
 	if err != nil {
 		t.Fatal(err)

@@ -22,13 +22,7 @@ func TestNoAgentTakesAnothersTunnel(t *testing.T) {
 		if w.agent, err = agent.New(w.group, w.cp, thief, token, api.kubeconfig); err != nil {
 			t.Fatal(err)
 		}
-		bootstrap, err := w.agent.Once()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if bootstrap.ExitCode() != 0 {
-			t.Fatal(bootstrap.Failed())
-		}
+		w.bootstrapOnce()
 		toml := strings.ReplaceAll(w.file(frpc.ConfigFile), thief, agentID)
 		if !strings.Contains(toml, "metadatas.") {
 			toml = fmt.Sprintf("metadatas.agent_id = %q\n%s", agentID, toml)

@@ -11,6 +11,8 @@ import (
 
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 // TestCredentialsRotate: the agent's credential may change at any time, and no restart is needed.
@@ -46,7 +48,7 @@ func TestCredentialsRotate(t *testing.T) {
 			}
 			answers := func(want int) {
 				t.Helper()
-				eventuallyWithin(t, rotation, func() error {
+				harness.Eventually(t, rotation, func() error {
 					req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, w.agent.Tunnel+"/api/k8s/api/v1/namespaces", nil)
 					if err != nil {
 						return err
@@ -82,12 +84,7 @@ func TestAgentTokenRotates(t *testing.T) {
 	if err := os.WriteFile(file, []byte(agentToken+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	code := func(token string) int {
 		resp, _ := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + token}})
 		return resp.StatusCode

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 // doctor runs bootstrap doctor and returns its exit code, the result and the detail of each step.
@@ -49,7 +51,7 @@ func TestDoctor(t *testing.T) {
 		}},
 		{"configuration", func(w *world) { w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=nonsense") },
 			[]string{failed, skipped, skipped, skipped, skipped, skipped, skipped, skipped, skipped}, map[string]string{"configuration": "agent.api_url (PIPEOPS_API_URL): is not the URL of a control plane"}},
-		{"no control plane", func(w *world) { w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=https://"+closedPort(w.t)) },
+		{"no control plane", func(w *world) { w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=https://"+harness.FreeAddr(w.t)) },
 			[]string{ok, ok, failed, skipped, skipped, ok, ok, ok, ok}, map[string]string{"control plane": "connection refused: check agent.api_url"}},
 		{"wrong token", func(w *world) { w.cp.SetAgent(agentID, "another") },
 			[]string{ok, ok, ok, failed, skipped, ok, ok, ok, ok}, map[string]string{"authentication": "refuses the agent's token (401 Unauthorized"}},

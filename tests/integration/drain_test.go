@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -20,6 +19,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
@@ -163,8 +163,8 @@ type session struct {
 
 func startSession(t *testing.T, w *world, ns string) *session {
 	t.Helper()
-	s := &session{cmd: exec.CommandContext(t.Context(), w.binary("kubectl"), "exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "echo started; read line && echo got $line")}
-	s.cmd.Env = []string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + w.caller, "PATH=" + os.Getenv("PATH")}
+	s := &session{cmd: harness.Kubectl(t.Context(), t, w.group.Dir(), w.caller, nil,
+		"exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "echo started; read line && echo got $line")}
 	var err error
 	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
@@ -228,12 +228,7 @@ func TestExecOutlivesTheDrain(t *testing.T) {
 func TestDrainTimeout(t *testing.T) {
 	w := newWorld(t)
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_DRAIN_TIMEOUT=100ms")
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	s := startSession(t, w, ns)

@@ -17,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/rest"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
@@ -41,7 +42,7 @@ func TestWhatAPersonSees(t *testing.T) {
 	protectedPod(t, w, ns)
 	away := newWorld(t) // its agent has never started
 	refused := leadingTo(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
-	unreachable := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + closedPort(t) })
+	unreachable := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + harness.FreeAddr(t) })
 	silent := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + silence(t) })
 	for _, other := range []*world{refused, unreachable, silent} {
 		wantTunnel(t, other)
@@ -138,9 +139,7 @@ func viewer(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	w := leadingTo(t, func(c *rest.Config) { *c = *config })
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.waitReady()
 	return w
 }
 

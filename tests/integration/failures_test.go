@@ -13,26 +13,16 @@ import (
 
 	"k8s.io/client-go/rest"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
-	"github.com/pipeops/vm-agent/tests/harness/process"
 )
-
-// closedPort is an address that nobody listens on.
-func closedPort(t *testing.T) string {
-	t.Helper()
-	port, err := process.FreePort()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fmt.Sprintf("127.0.0.1:%d", port)
-}
 
 // TestBootstrapFailures: each failure gives its exit code and a last line that says hop, cause and next step.
 func TestBootstrapFailures(t *testing.T) {
 	w := newWorld(t)
-	closed := closedPort(t)
+	closed := harness.FreeAddr(t)
 	for _, test := range []struct {
 		name string
 		env  []string
@@ -94,13 +84,7 @@ func TestTunnelFailures(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			w := newWorld(t)
 			w.agent.Env = append(w.agent.Env, test.env...)
-			bootstrap, err := w.agent.Once()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if bootstrap.ExitCode() != 0 {
-				t.Fatal(bootstrap.Failed())
-			}
+			w.bootstrapOnce()
 			test.prepare(w)
 			if err := w.agent.StartFrpc(); err != nil {
 				t.Fatal(err)
@@ -136,12 +120,7 @@ func TestWrongFrpToken(t *testing.T) {
 // TestOwnFrpToken: with frp.token set nobody is asked, and the tunnel comes up at the operator's own frps.
 func TestOwnFrpToken(t *testing.T) {
 	w, _ := ownFrps(t, "the-right-token")
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 }
 
 // TestFrpsIsVerified: by default no credential goes to a frps that shows a certificate of its own making.
@@ -177,7 +156,7 @@ func ownFrps(t *testing.T, token string) (w *world, addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+closedPort(t),
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
 		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=", "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true", "PIPEOPS_FRP_TUNNEL_TYPE=http")
 	return w, fmt.Sprintf("127.0.0.1:%d", port)
 }
@@ -209,7 +188,7 @@ func TestAPIServerRefusesTheAgent(t *testing.T) {
 
 // TestAPIServerUnreachable: 502, and kubectl says which hop it was.
 func TestAPIServerUnreachable(t *testing.T) {
-	closed := closedPort(t)
+	closed := harness.FreeAddr(t)
 	w := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + closed })
 	want := "the agent cannot reach the Kubernetes API server at " + closed + ": dial tcp " + closed + ": connect: connection refused: check that it runs, and the agent's kubeconfig"
 	wantReady(t, w.agent, "kubernetes", want)
@@ -279,19 +258,12 @@ func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
 
 // TestStorageOfTheAPIServerStops: the API server still answers, and can do nothing; the agent says so.
 func TestStorageOfTheAPIServerStops(t *testing.T) {
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	own, err := cluster.Start(t.Context(), group)
+	own, err := cluster.Start(t.Context(), harness.NewGroup(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	w := leadingTo(t, func(config *rest.Config) { *config = *own.Config })
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.waitReady()
 	own.Etcd.Kill()
 	wantReady(t, w.agent, "kubernetes", "the Kubernetes API server at "+strings.TrimPrefix(own.Config.Host, "https://")+" answers GET /readyz: 500 Internal Server Error; [-]etcd failed")
 }

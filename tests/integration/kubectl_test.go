@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
@@ -99,7 +100,7 @@ func TestWorkIsTheSame(t *testing.T) {
 		{"delete -f -", big}, // gone
 		{"get events", ""},
 	}
-	output := map[string][]result{}
+	output := map[string][]harness.Result{}
 	for _, kubeconfig := range []string{w.direct, w.caller} {
 		ns := w.namespace()
 		for _, step := range steps {
@@ -130,10 +131,7 @@ func TestWorkIsTheSame(t *testing.T) {
 // TestKubectlProxyOnTop: a proxy of a proxy is still the API server.
 func TestKubectlProxyOnTop(t *testing.T) {
 	w := connected(t)
-	p, err := w.group.Start("kubectl-proxy", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"), "proxy", "--port=0", "--append-server-path")
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := w.startKubectl("kubectl-proxy", "proxy", "--port=0", "--append-server-path")
 	var found []string
 	eventually(t, func() error {
 		if found = regexp.MustCompile(`Starting to serve on (\S+)`).FindStringSubmatch(p.Log()); found == nil {
@@ -148,7 +146,7 @@ func TestKubectlProxyOnTop(t *testing.T) {
 }
 
 // withoutAges blanks the ages in a table, which go on between one command and the next.
-func withoutAges(r result) result {
+func withoutAges(r harness.Result) harness.Result {
 	r.Stdout = regexp.MustCompile(`\s+(\d+[smhd])+\b`).ReplaceAllString(r.Stdout, " AGE")
 	return r
 }
@@ -169,11 +167,8 @@ func TestVersionsAreTold(t *testing.T) {
 func TestApplyWatchDelete(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
-	watch, err := w.group.Start("watch", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"),
-		"get", "configmap", "-n", ns, "-w", "--output-watch-events", "--no-headers", "-o", "jsonpath={.type} {.object.metadata.name} {.object.data.a}{\"\\n\"}")
-	if err != nil {
-		t.Fatal(err)
-	}
+	watch := w.startKubectl("watch", "get", "configmap", "-n", ns, "-w", "--output-watch-events", "--no-headers",
+		"-o", "jsonpath={.type} {.object.metadata.name} {.object.data.a}{\"\\n\"}")
 	seen := func(line string) {
 		t.Helper()
 		eventually(t, func() error {

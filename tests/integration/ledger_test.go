@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/ledger"
 )
@@ -47,7 +48,7 @@ func TestNoWriteIsRepeated(t *testing.T) {
 					go func() { ended <- l.Write(t.Context(), api.Client, writes, 8) }()
 					for i := range kills {
 						after := (i + 1) * writes / (kills + 1)
-						eventuallyWithin(t, time.Minute, func() error {
+						harness.Eventually(t, time.Minute, func() error {
 							if done := l.Done(); done < after {
 								return fmt.Errorf("%d of %d writes are done", done, after)
 							}

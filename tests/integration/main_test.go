@@ -3,15 +3,12 @@
 package integration
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -19,6 +16,7 @@ import (
 
 	"k8s.io/client-go/rest"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
@@ -52,11 +50,8 @@ func run(m *testing.M) int {
 	// or frps verifies it.
 	http.DefaultTransport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
 	if api.Cluster, err = cluster.Start(ctx, group); err == nil {
-		api.agent, err = api.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
-	}
-	if err == nil {
 		api.kubeconfig = filepath.Join(group.Dir(), "agent.kubeconfig")
-		err = cluster.WriteKubeconfig(api.kubeconfig, api.agent)
+		api.agent, err = api.WriteAgentKubeconfig(ctx, api.kubeconfig)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -65,10 +60,7 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-const (
-	agentID    = "agent-001"
-	agentToken = "the-agents-token"
-)
+const agentID, agentToken = harness.AgentID, harness.AgentToken
 
 // world is a control plane and one agent.
 type world struct {
@@ -86,43 +78,14 @@ type world struct {
 // newWorld starts a control plane and prepares an agent, which is not started.
 func newWorld(t *testing.T, options ...func(*controlplane.Options)) *world {
 	t.Helper()
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	log, err := os.Create(filepath.Join(group.Dir(), "controlplane.log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = log.Close() })
-	w := &world{t: t, group: group, token: agentToken, direct: api.kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
-	o := controlplane.Options{Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.NewTextHandler(log, nil))}
-	for _, option := range options {
-		option(&o)
-	}
-	w.cp, err = controlplane.Start(t.Context(), o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.cp.Close)
-	if w.agent, err = agent.New(group, w.cp, agentID, agentToken, api.kubeconfig); err != nil {
-		t.Fatal(err)
+	h := harness.NewWorld(t, api.kubeconfig, options...)
+	w := &world{
+		t: t, group: h.Group, cp: h.ControlPlane, agent: h.Agent, token: agentToken,
+		direct: api.kubeconfig, caller: filepath.Join(h.Group.Dir(), "caller.kubeconfig"),
 	}
 	if err := agent.WriteCaller(w.caller, w.cp, agentID, agentToken); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if !t.Failed() {
-			return
-		}
-		logs, _ := filepath.Glob(filepath.Join(group.Dir(), "*.log"))
-		for _, name := range logs {
-			data, _ := os.ReadFile(name)
-			lines := strings.Split(string(data), "\n")
-			t.Logf("%s:\n%s", filepath.Base(name), strings.Join(lines[max(0, len(lines)-15):], "\n"))
-		}
-	})
 	return w
 }
 
@@ -130,32 +93,53 @@ func newWorld(t *testing.T, options ...func(*controlplane.Options)) *world {
 func connected(t *testing.T) *world {
 	t.Helper()
 	w := newWorld(t)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	return w
 }
 
-// result is what a person sees of a command.
-type result struct {
-	Stdout, Stderr string
-	Code           int
+// startAgent starts the agent and waits until it is ready.
+func (w *world) startAgent() {
+	w.t.Helper()
+	harness.StartAgent(w.t, w.agent)
 }
 
-// kubectl runs the real one.
-func (w *world) kubectl(kubeconfig, stdin string, args ...string) result {
+// waitReady waits until the agent, which runs, is ready.
+func (w *world) waitReady() {
+	w.t.Helper()
+	if err := w.agent.WaitReady(w.t.Context()); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// bootstrapOnce runs bootstrap --once, which writes frpc's files, and expects success.
+func (w *world) bootstrapOnce() {
+	w.t.Helper()
+	bootstrap, err := w.agent.Once()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if bootstrap.ExitCode() != 0 {
+		w.t.Fatal(bootstrap.Failed())
+	}
+}
+
+// kubectl runs the real kubectl to its end.
+func (w *world) kubectl(kubeconfig, stdin string, args ...string) harness.Result {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, w.binary("kubectl"), args...)
-	cmd.Env = append([]string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + kubeconfig, "PATH=" + os.Getenv("PATH")}, w.env...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
-	_ = cmd.Run() // the exit code tells
-	return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
+	result, _ := harness.Run(harness.Kubectl(ctx, w.t, w.group.Dir(), kubeconfig, w.env, args...), stdin)
+	return result
+}
+
+// startKubectl starts kubectl as a caller of the tunnel. It ends with the test at the latest.
+func (w *world) startKubectl(name string, args ...string) *process.Process {
+	w.t.Helper()
+	p, err := w.group.Start(name, append(w.env, "KUBECONFIG="+w.caller), harness.Binary(w.t, "kubectl"), args...)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return p
 }
 
 // must runs kubectl through the tunnel and expects success.
@@ -166,15 +150,6 @@ func (w *world) must(args ...string) string {
 		w.t.Fatalf("kubectl %s: exit code %d: %s", strings.Join(args, " "), r.Code, r.Stderr)
 	}
 	return r.Stdout
-}
-
-func (w *world) binary(name string) string {
-	w.t.Helper()
-	path, err := process.Binary(name)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return path
 }
 
 // namespace makes a namespace of the test's own. No controller runs that could remove it; the API server
@@ -188,21 +163,14 @@ func (w *world) namespace() string {
 	return name
 }
 
-// eventually polls until ready returns nil.
+// eventually polls for half a minute until ready returns nil.
 func eventually(t *testing.T, ready func() error) {
 	t.Helper()
-	eventuallyWithin(t, 30*time.Second, ready)
+	harness.Eventually(t, 30*time.Second, ready)
 }
 
 // rotation is how long client-go may go on with a token from a file that has changed: it looks once a minute.
 const rotation = 90 * time.Second
-
-func eventuallyWithin(t *testing.T, timeout time.Duration, ready func() error) {
-	t.Helper()
-	if err := process.Poll(t.Context(), timeout, nil, ready); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // get sends a GET and returns the answer with its body.
 func get(t *testing.T, client *http.Client, url string, header http.Header) (*http.Response, string) {

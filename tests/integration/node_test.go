@@ -27,6 +27,8 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	utilexec "k8s.io/utils/exec"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 // kubelet stands in for a node: a kubelet needs root. Its streaming is the kubelet's own code
@@ -192,10 +194,7 @@ func TestLogs(t *testing.T) {
 	if got := w.must("logs", "pod", "-n", ns); got != "first line\n" {
 		t.Errorf("logs: got %q", got)
 	}
-	follow, err := w.group.Start("follow", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"), "logs", "-f", "pod", "-n", ns)
-	if err != nil {
-		t.Fatal(err)
-	}
+	follow := w.startKubectl("follow", "logs", "-f", "pod", "-n", ns)
 	// Each line must arrive before the next is written: nothing on the way may hold it back.
 	want := "first line\n"
 	for i := range 3 {
@@ -252,8 +251,8 @@ func TestTerminal(t *testing.T) {
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	eachProtocol(t, w, func(t *testing.T) {
-		cmd := exec.CommandContext(t.Context(), w.binary("kubectl"), "exec", "-it", "pod", "-n", ns, "--", "sh")
-		cmd.Env = append([]string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + w.caller, "PATH=" + os.Getenv("PATH"), "TERM=dumb"}, w.env...)
+		cmd := harness.Kubectl(t.Context(), t, w.group.Dir(), w.caller, append(w.env, "TERM=dumb"),
+			"exec", "-it", "pod", "-n", ns, "--", "sh")
 		terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: 80})
 		if err != nil {
 			t.Fatal(err)
@@ -383,11 +382,7 @@ func TestPortForward(t *testing.T) {
 		t.Fatal(err)
 	}
 	eachProtocol(t, w, func(t *testing.T) {
-		forward, err := w.group.Start("forward-"+filepath.Base(t.Name()), append(w.env, "KUBECONFIG="+w.caller), w.binary("kubectl"),
-			"port-forward", "pod/pod", "-n", ns, ":"+port)
-		if err != nil {
-			t.Fatal(err)
-		}
+		forward := w.startKubectl("forward-"+filepath.Base(t.Name()), "port-forward", "pod/pod", "-n", ns, ":"+port)
 		var local []string
 		eventually(t, func() error {
 			if local = regexp.MustCompile(`Forwarding from (127\.0\.0\.1:\d+) ->`).FindStringSubmatch(forward.Log()); local == nil {

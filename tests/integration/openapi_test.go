@@ -11,6 +11,8 @@ import (
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"sigs.k8s.io/yaml"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 // openAPI is the page that the agent serves.
@@ -168,7 +170,7 @@ func TestOpenAPI(t *testing.T) {
 			t.Errorf("%s: answered %s %s, but the page says %v", body, resp.Status, answer, err)
 		}
 	}
-	tell(t, w.agent, "gone", "runner_assigned", assignment("gone", "http://"+closedPort(t)), false)
+	tell(t, w.agent, "gone", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)), false)
 	for runner, body := range map[string]string{"_": "", "none": "", "gone": ""} {
 		try(http.MethodPost, command, "/api/runners/"+runner+"/command", agentToken, body)
 	}

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/elazarl/goproxy"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
@@ -31,7 +31,7 @@ func TestFrpsAway(t *testing.T) {
 			t.Run(fault+" for "+outage, func(t *testing.T) {
 				t.Parallel()
 				w := renewing(t, controlplane.Terms{Life: time.Hour})
-				leases := w.leasesGiven()
+				leases := w.cp.LeasesGiven()
 				pid := w.cp.FrpsPid()
 				if fault == "frozen" {
 					if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
@@ -54,29 +54,19 @@ func TestFrpsAway(t *testing.T) {
 				}
 				back := time.Now()
 				// frpc tries every 20 s, and each try may take 10.
-				eventuallyWithin(t, 45*time.Second, func() error {
+				harness.Eventually(t, 45*time.Second, func() error {
 					if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
 						return fmt.Errorf("%s: %s", resp.Status, body)
 					}
 					return nil
 				})
-				t.Logf("%s for %s: back after %.1f s; %d requests for leases", fault, outage, time.Since(back).Seconds(), w.leasesGiven()-leases)
+				t.Logf("%s for %s: back after %.1f s; %d requests for leases", fault, outage, time.Since(back).Seconds(), w.cp.LeasesGiven()-leases)
 				if n := w.agent.FrpcRestarts(); n > 0 {
 					t.Errorf("frpc was restarted %d times:\n%s", n, w.agent.Bootstrap.Log())
 				}
 			})
 		}
 	}
-}
-
-// leasesGiven counts the leases that the control plane has given.
-func (w *world) leasesGiven() int {
-	w.t.Helper()
-	log, err := os.ReadFile(filepath.Join(w.group.Dir(), "controlplane.log"))
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return strings.Count(string(log), `msg="lease given"`)
 }
 
 // newRelay starts a relay before a server.
@@ -115,7 +105,7 @@ func TestSilence(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			server := newOwnServer(t, w, true, "")
-			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
 				"PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test", "PIPEOPS_FRP_PROTOCOL="+test.protocol)
 			frps := fmt.Sprintf("127.0.0.1:%d", server.bind)
 			var silent *relay.Relay
@@ -135,9 +125,7 @@ func TestSilence(t *testing.T) {
 			}
 			w.agent.RestartFrpc(t.Context())
 			if test.second {
-				if err := w.agent.WaitReady(t.Context()); err != nil {
-					t.Fatal(err)
-				}
+				w.waitReady()
 				silent.Silent.Store(true)
 				silent.Cut()
 			}
@@ -150,7 +138,7 @@ func TestSilence(t *testing.T) {
 			})
 			silent.Silent.Store(false)
 			begin := time.Now()
-			eventuallyWithin(t, 5*time.Minute, func() error {
+			harness.Eventually(t, 5*time.Minute, func() error {
 				code, answer, err := w.agent.Ready(t.Context())
 				if err == nil && code != http.StatusOK {
 					err = fmt.Errorf("/ready: %+v", answer)
@@ -170,14 +158,9 @@ func TestHeartbeats(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	server := newOwnServer(t, w, true, "")
-	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
 		fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_LOG_LEVEL=debug")
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	select {
 	case <-time.After(80 * time.Second): // more than twice what it allows
 	case <-w.agent.Frpc.Done():

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -27,13 +28,8 @@ func renewing(t *testing.T, terms controlplane.Terms, options ...func(*controlpl
 	t.Helper()
 	w := newWorld(t, options...)
 	w.cp.SetTerms(terms)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	w.agent.RestartFrpc(t.Context())
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	return w
 }
 
@@ -50,7 +46,7 @@ func (w *world) lease() *frpc.Lease {
 func (w *world) renewed(before *frpc.Lease) *frpc.Lease {
 	w.t.Helper()
 	var now *frpc.Lease
-	eventuallyWithin(w.t, time.Minute, func() error {
+	harness.Eventually(w.t, time.Minute, func() error {
 		if now = w.lease(); now.ExpiresAt.Equal(before.ExpiresAt) {
 			return fmt.Errorf("the lease until %s is not renewed", before.ExpiresAt)
 		}
@@ -189,10 +185,7 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	runningPod(t, k, ns)
 	t.Cleanup(func() { close(k.lines) }) // ends the log stream, for which the kubelet's server would wait
 	watch, exec := w.stream(), startSession(t, w, ns)
-	follow, err := w.group.Start("follow", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"), "logs", "-f", "pod", "-n", ns)
-	if err != nil {
-		t.Fatal(err)
-	}
+	follow := w.startKubectl("follow", "logs", "-f", "pod", "-n", ns)
 	wantLog := "first line\n"
 	logged := func() error {
 		if got := follow.Log(); got != wantLog {
@@ -358,7 +351,7 @@ func TestTunnelIsReloaded(t *testing.T) {
 	watch := w.stream()
 	pid := w.agent.FrpcPid()
 	w.cp.SetTerms(controlplane.Terms{Life: time.Hour, TunnelType: "http"})
-	eventuallyWithin(t, time.Minute, func() error {
+	harness.Eventually(t, time.Minute, func() error {
 		proxies, err := w.lease().Frpc.Admin.Status(t.Context())
 		if err == nil && (len(proxies) != 1 || proxies[0].Type != "http" || proxies[0].Status != "running") {
 			err = fmt.Errorf("frpc's proxies are %+v", proxies)
@@ -383,7 +376,7 @@ func TestControlPlaneAway(t *testing.T) {
 	watch := w.stream()
 	first := w.lease()
 	want := "the lease cannot be renewed since "
-	eventuallyWithin(t, time.Minute, func() error {
+	harness.Eventually(t, time.Minute, func() error {
 		code, ready, err := w.agent.Ready(t.Context())
 		if err == nil && (code != http.StatusOK || !strings.HasPrefix(ready.Checks["tunnel"].Detail, want) || time.Now().Before(first.ExpiresAt)) {
 			err = fmt.Errorf("/ready answers %d %+v", code, ready)
@@ -532,7 +525,7 @@ func TestLeaseIsRefused(t *testing.T) {
 				if err := happen(w); err != nil {
 					t.Fatal(err)
 				}
-				eventuallyWithin(t, time.Minute, func() error {
+				harness.Eventually(t, time.Minute, func() error {
 					if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
 						return fmt.Errorf("%s: %s", resp.Status, body)
 					}
@@ -597,13 +590,8 @@ func tokenIsRotated(t *testing.T, method func(*controlplane.Options)) {
 	}
 	write(agentToken)
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_AGENT_TOKEN=", "PIPEOPS_AGENT_TOKEN_FILE="+file)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	w.agent.RestartFrpc(t.Context())
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	first := w.lease()
 	watch := w.stream()
 	w.cp.SetAgent(agentID, "another-token")

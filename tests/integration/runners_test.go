@@ -14,8 +14,8 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
-	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // post sends a body of JSON to the proxy of an agent.
@@ -49,12 +49,7 @@ func withRunners(t *testing.T, env ...string) (*world, string) {
 	ns := w.namespace()
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_NAMESPACE="+ns, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc")
 	w.agent.Env = append(w.agent.Env, env...)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	return w, ns
 }
 
@@ -131,7 +126,7 @@ func TestRunners(t *testing.T) {
 	}
 	close(lines)
 
-	tell(t, w.agent, "m2", "runner_assigned", assignment("gone", "http://"+closedPort(t)+"/"), false)
+	tell(t, w.agent, "m2", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)+"/"), false)
 	want("/api/runners/gone/command", "{}", http.StatusBadGateway, "cannot be reached: dial tcp 127.0.0.1:")
 	want(command, "hang", http.StatusGatewayTimeout, "does not answer")
 
@@ -139,9 +134,7 @@ func TestRunners(t *testing.T) {
 	if err := w.agent.StartProxy(); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.waitReady()
 	want(command, `{"do":"it"}`, http.StatusTeapot, echoed)
 	tell(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
 	tell(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL), true)
@@ -159,11 +152,7 @@ func TestReplicasShareTheRegistry(t *testing.T) {
 	second := *w.agent
 	second.Env = slices.Clone(w.agent.Env)
 	for i, variable := range []string{"PIPEOPS_LISTEN_ADDR", "PIPEOPS_METRICS_ADDR"} {
-		port, err := process.FreePort()
-		if err != nil {
-			t.Fatal(err)
-		}
-		addr := fmt.Sprintf("127.0.0.1:%d", port)
+		addr := harness.FreeAddr(t)
 		second.Env = append(second.Env, variable+"="+addr)
 		if i == 0 {
 			second.Tunnel = "https://" + addr

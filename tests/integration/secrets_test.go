@@ -7,6 +7,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 // TestSecretsStayInside drives every route with marked secrets, at the log level that says most, and finds none
@@ -49,7 +51,7 @@ func TestSecretsStayInside(t *testing.T) {
 		{http.MethodGet, "/api/agent/status", ""},
 		{http.MethodPost, "/api/agent/heartbeat", `{"token":"` + mark + `"}`},
 		{http.MethodPost, "/api/control-plane/message", `{"id":"1","type":"runner_assigned","data":{"runner_id":"r","runner_endpoint":"` + runner + `/?token=` + mark + `","runner_token":"` + mark + `"}}`},
-		{http.MethodPost, "/api/control-plane/message", `{"id":"2","type":"runner_assigned","data":{"runner_id":"gone","runner_endpoint":"http://` + closedPort(t) + `/?token=` + mark + `","runner_token":"` + mark + `"}}`},
+		{http.MethodPost, "/api/control-plane/message", `{"id":"2","type":"runner_assigned","data":{"runner_id":"gone","runner_endpoint":"http://` + harness.FreeAddr(t) + `/?token=` + mark + `","runner_token":"` + mark + `"}}`},
 		{http.MethodPost, "/api/control-plane/message", `{"id":"3","type":"runner_assigned","data":{"runner_id":"r","runner_endpoint":"http://user:` + mark + `@127.0.0.1/","runner_token":"` + mark + `"}}`},
 		{http.MethodPost, "/api/control-plane/message", `{"id":"4","type":"runner_assigned","data":{"runner_id":"r","runner_endpoint":5,"runner_token":["` + mark + `"]}}`},
 		{http.MethodPost, "/api/runners/r/command?q=" + mark, mark},

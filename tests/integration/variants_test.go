@@ -21,6 +21,7 @@ import (
 	"github.com/elazarl/goproxy"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
@@ -59,7 +60,7 @@ func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer
 	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.group.Start("own-frps", nil, w.binary("frps"), "-c", path); err != nil {
+	if _, err := w.group.Start("own-frps", nil, harness.Binary(t, "frps"), "-c", path); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, func() error { return process.Listening(fmt.Sprintf("127.0.0.1:%d", s.bind)) })
@@ -135,15 +136,10 @@ func TestEveryWayToFrps(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			s, env := test.prepare(t, w)
-			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t), "PIPEOPS_FRP_TUNNEL_TYPE=http",
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+harness.FreeAddr(t), "PIPEOPS_FRP_TUNNEL_TYPE=http",
 				"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", s.bind))
 			w.agent.Env = append(w.agent.Env, env...)
-			if err := w.agent.Start(); err != nil {
-				t.Fatal(err)
-			}
-			if err := w.agent.WaitReady(t.Context()); err != nil {
-				t.Fatal(err)
-			}
+			w.startAgent()
 			transport := &http.Transport{}
 			t.Cleanup(transport.CloseIdleConnections)
 			base := "http://" + agentID + ".example.internal"
@@ -191,7 +187,7 @@ func TestVolumes(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			const script = ` && { "$@"; code=$?; for f in "$PIPEOPS_RUN_DIR"/* "$PIPEOPS_RUN_DIR"/.??*; do [ -e "$f" ] && echo "left: $f"; done; exit $code; }`
 			p, err := w.group.Start("volume-"+name, append(w.agent.Env, "PIPEOPS_RUN_DIR="+t.TempDir()), "unshare", "--user", "--map-root-user", "--mount",
-				"sh", "-c", test.prepare+script, "sh", w.binary("bootstrap"), "--once")
+				"sh", "-c", test.prepare+script, "sh", harness.Binary(t, "bootstrap"), "--once")
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -89,12 +89,7 @@ func over(t *testing.T, tunnel string, config *rest.Config, options ...func(*con
 		t.Fatal(err)
 	}
 	w.agent.Env = append(w.agent.Env, "KUBECONFIG="+kubeconfig, "PIPEOPS_FRP_TUNNEL_TYPE="+tunnel)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	return w
 }
 

@@ -15,15 +15,12 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/pipeops/vm-agent/tests/harness/process"
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 // TestImages looks at what `make images` has built, before that is built a second time by `make verify-images`.
 func TestImages(t *testing.T) {
-	root, err := process.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := harness.Root(t)
 	images := filepath.Join(root, ".build", "images")
 	pod := deployments(t, build(t, filepath.Join(installation(t), "base")))[0].Spec.Template.Spec
 	for _, arch := range []string{"amd64", "arm64"} {

@@ -178,8 +178,9 @@ func TestAPIServerTakesThem(t *testing.T) {
 				if data, err = yaml.Marshal(pod); err != nil {
 					t.Fatal(err)
 				}
-				if _, stderr, err := kubectl(t, string(data), "create", "--dry-run=server", "-f", "-"); err == nil || !strings.Contains(stderr, `violates PodSecurity "restricted:latest"`) {
-					t.Errorf("a pod that breaks the standard: %v\n%s", err, stderr)
+				result, err := kubectl(t, string(data), "create", "--dry-run=server", "-f", "-")
+				if err == nil || !strings.Contains(result.Stderr, `violates PodSecurity "restricted:latest"`) {
+					t.Errorf("a pod that breaks the standard: %v\n%s", err, result.Stderr)
 				}
 			}
 		})
@@ -199,8 +200,9 @@ func TestForgottenFiles(t *testing.T) {
 			if err := os.Remove(file); err != nil {
 				t.Fatal(err)
 			}
-			if _, stderr, err := kubectl(t, "", "kustomize", filepath.Join(dir, path)); err == nil || !strings.Contains(stderr, file+": no such file or directory") {
-				t.Errorf("%s without %s: %v: %s", path, name, err, stderr)
+			result, err := kubectl(t, "", "kustomize", filepath.Join(dir, path))
+			if err == nil || !strings.Contains(result.Stderr, file+": no such file or directory") {
+				t.Errorf("%s without %s: %v: %s", path, name, err, result.Stderr)
 			}
 		}
 	}

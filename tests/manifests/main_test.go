@@ -2,13 +2,11 @@
 package manifests
 
 import (
-	"bytes"
 	"context"
 	"flag"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,6 +14,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -52,29 +51,22 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// kubectl runs the real one and returns what it prints.
-func kubectl(t *testing.T, stdin string, args ...string) (stdout, stderr string, err error) {
+// kubectl runs the real kubectl to its end.
+func kubectl(t *testing.T, stdin string, args ...string) (harness.Result, error) {
 	t.Helper()
-	binary, err := process.Binary("kubectl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), binary, args...)
-	cmd.Env = []string{"KUBECONFIG=" + api.kubeconfig, "HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}
-	var out, complaints bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &complaints
-	err = cmd.Run()
-	return out.String(), complaints.String(), err
+	// Cleaning up needs it after the test's end.
+	ctx := context.WithoutCancel(t.Context())
+	return harness.Run(harness.Kubectl(ctx, t, t.TempDir(), api.kubeconfig, nil, args...), stdin)
 }
 
 // must runs kubectl and expects success without a word on stderr: warnings count as failures.
 func must(t *testing.T, stdin string, args ...string) string {
 	t.Helper()
-	stdout, stderr, err := kubectl(t, stdin, args...)
-	if err != nil || stderr != "" {
-		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, stderr)
+	result, err := kubectl(t, stdin, args...)
+	if err != nil || result.Stderr != "" {
+		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, result.Stderr)
 	}
-	return stdout
+	return result.Stdout
 }
 
 // yours are the files that a person writes beside a kustomization.

@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
@@ -88,11 +89,7 @@ func TestAgentWorksWithThem(t *testing.T) {
 	aggregate(t)
 	apply(t, variants(t)["components/runners"])
 	t.Cleanup(func() { removeAdded(t, variants(t)["base"], variants(t)["components/runners"]) })
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
+	group := harness.NewGroup(t)
 	config := rest.CopyConfig(api.Config)
 	config.BearerToken = strings.TrimSpace(must(t, "", "create", "token", "pipeops-agent", "-n", "pipeops-system"))
 	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
@@ -152,14 +149,14 @@ func may(t *testing.T, question string) bool {
 			args = append(args, "--subresource", sub)
 		}
 	}
-	stdout, stderr, _ := kubectl(t, "", args...) // exits with 1 for no
-	switch strings.TrimSpace(stdout) {
+	result, _ := kubectl(t, "", args...) // exits with 1 for no
+	switch strings.TrimSpace(result.Stdout) {
 	case "yes":
 		return true
 	case "no":
 		return false
 	}
-	t.Fatalf("%s: %s%s", question, stdout, stderr)
+	t.Fatalf("%s: %+v", question, result)
 	return false
 }
 

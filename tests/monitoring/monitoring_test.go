@@ -17,7 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
-	"github.com/pipeops/vm-agent/tests/harness/process"
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 const component = "../../manifests/components/monitoring"
@@ -32,11 +32,7 @@ type manifests struct {
 // render runs kustomize. What it yields must be of the operator's own types: a misspelled field is an error.
 func render(t *testing.T) manifests {
 	t.Helper()
-	kubectl, err := process.Binary("kubectl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := exec.Command(kubectl, "kustomize", component).CombinedOutput()
+	out, err := exec.Command(harness.Binary(t, "kubectl"), "kustomize", component).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}

@@ -7,7 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
 	"net/http"
 	"net/http/httptest"
@@ -27,16 +26,15 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
-	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const (
-	agentID    = "agent-001"
-	agentToken = "the-agents-token"
-	namespace  = "pipeops-system"
+	agentID, agentToken = harness.AgentID, harness.AgentToken
+	namespace           = "pipeops-system"
 )
 
 var pictureOf = flag.Duration("picture", 0, "make calls for so long, then draw the dashboard to dashboard.png")
@@ -54,7 +52,7 @@ func TestQueries(t *testing.T) {
 	for _, p := range m.dashboard.Panels {
 		for _, target := range p.Targets {
 			for _, prometheus := range both {
-				poll(t, func() error {
+				eventually(t, func() error {
 					found, err := prometheus.query(resolve(target.Expr))
 					if err != nil {
 						return fmt.Errorf("panel %q: %w", p.Title, err)
@@ -88,7 +86,7 @@ func TestQueries(t *testing.T) {
 	// What can be broken for real, is.
 	wait := func(name string) {
 		t.Helper()
-		poll(t, func() error {
+		eventually(t, func() error {
 			if fires, err := classic.query(expr(t, m, name)); err != nil || len(fires) == 0 {
 				return fmt.Errorf("%s does not notice: %w", name, err)
 			}
@@ -97,57 +95,34 @@ func TestQueries(t *testing.T) {
 	}
 	w.cluster.APIServer.Stop()
 	wait("PipeOpsAgentKubernetesUnreachable")
-	w.cp.StopFrps()
+	w.ControlPlane.StopFrps()
 	wait("PipeOpsAgentTunnelDown")
-	w.agent.Proxy.Kill()
+	w.Agent.Proxy.Kill()
 	wait("PipeOpsAgentDown")
 }
 
 // world is a cluster, a control plane and an agent.
 type world struct {
-	group   *process.Group
+	*harness.World
+
 	cluster *cluster.Cluster
-	cp      *controlplane.ControlPlane
-	agent   *agent.Agent
 }
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	w := &world{group: group}
-	if w.cluster, err = cluster.Start(t.Context(), group); err != nil {
-		t.Fatal(err)
-	}
-	account, err := w.cluster.ServiceAccount(t.Context(), namespace, "pipeops-agent", "cluster-admin")
+	group := harness.NewGroup(t)
+	c, err := cluster.Start(t.Context(), group)
 	if err != nil {
 		t.Fatal(err)
 	}
 	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
-	if err := cluster.WriteKubeconfig(kubeconfig, account); err != nil {
+	if _, err := c.WriteAgentKubeconfig(t.Context(), kubeconfig); err != nil {
 		t.Fatal(err)
 	}
-	w.cp, err = controlplane.Start(t.Context(), controlplane.Options{
-		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.cp.Close)
-	if w.agent, err = agent.New(group, w.cp, agentID, agentToken, kubeconfig); err != nil {
-		t.Fatal(err)
-	}
-	w.agent.Env = append(w.agent.Env, "PIPEOPS_NAMESPACE="+namespace, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1")
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	w.agent.RestartFrpc(t.Context())
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w := &world{harness.NewWorld(t, kubeconfig), c}
+	w.Agent.Env = append(w.Agent.Env, "PIPEOPS_NAMESPACE="+namespace, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1")
+	harness.StartAgent(t, w.Agent)
+	w.Agent.RestartFrpc(t.Context())
 	return w
 }
 
@@ -158,7 +133,7 @@ type prometheus struct{ url string }
 func (w *world) prometheus(t *testing.T, m manifests, name string, flags ...string) *prometheus {
 	t.Helper()
 	binary := installed(t, "prometheus")
-	dir, err := w.group.Mkdir("prometheus-" + name)
+	dir, err := w.Group.Mkdir("prometheus-" + name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -174,16 +149,12 @@ scrape_configs:
     static_configs:
       - targets: [%q]
         labels: {namespace: %s, pod: pipeops-agent-7d9f, container: proxy, endpoint: %s}
-`, job, endpoint.Path, strings.TrimPrefix(w.agent.Operations, "http://"), namespace, *endpoint.Port)
+`, job, endpoint.Path, strings.TrimPrefix(w.Agent.Operations, "http://"), namespace, *endpoint.Port)
 	if err := os.WriteFile(filepath.Join(dir, "prometheus.yaml"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	port, err := process.FreePort()
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := fmt.Sprintf("127.0.0.1:%d", port)
-	p, err := w.group.Start("prometheus-"+name, nil, binary, append([]string{"--config.file=" + filepath.Join(dir, "prometheus.yaml"),
+	addr := harness.FreeAddr(t)
+	p, err := w.Group.Start("prometheus-"+name, nil, binary, append([]string{"--config.file=" + filepath.Join(dir, "prometheus.yaml"),
 		"--storage.tsdb.path=" + filepath.Join(dir, "data"), "--web.listen-address=" + addr}, flags...)...)
 	if err != nil {
 		t.Fatal(err)
@@ -282,7 +253,7 @@ func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 			}
 			// One of the two servers has it: those of a histogram are here classic, there native.
 			var found []map[string]string
-			poll(t, func() error {
+			eventually(t, func() error {
 				for _, server := range servers {
 					var some []map[string]string
 					if err := server.get("/api/v1/series", url.Values{"match[]": {selector}}, &some); err != nil {
@@ -312,7 +283,7 @@ func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 // wantAlerts evaluates all rules and expects those of the names to find something, and no other.
 func wantAlerts(t *testing.T, m manifests, p *prometheus, names ...string) {
 	t.Helper()
-	poll(t, func() error {
+	eventually(t, func() error {
 		var loaded struct {
 			Groups []struct {
 				Rules []struct{ Name, Health, LastError string }
@@ -351,17 +322,16 @@ func expr(t *testing.T, m manifests, alert string) string {
 	return ""
 }
 
-func poll(t *testing.T, ready func() error) {
+// eventually polls for a minute until ready returns nil.
+func eventually(t *testing.T, ready func() error) {
 	t.Helper()
-	if err := process.Poll(t.Context(), time.Minute, nil, ready); err != nil {
-		t.Fatal(err)
-	}
+	harness.Eventually(t, time.Minute, ready)
 }
 
 // traffic makes calls of every kind that is counted, through the tunnel, until stop is called.
 func (w *world) traffic(t *testing.T) (stop func()) {
 	t.Helper()
-	caller := agent.Caller(w.cp, agentID, agentToken)
+	caller := agent.Caller(w.ControlPlane, agentID, agentToken)
 	caller.QPS = -1
 	client, err := kubernetes.NewForConfig(caller)
 	if err != nil {
@@ -383,9 +353,9 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 		_, _ = io.Copy(w, r.Body)
 	}))
 	t.Cleanup(runner.Close)
-	base := w.cp.GatewayURL + "/agents/" + agentID
+	base := w.ControlPlane.GatewayURL + "/agents/" + agentID
 	send := func(token, method, path, body string) {
-		client, err := rest.HTTPClientFor(agent.Caller(w.cp, agentID, token))
+		client, err := rest.HTTPClientFor(agent.Caller(w.ControlPlane, agentID, token))
 		if err != nil {
 			t.Error(err)
 			return
@@ -452,7 +422,7 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	if *pictureOf > 0 {
 		group.Go(func() {
 			for _, step := range []func() error{
-				func() error { w.cp.StopFrps(); return nil }, func() error { return w.cp.StartFrps(t.Context()) },
+				func() error { w.ControlPlane.StopFrps(); return nil }, func() error { return w.ControlPlane.StartFrps(t.Context()) },
 			} {
 				select {
 				case <-time.After(*pictureOf / 3):
@@ -472,7 +442,7 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 
 // upgrade watches over a WebSocket, as browsers do, for a while.
 func (w *world) upgrade(ctx context.Context) error {
-	config := agent.Caller(w.cp, agentID, agentToken)
+	config := agent.Caller(w.ControlPlane, agentID, agentToken)
 	config.NextProtos = []string{"http/1.1"}
 	client, err := rest.HTTPClientFor(config)
 	if err != nil {

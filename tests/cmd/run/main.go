@@ -58,12 +58,8 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 			return err
 		}
 		etcdDone, apiServerDone = c.Etcd.Done(), c.APIServer.Done()
-		config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
-		if err != nil {
-			return err
-		}
 		kubeconfig = filepath.Join(group.Dir(), "agent.kubeconfig")
-		if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+		if _, err := c.WriteAgentKubeconfig(ctx, kubeconfig); err != nil {
 			return err
 		}
 	}

@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -218,6 +217,16 @@ func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRo
 	return config, nil
 }
 
+// WriteAgentKubeconfig writes the agent's kubeconfig and returns the same as a configuration. The agent acts as a
+// ServiceAccount with cluster-admin.
+func (c *Cluster) WriteAgentKubeconfig(ctx context.Context, path string) (*rest.Config, error) {
+	config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
+	if err != nil {
+		return nil, err
+	}
+	return config, WriteKubeconfig(path, config)
+}
+
 // WriteKubeconfig writes a kubeconfig that does as config does.
 func WriteKubeconfig(path string, config *rest.Config) error {
 	k := clientcmdapi.NewConfig()
@@ -229,6 +238,6 @@ func WriteKubeconfig(path string, config *rest.Config) error {
 }
 
 func freeURL(scheme string) (string, error) {
-	port, err := process.FreePort()
-	return scheme + "://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), err
+	addr, err := process.FreeAddr()
+	return scheme + "://" + addr, err
 }

@@ -62,6 +62,7 @@ type ControlPlane struct {
 	revoked  map[string]bool
 	terms    Terms
 	leases   map[string]lease   // by the id that stands in an agent's token or metadatas
+	given    int                // how many leases were given
 	tunnels  map[string]string  // by agent id: the type of the tunnel that frps was last let to open
 	refusals map[string]refusal // by agent id: why frps was last told to refuse it
 	fault    http.Handler       // answers instead of the authentication endpoint, for tests
@@ -197,6 +198,13 @@ func (c *ControlPlane) RevokeLeases() {
 	clear(c.leases)
 }
 
+// LeasesGiven returns how many leases were given.
+func (c *ControlPlane) LeasesGiven() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.given
+}
+
 // Fail makes handler answer instead of the authentication endpoint; nil ends that.
 func (c *ControlPlane) Fail(handler http.Handler) {
 	c.mu.Lock()
@@ -272,6 +280,7 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 		answer["auth_method"], answer["frp_token"] = "oidc", token
 	}
 	c.leases[id] = l
+	c.given++
 	c.options.Log.Info("lease given", "agent_id", request.AgentID, "instance", request.Instance, "expires_at", l.expires, "tunnel_type", l.tunnel.Type)
 	writeJSON(w, http.StatusOK, answer)
 }

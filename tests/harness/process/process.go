@@ -198,6 +198,12 @@ func FreePort() (int, error) {
 	return 0, errors.New("no free port on 127.0.0.1")
 }
 
+// FreeAddr returns 127.0.0.1 with a port of FreePort.
+func FreeAddr() (string, error) {
+	port, err := FreePort()
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), err
+}
+
 // Root is the top of the repository, found from the working directory upwards.
 func Root() (string, error) {
 	dir, err := os.Getwd()

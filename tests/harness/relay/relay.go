@@ -18,6 +18,7 @@ type Relay struct {
 	server   string
 	after    int64        // bytes of the server that pass though it is silent
 	held     atomic.Int32 // connections with something held back
+	received atomic.Int64 // bytes of the server
 	conns    sync.Map     // that are open
 	running  sync.WaitGroup
 	listener net.Listener
@@ -64,6 +65,16 @@ func (r *Relay) Cut() {
 // Held returns on how many connections something has been held back.
 func (r *Relay) Held() int { return int(r.held.Load()) }
 
+// Received returns how many bytes the server has sent while the relay was not silent.
+func (r *Relay) Received() int64 { return r.received.Load() }
+
+type counter struct{ n *atomic.Int64 }
+
+func (c counter) Write(p []byte) (int, error) {
+	c.n.Add(int64(len(p)))
+	return len(p), nil
+}
+
 func (r *Relay) forward(ctx context.Context, conn net.Conn) {
 	silent := r.Silent.Load()
 	r.conns.Store(conn, nil)
@@ -81,7 +92,7 @@ func (r *Relay) forward(ctx context.Context, conn net.Conn) {
 		_ = upstream.Close()
 	})
 	if !silent {
-		_, _ = io.Copy(conn, upstream)
+		_, _ = io.Copy(conn, io.TeeReader(upstream, counter{&r.received}))
 		return
 	}
 	_, _ = io.CopyN(conn, upstream, r.after)
