@@ -72,7 +72,7 @@ e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs r
 
 .PHONY: attack
 attack: $(E2E_PARTS) ## Attack the agent's memory on a real node for three minutes (ATTACK_DURATION): root, Debian
-	@cd tests && ATTACK_DURATION=$(or $(ATTACK_DURATION),3m) go test -count=1 -v -timeout 20m -run 'TestAttack$$' ./e2e
+	@cd tests && ATTACK_DURATION=$(or $(ATTACK_DURATION),3m) go test -count=1 -v -timeout 20m -run 'TestAttacksKillNoContainer$$' ./e2e
 
 .PHONY: e2e-ready
 e2e-ready:
@@ -178,7 +178,7 @@ test-images: images $(BIN)/frpc
 
 .PHONY: verify-images
 verify-images: images ## Build the images a second time, in a clone elsewhere, and compare them bit for bit
-	@cd tests && go test -count=1 -tags images -run TestImages ./manifests
+	@cd tests && go test -count=1 -tags images -run TestImagesHoldOnlyWhatTheyNeed ./manifests
 	@git diff --quiet HEAD || { echo "commit first: the second build is of the last commit"; exit 1; }
 	@again=$$(mktemp -d) && trap 'rm -rf $$again' EXIT && git clone --quiet . $$again && \
 		$(MAKE) --no-print-directory -C $$again images >/dev/null && \

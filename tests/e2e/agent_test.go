@@ -69,7 +69,7 @@ func (i *installed) run(kubeconfig, stdin string, env []string, args ...string) 
 	return result.Stdout, err
 }
 
-func (i *installed) must(kubeconfig string, args ...string) string {
+func (i *installed) mustKubectl(kubeconfig string, args ...string) string {
 	i.t.Helper()
 	out, err := i.run(kubeconfig, "", nil, args...)
 	if err != nil {
@@ -179,14 +179,14 @@ patches: [`+i.patches+`]
 
 func (i *installed) apply() {
 	i.t.Helper()
-	i.must(i.admin, "apply", "-k", "manifests/overlays/test")
+	i.mustKubectl(i.admin, "apply", "-k", "manifests/overlays/test")
 	i.rollout()
 }
 
 // rollout waits for its end.
 func (i *installed) rollout() {
 	i.t.Helper()
-	i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
+	i.mustKubectl(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
 }
 
 func (i *installed) write(name, content string) {
@@ -200,8 +200,8 @@ func (i *installed) write(name, content string) {
 	}
 }
 
-// TestAgentOnANode: the node is used through the tunnel, with what each component grants, and while the agent's containers are killed.
-func TestAgentOnANode(t *testing.T) {
+// TestAgentWorksOnARealNode: the node is used through the tunnel, with what each component grants, and while the agent's containers are killed.
+func TestAgentWorksOnARealNode(t *testing.T) {
 	i := prepare(t)
 	i.rights()
 	t.Run("kubectl", i.useKubectl)
@@ -217,7 +217,7 @@ func (i *installed) rights() {
 	list := func() map[string][]string {
 		i.t.Helper()
 		verbs := map[string][]string{}
-		for _, match := range row.FindAllStringSubmatch(i.must(i.caller, "auth", "can-i", "--list", "-n", "pipeops-system"), -1) {
+		for _, match := range row.FindAllStringSubmatch(i.mustKubectl(i.caller, "auth", "can-i", "--list", "-n", "pipeops-system"), -1) {
 			resource, name := match[1], match[2]
 			if name != "" {
 				resource += ":" + name
@@ -258,7 +258,7 @@ func (i *installed) rights() {
 			i.t.Errorf("with %v, nodes/proxy answers %q, %v", step.components, out, err)
 		}
 	}
-	i.must(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin", "pipeops-agent-manage")
+	i.mustKubectl(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin", "pipeops-agent-manage")
 	i.components("manage", "runners")
 	i.apply()
 }
@@ -267,15 +267,15 @@ func (i *installed) rights() {
 func (i *installed) useKubectl(t *testing.T) {
 	i = i.in(t)
 	ns := namespace(t)
-	i.must(i.caller, "get", "nodes,namespaces")
+	i.mustKubectl(i.caller, "get", "nodes,namespaces")
 	i.write("web.yaml", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"}, "spec": {
 		"selector": {"matchLabels": {"app": "web"}}, "template": {"metadata": {"labels": {"app": "web"}}, "spec": {"terminationGracePeriodSeconds": 1, "containers": [{
 			"name": "web", "image": "`+cluster.Busybox+`", "command": ["/bin/busybox", "sh", "-c", "echo hello; ln -s busybox /bin/tar; mkdir -p /www; echo page >/www/index.html; exec httpd -f -p 8080 -h /www"]}]}}}}`)
-	i.must(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "web.yaml"))
-	i.must(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
+	i.mustKubectl(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "web.yaml"))
+	i.mustKubectl(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
 	for _, name := range []string{"websocket", "spdy"} { // it ends with what is attached to it
-		i.must(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "echo hello; exec cat")
-		i.must(i.caller, "-n", ns, "wait", "--for", "condition=Ready", "pod/cat-"+name, "--timeout", "1m")
+		i.mustKubectl(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "echo hello; exec cat")
+		i.mustKubectl(i.caller, "-n", ns, "wait", "--for", "condition=Ready", "pod/cat-"+name, "--timeout", "1m")
 	}
 	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}} {
 		t.Run(name, func(t *testing.T) {
@@ -294,7 +294,7 @@ func (i *installed) useKubectl(t *testing.T) {
 				}
 			}
 			i.attach(ns, "cat-"+strings.ToLower(name), env)
-			pod := strings.TrimPrefix(strings.TrimSpace(i.must(i.caller, "-n", ns, "get", "pods", "-l", "app=web", "-o", "name")), "pod/")
+			pod := strings.TrimPrefix(strings.TrimSpace(i.mustKubectl(i.caller, "-n", ns, "get", "pods", "-l", "app=web", "-o", "name")), "pod/")
 			there, back := filepath.Join(filepath.Dir(i.dir), "there"), filepath.Join(filepath.Dir(i.dir), "back-"+name)
 			content := strings.Repeat("0123456789abcdef", 1<<16)
 			if err := os.WriteFile(there, []byte(content), 0o600); err != nil {
@@ -413,7 +413,7 @@ func (i *installed) frpsAway(t *testing.T) {
 	state := func(ready bool) (restarts string) {
 		t.Helper()
 		eventually(t, func() error {
-			out := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, frpc: {.status.initContainerStatuses[1].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}`)
+			out := i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, frpc: {.status.initContainerStatuses[1].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}`)
 			var found bool
 			if restarts, found = strings.CutPrefix(out, map[bool]string{true: "True ", false: "False "}[ready]); !found {
 				return fmt.Errorf("the pod is %s", out)

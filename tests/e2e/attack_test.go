@@ -26,10 +26,10 @@ import (
 // slowest is what 99 of 100 calls of an honest caller stay below during an attack on a machine that does nothing else.
 const slowest = time.Second
 
-// TestAttack: in the shipped pod with its limits, under attacks on its memory from all sides at once, no container is
+// TestAttacksKillNoContainer: in the shipped pod with its limits, under attacks on its memory from all sides at once, no container is
 // killed, honest callers are answered in time, a rolling update is followed to its end, and the memory is returned.
 // ATTACK_DURATION says how long, 30 s if it does not; below a minute attackers are fewer, and time is not judged.
-func TestAttack(t *testing.T) {
+func TestAttacksKillNoContainer(t *testing.T) {
 	duration, err := time.ParseDuration(cmp.Or(os.Getenv("ATTACK_DURATION"), "30s"))
 	if err != nil {
 		t.Fatal(err)
@@ -72,8 +72,8 @@ func TestAttack(t *testing.T) {
 	i.write("rolls.yaml", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "rolls"}, "spec": {
 		"replicas": 2, "selector": {"matchLabels": {"app": "rolls"}}, "template": {"metadata": {"labels": {"app": "rolls"}}, "spec": {
 			"terminationGracePeriodSeconds": 1, "containers": [{"name": "main", "image": "`+cluster.Busybox+`"}]}}}}`)
-	i.must(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "rolls.yaml"))
-	i.must(i.caller, "-n", ns, "rollout", "status", "deployment/rolls", "--timeout", "1m")
+	i.mustKubectl(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "rolls.yaml"))
+	i.mustKubectl(i.caller, "-n", ns, "rollout", "status", "deployment/rolls", "--timeout", "1m")
 
 	ctx, cancel := context.WithTimeout(t.Context(), duration)
 	defer cancel()

@@ -140,10 +140,10 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	return l, stop
 }
 
-// TestHighAvailability: on two nodes, callers notice nothing of a rolling update and of each of the nodes drained in
+// TestHighAvailabilityLosesNoCall: on two nodes, callers notice nothing of a rolling update and of each of the nodes drained in
 // turn. What runs through a pod whose processes are killed breaks: client-go's callers read again, and their watches go
 // on where they were, and miss nothing.
-func TestHighAvailability(t *testing.T) {
+func TestHighAvailabilityLosesNoCall(t *testing.T) {
 	worker, err := node.StartWorker(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -185,8 +185,8 @@ func TestHighAvailability(t *testing.T) {
 	}
 	drain := func(name string) func() {
 		return func() {
-			defer i.must(i.admin, "uncordon", name)
-			i.must(i.admin, "drain", name, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout", "3m")
+			defer i.mustKubectl(i.admin, "uncordon", name)
+			i.mustKubectl(i.admin, "drain", name, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout", "3m")
 			for _, pod := range ready() {
 				if pod.Spec.NodeName == name {
 					t.Errorf("%s is on the drained node %s", pod.Name, name)
@@ -200,7 +200,7 @@ func TestHighAvailability(t *testing.T) {
 		do     func()
 	}{
 		{"rolling update", false, func() {
-			i.must(i.admin, "-n", "pipeops-system", "rollout", "restart", "deployment/pipeops-agent")
+			i.mustKubectl(i.admin, "-n", "pipeops-system", "rollout", "restart", "deployment/pipeops-agent")
 			i.rollout()
 		}},
 		{"drained worker", false, drain(cluster.WorkerName)},

@@ -50,7 +50,7 @@ func TestNothingIsLeftAfterACrash(t *testing.T) {
 	if len(ran) < 20 {
 		t.Errorf("%d processes run: not all of the node's are seen", len(ran))
 	}
-	if left(dir, hostIP) == nil {
+	if findLeftovers(dir, hostIP) == nil {
 		t.Error("nothing of the running node is seen")
 	}
 	if err := cmd.Process.Kill(); err != nil {
@@ -63,12 +63,12 @@ func TestNothingIsLeftAfterACrash(t *testing.T) {
 				return fmt.Errorf("process %d is still there", pid)
 			}
 		}
-		return left(dir, hostIP)
+		return findLeftovers(dir, hostIP)
 	})
 }
 
 // left looks for what a node leaves outside its namespaces.
-func left(dir, hostIP string) error {
+func findLeftovers(dir, hostIP string) error {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s is still there", dir)
 	}

@@ -84,13 +84,13 @@ func runByDocker(t *testing.T, p *page) {
 	d.must("printf %s '" + d.settings + "PIPEOPS_AGENT_ID=agent-001\nPIPEOPS_AGENT_TOKEN=your-agent-token\n' >agent.env")
 	d.must("install -o 65532 -m 400 $KUBECONFIG kubeconfig")
 	d.must(p.block(t, "docker volume create"))
-	d.answers(t, "agent-001", "your-agent-token")
+	d.waitAnswering(t, "agent-001", "your-agent-token")
 	d.must(p.block(t, "docker rm --force"))
-	d.empty()
+	d.wantEmpty()
 }
 
 // empty checks that nothing is left of what was started.
-func (d *docker) empty() {
+func (d *docker) wantEmpty() {
 	d.t.Helper()
 	if out := d.must("docker ps --all --quiet; docker volume ls --quiet"); out != "" {
 		d.t.Errorf("left: %s", out)
@@ -122,14 +122,14 @@ func runByCompose(t *testing.T, p *page) {
 	})
 	d.dir = filepath.Join(d.dir, "manifests", "docker")
 	d.must(p.command(t, "docker compose up -d"))
-	d.answers(t, "agent-001", "your-agent-token")
+	d.waitAnswering(t, "agent-001", "your-agent-token")
 	if out := d.must(p.command(t, "docker compose exec bootstrap")); strings.Contains(out, "failed") {
 		t.Errorf("doctor:\n%s", out)
 	}
 	// Another token.
 	d.must("sed -i 's/your-agent-token/another-$agent-token/' agent.env")
 	d.must(p.command(t, "docker compose up -d"))
-	d.answers(t, "agent-001", "another-$agent-token")
+	d.waitAnswering(t, "agent-001", "another-$agent-token")
 	d.must(p.command(t, "docker compose down --volumes"))
-	d.empty()
+	d.wantEmpty()
 }

@@ -36,7 +36,7 @@ func startFrps(t *testing.T, group *process.Group) *ownFrps {
 }
 
 // answers waits until the node's API server answers an agent's callers.
-func (f *ownFrps) answers(t *testing.T, id, token string) {
+func (f *ownFrps) waitAnswering(t *testing.T, id, token string) {
 	t.Helper()
 	client := &http.Client{Timeout: 5 * time.Second}
 	eventually(t, func() error {
@@ -58,8 +58,8 @@ func (f *ownFrps) answers(t *testing.T, id, token string) {
 	})
 }
 
-// TestEdge applies the overlay of a cluster without a control plane, twice: the second pod takes the tunnel of the first.
-func TestEdge(t *testing.T) {
+// TestEdgeOverlayNeedsNoControlPlane applies the overlay of a cluster without a control plane, twice: the second pod takes the tunnel of the first.
+func TestEdgeOverlayNeedsNoControlPlane(t *testing.T) {
 	i := prepare(t)
 	frps := startFrps(t, harness.NewGroup(t))
 	const overlay = "overlays/edge/kustomization.yaml"
@@ -77,8 +77,8 @@ func TestEdge(t *testing.T) {
 	i.write("overlays/edge/frp-token", frpToken+"\n")
 	for _, level := range []string{"warn", "info"} {
 		i.write(overlay, strings.Replace(yaml, "PIPEOPS_LOG_LEVEL=warn", "PIPEOPS_LOG_LEVEL="+level, 1))
-		i.must(i.admin, "apply", "-k", "manifests/overlays/edge")
+		i.mustKubectl(i.admin, "apply", "-k", "manifests/overlays/edge")
 		i.rollout()
-		frps.answers(t, "edge-7", "your-agent-token")
+		frps.waitAnswering(t, "edge-7", "your-agent-token")
 	}
 }

@@ -42,7 +42,7 @@ func run(m *testing.M) int {
 	}
 	group.Close()
 	if err == nil {
-		err = process.Poll(ctx, 30*time.Second, nil, func() error { return left(group.Dir(), node.HostIP) })
+		err = process.Poll(ctx, 30*time.Second, nil, func() error { return findLeftovers(group.Dir(), node.HostIP) })
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

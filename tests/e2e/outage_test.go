@@ -13,9 +13,9 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// TestHangingFrpc: the HTTP proxy on the way to frps says nothing to frpc's first login, in which frpc then waits for
+// TestHangingFrpcIsRestarted: the HTTP proxy on the way to frps says nothing to frpc's first login, in which frpc then waits for
 // ever and cannot even be stopped. bootstrap notices, the kubelet restarts that one container, and the pod gets ready.
-func TestHangingFrpc(t *testing.T) {
+func TestHangingFrpcIsRestarted(t *testing.T) {
 	i := prepare(t)
 	proxy := httptest.NewServer(goproxy.NewProxyHttpServer())
 	t.Cleanup(proxy.Close)
@@ -26,7 +26,7 @@ func TestHangingFrpc(t *testing.T) {
 	t.Cleanup(silent.Close)
 	i.setting("PIPEOPS_FRP_PROXY_URL=http://" + silent.Addr)
 	i.components()
-	i.must(i.admin, "apply", "-k", "manifests/overlays/test")
+	i.mustKubectl(i.admin, "apply", "-k", "manifests/overlays/test")
 	eventually(t, func() error {
 		if silent.Held() == 0 {
 			return fmt.Errorf("frpc has not asked the proxy")

@@ -150,8 +150,8 @@ func (s *shell) must(command string) string {
 	return out
 }
 
-// TestInstallPage: each command of the page that tells how to install the agent does what the page says.
-func TestInstallPage(t *testing.T) {
+// TestEveryCommandOfTheInstallPageWorks: each command of the page that tells how to install the agent does what the page says.
+func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 	p := readPage(t)
 	var ran atomic.Int32
 	parts := map[string]func(*testing.T, *page){
@@ -235,11 +235,11 @@ func installOnCluster(t *testing.T, p *page) {
 
 	// An upgrade, and back.
 	mapOf := func() string {
-		return i.must(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent", "-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
+		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent", "-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
 	}
 	before := mapOf()
 	i.write("agent.env", settings+"PIPEOPS_LOG_LEVEL=debug\n")
-	i.must(i.admin, "create", "clusterrolebinding", "upgrade", "--clusterrole", "edit", "--serviceaccount", "pipeops-system:pipeops-agent") // the load writes
+	i.mustKubectl(i.admin, "create", "clusterrolebinding", "upgrade", "--clusterrole", "edit", "--serviceaccount", "pipeops-system:pipeops-agent") // the load writes
 	t.Cleanup(func() {
 		_, _ = i.run(i.admin, "", nil, "delete", "clusterrolebinding", "upgrade", "--ignore-not-found")
 	})
@@ -262,7 +262,7 @@ func installOnCluster(t *testing.T, p *page) {
 	callers("your-agent-token")
 
 	pods := func() string { // with the restarts of their proxies
-		return i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
+		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
 	}
 	eventually(t, func() error { // those of before drain
 		if before = pods(); strings.Count(before, "\n") != 1 {
@@ -301,7 +301,7 @@ func installOnCluster(t *testing.T, p *page) {
 		t.Fatal(err)
 	}
 	objects := func() []string {
-		names := strings.Fields(i.must(i.admin, "-n", "pipeops-system", "get", "-o", "name", "-l", "app.kubernetes.io/part-of=pipeops",
+		names := strings.Fields(i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "name", "-l", "app.kubernetes.io/part-of=pipeops",
 			"clusterroles,clusterrolebindings,namespaces,roles,rolebindings,secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments"))
 		return slices.DeleteFunc(names, func(name string) bool { // settings, of now and before
 			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard"
@@ -313,7 +313,7 @@ func installOnCluster(t *testing.T, p *page) {
 	i.components("manage", "cluster-admin", "runners", "high-availability", "network-policy", "monitoring")
 	sh.must(strings.ReplaceAll(p.command(t, "kubectl apply -k manifests/overlays/NAME"), "NAME", "test"))
 	do(rollout)
-	if i.must(i.caller, "auth", "can-i", "create", "clusterroles") != "yes\n" {
+	if i.mustKubectl(i.caller, "auth", "can-i", "create", "clusterroles") != "yes\n" {
 		t.Error("cluster-admin grants nothing")
 	}
 	if with := objects(); len(with) != len(base)+10 {
@@ -327,7 +327,7 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 
 	sh.must(p.block(t, "kubectl delete clusterrole,clusterrolebinding -l"))
-	if out := i.must(i.admin, "get", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
+	if out := i.mustKubectl(i.admin, "get", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
 		t.Errorf("left: %s", out)
 	}
 	if out, err := i.run(i.caller, "", nil, "get", "--raw", "/version"); err == nil || !strings.Contains(err.Error(), "is not connected to the control plane") {
@@ -342,7 +342,7 @@ func (i *installed) runbooks(sh *shell) {
 	if err != nil {
 		i.t.Fatal(err)
 	}
-	pod := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
+	pod := i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
 	var read, mend []string
 	for _, match := range within.FindAllStringSubmatch(string(data), -1) {
 		command := strings.NewReplacer("POD", pod, "NODE", cluster.NodeName, "CALLERS", i.caller).Replace(match[1])

@@ -25,7 +25,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-func TestLogsExecAndDelete(t *testing.T) {
+func TestNodeRunsAPod(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	made := create(t, ns, pod("talks", "while echo talking; do sleep 0.1; done"), corev1.PodRunning)
@@ -58,7 +58,7 @@ func TestLogsExecAndDelete(t *testing.T) {
 	}
 
 	uid := string(made.UID)
-	if traces(t, uid) == nil {
+	if findPodLeftovers(t, uid) == nil {
 		t.Error("nothing of the running pod is seen on the node")
 	}
 	if err := pods.Delete(t.Context(), made.Name, metav1.DeleteOptions{}); err != nil {
@@ -77,12 +77,12 @@ func TestLogsExecAndDelete(t *testing.T) {
 		case !apierrors.IsNotFound(err):
 			return err
 		}
-		return traces(t, uid)
+		return findPodLeftovers(t, uid)
 	})
 }
 
 // traces looks for what a pod has on the node while it runs. (Records of ended containers stay for a minute.)
-func traces(t *testing.T, uid string) error {
+func findPodLeftovers(t *testing.T, uid string) error {
 	t.Helper()
 	for _, look := range []string{
 		`! grep "$1" /proc/self/mountinfo`,
@@ -101,7 +101,7 @@ func traces(t *testing.T, uid string) error {
 
 // A pod of an imported image, under the strictest Pod Security Standard, reaches the API server as its
 // ServiceAccount by the address that it finds in its environment, and verifies it.
-func TestServiceAccount(t *testing.T) {
+func TestNodePodReachesTheAPIServer(t *testing.T) {
 	t.Parallel()
 	binary := harness.Binary(t, "kubectl")
 	const image = "localhost/kubectl:test"
@@ -129,7 +129,7 @@ func TestServiceAccount(t *testing.T) {
 	}
 }
 
-func TestDeployment(t *testing.T) {
+func TestNodeServesADeployment(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	labels := map[string]string{"app": "web"}
@@ -178,7 +178,7 @@ func TestDeployment(t *testing.T) {
 }
 
 // A native sidecar is there before the main container starts and is ended after it.
-func TestNativeSidecar(t *testing.T) {
+func TestNodeOrdersNativeSidecars(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	p := pod("main", "ls /shared; echo bye >/shared/main")

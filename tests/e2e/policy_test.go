@@ -29,15 +29,15 @@ func port(t *testing.T, address string) string {
 	return u.Port()
 }
 
-// TestNetworkPolicy: the agent works behind the component network-policy, on a node that enforces it; nobody but
+// TestNetworkPolicyAllowsOnlyWhatIsNeeded: the agent works behind the component network-policy, on a node that enforces it; nobody but
 // Prometheus comes in, and nothing goes out but what the agent needs.
-func TestNetworkPolicy(t *testing.T) {
+func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
 	i := prepare(t)
 	api, gateway := port(t, i.cp.APIURL), port(t, i.cp.GatewayURL)
 	i.patches = i.openPorts()
 	i.components("network-policy")
 	i.apply()
-	i.must(i.caller, "get", "nodes")
+	i.mustKubectl(i.caller, "get", "nodes")
 	agents, err := node.Client.CoreV1().Pods("pipeops-system").List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
 	if err != nil || len(agents.Items) != 1 {
 		t.Fatalf("%d pods, %v", len(agents.Items), err)
@@ -61,7 +61,7 @@ func TestNetworkPolicy(t *testing.T) {
 		}, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		i.must(i.admin, "-n", ns, "wait", "--for", "condition=Ready", "pod/"+name, "--timeout", "1m")
+		i.mustKubectl(i.admin, "-n", ns, "wait", "--for", "condition=Ready", "pod/"+name, "--timeout", "1m")
 		made, err := node.Client.CoreV1().Pods(ns).Get(t.Context(), name, metav1.GetOptions{})
 		if err != nil {
 			t.Fatal(err)

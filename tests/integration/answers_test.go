@@ -16,7 +16,7 @@ import (
 )
 
 // raw is a client that touches nothing: no decompression, no headers of its own.
-func raw(t *testing.T, config *rest.Config) *http.Client {
+func rawClient(t *testing.T, config *rest.Config) *http.Client {
 	t.Helper()
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true
@@ -27,8 +27,8 @@ func raw(t *testing.T, config *rest.Config) *http.Client {
 	return client
 }
 
-// TestAnswersAreUntouched compares answers byte for byte, with the headers that mean something to a client.
-func TestAnswersAreUntouched(t *testing.T) {
+// TestResponsesAreForwardedUnchanged compares answers byte for byte, with the headers that mean something to a client.
+func TestResponsesAreForwardedUnchanged(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	for i := range 20 { // enough for the API server to compress the list
@@ -38,7 +38,7 @@ func TestAnswersAreUntouched(t *testing.T) {
 		}
 	}
 	caller := agent.Caller(w.cp, agentID, agentToken)
-	direct, tunnel := raw(t, api.agent), raw(t, caller)
+	direct, tunnel := rawClient(t, api.agent), rawClient(t, caller)
 	list := "/api/v1/namespaces/" + ns + "/configmaps"
 	for _, test := range []struct {
 		name, path string
@@ -92,8 +92,8 @@ func TestAnswersAreUntouched(t *testing.T) {
 	}
 }
 
-// TestProtobufClient is how controllers work: client-go with protobuf, lists in chunks, and a watch.
-func TestProtobufClient(t *testing.T) {
+// TestProtobufClientListsAndWatches is how controllers work: client-go with protobuf, lists in chunks, and a watch.
+func TestProtobufClientListsAndWatches(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	config := agent.Caller(w.cp, agentID, agentToken)

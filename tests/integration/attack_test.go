@@ -12,11 +12,11 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// TestAttack: under attacks on its memory from all sides at once, the proxy stays below the memory limit of its
+// TestAttacksStayBelowTheMemoryLimit: under attacks on its memory from all sides at once, the proxy stays below the memory limit of its
 // container, honest callers notice nothing but time, and it returns what it took.
-func TestAttack(t *testing.T) {
+func TestAttacksStayBelowTheMemoryLimit(t *testing.T) {
 	// Four fifths of the limit, as the proxy makes of it in a container.
-	w, ns := withRunners(t, "PIPEOPS_FRP_TUNNEL_TYPE=https", "GOMEMLIMIT=204MiB")
+	w, ns := connectedWithRunners(t, "PIPEOPS_FRP_TUNNEL_TYPE=https", "GOMEMLIMIT=204MiB")
 	if err := attack.Create(t.Context(), api.Client, ns); err != nil {
 		t.Fatal(err)
 	}

@@ -10,13 +10,13 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestTheControlPlaneKeepsTheContract has the development control plane checked as any other, over both types of
+// TestDevelopmentControlPlaneKeepsTheContract has the development control plane checked as any other, over both types of
 // tunnels.
-func TestTheControlPlaneKeepsTheContract(t *testing.T) {
+func TestDevelopmentControlPlaneKeepsTheContract(t *testing.T) {
 	for _, tunnel := range []string{"https", "http"} {
 		t.Run(tunnel, func(t *testing.T) {
 			t.Parallel()
-			w := over(t, tunnel, api.agent, func(o *controlplane.Options) { o.Agents["away"], o.Agents["revoked"] = agentToken, agentToken })
+			w := connectedBy(t, tunnel, api.agent, func(o *controlplane.Options) { o.Agents["away"], o.Agents["revoked"] = agentToken, agentToken })
 			w.cp.Revoke("revoked", true)
 			token := filepath.Join(w.group.Dir(), "token")
 			if err := os.WriteFile(token, []byte(agentToken), 0o600); err != nil {

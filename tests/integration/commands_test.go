@@ -21,9 +21,9 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestRunCommand does what a new user does: make run, kubectl, curl, Ctrl-C. KUBECONFIG leads it to the tests'
+// TestRunCommandPrintsAWorkingKubeconfig does what a new user does: make run, kubectl, curl, Ctrl-C. KUBECONFIG leads it to the tests'
 // cluster.
-func TestRunCommand(t *testing.T) {
+func TestRunCommandPrintsAWorkingKubeconfig(t *testing.T) {
 	w := &world{t: t, group: harness.NewGroup(t)}
 	run, err := w.group.Start("run", []string{"KUBECONFIG=" + api.kubeconfig}, harness.Binary(t, "run"))
 	if err != nil {
@@ -38,7 +38,7 @@ func TestRunCommand(t *testing.T) {
 		return nil
 	})
 	w.caller = found[1]
-	if got := w.must("get", "namespace", "kube-system", "-o", "name"); got != "namespace/kube-system\n" {
+	if got := w.mustKubectl("get", "namespace", "kube-system", "-o", "name"); got != "namespace/kube-system\n" {
 		t.Errorf("kubectl: got %q", got)
 	}
 	curl := regexp.MustCompile(`curl --cacert (\S+) -H "Authorization: Bearer \$\(cat (\S+)\)" (\S+)`).FindStringSubmatch(run.Log())
@@ -68,8 +68,8 @@ func TestRunCommand(t *testing.T) {
 	}
 }
 
-// TestControlPlaneCommand connects an agent to the development control plane as a process of its own.
-func TestControlPlaneCommand(t *testing.T) {
+// TestControlPlaneCommandConnectsAnAgent connects an agent to the development control plane as a process of its own.
+func TestControlPlaneCommandConnectsAnAgent(t *testing.T) {
 	w := newWorld(t)
 	agents := filepath.Join(w.group.Dir(), "agents")
 	if err := os.WriteFile(agents, []byte("agent-002=another-token\n"), 0o600); err != nil {
@@ -99,11 +99,11 @@ func TestControlPlaneCommand(t *testing.T) {
 	if err := agent.WriteCaller(w.caller, cp, "agent-002", "another-token"); err != nil {
 		t.Fatal(err)
 	}
-	w.must("get", "namespaces")
+	w.mustKubectl("get", "namespaces")
 }
 
-// TestFrpcAdmin speaks to the admin API of a stock frpc.
-func TestFrpcAdmin(t *testing.T) {
+// TestFrpcAdminAPIReportsStatusAndStops speaks to the admin API of a stock frpc.
+func TestFrpcAdminAPIReportsStatusAndStops(t *testing.T) {
 	w := connected(t)
 	lease, err := frpc.ReadLease(w.agent.RunDir)
 	if err != nil {
@@ -163,8 +163,8 @@ func TestRunDirectoryIsPrivate(t *testing.T) {
 	}
 }
 
-// TestLogLevelChanges: SIGUSR1 shows what level debug does, the next one hides it again.
-func TestLogLevelChanges(t *testing.T) {
+// TestSIGUSR1ChangesTheLogLevel: SIGUSR1 shows what level debug does, the next one hides it again.
+func TestSIGUSR1ChangesTheLogLevel(t *testing.T) {
 	w := connected(t)
 	probes := func() int { return strings.Count(w.agent.Proxy.Log(), `"level":"DEBUG","msg":"request"`) }
 	probe := func() { _, _ = get(t, http.DefaultClient, w.agent.Operations+"/health", nil) }

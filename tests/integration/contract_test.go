@@ -12,9 +12,9 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestNoAgentTakesAnothersTunnel: the control plane's plugin knows an agent by its own credential, and refuses it the
+// TestAgentCannotTakeAnotherAgentsTunnel: the control plane's plugin knows an agent by its own credential, and refuses it the
 // names of another, whatever its frpc.toml says.
-func TestNoAgentTakesAnothersTunnel(t *testing.T) {
+func TestAgentCannotTakeAnotherAgentsTunnel(t *testing.T) {
 	eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
 		const thief, token = "agent-002", "the-thiefs-token"
 		w := newWorld(t, method, func(o *controlplane.Options) { o.Agents[thief] = token })

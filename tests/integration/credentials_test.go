@@ -15,8 +15,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// TestCredentialsRotate: the agent's credential may change at any time, and no restart is needed.
-func TestCredentialsRotate(t *testing.T) {
+// TestKubernetesCredentialRotatesWithoutARestart: the agent's credential may change at any time, and no restart is needed.
+func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
 	t.Parallel() // client-go looks at a token file once a minute
 	for name, user := range map[string]func(token string) *clientcmdapi.AuthInfo{
 		"token file": func(token string) *clientcmdapi.AuthInfo { return &clientcmdapi.AuthInfo{TokenFile: token} },
@@ -74,9 +74,9 @@ func TestCredentialsRotate(t *testing.T) {
 	}
 }
 
-// TestAgentTokenRotates: callers may show the new token soon after its file has changed, and the one before for
+// TestCallersMayUseTheOldAndTheNewToken: callers may show the new token soon after its file has changed, and the one before for
 // a while.
-func TestAgentTokenRotates(t *testing.T) {
+func TestCallersMayUseTheOldAndTheNewToken(t *testing.T) {
 	w := newWorld(t)
 	file := filepath.Join(w.group.Dir(), "agent-token")
 	w.agent.Env = append(slices.DeleteFunc(w.agent.Env, func(v string) bool { return strings.HasPrefix(v, "PIPEOPS_AGENT_TOKEN=") }),

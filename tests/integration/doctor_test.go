@@ -31,8 +31,8 @@ func (w *world) doctor() (code int, results, details map[string]string) {
 	return code, results, details
 }
 
-// TestDoctor: what it says of an agent that works, and of each hop that does not.
-func TestDoctor(t *testing.T) {
+// TestDoctorFindsTheBrokenHop: what it says of an agent that works, and of each hop that does not.
+func TestDoctorFindsTheBrokenHop(t *testing.T) {
 	const ok, failed, skipped = "ok", "failed", "skipped"
 	steps := []string{"configuration", "dns", "control plane", "authentication", "frps", "tunnel", "proxy", "kubernetes", "permissions"}
 	for _, test := range []struct {

@@ -97,7 +97,7 @@ func create(t *testing.T, ns, prefix string, n int) []string {
 }
 
 // sees waits until the informer has seen all names.
-func (i *informer) sees(t *testing.T, names []string) {
+func (i *informer) waitSeen(t *testing.T, names []string) {
 	t.Helper()
 	eventually(t, func() error {
 		i.mu.Lock()
@@ -111,13 +111,13 @@ func (i *informer) sees(t *testing.T, names []string) {
 	})
 }
 
-// TestInformerNoticesNoDrain: a proxy that is stopped in order and started again costs an informer nothing,
+// TestInformerSeesNoErrorDuringADrain: a proxy that is stopped in order and started again costs an informer nothing,
 // not even an error in its log.
-func TestInformerNoticesNoDrain(t *testing.T) {
+func TestInformerSeesNoErrorDuringADrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	i := newInformer(t, w, ns)
-	i.sees(t, create(t, ns, "before", 10))
+	i.waitSeen(t, create(t, ns, "before", 10))
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +128,7 @@ func TestInformerNoticesNoDrain(t *testing.T) {
 	if err := w.agent.StartProxy(); err != nil {
 		t.Fatal(err)
 	}
-	i.sees(t, append(names, create(t, ns, "after", 10)...))
+	i.waitSeen(t, append(names, create(t, ns, "after", 10)...))
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if len(i.errors) > 0 {
@@ -136,8 +136,8 @@ func TestInformerNoticesNoDrain(t *testing.T) {
 	}
 }
 
-// TestInformerMissesNothing: whatever hop is killed.
-func TestInformerMissesNothing(t *testing.T) {
+// TestInformerMissesNoEvent: whatever hop is killed.
+func TestInformerMissesNoEvent(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	i := newInformer(t, w, ns)
@@ -146,11 +146,11 @@ func TestInformerMissesNothing(t *testing.T) {
 		"proxy": func() error { w.agent.Proxy.Kill(); return w.agent.StartProxy() },
 		"frps":  func() error { w.cp.StopFrps(); return w.cp.StartFrps(t.Context()) },
 	} {
-		i.sees(t, create(t, ns, hop+"-before", 5))
+		i.waitSeen(t, create(t, ns, hop+"-before", 5))
 		if err := kill(); err != nil {
 			t.Fatal(err)
 		}
-		i.sees(t, create(t, ns, hop+"-after", 5))
+		i.waitSeen(t, create(t, ns, hop+"-after", 5))
 	}
 }
 
@@ -185,7 +185,7 @@ func startSession(t *testing.T, w *world, ns string) *session {
 }
 
 // draining waits until the proxy, told to stop, says that it drains.
-func draining(t *testing.T, w *world) {
+func startDraining(t *testing.T, w *world) {
 	t.Helper()
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
@@ -199,13 +199,13 @@ func draining(t *testing.T, w *world) {
 	})
 }
 
-// TestExecOutlivesTheDrain: what runs goes on; what is new is told to come again.
-func TestExecOutlivesTheDrain(t *testing.T) {
+// TestExecFinishesDuringADrain: what runs goes on; what is new is told to come again.
+func TestExecFinishesDuringADrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	s := startSession(t, w, ns)
-	draining(t, w)
+	startDraining(t, w)
 	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + agentToken}})
 	if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
 		t.Errorf("a new request: %s %v %s", resp.Status, resp.Header, body)
@@ -224,8 +224,8 @@ func TestExecOutlivesTheDrain(t *testing.T) {
 	}
 }
 
-// TestDrainTimeout: streams that do not end are cut.
-func TestDrainTimeout(t *testing.T) {
+// TestDrainTimeoutCutsStreams: streams that do not end are cut.
+func TestDrainTimeoutCutsStreams(t *testing.T) {
 	w := newWorld(t)
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_DRAIN_TIMEOUT=100ms")
 	w.startAgent()
@@ -246,13 +246,13 @@ func TestDrainTimeout(t *testing.T) {
 	}
 }
 
-// TestSecondSignalEndsAtOnce: whoever asks twice does not wait for the drain.
-func TestSecondSignalEndsAtOnce(t *testing.T) {
+// TestSecondSignalSkipsTheDrain: whoever asks twice does not wait for the drain.
+func TestSecondSignalSkipsTheDrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	startSession(t, w, ns)
-	draining(t, w)
+	startDraining(t, w)
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

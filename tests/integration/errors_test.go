@@ -24,8 +24,8 @@ import (
 
 var update = flag.Bool("update", false, "write testdata/errors.txt anew, to be looked at")
 
-// TestWhatAPersonSees keeps what kubectl prints for each kind of error: testdata/errors.txt is for reading.
-func TestWhatAPersonSees(t *testing.T) {
+// TestKubectlShowsWhatWentWrong keeps what kubectl prints for each kind of error: testdata/errors.txt is for reading.
+func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
@@ -41,9 +41,9 @@ func TestWhatAPersonSees(t *testing.T) {
 	}
 	protectedPod(t, w, ns)
 	away := newWorld(t) // its agent has never started
-	refused := leadingTo(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
-	unreachable := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + harness.FreeAddr(t) })
-	silent := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + silence(t) })
+	refused := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
+	unreachable := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + harness.FreeAddr(t) })
+	silent := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + silentAddr(t) })
 	for _, other := range []*world{refused, unreachable, silent} {
 		wantTunnel(t, other)
 	}
@@ -54,7 +54,7 @@ func TestWhatAPersonSees(t *testing.T) {
 	}
 	wantTunnel(t, leaving)
 	startSession(t, leaving, ns)
-	draining(t, leaving)
+	startDraining(t, leaving)
 	eventually(t, func() error { // frpc withdraws the tunnel: until then it is the agent that says so
 		if resp, _ := leaving.ask(http.MethodGet, "/health"); resp.StatusCode != http.StatusServiceUnavailable {
 			return errors.New("the tunnel is still up")
@@ -138,7 +138,7 @@ func viewer(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := leadingTo(t, func(c *rest.Config) { *c = *config })
+	w := startedWithAPIServer(t, func(c *rest.Config) { *c = *config })
 	w.waitReady()
 	return w
 }
@@ -148,7 +148,7 @@ func viewer(t *testing.T) *world {
 func protectedPod(t *testing.T, w *world, ns string) {
 	t.Helper()
 	runningPod(t, &kubelet{}, ns)
-	w.must("label", "pod", "pod", "-n", ns, "app=protected")
+	w.mustKubectl("label", "pod", "pod", "-n", ns, "app=protected")
 	none := intstr.FromInt32(0)
 	budgets := api.Client.PolicyV1().PodDisruptionBudgets(ns)
 	budget, err := budgets.Create(t.Context(), &policyv1.PodDisruptionBudget{
@@ -165,7 +165,7 @@ func protectedPod(t *testing.T, w *world, ns string) {
 }
 
 // silence is the address of a listener that takes connections and says nothing.
-func silence(t *testing.T) string {
+func silentAddr(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -19,8 +19,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestBootstrapFailures: each failure gives its exit code and a last line that says hop, cause and next step.
-func TestBootstrapFailures(t *testing.T) {
+// TestBootstrapErrorsSayWhatToDo: each failure gives its exit code and a last line that says hop, cause and next step.
+func TestBootstrapErrorsSayWhatToDo(t *testing.T) {
 	w := newWorld(t)
 	closed := harness.FreeAddr(t)
 	for _, test := range []struct {
@@ -65,9 +65,9 @@ func TestBootstrapFailures(t *testing.T) {
 	}
 }
 
-// TestTunnelFailures: what GET /ready says of a tunnel that does not come up. 503, and the tunnel check names
+// TestReadyExplainsWhyTheTunnelIsDown: what GET /ready says of a tunnel that does not come up. 503, and the tunnel check names
 // hop, cause and next step.
-func TestTunnelFailures(t *testing.T) {
+func TestReadyExplainsWhyTheTunnelIsDown(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		prepare func(w *world) // after bootstrap, before frpc
@@ -97,8 +97,8 @@ func TestTunnelFailures(t *testing.T) {
 	}
 }
 
-// TestFrpsGoesAway: a tunnel that was up is not taken for one that still is.
-func TestFrpsGoesAway(t *testing.T) {
+// TestReadyReportsALostTunnel: a tunnel that was up is not taken for one that still is.
+func TestReadyReportsALostTunnel(t *testing.T) {
 	w := connected(t)
 	w.cp.StopFrps()
 	wantReady(t, w.agent, "tunnel", fmt.Sprintf("frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr and frp.server_port, and that the network lets TCP out to it", w.cp.FrpsPort))
@@ -107,8 +107,8 @@ func TestFrpsGoesAway(t *testing.T) {
 	}
 }
 
-// TestWrongFrpToken: frps's own check of the shared token, which needs no control plane.
-func TestWrongFrpToken(t *testing.T) {
+// TestWrongFrpTokenIsReported: frps's own check of the shared token, which needs no control plane.
+func TestWrongFrpTokenIsReported(t *testing.T) {
 	w, addr := ownFrps(t, "wrong")
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
@@ -117,14 +117,14 @@ func TestWrongFrpToken(t *testing.T) {
 		"frps at "+addr+" refuses the login: token in login doesn't match token from configuration: check frp.token, or restart the pod to get a new lease from the control plane")
 }
 
-// TestOwnFrpToken: with frp.token set nobody is asked, and the tunnel comes up at the operator's own frps.
-func TestOwnFrpToken(t *testing.T) {
+// TestFrpTokenNeedsNoControlPlane: with frp.token set nobody is asked, and the tunnel comes up at the operator's own frps.
+func TestFrpTokenNeedsNoControlPlane(t *testing.T) {
 	w, _ := ownFrps(t, "the-right-token")
 	w.startAgent()
 }
 
-// TestFrpsIsVerified: by default no credential goes to a frps that shows a certificate of its own making.
-func TestFrpsIsVerified(t *testing.T) {
+// TestUnverifiedFrpsGetsNoCredential: by default no credential goes to a frps that shows a certificate of its own making.
+func TestUnverifiedFrpsGetsNoCredential(t *testing.T) {
 	w, addr := ownFrps(t, "the-right-token")
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=false")
 	if err := w.agent.Start(); err != nil {
@@ -162,7 +162,7 @@ func ownFrps(t *testing.T, token string) (w *world, addr string) {
 }
 
 // leadingTo starts an agent whose kubeconfig change has spoilt.
-func leadingTo(t *testing.T, change func(*rest.Config)) *world {
+func startedWithAPIServer(t *testing.T, change func(*rest.Config)) *world {
 	t.Helper()
 	w := newWorld(t)
 	config := rest.CopyConfig(api.agent)
@@ -178,25 +178,25 @@ func leadingTo(t *testing.T, change func(*rest.Config)) *world {
 	return w
 }
 
-// TestAPIServerRefusesTheAgent: the caller's token was right, so the caller must not be told that it was not.
-func TestAPIServerRefusesTheAgent(t *testing.T) {
-	w := leadingTo(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
+// TestAPIServer401BecomesA502: the caller's token was right, so the caller must not be told that it was not.
+func TestAPIServer401BecomesA502(t *testing.T) {
+	w := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
 	const want = "the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted"
 	wantReady(t, w.agent, "kubernetes", want)
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
 }
 
-// TestAPIServerUnreachable: 502, and kubectl says which hop it was.
-func TestAPIServerUnreachable(t *testing.T) {
+// TestUnreachableAPIServerIsA502: 502, and kubectl says which hop it was.
+func TestUnreachableAPIServerIsA502(t *testing.T) {
 	closed := harness.FreeAddr(t)
-	w := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + closed })
+	w := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + closed })
 	want := "the agent cannot reach the Kubernetes API server at " + closed + ": dial tcp " + closed + ": connect: connection refused: check that it runs, and the agent's kubeconfig"
 	wantReady(t, w.agent, "kubernetes", want)
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
 }
 
-// TestCallersWithoutTheToken: the agent decides, and nothing of the request reaches the API server.
-func TestCallersWithoutTheToken(t *testing.T) {
+// TestCallersWithoutTheTokenAreRefused: the agent decides, and nothing of the request reaches the API server.
+func TestCallersWithoutTheTokenAreRefused(t *testing.T) {
 	w := connected(t)
 	wrong := filepath.Join(w.group.Dir(), "wrong-caller.kubeconfig")
 	if err := agent.WriteCaller(wrong, w.cp, agentID, "wrong"); err != nil {
@@ -256,13 +256,13 @@ func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
 	}
 }
 
-// TestStorageOfTheAPIServerStops: the API server still answers, and can do nothing; the agent says so.
-func TestStorageOfTheAPIServerStops(t *testing.T) {
+// TestReadyReportsAStoppedEtcd: the API server still answers, and can do nothing; the agent says so.
+func TestReadyReportsAStoppedEtcd(t *testing.T) {
 	own, err := cluster.Start(t.Context(), harness.NewGroup(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := leadingTo(t, func(config *rest.Config) { *config = *own.Config })
+	w := startedWithAPIServer(t, func(config *rest.Config) { *config = *own.Config })
 	w.waitReady()
 	own.Etcd.Kill()
 	wantReady(t, w.agent, "kubernetes", "the Kubernetes API server at "+strings.TrimPrefix(own.Config.Host, "https://")+" answers GET /readyz: 500 Internal Server Error; [-]etcd failed")

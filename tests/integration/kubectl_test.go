@@ -19,9 +19,9 @@ import (
 
 const configMap = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"thing"},"data":{"a":"%s"}}`
 
-// TestKubectlCannotTell compares what a person sees of kubectl through the tunnel and straight at the API
+// TestKubectlPrintsTheSameThroughTheTunnel compares what a person sees of kubectl through the tunnel and straight at the API
 // server, with the same rights.
-func TestKubectlCannotTell(t *testing.T) {
+func TestKubectlPrintsTheSameThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	if r := w.kubectl(w.direct, fmt.Sprintf(configMap, "1"), "apply", "-n", ns, "-f", "-"); r.Code != 0 {
@@ -61,9 +61,9 @@ func TestKubectlCannotTell(t *testing.T) {
 	}
 }
 
-// TestWorkIsTheSame does the same work straight at the API server and through the tunnel, each in a namespace
+// TestChangesWorkTheSameThroughTheTunnel does the same work straight at the API server and through the tunnel, each in a namespace
 // of its own, and compares what a person sees.
-func TestWorkIsTheSame(t *testing.T) {
+func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	const (
 		deployment = `{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"d"},"spec":{"replicas":%d,"selector":{"matchLabels":{"a":"b"}},
@@ -128,8 +128,8 @@ func TestWorkIsTheSame(t *testing.T) {
 	}
 }
 
-// TestKubectlProxyOnTop: a proxy of a proxy is still the API server.
-func TestKubectlProxyOnTop(t *testing.T) {
+// TestKubectlProxyWorksThroughTheTunnel: a proxy of a proxy is still the API server.
+func TestKubectlProxyWorksThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	p := w.startKubectl("kubectl-proxy", "proxy", "--port=0", "--append-server-path")
 	var found []string
@@ -151,11 +151,11 @@ func withoutAges(r harness.Result) harness.Result {
 	return r
 }
 
-// TestVersionsAreTold: what is built from a module must be told its version, or clients see v0.0.0.
-func TestVersionsAreTold(t *testing.T) {
+// TestBuiltPartsReportTheirVersion: what is built from a module must be told its version, or clients see v0.0.0.
+func TestBuiltPartsReportTheirVersion(t *testing.T) {
 	w := connected(t)
 	var versions map[string]struct{ GitVersion, Major, Minor string }
-	_ = json.Unmarshal([]byte(w.must("version", "-o", "json")), &versions) // what is missing is told below
+	_ = json.Unmarshal([]byte(w.mustKubectl("version", "-o", "json")), &versions) // what is missing is told below
 	for _, part := range []string{"clientVersion", "serverVersion"} {
 		if v := versions[part]; v.Major == "" || !strings.HasPrefix(v.GitVersion, "v"+v.Major+"."+v.Minor+".") {
 			t.Errorf("%s is %+v", part, v)
@@ -163,8 +163,8 @@ func TestVersionsAreTold(t *testing.T) {
 	}
 }
 
-// TestApplyWatchDelete follows one object through its life with a watch that is open all the while.
-func TestApplyWatchDelete(t *testing.T) {
+// TestWatchShowsApplyAndDelete follows one object through its life with a watch that is open all the while.
+func TestWatchShowsApplyAndDelete(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	watch := w.startKubectl("watch", "get", "configmap", "-n", ns, "-w", "--output-watch-events", "--no-headers",
@@ -189,7 +189,7 @@ func TestApplyWatchDelete(t *testing.T) {
 		}
 		seen(step.event)
 	}
-	w.must("delete", "configmap", "thing", "-n", ns)
+	w.mustKubectl("delete", "configmap", "thing", "-n", ns)
 	seen("DELETED thing 2")
 	if r := w.kubectl(w.direct, "", "get", "configmap", "thing", "-n", ns); r.Code == 0 {
 		t.Error("the object is still there")
@@ -201,8 +201,8 @@ func TestApplyWatchDelete(t *testing.T) {
 	}
 }
 
-// TestEveryHopRestarts kills one hop after the other. The same kubeconfig works again when it is back.
-func TestEveryHopRestarts(t *testing.T) {
+// TestTunnelRecoversFromEveryKilledHop kills one hop after the other. The same kubeconfig works again when it is back.
+func TestTunnelRecoversFromEveryKilledHop(t *testing.T) {
 	w := connected(t)
 	frpsPid := w.cp.FrpsPid()
 	for _, hop := range []struct {
@@ -242,9 +242,9 @@ func TestEveryHopRestarts(t *testing.T) {
 	}
 }
 
-// TestAwayIsNotNotFound holds the gateway to its promise: frps answers 404 for an agent that is away, and
+// TestAbsentAgentIsNotReportedAsNotFound holds the gateway to its promise: frps answers 404 for an agent that is away, and
 // kubectl must not take that for an object that does not exist.
-func TestAwayIsNotNotFound(t *testing.T) {
+func TestAbsentAgentIsNotReportedAsNotFound(t *testing.T) {
 	w := newWorld(t) // its agent has never started
 	for _, command := range []string{
 		"delete pod x --ignore-not-found",

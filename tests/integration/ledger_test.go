@@ -12,12 +12,12 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/ledger"
 )
 
-// TestNoWriteIsRepeated kills a hop in the middle of writes that client-go makes, which repeats what is answered with
+// TestNoWriteIsLostOrRepeated kills a hop in the middle of writes that client-go makes, which repeats what is answered with
 // Retry-After. What was acknowledged is there once, and nothing is there or missing that the ledger does not know of.
 //
 // LEDGER_WRITES=1000 is how many writes each hop is killed in, and then it is killed three times; by default they are
 // few enough for every run of the tests.
-func TestNoWriteIsRepeated(t *testing.T) {
+func TestNoWriteIsLostOrRepeated(t *testing.T) {
 	writes, kills := 240, 1
 	if value := os.Getenv("LEDGER_WRITES"); value != "" {
 		var err error
@@ -29,13 +29,13 @@ func TestNoWriteIsRepeated(t *testing.T) {
 	for _, tunnel := range []string{"https", "http"} {
 		t.Run(tunnel, func(t *testing.T) {
 			t.Parallel()
-			w := over(t, tunnel, api.agent)
+			w := connectedBy(t, tunnel, api.agent)
 			ns := w.namespace()
 			for _, hop := range []struct {
 				name string
 				kill func() error
 			}{
-				{"frps", func() error { return killed(w.cp.FrpsPid()) }}, // the control plane starts it again
+				{"frps", func() error { return kill(w.cp.FrpsPid()) }}, // the control plane starts it again
 				{"frpc", func() error { w.agent.Frpc.Kill(); return w.agent.StartFrpc() }},
 				{"proxy", func() error { w.agent.Proxy.Kill(); return w.agent.StartProxy() }},
 			} {
@@ -72,14 +72,14 @@ func TestNoWriteIsRepeated(t *testing.T) {
 					if balance.Acknowledged < writes/2 {
 						t.Error("the tunnel has not come back: most writes were not done")
 					}
-					w.answers()
+					w.waitAnswering()
 				})
 			}
 		})
 	}
 }
 
-func killed(pid int) error {
+func kill(pid int) error {
 	p, err := os.FindProcess(pid)
 	if err != nil {
 		return err

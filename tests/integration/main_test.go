@@ -143,7 +143,7 @@ func (w *world) startKubectl(name string, args ...string) *process.Process {
 }
 
 // must runs kubectl through the tunnel and expects success.
-func (w *world) must(args ...string) string {
+func (w *world) mustKubectl(args ...string) string {
 	w.t.Helper()
 	r := w.kubectl(w.caller, "", args...)
 	if r.Code != 0 {

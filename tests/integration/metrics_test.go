@@ -40,10 +40,10 @@ func value(families map[string]*dto.MetricFamily, name string, labels map[string
 	return sum
 }
 
-// TestMetricsAfterTraffic: what was done is what is counted.
-func TestMetricsAfterTraffic(t *testing.T) {
-	w, ns := withRunners(t)
-	tell(t, w.agent, "1", "runner_assigned", assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)
+// TestMetricsCountTheTraffic: what was done is what is counted.
+func TestMetricsCountTheTraffic(t *testing.T) {
+	w, ns := connectedWithRunners(t)
+	sendMessage(t, w.agent, "1", "runner_assigned", assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)
 	if resp, body := post(t, w.agent, "/api/runners/r/command", "{}"); resp.StatusCode != http.StatusOK {
 		t.Fatal(resp.Status, body)
 	}

@@ -186,12 +186,12 @@ func runningPod(t *testing.T, k *kubelet, ns string) {
 	}
 }
 
-func TestLogs(t *testing.T) {
+func TestLogsFollowLineByLine(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	k := &kubelet{lines: make(chan string)}
 	runningPod(t, k, ns)
-	if got := w.must("logs", "pod", "-n", ns); got != "first line\n" {
+	if got := w.mustKubectl("logs", "pod", "-n", ns); got != "first line\n" {
 		t.Errorf("logs: got %q", got)
 	}
 	follow := w.startKubectl("follow", "logs", "-f", "pod", "-n", ns)
@@ -231,7 +231,7 @@ func eachProtocol(t *testing.T, w *world, test func(t *testing.T)) {
 	}
 }
 
-func TestExec(t *testing.T) {
+func TestExecForwardsStreamsAndExitCode(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -244,9 +244,9 @@ func TestExec(t *testing.T) {
 	})
 }
 
-// TestTerminal: a shell in a terminal, which follows the size of the caller's, passes Ctrl-C on and tells its
+// TestTerminalIsInteractive: a shell in a terminal, which follows the size of the caller's, passes Ctrl-C on and tells its
 // exit code.
-func TestTerminal(t *testing.T) {
+func TestTerminalIsInteractive(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -318,8 +318,8 @@ func (s *screen) String() string {
 	return s.text.String()
 }
 
-// TestExecProtocols: the test above would be half of one if kubectl did not do as it is told.
-func TestExecProtocols(t *testing.T) {
+// TestKubectlUsesTheChosenProtocol: the test above would be half of one if kubectl did not do as it is told.
+func TestKubectlUsesTheChosenProtocol(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -333,7 +333,7 @@ func TestExecProtocols(t *testing.T) {
 	})
 }
 
-func TestAttach(t *testing.T) {
+func TestAttachForwardsStreams(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -345,7 +345,7 @@ func TestAttach(t *testing.T) {
 	})
 }
 
-func TestCopy(t *testing.T) {
+func TestCopyLosesNothing(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -360,8 +360,8 @@ func TestCopy(t *testing.T) {
 		if err := os.Mkdir(filepath.Dir(inPod), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		w.must("cp", local, ns+"/pod:"+inPod)
-		w.must("cp", ns+"/pod:"+inPod, back)
+		w.mustKubectl("cp", local, ns+"/pod:"+inPod)
+		w.mustKubectl("cp", ns+"/pod:"+inPod, back)
 		for _, path := range []string{inPod, back} {
 			if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, data) {
 				t.Errorf("%s holds %d bytes, %v, want %d", filepath.Base(path), len(got), err, len(data))
@@ -370,7 +370,7 @@ func TestCopy(t *testing.T) {
 	})
 }
 
-func TestPortForward(t *testing.T) {
+func TestPortForwardServesConnections(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)

@@ -36,10 +36,10 @@ func (o *openAPI) resolve(t *testing.T, page map[string]any, v any) map[string]a
 	return o.resolve(t, page, found)
 }
 
-// TestOpenAPI holds the page to the agent: its examples fit its schemas, every route answers as it says, and it
+// TestOpenAPIDescribesEveryResponse holds the page to the agent: its examples fit its schemas, every route answers as it says, and it
 // says nothing that no request here has shown.
-func TestOpenAPI(t *testing.T) {
-	w, runnersNS := withRunners(t)
+func TestOpenAPIDescribesEveryResponse(t *testing.T) {
+	w, runnersNS := connectedWithRunners(t)
 	resp, text := get(t, http.DefaultClient, w.agent.Tunnel+"/openapi.yaml", nil)
 	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "application/yaml" {
 		t.Fatal(resp.Status, resp.Header)
@@ -170,12 +170,12 @@ func TestOpenAPI(t *testing.T) {
 			t.Errorf("%s: answered %s %s, but the page says %v", body, resp.Status, answer, err)
 		}
 	}
-	tell(t, w.agent, "gone", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)), false)
+	sendMessage(t, w.agent, "gone", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)), false)
 	for runner, body := range map[string]string{"_": "", "none": "", "gone": ""} {
 		try(http.MethodPost, command, "/api/runners/"+runner+"/command", agentToken, body)
 	}
 	sink := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
-	tell(t, w.agent, "sink", "runner_assigned", assignment("sink", serve(t, sink)), false)
+	sendMessage(t, w.agent, "sink", "runner_assigned", assignment("sink", serve(t, sink)), false)
 	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, strings.Repeat("x", 11<<20))
 	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, "loop")
 	fillRegistry(t, runnersNS)
@@ -202,13 +202,13 @@ func TestOpenAPI(t *testing.T) {
 	ns := leaving.namespace()
 	runningPod(t, &kubelet{}, ns)
 	startSession(t, leaving, ns)
-	draining(t, leaving)
+	startDraining(t, leaving)
 	w.agent = leaving.agent
 	try(http.MethodGet, "/ready", "/ready", "", "")
 	try(http.MethodPost, command, "/api/runners/r/command", agentToken, "")
 
 	for key := range said {
-		// The runner's own answers are anything; slowness is in TestRunners, and in the proxy's own tests.
+		// The runner's own answers are anything; slowness is in TestCommandsReachTheRunner, and in the proxy's own tests.
 		if !shown[key] && key != "POST "+command+" default" && !strings.HasSuffix(key, " 408") && !strings.HasSuffix(key, " 504") {
 			t.Errorf("no request here shows %s", key)
 		}

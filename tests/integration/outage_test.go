@@ -19,9 +19,9 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// TestFrpsAway: frps is frozen or killed for a while. frpc is never restarted, few leases are requested, and the tunnel
+// TestFrpsOutageRestartsNothing: frps is frozen or killed for a while. frpc is never restarted, few leases are requested, and the tunnel
 // is back soon after frps is. OUTAGES="1s 20s 2m 10m" says how long; by default the first two.
-func TestFrpsAway(t *testing.T) {
+func TestFrpsOutageRestartsNothing(t *testing.T) {
 	for outage := range strings.FieldsSeq(cmp.Or(os.Getenv("OUTAGES"), "1s 20s")) {
 		duration, err := time.ParseDuration(outage)
 		if err != nil {
@@ -30,7 +30,7 @@ func TestFrpsAway(t *testing.T) {
 		for _, fault := range []string{"frozen", "killed"} {
 			t.Run(fault+" for "+outage, func(t *testing.T) {
 				t.Parallel()
-				w := renewing(t, controlplane.Terms{Life: time.Hour})
+				w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour})
 				leases := w.cp.LeasesGiven()
 				pid := w.cp.FrpsPid()
 				if fault == "frozen" {
@@ -80,9 +80,9 @@ func newRelay(t *testing.T, server string, after int64) *relay.Relay {
 	return r
 }
 
-// TestSilence: what stands before frps, or frps itself, falls silent in the middle of frpc's login, and later answers
+// TestFrpcRecoversFromASilentLogin: what stands before frps, or frps itself, falls silent in the middle of frpc's login, and later answers
 // again. Where frpc waits for ever, it is restarted; with the kubelet's help where it does not even stop.
-func TestSilence(t *testing.T) {
+func TestFrpcRecoversFromASilentLogin(t *testing.T) {
 	for _, test := range []struct {
 		name     string
 		protocol string
@@ -153,8 +153,8 @@ func TestSilence(t *testing.T) {
 	}
 }
 
-// TestHeartbeats: a frps that drops agents without heartbeats keeps this one.
-func TestHeartbeats(t *testing.T) {
+// TestHeartbeatsKeepTheTunnelOpen: a frps that drops agents without heartbeats keeps this one.
+func TestHeartbeatsKeepTheTunnelOpen(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	server := newOwnServer(t, w, true, "")

@@ -23,8 +23,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// renewing is a connected agent with leases of the given life, whose frpc is started again as a kubelet does.
-func renewing(t *testing.T, terms controlplane.Terms, options ...func(*controlplane.Options)) *world {
+// connectedWithLeases is a connected agent with leases of the given life, whose frpc is started again as a kubelet does.
+func connectedWithLeases(t *testing.T, terms controlplane.Terms, options ...func(*controlplane.Options)) *world {
 	t.Helper()
 	w := newWorld(t, options...)
 	w.cp.SetTerms(terms)
@@ -43,7 +43,7 @@ func (w *world) lease() *frpc.Lease {
 }
 
 // renewed waits until there is another lease than the one before.
-func (w *world) renewed(before *frpc.Lease) *frpc.Lease {
+func (w *world) waitRenewed(before *frpc.Lease) *frpc.Lease {
 	w.t.Helper()
 	var now *frpc.Lease
 	harness.Eventually(w.t, time.Minute, func() error {
@@ -56,7 +56,7 @@ func (w *world) renewed(before *frpc.Lease) *frpc.Lease {
 }
 
 // answers asks through the tunnel until there is an answer.
-func (w *world) answers() {
+func (w *world) waitAnswering() {
 	w.t.Helper()
 	eventually(w.t, func() error {
 		if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
@@ -70,7 +70,7 @@ func (w *world) answers() {
 func (w *world) stream() <-chan struct{} {
 	w.t.Helper()
 	ended := make(chan struct{})
-	watch := w.begin("/api/k8s/api/v1/namespaces/default/configmaps?watch=true")
+	watch := w.openStream("/api/k8s/api/v1/namespaces/default/configmaps?watch=true")
 	go func() {
 		defer close(ended)
 		buffer := make([]byte, 4096)
@@ -107,14 +107,14 @@ func eachMethod(t *testing.T, test func(t *testing.T, method func(*controlplane.
 	}
 }
 
-// TestRenewalWaitsForStreams: with method token frpc reads its credential once, so it is restarted with the new one
+// TestTokenRenewalWaitsForStreams: with method token frpc reads its credential once, so it is restarted with the new one
 // when nothing runs through the tunnel, and else when the old one ends.
-func TestRenewalWaitsForStreams(t *testing.T) {
+func TestTokenRenewalWaitsForStreams(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 40 * time.Second}, sharedToken)
+	w := connectedWithLeases(t, controlplane.Terms{Life: 40 * time.Second}, sharedToken)
 	first := w.lease()
 	watch := w.stream()
-	second := w.renewed(first)
+	second := w.waitRenewed(first)
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || time.Now().After(first.ExpiresAt) {
 		t.Fatalf("the watch was cut by the renewal; frpc was started again %d times", w.agent.FrpcRestarts())
 	}
@@ -125,9 +125,9 @@ func TestRenewalWaitsForStreams(t *testing.T) {
 	if left := time.Until(first.ExpiresAt); left > 10*time.Second {
 		t.Errorf("the watch was cut %s before the old credential ends", left)
 	}
-	w.answers()
+	w.waitAnswering()
 	// Without a stream it is at once.
-	third := w.renewed(second)
+	third := w.waitRenewed(second)
 	eventually(t, func() error {
 		if w.agent.FrpcRestarts() < 2 {
 			return fmt.Errorf("frpc was started again %d times", w.agent.FrpcRestarts())
@@ -137,19 +137,19 @@ func TestRenewalWaitsForStreams(t *testing.T) {
 	if time.Now().After(second.ExpiresAt.Add(-6*time.Second)) || third.Renewal != nil {
 		t.Errorf("frpc was started again late: the lease before ends at %s", second.ExpiresAt)
 	}
-	w.answers()
+	w.waitAnswering()
 }
 
-// TestRenewalWithOpenIDConnect: frpc reads the token at every login, so nothing is ever cut. The tunnel is of type
+// TestOIDCRenewalCutsNothing: frpc reads the token at every login, so nothing is ever cut. The tunnel is of type
 // https, and its certificate changes too.
-func TestRenewalWithOpenIDConnect(t *testing.T) {
+func TestOIDCRenewalCutsNothing(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
 	first := w.lease()
 	certificate := w.file(frpc.CertFile)
 	token := w.file(frpc.TokenFile)
 	watch := w.stream()
-	second := w.renewed(w.renewed(first))
+	second := w.waitRenewed(w.waitRenewed(first))
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || time.Now().Before(first.ExpiresAt) {
 		t.Fatalf("the watch was cut, frpc was started again %d times", w.agent.FrpcRestarts())
 	}
@@ -164,7 +164,7 @@ func TestRenewalWithOpenIDConnect(t *testing.T) {
 	if err := w.cp.StartFrps(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	w.answers()
+	w.waitAnswering()
 	if w.agent.FrpcRestarts() != 0 || second.Frpc.AuthMethod != "oidc" {
 		t.Errorf("frpc was started again %d times", w.agent.FrpcRestarts())
 	}
@@ -179,7 +179,7 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
 	ns := w.namespace()
 	k := &kubelet{lines: make(chan string)}
 	runningPod(t, k, ns)
@@ -226,7 +226,7 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	started := time.Now()
 	first := w.lease()
 	for last, i := first, 1; i <= renewals; i++ {
-		last = w.renewed(last)
+		last = w.waitRenewed(last)
 		line := fmt.Sprintf("renewal %d", i)
 		wantLog += line + "\n"
 		select {
@@ -286,7 +286,7 @@ func (w *world) file(name string) string {
 // its admin password. A second bootstrap on the same directory is refused, for it would change both.
 func TestRunDirectoryIsRepaired(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"})
+	w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"})
 	for _, args := range [][]string{{"--once"}, nil} {
 		second, err := w.agent.Command(args...)
 		if err != nil {
@@ -343,11 +343,11 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	}
 }
 
-// TestTunnelIsReloaded: a lease that changes the tunnel alone, here its type, is applied by the stock frpc without a
+// TestChangedTunnelIsReloadedWithoutARestart: a lease that changes the tunnel alone, here its type, is applied by the stock frpc without a
 // restart. What runs goes on.
-func TestTunnelIsReloaded(t *testing.T) {
+func TestChangedTunnelIsReloadedWithoutARestart(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 30 * time.Second})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 30 * time.Second})
 	watch := w.stream()
 	pid := w.agent.FrpcPid()
 	w.cp.SetTerms(controlplane.Terms{Life: time.Hour, TunnelType: "http"})
@@ -358,7 +358,7 @@ func TestTunnelIsReloaded(t *testing.T) {
 		}
 		return err
 	})
-	w.answers()
+	w.waitAnswering()
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || w.agent.FrpcPid() != pid {
 		t.Errorf("the watch runs: %v; frpc was restarted %d times:\n%s", runs(watch), w.agent.FrpcRestarts(), w.agent.Bootstrap.Log())
 	}
@@ -367,11 +367,11 @@ func TestTunnelIsReloaded(t *testing.T) {
 	}
 }
 
-// TestControlPlaneAway: the tunnel stays, /ready and status say why the lease is not renewed, and it comes back by
+// TestTunnelSurvivesAControlPlaneOutage: the tunnel stays, /ready and status say why the lease is not renewed, and it comes back by
 // itself.
-func TestControlPlaneAway(t *testing.T) {
+func TestTunnelSurvivesAControlPlaneOutage(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 40 * time.Second})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 40 * time.Second})
 	w.cp.Fail(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
 	watch := w.stream()
 	first := w.lease()
@@ -391,21 +391,21 @@ func TestControlPlaneAway(t *testing.T) {
 		t.Error("the watch was cut")
 	}
 	w.cp.Fail(nil)
-	w.renewed(first)
+	w.waitRenewed(first)
 	eventually(t, func() error {
 		if _, ready, err := w.agent.Ready(t.Context()); err != nil || strings.HasPrefix(ready.Checks["tunnel"].Detail, want) {
 			return fmt.Errorf("%+v, %w", ready, err)
 		}
 		return nil
 	})
-	w.answers()
+	w.waitAnswering()
 }
 
-// TestSomethingOnTheWayRefuses: a middlebox that answers 403 with a page of its own closes no tunnel before the lease
+// TestMiddlebox403ClosesNoTunnel: a middlebox that answers 403 with a page of its own closes no tunnel before the lease
 // ends.
-func TestSomethingOnTheWayRefuses(t *testing.T) {
+func TestMiddlebox403ClosesNoTunnel(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second})
 	blocked := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html")
 		w.WriteHeader(http.StatusForbidden)
@@ -429,7 +429,7 @@ func TestSomethingOnTheWayRefuses(t *testing.T) {
 		t.Error("the watch was cut")
 	}
 	w.cp.Fail(nil)
-	second := w.renewed(first)
+	second := w.waitRenewed(first)
 	w.cp.Fail(blocked)
 	wantProblem()
 	if code := w.agent.Bootstrap.ExitCode(); code != 1 || !strings.Contains(w.agent.Bootstrap.Log(), "on the way; the tunnel is closed") {
@@ -445,14 +445,14 @@ func TestSomethingOnTheWayRefuses(t *testing.T) {
 	if err := w.agent.StartBootstrap(); err != nil {
 		t.Fatal(err)
 	}
-	w.answers()
+	w.waitAnswering()
 }
 
-// TestRevokedAgent: when the control plane has said so twice its tunnel is closed, and bootstrap ends with the reason.
+// TestRevokedAgentLosesItsTunnel: when the control plane has said so twice its tunnel is closed, and bootstrap ends with the reason.
 // Let in again, it comes back.
-func TestRevokedAgent(t *testing.T) {
+func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: time.Hour})
+	w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour})
 	watch := w.stream()
 	w.cp.Revoke(agentID, true)
 	w.agent.Bootstrap.Stop()
@@ -489,7 +489,7 @@ func TestRevokedAgent(t *testing.T) {
 	if err := w.agent.StartBootstrap(); err != nil {
 		t.Fatal(err)
 	}
-	w.answers()
+	w.waitAnswering()
 	// bootstrap was killed when frpc.toml was gone and frpc still ran: the next one ends it.
 	w.cp.Revoke(agentID, true)
 	w.agent.Bootstrap.Kill()
@@ -508,9 +508,9 @@ func TestRevokedAgent(t *testing.T) {
 	}
 }
 
-// TestLeaseIsRefused: a control plane that has forgotten its leases, or has moved frps, does not strand the agent
+// TestRefusedLeaseIsReplaced: a control plane that has forgotten its leases, or has moved frps, does not strand the agent
 // until its lease ends.
-func TestLeaseIsRefused(t *testing.T) {
+func TestRefusedLeaseIsReplaced(t *testing.T) {
 	for name, happen := range map[string]func(w *world) error{
 		"leases forgotten": func(w *world) error {
 			w.cp.RevokeLeases()
@@ -521,7 +521,7 @@ func TestLeaseIsRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
-				w := renewing(t, controlplane.Terms{Life: time.Hour}, method)
+				w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour}, method)
 				if err := happen(w); err != nil {
 					t.Fatal(err)
 				}
@@ -536,8 +536,8 @@ func TestLeaseIsRefused(t *testing.T) {
 	}
 }
 
-// TestOddLeases: leases that have ended before they come, or end at once, or never, and a tunnel that becomes another.
-func TestOddLeases(t *testing.T) {
+// TestExpiredLeasesAreReplaced: leases that have ended before they come, or end at once, or never, and a tunnel that becomes another.
+func TestExpiredLeasesAreReplaced(t *testing.T) {
 	for name, life := range map[string]time.Duration{"past": -time.Hour, "one second": time.Second} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -547,7 +547,7 @@ func TestOddLeases(t *testing.T) {
 				t.Fatal(err)
 			}
 			first := w.lease()
-			if next := w.renewed(first); next.IssuedAt.Sub(first.IssuedAt) < 10*time.Second {
+			if next := w.waitRenewed(first); next.IssuedAt.Sub(first.IssuedAt) < 10*time.Second {
 				t.Errorf("the control plane is asked again after %s", next.IssuedAt.Sub(first.IssuedAt))
 			}
 			if !strings.Contains(w.agent.Bootstrap.Log(), "the lease has ended before it could be used") {
@@ -557,21 +557,21 @@ func TestOddLeases(t *testing.T) {
 	}
 	t.Run("http becomes https", func(t *testing.T) {
 		t.Parallel()
-		w := renewing(t, controlplane.Terms{Life: 15 * time.Second, TunnelType: "http"})
+		w := connectedWithLeases(t, controlplane.Terms{Life: 15 * time.Second, TunnelType: "http"})
 		w.cp.SetTerms(controlplane.Terms{Life: time.Hour, TunnelType: "https"})
-		w.renewed(w.lease())
+		w.waitRenewed(w.lease())
 		eventually(t, func() error {
 			if resp, body := w.ask(http.MethodGet, "/api/agent/status"); resp.StatusCode != http.StatusOK || !strings.Contains(body, `"type":"https"`) {
 				return fmt.Errorf("%s: %s", resp.Status, body)
 			}
 			return nil
 		})
-		w.answers()
+		w.waitAnswering()
 	})
 }
 
-// TestTokenIsRotated: the agent's token changes in its file; the next lease comes at once, and callers get in with it.
-func TestTokenIsRotated(t *testing.T) {
+// TestRotatedTokenIsUsedAtOnce: the agent's token changes in its file; the next lease comes at once, and callers get in with it.
+func TestRotatedTokenIsUsedAtOnce(t *testing.T) {
 	eachMethod(t, tokenIsRotated)
 }
 
@@ -596,16 +596,16 @@ func tokenIsRotated(t *testing.T, method func(*controlplane.Options)) {
 	watch := w.stream()
 	w.cp.SetAgent(agentID, "another-token")
 	write("another-token")
-	w.renewed(first)
+	w.waitRenewed(first)
 	if !runs(watch) {
 		t.Error("the watch was cut")
 	}
 	w.token = "another-token"
-	w.answers()
+	w.waitAnswering()
 }
 
-// TestBootstrapStops: SIGTERM ends it at once, whatever it waits for, and what the next one finds is whole.
-func TestBootstrapStops(t *testing.T) {
+// TestBootstrapStopsOnSIGTERM: SIGTERM ends it at once, whatever it waits for, and what the next one finds is whole.
+func TestBootstrapStopsOnSIGTERM(t *testing.T) {
 	w := newWorld(t)
 	asked := make(chan struct{}, 1)
 	w.cp.Fail(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {

@@ -10,9 +10,9 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// TestOnlyWhatWasNotDeliveredIsRepeated: 503 with Retry-After has client-go send a request again. The gateway says so of
+// TestOnlyUndeliveredRequestsAreRetried: 503 with Retry-After has client-go send a request again. The gateway says so of
 // reads, and of writes that have certainly not come to the agent; else 502, and that the caller must look.
-func TestOnlyWhatWasNotDeliveredIsRepeated(t *testing.T) {
+func TestOnlyUndeliveredRequestsAreRetried(t *testing.T) {
 	arrived := make(chan struct{}, 8)
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/api/") {
@@ -27,7 +27,7 @@ func TestOnlyWhatWasNotDeliveredIsRepeated(t *testing.T) {
 	const path, mustLook = "/api/k8s/api/v1/namespaces/default/configmaps", "look whether what you asked for was done"
 	for _, tunnel := range []string{"https", "http"} {
 		t.Run(tunnel, func(t *testing.T) {
-			w := over(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
+			w := connectedBy(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
 			client, base := w.client()
 			want := func(what, method string, code int) {
 				t.Helper()
@@ -70,7 +70,7 @@ func TestOnlyWhatWasNotDeliveredIsRepeated(t *testing.T) {
 					if err := hop.revive(); err != nil {
 						t.Fatal(err)
 					}
-					w.answers()
+					w.waitAnswering()
 				}
 			}
 		})

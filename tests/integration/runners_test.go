@@ -26,7 +26,7 @@ func post(t *testing.T, a *agent.Agent, path, body string) (*http.Response, stri
 }
 
 // tell sends a message and expects it to be acknowledged.
-func tell(t *testing.T, a *agent.Agent, id, kind, data string, duplicate bool) {
+func sendMessage(t *testing.T, a *agent.Agent, id, kind, data string, duplicate bool) {
 	t.Helper()
 	resp, body := post(t, a, "/api/control-plane/message", fmt.Sprintf(`{"id":%q,"type":%q,"timestamp":"2026-01-02T03:04:05Z","data":%s}`, id, kind, data))
 	var answer struct {
@@ -42,8 +42,8 @@ func assignment(runner, endpoint string) string {
 	return fmt.Sprintf(`{"runner_id":%q,"runner_endpoint":%q,"runner_token":"token-of-%[1]s","assigned_at":"2026-01-02T03:04:05Z"}`, runner, endpoint)
 }
 
-// withRunners is a world whose agent keeps its registry in a namespace of its own and may relay to this machine.
-func withRunners(t *testing.T, env ...string) (*world, string) {
+// connectedWithRunners is a world whose agent keeps its registry in a namespace of its own and may relay to this machine.
+func connectedWithRunners(t *testing.T, env ...string) (*world, string) {
 	t.Helper()
 	w := newWorld(t)
 	ns := w.namespace()
@@ -61,11 +61,11 @@ func serve(t *testing.T, handler http.Handler) string {
 	return server.URL
 }
 
-// TestRunners: a command gets to the runner with the runner's token and back as it is; the registry outlives
+// TestCommandsReachTheRunner: a command gets to the runner with the runner's token and back as it is; the registry outlives
 // the proxy; what was unassigned stays so when an old message comes again.
-func TestRunners(t *testing.T) {
+func TestCommandsReachTheRunner(t *testing.T) {
 	t.Parallel() // a runner that says nothing takes half a minute
-	w, _ := withRunners(t)
+	w, _ := connectedWithRunners(t)
 	lines, hung := make(chan string), make(chan struct{})
 	runner := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -94,8 +94,8 @@ func TestRunners(t *testing.T) {
 	}
 	const command = "/api/runners/r1/command"
 	want(command, "{}", http.StatusNotFound, `no runner \"r1\" is assigned`)
-	tell(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), false)
-	tell(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), true)
+	sendMessage(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), false)
+	sendMessage(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), true)
 	echoed := `POST /run?x=y ["Bearer token-of-r1"] [] {"do":"it"}`
 	want(command, `{"do":"it"}`, http.StatusTeapot, echoed)
 	want(command+"?a=b", "", http.StatusTeapot, "POST /run?x=y&a=b ")
@@ -126,7 +126,7 @@ func TestRunners(t *testing.T) {
 	}
 	close(lines)
 
-	tell(t, w.agent, "m2", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)+"/"), false)
+	sendMessage(t, w.agent, "m2", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)+"/"), false)
 	want("/api/runners/gone/command", "{}", http.StatusBadGateway, "cannot be reached: dial tcp 127.0.0.1:")
 	want(command, "hang", http.StatusGatewayTimeout, "does not answer")
 
@@ -136,8 +136,8 @@ func TestRunners(t *testing.T) {
 	}
 	w.waitReady()
 	want(command, `{"do":"it"}`, http.StatusTeapot, echoed)
-	tell(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
-	tell(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL), true)
+	sendMessage(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
+	sendMessage(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL), true)
 	want(command, "{}", http.StatusNotFound, "no runner")
 	for _, secret := range []string{"token-of-", agentToken} {
 		if strings.Contains(w.agent.Proxy.Log(), secret) {
@@ -148,7 +148,7 @@ func TestRunners(t *testing.T) {
 
 // TestReplicasShareTheRegistry: two of them change it at once, and nothing is lost.
 func TestReplicasShareTheRegistry(t *testing.T) {
-	w, ns := withRunners(t)
+	w, ns := connectedWithRunners(t)
 	second := *w.agent
 	second.Env = slices.Clone(w.agent.Env)
 	for i, variable := range []string{"PIPEOPS_LISTEN_ADDR", "PIPEOPS_METRICS_ADDR"} {
@@ -172,7 +172,7 @@ func TestReplicasShareTheRegistry(t *testing.T) {
 		for n := range each {
 			group.Go(func() {
 				name := fmt.Sprintf("r-%d-%d", i, n)
-				tell(t, a, name, "runner_assigned", assignment(name, "http://runner.a.svc/"), false)
+				sendMessage(t, a, name, "runner_assigned", assignment(name, "http://runner.a.svc/"), false)
 			})
 		}
 	}
@@ -205,22 +205,22 @@ func fillRegistry(t *testing.T, ns string) {
 	}
 }
 
-// TestFullRegistry: who assigns one runner too many is told so, and others can still be taken out.
-func TestFullRegistry(t *testing.T) {
-	w, ns := withRunners(t)
+// TestFullRegistryIsReported: who assigns one runner too many is told so, and others can still be taken out.
+func TestFullRegistryIsReported(t *testing.T) {
+	w, ns := connectedWithRunners(t)
 	large := assignment("r1", "http://r.a.svc/"+strings.Repeat("x", 2000))
-	tell(t, w.agent, "m1", "runner_assigned", large, false)
+	sendMessage(t, w.agent, "m1", "runner_assigned", large, false)
 	fillRegistry(t, ns)
 	resp, body := post(t, w.agent, "/api/control-plane/message", `{"id":"m2","type":"runner_assigned","data":`+strings.Replace(large, "r1", "r2", 1)+`}`)
 	if resp.StatusCode != http.StatusInsufficientStorage || !strings.Contains(body, "the registry of runners is full") {
 		t.Errorf("%s %s", resp.Status, body)
 	}
-	tell(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
-	tell(t, w.agent, "m2", "runner_assigned", strings.Replace(large, "r1", "r2", 1), false)
+	sendMessage(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
+	sendMessage(t, w.agent, "m2", "runner_assigned", strings.Replace(large, "r1", "r2", 1), false)
 }
 
-// TestRegistryNeedsARight: without it nothing is acknowledged.
-func TestRegistryNeedsARight(t *testing.T) {
+// TestRegistryWithoutPermissionIsReported: without it nothing is acknowledged.
+func TestRegistryWithoutPermissionIsReported(t *testing.T) {
 	w := viewer(t)
 	resp, body := post(t, w.agent, "/api/control-plane/message", `{"id":"1","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/")+`}`)
 	if resp.StatusCode != http.StatusBadGateway || !strings.Contains(body, `cannot get resource \"secrets\"`) {

@@ -11,10 +11,10 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// TestSecretsStayInside drives every route with marked secrets, at the log level that says most, and finds none
+// TestNoSecretIsLoggedOrReturned drives every route with marked secrets, at the log level that says most, and finds none
 // of them in what the agent's own processes say: logs, metrics, status, errors, the OpenAPI page.
-func TestSecretsStayInside(t *testing.T) {
-	w, ns := withRunners(t)
+func TestNoSecretIsLoggedOrReturned(t *testing.T) {
+	w, ns := connectedWithRunners(t)
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGUSR1); err != nil {
 		t.Fatal(err)
 	}

@@ -47,7 +47,7 @@ func (w *world) ask(method, path string) (*http.Response, string) {
 }
 
 // begin does too, and returns when the answer begins.
-func (w *world) begin(path string) *http.Response {
+func (w *world) openStream(path string) *http.Response {
 	w.t.Helper()
 	client, base := w.client()
 	req, err := http.NewRequestWithContext(w.t.Context(), http.MethodGet, base+path, nil)
@@ -81,17 +81,17 @@ func (w *world) status() agentStatus {
 	return s
 }
 
-// TestStatus: the control plane sees of the cluster what kubectl shows, and of the tunnel what happened to it.
-func TestStatus(t *testing.T) {
+// TestStatusMatchesTheCluster: the control plane sees of the cluster what kubectl shows, and of the tunnel what happened to it.
+func TestStatusMatchesTheCluster(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
-	w.must("create", "deployment", "d", "--image=none", "-n", ns)
+	w.mustKubectl("create", "deployment", "d", "--image=none", "-n", ns)
 	count := func(kind string) int {
-		return len(strings.Fields(w.must("get", kind, "-A", "-o", "name")))
+		return len(strings.Fields(w.mustKubectl("get", kind, "-A", "-o", "name")))
 	}
 	s := w.status()
-	if c := s.Cluster; !c.Reachable || c.Version == nil || !strings.Contains(w.must("version"), "Server Version: "+*c.Version) || len(c.Unavailable) > 0 ||
+	if c := s.Cluster; !c.Reachable || c.Version == nil || !strings.Contains(w.mustKubectl("version"), "Server Version: "+*c.Version) || len(c.Unavailable) > 0 ||
 		*c.Namespaces != count("namespaces") || *c.Deployments != count("deployments") || *c.Services != count("services") ||
 		*c.Pods != count("pods") || c.Nodes.Total != count("nodes") {
 		t.Errorf("cluster: %+v", c)
@@ -129,8 +129,8 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// TestStatusOfWhatMayBeRead: what RBAC keeps from the agent is null, with the API server's reason.
-func TestStatusOfWhatMayBeRead(t *testing.T) {
+// TestStatusOmitsWhatRBACForbids: what RBAC keeps from the agent is null, with the API server's reason.
+func TestStatusOmitsWhatRBACForbids(t *testing.T) {
 	w := viewer(t)
 	c := w.status().Cluster
 	if c.Nodes != nil || !strings.Contains(c.Unavailable["nodes"], `nodes is forbidden: User "system:serviceaccount:pipeops-system:viewer" cannot list resource "nodes"`) ||

@@ -67,9 +67,9 @@ func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer
 	return s
 }
 
-// TestEveryWayToFrps: each protocol, what may stand between, and each type of tunnel, with the stock frpc and frps, and
+// TestEveryProtocolReachesFrps: each protocol, what may stand between, and each type of tunnel, with the stock frpc and frps, and
 // a request to the API server through all of it.
-func TestEveryWayToFrps(t *testing.T) {
+func TestEveryProtocolReachesFrps(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		prepare func(t *testing.T, w *world) (s ownServer, env []string)
@@ -176,8 +176,8 @@ func TestEveryWayToFrps(t *testing.T) {
 	}
 }
 
-// TestVolumes: a run directory that is full, read-only or another's. The error says so, and no file is half-written.
-func TestVolumes(t *testing.T) {
+// TestUnwritableRunDirectoryIsReported: a run directory that is full, read-only or another's. The error says so, and no file is half-written.
+func TestUnwritableRunDirectoryIsReported(t *testing.T) {
 	w := newWorld(t)
 	for name, test := range map[string]struct{ prepare, want string }{
 		"full":      {`mount -t tmpfs -o size=4k tmpfs "$PIPEOPS_RUN_DIR"`, "no space left on device"},

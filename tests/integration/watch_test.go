@@ -10,10 +10,10 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// TestSilentWatch: the longest timeout on the way is 120 s (frps's wait for headers, the proxy's for idle
+// TestSilentWatchIsNotCut: the longest timeout on the way is 120 s (frps's wait for headers, the proxy's for idle
 // connections). A watch that is silent for longer gets its next event. A day of silence at the proxy alone is
 // in its unit tests.
-func TestSilentWatch(t *testing.T) {
+func TestSilentWatchIsNotCut(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()

@@ -27,12 +27,12 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestNoAnswerIsLost sends writes of 4 to 100 KB, eight at a time, while all cores are busy, and expects each answer
+// TestNoResponseToAWriteIsLost sends writes of 4 to 100 KB, eight at a time, while all cores are busy, and expects each answer
 // whole and each write done once. Go's transport loses such answers where it reads a body that net/http closes.
 //
 // LOST_WRITES=20000 is how many go each way to a server that counts (and 1500 more to an API server). By default they
 // are 400, which is enough for every run of the tests, and not enough to prove anything by one.
-func TestNoAnswerIsLost(t *testing.T) {
+func TestNoResponseToAWriteIsLost(t *testing.T) {
 	count := 400
 	if value := os.Getenv("LOST_WRITES"); value != "" {
 		var err error
@@ -46,16 +46,16 @@ func TestNoAnswerIsLost(t *testing.T) {
 	server.StartTLS()
 	t.Cleanup(server.Close)
 	for _, tunnel := range []string{"https", "http"} {
-		counted := over(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
-		stored := over(t, tunnel, api.agent)
+		counted := connectedBy(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
+		stored := connectedBy(t, tunnel, api.agent)
 		ns := stored.namespace()
 		for _, way := range []string{"the gateway over HTTP1", "the gateway over HTTP2", "frps alone"} {
 			if tunnel == "http" && way == "frps alone" {
 				continue // it loses answers, and nothing of ours is there to prevent it
 			}
 			t.Run(tunnel+" by "+way, func(t *testing.T) {
-				busy(t, counted)
-				client, base := by(t, way, counted)
+				keepCoresBusy(t, counted)
+				client, base := clientVia(t, way, counted)
 				lost := inParallel(count, func(i int) error {
 					path, body := fmt.Sprintf("/api/k8s/%s/%d", t.Name(), i), payload(i)
 					answer, err := write(t.Context(), client, http.MethodPut, base+path, "text/plain", body)
@@ -69,10 +69,10 @@ func TestNoAnswerIsLost(t *testing.T) {
 						t.Errorf("write %d was done %d times", i, n)
 					}
 				}
-				report(t, lost, count)
-				client, base = by(t, way, stored)
+				reportLost(t, lost, count)
+				client, base = clientVia(t, way, stored)
 				prefix := strings.ToLower(strings.NewReplacer("/", "-", " ", "-", ".", "-", "_", "-").Replace(way))
-				report(t, inParallel(count/40, func(i int) error {
+				reportLost(t, inParallel(count/40, func(i int) error {
 					return threeWrites(t.Context(), client, base+"/api/k8s/api/v1/namespaces/"+ns+"/configmaps", fmt.Sprintf("%s-%d", prefix, i), string(payload(i)))
 				}), count/40)
 			})
@@ -80,8 +80,8 @@ func TestNoAnswerIsLost(t *testing.T) {
 	}
 }
 
-// over is a world whose agent is ready, has a tunnel of this type and is led to the API server of config.
-func over(t *testing.T, tunnel string, config *rest.Config, options ...func(*controlplane.Options)) *world {
+// connectedBy is a world whose agent is ready, has a tunnel of this type and is led to the API server of config.
+func connectedBy(t *testing.T, tunnel string, config *rest.Config, options ...func(*controlplane.Options)) *world {
 	t.Helper()
 	w := newWorld(t, options...)
 	kubeconfig := filepath.Join(w.group.Dir(), "agent.kubeconfig")
@@ -182,7 +182,7 @@ func write(ctx context.Context, client *http.Client, method, url, contentType st
 }
 
 // by returns a client that goes one way to an agent, and the URL of the agent for it.
-func by(t *testing.T, way string, w *world) (*http.Client, string) {
+func clientVia(t *testing.T, way string, w *world) (*http.Client, string) {
 	t.Helper()
 	transport := &http.Transport{MaxIdleConnsPerHost: 100}
 	t.Cleanup(transport.CloseIdleConnections)
@@ -222,7 +222,7 @@ func inParallel(n int, do func(i int) error) (failed []error) {
 	return failed
 }
 
-func report(t *testing.T, lost []error, of int) {
+func reportLost(t *testing.T, lost []error, of int) {
 	t.Helper()
 	t.Logf("%d of %d lost", len(lost), of)
 	if len(lost) > 0 {
@@ -231,7 +231,7 @@ func report(t *testing.T, lost []error, of int) {
 }
 
 // busy keeps all cores so busy, until the test ends, that each hop is interrupted wherever it can be.
-func busy(t *testing.T, w *world) {
+func keepCoresBusy(t *testing.T, w *world) {
 	t.Helper()
 	for i := range 4 * runtime.NumCPU() {
 		p, err := w.group.Start(fmt.Sprintf("busy-%d", i), nil, "sh", "-c", "while :; do :; done")

@@ -16,8 +16,8 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 )
 
-// TestCompose: Compose's own loader takes the file, and it runs the same as the pod.
-func TestCompose(t *testing.T) {
+// TestComposeRunsTheSameAsThePod: Compose's own loader takes the file, and it runs the same as the pod.
+func TestComposeRunsTheSameAsThePod(t *testing.T) {
 	dir := installation(t)
 	// Compose has this; its loader leaves it to its user.
 	dotenv.RegisterFormat("raw", func(r io.Reader, _ string, vars map[string]string, _ func(string) (string, bool)) error {
@@ -84,8 +84,8 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// TestVersionOfFrp: the image is of the version that the tests have been run with.
-func TestVersionOfFrp(t *testing.T) {
+// TestFrpImageHasTheTestedVersion: the image is of the version that the tests have been run with.
+func TestFrpImageHasTheTestedVersion(t *testing.T) {
 	data, err := os.ReadFile("../tools/frp/go.mod")
 	if err != nil {
 		t.Fatal(err)

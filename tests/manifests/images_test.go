@@ -18,8 +18,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// TestImages looks at what `make images` has built, before that is built a second time by `make verify-images`.
-func TestImages(t *testing.T) {
+// TestImagesHoldOnlyWhatTheyNeed looks at what `make images` has built, before that is built a second time by `make verify-images`.
+func TestImagesHoldOnlyWhatTheyNeed(t *testing.T) {
 	root := harness.Root(t)
 	images := filepath.Join(root, ".build", "images")
 	pod := deployments(t, build(t, filepath.Join(installation(t), "base")))[0].Spec.Template.Spec

@@ -22,7 +22,7 @@ import (
 // build is what `kubectl apply -k` would send.
 func build(t *testing.T, dir string) string {
 	t.Helper()
-	return must(t, "", "kustomize", dir)
+	return mustKubectl(t, "", "kustomize", dir)
 }
 
 var rendered map[string]string
@@ -50,8 +50,8 @@ func documents(rendering string) []string {
 	return strings.Split(strings.TrimSpace(rendering), "\n---\n")
 }
 
-// TestRenderings: each is as it was when somebody last looked at it; of components, what they add to the base.
-func TestRenderings(t *testing.T) {
+// TestManifestsRenderAsReviewed: each is as it was when somebody last looked at it; of components, what they add to the base.
+func TestManifestsRenderAsReviewed(t *testing.T) {
 	all := variants(t)
 	base := documents(all["base"])
 	for path, got := range all {
@@ -103,7 +103,7 @@ func containers(spec corev1.PodSpec) []corev1.Container {
 
 var pinned = regexp.MustCompile(`^[a-z0-9.-]+\.[a-z]+/[^:@]+:v\d+\.\d+\.\d+(@sha256:[0-9a-f]{64})?$`)
 
-func TestPods(t *testing.T) {
+func TestPodsFollowTheSecurityRules(t *testing.T) {
 	evaluator, err := policy.NewEvaluator(policy.DefaultChecks(), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -153,16 +153,16 @@ func TestPods(t *testing.T) {
 	}
 }
 
-// TestAPIServerTakesThem: by server-side dry run, which validates and warns; and a pod of each Deployment, in the
+// TestAPIServerAdmitsTheManifests: by server-side dry run, which validates and warns; and a pod of each Deployment, in the
 // namespace that enforces the restricted standard.
-func TestAPIServerTakesThem(t *testing.T) {
+func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	all := variants(t)
 	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not make it
 	apply(t, cluster.PrometheusOperatorKinds)
-	must(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
+	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	for path, rendering := range all {
 		t.Run(path, func(t *testing.T) {
-			must(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
+			mustKubectl(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
 			for _, d := range deployments(t, rendering) {
 				pod := corev1.Pod{
 					TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
@@ -172,7 +172,7 @@ func TestAPIServerTakesThem(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				must(t, string(data), "create", "--dry-run=server", "-f", "-")
+				mustKubectl(t, string(data), "create", "--dry-run=server", "-f", "-")
 				// The standard is enforced: this is no empty victory.
 				pod.Spec.Containers[0].SecurityContext = nil
 				if data, err = yaml.Marshal(pod); err != nil {
@@ -187,10 +187,12 @@ func TestAPIServerTakesThem(t *testing.T) {
 	}
 }
 
-func apply(t *testing.T, rendering string) { must(t, rendering, "apply", "--server-side", "-f", "-") }
+func apply(t *testing.T, rendering string) {
+	mustKubectl(t, rendering, "apply", "--server-side", "-f", "-")
+}
 
-// TestForgottenFiles: the message names the file.
-func TestForgottenFiles(t *testing.T) {
+// TestMissingFileIsNamed: the message names the file.
+func TestMissingFileIsNamed(t *testing.T) {
 	for path, names := range map[string][]string{
 		".": {"agent.env", "agent-token"}, "overlays/production": {"agent-token", "frps-ca.crt"}, "overlays/edge": {"agent-token", "frp-token"},
 	} {
@@ -208,8 +210,8 @@ func TestForgottenFiles(t *testing.T) {
 	}
 }
 
-// TestChangesRollThePods: settings do; a token does not, because it is read anew.
-func TestChangesRollThePods(t *testing.T) {
+// TestChangedSettingsRollThePods: settings do; a token does not, because it is read anew.
+func TestChangedSettingsRollThePods(t *testing.T) {
 	dir := installation(t)
 	template := func() corev1.PodTemplateSpec { return deployments(t, build(t, dir))[0].Spec.Template }
 	before := template()
@@ -223,8 +225,8 @@ func TestChangesRollThePods(t *testing.T) {
 	}
 }
 
-// TestAnotherNamespace: an overlay's namespace is that of all there is, the subjects of bindings too.
-func TestAnotherNamespace(t *testing.T) {
+// TestNamespaceCanBeChanged: an overlay's namespace is that of all there is, the subjects of bindings too.
+func TestNamespaceCanBeChanged(t *testing.T) {
 	dir := installation(t)
 	overlay := "namespace: other\nresources: [../../base]\ncomponents:\n"
 	for _, path := range kustomizations(t, dir, "Component") {

@@ -60,7 +60,7 @@ func kubectl(t *testing.T, stdin string, args ...string) (harness.Result, error)
 }
 
 // must runs kubectl and expects success without a word on stderr: warnings count as failures.
-func must(t *testing.T, stdin string, args ...string) string {
+func mustKubectl(t *testing.T, stdin string, args ...string) string {
 	t.Helper()
 	result, err := kubectl(t, stdin, args...)
 	if err != nil || result.Stderr != "" {
@@ -69,12 +69,12 @@ func must(t *testing.T, stdin string, args ...string) string {
 	return result.Stdout
 }
 
-// yours are the files that a person writes beside a kustomization.
-var yours = map[string]string{
+// userFiles are the files that a person writes beside a kustomization.
+var userFiles = map[string]string{
 	"agent.env": "PIPEOPS_AGENT_ID=agent-001\n", "agent-token": "your-agent-token\n", "frp-token": "your-frp-token\n", "frps-ca.crt": "a certificate\n",
 }
 
-// installation is a copy of manifests/ with all of yours beside each kustomization.
+// installation is a copy of manifests/ with all of userFiles beside each kustomization.
 func installation(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -84,7 +84,7 @@ func installation(t *testing.T) string {
 	}
 	defer func() { _ = tree.Close() }()
 	err = fs.WalkDir(tree.FS(), ".", func(path string, d fs.DirEntry, err error) error {
-		if err != nil || yours[d.Name()] != "" {
+		if err != nil || userFiles[d.Name()] != "" {
 			return err
 		}
 		if d.IsDir() {
@@ -100,7 +100,7 @@ func installation(t *testing.T) string {
 		t.Fatal(err)
 	}
 	for _, path := range append(kustomizations(t, dir, "Kustomization"), "docker") {
-		for name, content := range yours {
+		for name, content := range userFiles {
 			write(t, filepath.Join(dir, path, name), content)
 		}
 	}

@@ -25,8 +25,8 @@ import (
 
 const account = "system:serviceaccount:pipeops-system:pipeops-agent"
 
-// TestPermissions asks a real API server what the agent may do with each component on top of the base.
-func TestPermissions(t *testing.T) {
+// TestComponentsGrantWhatTheySay asks a real API server what the agent may do with each component on top of the base.
+func TestComponentsGrantWhatTheySay(t *testing.T) {
 	aggregate(t)
 	all := variants(t)
 	apply(t, all["base"])
@@ -70,12 +70,12 @@ func TestPermissions(t *testing.T) {
 				test.not = append(test.not, "impersonate users", "impersonate groups")
 			}
 			for _, question := range test.may {
-				if !may(t, question) {
+				if !canI(t, question) {
 					t.Errorf("may not %s", question)
 				}
 			}
 			for _, question := range test.not {
-				if may(t, question) {
+				if canI(t, question) {
 					t.Errorf("may %s", question)
 				}
 			}
@@ -83,15 +83,15 @@ func TestPermissions(t *testing.T) {
 	}
 }
 
-// TestAgentWorksWithThem: a real proxy with the agent's ServiceAccount reads all of a status, and keeps runners in the
+// TestAgentWorksWithItsPermissions: a real proxy with the agent's ServiceAccount reads all of a status, and keeps runners in the
 // Secret that the component brings.
-func TestAgentWorksWithThem(t *testing.T) {
+func TestAgentWorksWithItsPermissions(t *testing.T) {
 	aggregate(t)
 	apply(t, variants(t)["components/runners"])
 	t.Cleanup(func() { removeAdded(t, variants(t)["base"], variants(t)["components/runners"]) })
 	group := harness.NewGroup(t)
 	config := rest.CopyConfig(api.Config)
-	config.BearerToken = strings.TrimSpace(must(t, "", "create", "token", "pipeops-agent", "-n", "pipeops-system"))
+	config.BearerToken = strings.TrimSpace(mustKubectl(t, "", "create", "token", "pipeops-agent", "-n", "pipeops-system"))
 	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		t.Fatal(err)
@@ -139,7 +139,7 @@ func TestAgentWorksWithThem(t *testing.T) {
 	}
 }
 
-func may(t *testing.T, question string) bool {
+func canI(t *testing.T, question string) bool {
 	t.Helper()
 	args := append([]string{"auth", "can-i", "--as", account}, strings.Fields(question)...)
 	// Of many, RESOURCE/NAME; of these, RESOURCE/SUBRESOURCE.
@@ -166,7 +166,7 @@ func removeAdded(t *testing.T, base, variant string) {
 	present := documents(base)
 	for _, doc := range documents(variant) {
 		if !slices.Contains(present, doc) {
-			must(t, doc, "delete", "--ignore-not-found", "-f", "-")
+			mustKubectl(t, doc, "delete", "--ignore-not-found", "-f", "-")
 		}
 	}
 }
@@ -203,8 +203,8 @@ func aggregate(t *testing.T) {
 	}
 }
 
-// TestRules: what no question to the API server would find, in the rules of every variant.
-func TestRules(t *testing.T) {
+// TestNoRuleGrantsTooMuch: what no question to the API server would find, in the rules of every variant.
+func TestNoRuleGrantsTooMuch(t *testing.T) {
 	known := []string{"view", "edit", "cluster-admin", "pipeops-agent-view-cluster", "pipeops-agent-runners"}
 	for path, rendering := range variants(t) {
 		for _, doc := range documents(rendering) {

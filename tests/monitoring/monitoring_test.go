@@ -106,8 +106,8 @@ func installed(t *testing.T, name string) string {
 	return path
 }
 
-// TestDashboard: every panel has an id of its own, a place of its own, a description and a query.
-func TestDashboard(t *testing.T) {
+// TestDashboardPanelsAreComplete: every panel has an id of its own, a place of its own, a description and a query.
+func TestDashboardPanelsAreComplete(t *testing.T) {
 	ids := map[int]bool{}
 	taken := map[[2]int]string{}
 	for _, p := range render(t).dashboard.Panels {
@@ -129,8 +129,8 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// TestMonitorFindsTheAgent: the pods of the base have the label and the port that the PodMonitor asks for.
-func TestMonitorFindsTheAgent(t *testing.T) {
+// TestPodMonitorSelectsTheAgent: the pods of the base have the label and the port that the PodMonitor asks for.
+func TestPodMonitorSelectsTheAgent(t *testing.T) {
 	data, err := os.ReadFile("../../manifests/base/deployment.yaml")
 	if err != nil {
 		t.Fatal(err)

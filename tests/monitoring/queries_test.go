@@ -39,8 +39,8 @@ const (
 
 var pictureOf = flag.Duration("picture", 0, "make calls for so long, then draw the dashboard to dashboard.png")
 
-// TestQueries asks a real Prometheus every query of the dashboard and the rules, after a real agent has had traffic.
-func TestQueries(t *testing.T) {
+// TestEveryQueryFindsItsMetrics asks a real Prometheus every query of the dashboard and the rules, after a real agent has had traffic.
+func TestEveryQueryFindsItsMetrics(t *testing.T) {
 	m := render(t)
 	w := newWorld(t)
 	// A Prometheus that takes native histograms takes no classic ones, and the other way round.
@@ -57,7 +57,7 @@ func TestQueries(t *testing.T) {
 					if err != nil {
 						return fmt.Errorf("panel %q: %w", p.Title, err)
 					}
-					return shows(found, target.Expr, target.LegendFormat)
+					return checkVisible(found, target.Expr, target.LegendFormat)
 				})
 			}
 			w.checkLabels(t, resolve(target.Expr), both)
@@ -213,7 +213,7 @@ func (p *prometheus) query(expr string) ([]series, error) {
 var legendLabel = regexp.MustCompile(`\{\{(\w+)\}\}`)
 
 // shows checks that there is something to see: a number, and the labels of the legend.
-func shows(found []series, expr, legend string) error {
+func checkVisible(found []series, expr, legend string) error {
 	for _, s := range found {
 		for _, name := range legendLabel.FindAllStringSubmatch(legend, -1) {
 			if s.Metric[name[1]] == "" {

@@ -25,8 +25,8 @@ func writeRules(t *testing.T, spec monitoringv1.PrometheusRuleSpec, path string)
 	}
 }
 
-// TestAlerts runs rules_test.yaml.
-func TestAlerts(t *testing.T) {
+// TestAlertsFireAsExpected runs rules_test.yaml.
+func TestAlertsFireAsExpected(t *testing.T) {
 	promtool := installed(t, "promtool")
 	dir := t.TempDir()
 	writeRules(t, render(t).rules.Spec, filepath.Join(dir, "rules.yaml"))
@@ -46,9 +46,9 @@ func TestAlerts(t *testing.T) {
 	}
 }
 
-// TestAlertsSayWhatToDo: each is seen firing in rules_test.yaml with the labels that its text uses, and has a section
+// TestEveryAlertHasATestAndARunbook: each is seen firing in rules_test.yaml with the labels that its text uses, and has a section
 // in the runbooks; no section is left over.
-func TestAlertsSayWhatToDo(t *testing.T) {
+func TestEveryAlertHasATestAndARunbook(t *testing.T) {
 	tests, err := os.ReadFile("rules_test.yaml")
 	if err != nil {
 		t.Fatal(err)

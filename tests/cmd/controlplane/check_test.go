@@ -16,8 +16,8 @@ import (
 	"testing"
 )
 
-// TestABrokenControlPlaneFails: each mistake fails the rule that it breaks, and no other.
-func TestABrokenControlPlaneFails(t *testing.T) {
+// TestCheckFindsEachBrokenRule: each mistake fails the rule that it breaks, and no other.
+func TestCheckFindsEachBrokenRule(t *testing.T) {
 	token := filepath.Join(t.TempDir(), "token")
 	if err := os.WriteFile(token, []byte("the-token\n"), 0o600); err != nil {
 		t.Fatal(err)

@@ -2,8 +2,8 @@ package process
 
 import "testing"
 
-// TestFreePort: ports that nobody listens on yet are not given again.
-func TestFreePort(t *testing.T) {
+// TestFreePortIsGivenOnce: ports that nobody listens on yet are not given again.
+func TestFreePortIsGivenOnce(t *testing.T) {
 	given := map[int]bool{}
 	for range 1000 { // of 20,000: by chance alone, two would be the same
 		port, err := FreePort()

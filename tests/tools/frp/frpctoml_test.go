@@ -141,7 +141,7 @@ func check(t *testing.T, c frpc.Config) {
 	}
 }
 
-func TestFrpReadsBackWhatWasMeant(t *testing.T) {
+func TestFrpReadsWhatTheAgentWrites(t *testing.T) {
 	for name, value := range hostile {
 		t.Run(name, func(t *testing.T) { check(t, with(value)) })
 	}
@@ -157,14 +157,14 @@ func TestFrpReadsBackWhatWasMeant(t *testing.T) {
 	})
 }
 
-func TestTextThatIsNotUTF8IsRefused(t *testing.T) {
+func TestInvalidUTF8IsRefused(t *testing.T) {
 	_, err := with("a\xffb").TOML()
 	if err == nil || !strings.Contains(err.Error(), `"serverAddr" is not valid UTF-8`) {
 		t.Errorf("got error %v", err)
 	}
 }
 
-func FuzzFrpReadsBackWhatWasMeant(f *testing.F) {
+func FuzzFrpReadsWhatTheAgentWrites(f *testing.F) {
 	for _, value := range hostile {
 		f.Add(value)
 	}
@@ -176,8 +176,8 @@ func FuzzFrpReadsBackWhatWasMeant(f *testing.F) {
 	})
 }
 
-// TestStockFrpcVerifies holds the file against the validation of the binary that users run.
-func TestStockFrpcVerifies(t *testing.T) {
+// TestStockFrpcAcceptsTheConfiguration holds the file against the validation of the binary that users run.
+func TestStockFrpcAcceptsTheConfiguration(t *testing.T) {
 	binary := filepath.Join("..", "..", "..", ".build", "bin", "frpc")
 	if _, err := os.Stat(binary); err != nil {
 		t.Fatalf("%v: make tools builds it", err)
