@@ -34,7 +34,7 @@ import (
 
 const agentID, agentToken = harness.AgentID, harness.AgentToken
 
-// installed is the agent, installed as its README says, and a control plane that it dials out to.
+// installed is an agent that was installed as the install page says, with the control plane that it dials out to.
 type installed struct {
 	t      *testing.T
 	dir    string // a copy of the manifests, with the files that a user writes
@@ -45,7 +45,7 @@ type installed struct {
 	patches string // of the overlay, as YAML
 }
 
-// in is the same for a subtest.
+// in returns the same installation for a subtest.
 func (i *installed) in(t *testing.T) *installed {
 	same := *i
 	same.t = t
@@ -87,8 +87,8 @@ func install(t *testing.T, components ...string) *installed {
 	return i
 }
 
-// prepare brings the images to the node, starts a control plane of the test's own, and writes the files that belong
-// beside an overlay for it. What is installed then goes with the test.
+// prepare imports the images into the node, starts a control plane for the test, and writes the files that belong
+// beside an overlay. When the test ends, it deletes what was installed.
 func prepare(t *testing.T) *installed {
 	t.Helper()
 	group := harness.NewGroup(t)
@@ -129,7 +129,7 @@ func prepare(t *testing.T) *installed {
 	return i
 }
 
-// unpin takes the digest of Docker Hub's frpc away, if there is one: here is a build of our own.
+// unpin removes the digest of Docker Hub's frpc image, because the tests build their own image.
 func unpin(t *testing.T, path string) {
 	t.Helper()
 	data, err := os.ReadFile(path)
@@ -141,7 +141,7 @@ func unpin(t *testing.T, path string) {
 	}
 }
 
-// importImages brings the agent's to a node.
+// importImages imports the agent's images into a node.
 func importImages(t *testing.T, m *cluster.Machine) {
 	t.Helper()
 	for _, archive := range archives(t) {
@@ -151,14 +151,14 @@ func importImages(t *testing.T, m *cluster.Machine) {
 	}
 }
 
-// archives are those of the images of the agent and frpc.
+// archives returns the paths of the images of the agent and of frpc.
 func archives(t *testing.T) []string {
 	t.Helper()
 	dir := filepath.Join(harness.Root(t), ".build", "images")
 	return []string{filepath.Join(dir, "vm-agent-"+runtime.GOARCH+".tar"), filepath.Join(dir, "frpc.tar")}
 }
 
-// components writes the overlay with these.
+// components writes the overlay with the given components.
 func (i *installed) components(names ...string) {
 	i.t.Helper()
 	paths := make([]string, len(names))
@@ -183,7 +183,7 @@ func (i *installed) apply() {
 	i.rollout()
 }
 
-// rollout waits for its end.
+// rollout waits until the rollout is complete.
 func (i *installed) rollout() {
 	i.t.Helper()
 	i.mustKubectl(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
@@ -200,7 +200,8 @@ func (i *installed) write(name, content string) {
 	}
 }
 
-// TestAgentWorksOnARealNode: the node is used through the tunnel, with what each component grants, and while the agent's containers are killed.
+// TestAgentWorksOnARealNode uses the node through the tunnel: with the rights of each component, and while the
+// agent's containers are killed.
 func TestAgentWorksOnARealNode(t *testing.T) {
 	i := prepare(t)
 	i.rights()
@@ -209,7 +210,7 @@ func TestAgentWorksOnARealNode(t *testing.T) {
 	t.Run("frps away", i.frpsAway)
 }
 
-// rights shows through the tunnel what the base and each component grant.
+// rights checks through the tunnel what the base and each component grant.
 func (i *installed) rights() {
 	i.t.Helper()
 	// Each line is a resource, or none for URLs; URLs; names; verbs.
@@ -263,7 +264,7 @@ func (i *installed) rights() {
 	i.apply()
 }
 
-// useKubectl does through the tunnel what people do, with real pods, over both streaming protocols.
+// useKubectl runs the usual kubectl commands through the tunnel, with real pods and both streaming protocols.
 func (i *installed) useKubectl(t *testing.T) {
 	i = i.in(t)
 	ns := namespace(t)
@@ -313,7 +314,8 @@ func (i *installed) useKubectl(t *testing.T) {
 	}
 }
 
-// attach types into a pod that has said hello and says what it is told, and ends. `logs -f` follows all of it.
+// attach attaches to a pod that has printed hello, sends it a line and expects it back, while `logs -f` follows all
+// of it.
 func (i *installed) attach(ns, pod string, env []string) {
 	t := i.t
 	t.Helper()
@@ -366,7 +368,7 @@ func (i *installed) portForward(ns string, env []string) {
 	})
 }
 
-// restarts kills each container of the agent in turn: an informer that watches through the tunnel misses nothing.
+// restarts kills each container of the agent in turn. An informer that watches through the tunnel misses no event.
 func (i *installed) restarts(t *testing.T) {
 	i = i.in(t)
 	ns := namespace(t)
@@ -406,8 +408,8 @@ func (i *installed) restarts(t *testing.T) {
 	}
 }
 
-// frpsAway: without frps, and with one that is frozen, the pod is not ready. Nothing is restarted for it, frpc least of
-// all; it comes back by itself.
+// frpsAway checks that the pod is not ready while frps is stopped or frozen, that no container restarts because of
+// it, least of all frpc, and that the tunnel recovers by itself.
 func (i *installed) frpsAway(t *testing.T) {
 	i = i.in(t)
 	state := func(ready bool) (restarts string) {

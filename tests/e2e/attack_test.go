@@ -23,12 +23,15 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// slowest is what 99 of 100 calls of an honest caller stay below during an attack on a machine that does nothing else.
+// slowest bounds the p99 of an honest caller's calls during an attack, on a machine that does nothing else.
 const slowest = time.Second
 
-// TestAttacksKillNoContainer: in the shipped pod with its limits, under attacks on its memory from all sides at once, no container is
-// killed, honest callers are answered in time, a rolling update is followed to its end, and the memory is returned.
-// ATTACK_DURATION says how long, 30 s if it does not; below a minute attackers are fewer, and time is not judged.
+// TestAttacksKillNoContainer attacks the memory of the shipped pod, with its limits, from all sides at once. No
+// container is killed, honest callers are answered in time, a rolling update is followed to its end, and the memory
+// is released.
+//
+// ATTACK_DURATION sets the duration, by default 30 s. Below a minute there are fewer attackers, and response times
+// are not checked.
 func TestAttacksKillNoContainer(t *testing.T) {
 	duration, err := time.ParseDuration(cmp.Or(os.Getenv("ATTACK_DURATION"), "30s"))
 	if err != nil {
@@ -110,7 +113,7 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	}
 }
 
-// setting adds a line to the environment of the agent.
+// setting adds a line to the agent's environment.
 func (i *installed) setting(line string) {
 	i.t.Helper()
 	const name = "overlays/test/agent.env"
@@ -121,7 +124,7 @@ func (i *installed) setting(line string) {
 	i.write(name, string(data)+line+"\n")
 }
 
-// pod is the agent's, when there is one.
+// pod waits until the agent has exactly one pod, and returns it.
 func (i *installed) pod() *corev1.Pod {
 	i.t.Helper()
 	var found *corev1.Pod
@@ -138,7 +141,7 @@ func (i *installed) pod() *corev1.Pod {
 	return found
 }
 
-// pidOf finds a process of a pod, as this machine sees it.
+// pidOf returns the id that a pod's process has on this machine.
 func pidOf(t *testing.T, name string, pod *corev1.Pod) int {
 	t.Helper()
 	names, _ := filepath.Glob("/proc/[0-9]*/comm")
@@ -154,10 +157,10 @@ func pidOf(t *testing.T, name string, pod *corev1.Pod) int {
 	return 0
 }
 
-// networkOf is the file of the network namespace of a process.
+// networkOf returns the path of a process's network namespace.
 func networkOf(pid int) string { return fmt.Sprintf("/proc/%d/ns/net", pid) }
 
-// serve serves handler where pods find it, and returns its URL.
+// serve serves handler where pods can reach it, and returns its URL.
 func serve(t *testing.T, handler http.Handler) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", net.JoinHostPort(node.HostIP, "0"))

@@ -22,7 +22,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// load is callers of the agent, who read, write and watch all the time.
+// load is a set of callers that read, write and watch all the time.
 type load struct {
 	calls  atomic.Int64
 	mu     sync.Mutex
@@ -36,8 +36,8 @@ func (l *load) failed(to *[]error, err error) {
 	*to = append(*to, err)
 }
 
-// startLoad runs until the test ends, or until stop, which returns when the watches have seen all that was written.
-// The caller must be able to write ConfigMaps.
+// startLoad starts callers that run until the test ends or until stop. stop returns when the watches have seen
+// everything that was written. The agent must be allowed to write ConfigMaps.
 func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -140,9 +140,9 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	return l, stop
 }
 
-// TestHighAvailabilityLosesNoCall: on two nodes, callers notice nothing of a rolling update and of each of the nodes drained in
-// turn. What runs through a pod whose processes are killed breaks: client-go's callers read again, and their watches go
-// on where they were, and miss nothing.
+// TestHighAvailabilityLosesNoCall runs two replicas on two nodes. Callers see no error during a rolling update, nor
+// while each node is drained in turn. If a pod's processes are killed, its streams break: then client-go's callers
+// retry, and their watches resume where they were and miss nothing.
 func TestHighAvailabilityLosesNoCall(t *testing.T) {
 	worker, err := node.StartWorker(t.Context())
 	if err != nil {

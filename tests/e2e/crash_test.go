@@ -38,7 +38,7 @@ func crash() int {
 	select {}
 }
 
-// TestNothingIsLeftAfterACrash kills a process that runs a node with a pod, as no handler of its own can notice.
+// TestNothingIsLeftAfterACrash kills a process that runs a node with a pod, with a signal that it cannot handle.
 func TestNothingIsLeftAfterACrash(t *testing.T) {
 	cmd, line, err := process.Crashing()
 	if err != nil {
@@ -67,7 +67,7 @@ func TestNothingIsLeftAfterACrash(t *testing.T) {
 	})
 }
 
-// left looks for what a node leaves outside its namespaces.
+// findLeftovers returns an error that names what a node has left outside its namespaces.
 func findLeftovers(dir, hostIP string) error {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s is still there", dir)
@@ -96,7 +96,7 @@ func findLeftovers(dir, hostIP string) error {
 	return nil
 }
 
-// descendants finds the processes below one.
+// descendants adds the processes below pid to found, and returns it.
 func descendants(pid int, found map[int]bool) map[int]bool {
 	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, path := range threads {

@@ -14,8 +14,9 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// docker is podman under the name of docker, with a store of its own; and an operator's own frps for what it runs. It
-// runs in the node's namespaces: its ports are nobody else's, and what it starts ends with the node at the latest.
+// docker is podman under the name docker, with a store of its own, and an operator's own frps for its containers. It
+// runs in the node's namespaces: so its ports collide with nobody's, and what it starts ends with the node at the
+// latest.
 type docker struct {
 	*shell
 	*ownFrps
@@ -73,12 +74,12 @@ func startDocker(t *testing.T) *docker {
 	return d
 }
 
-// inNode is a script's line that runs a command, with the script's arguments, where the node is.
+// inNode returns a line of shell that runs a command, with the script's arguments, in the node's namespaces.
 func inNode(command string) string {
 	return "exec " + strings.Join(node.Command(context.Background(), "sh").Args, " ") + ` -c 'cd "$0" && exec ` + command + ` "$@"' "$PWD" "$@"`
 }
 
-// runByDocker runs the lines that need no Compose.
+// runByDocker runs the commands of the page that need no Compose.
 func runByDocker(t *testing.T, p *page) {
 	d := startDocker(t)
 	d.must("printf %s '" + d.settings + "PIPEOPS_AGENT_ID=agent-001\nPIPEOPS_AGENT_TOKEN=your-agent-token\n' >agent.env")
@@ -89,7 +90,7 @@ func runByDocker(t *testing.T, p *page) {
 	d.wantEmpty()
 }
 
-// empty checks that nothing is left of what was started.
+// wantEmpty checks that no container and no volume is left.
 func (d *docker) wantEmpty() {
 	d.t.Helper()
 	if out := d.must("docker ps --all --quiet; docker volume ls --quiet"); out != "" {
@@ -97,7 +98,7 @@ func (d *docker) wantEmpty() {
 	}
 }
 
-// runByCompose runs those that do, by Compose itself, which talks to podman in Docker's language.
+// runByCompose runs the commands of the page that need Compose: the real one, which speaks Docker's API to podman.
 func runByCompose(t *testing.T, p *page) {
 	d := startDocker(t)
 	d.must("mkdir manifests && cp -r " + filepath.Join(harness.Root(t), "manifests", "docker") + " manifests")

@@ -14,13 +14,13 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// ownFrps is that of an operator who has no control plane.
+// ownFrps is the frps of an operator who has no control plane.
 type ownFrps struct {
 	settings string // of an agent, one in each line
 	callers  string // where it takes them
 }
 
-// frpToken has what shells and Compose would replace.
+// frpToken holds a dollar sign, which shells and Compose would expand.
 const frpToken = "your-$frp-token"
 
 func startFrps(t *testing.T, group *process.Group) *ownFrps {
@@ -35,7 +35,7 @@ func startFrps(t *testing.T, group *process.Group) *ownFrps {
 	}
 }
 
-// answers waits until the node's API server answers an agent's callers.
+// waitAnswering waits until the API server answers callers of the agent with this id.
 func (f *ownFrps) waitAnswering(t *testing.T, id, token string) {
 	t.Helper()
 	client := &http.Client{Timeout: 5 * time.Second}
@@ -58,7 +58,8 @@ func (f *ownFrps) waitAnswering(t *testing.T, id, token string) {
 	})
 }
 
-// TestEdgeOverlayNeedsNoControlPlane applies the overlay of a cluster without a control plane, twice: the second pod takes the tunnel of the first.
+// TestEdgeOverlayNeedsNoControlPlane applies the overlay of a cluster without a control plane, twice: the second pod
+// takes over the tunnel of the first.
 func TestEdgeOverlayNeedsNoControlPlane(t *testing.T) {
 	i := prepare(t)
 	frps := startFrps(t, harness.NewGroup(t))

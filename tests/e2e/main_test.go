@@ -17,7 +17,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// node is what all tests share. They keep apart by their namespaces.
+// node is shared by all tests. Each test has a namespace of its own.
 var node *cluster.Node
 
 func TestMain(m *testing.M) {
@@ -51,8 +51,7 @@ func run(m *testing.M) int {
 	return code
 }
 
-// namespace makes a namespace of the test's own, which goes with it. If the test fails, it says what became of
-// the pods.
+// namespace makes a namespace that is deleted when the test ends. If the test fails, it logs the state of the pods.
 func namespace(t *testing.T) string {
 	t.Helper()
 	namespaces := node.Client.CoreV1().Namespaces()
@@ -78,6 +77,7 @@ func namespace(t *testing.T) string {
 	return made.Name
 }
 
+// report logs the state of a namespace's pods, its events and the node's parts.
 func report(ctx context.Context, t *testing.T, namespace string) {
 	pods, err := node.Client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
 	if err != nil {

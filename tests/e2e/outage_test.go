@@ -13,8 +13,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// TestHangingFrpcIsRestarted: the HTTP proxy on the way to frps says nothing to frpc's first login, in which frpc then waits for
-// ever and cannot even be stopped. bootstrap notices, the kubelet restarts that one container, and the pod gets ready.
+// TestHangingFrpcIsRestarted has the HTTP proxy before frps never answer frpc's first login. frpc then waits forever
+// and cannot be stopped. bootstrap reports it, the kubelet restarts that container alone, and the pod gets ready.
 func TestHangingFrpcIsRestarted(t *testing.T) {
 	i := prepare(t)
 	proxy := httptest.NewServer(goproxy.NewProxyHttpServer())

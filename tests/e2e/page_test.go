@@ -23,7 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// page is manifests/README.md, whose commands tests run in the words in which they stand there.
+// page is manifests/README.md. The tests run its commands word for word.
 type page struct {
 	blocks [][]string // commands that stand beneath each other; those within a sentence are alone
 
@@ -39,7 +39,7 @@ func (p *page) run(commands ...string) {
 	}
 }
 
-// within finds the commands within sentences.
+// within matches the commands within sentences.
 var within = regexp.MustCompile("`((?:ctr|docker|kubectl|make) [^`]+)`")
 
 func readPage(t *testing.T) *page {
@@ -71,7 +71,7 @@ func readPage(t *testing.T) *page {
 	return p
 }
 
-// command is the page's command that is, or else begins, with some words.
+// command returns the page's command that equals words, or else the first that begins with them.
 func (p *page) command(t *testing.T, words string) string {
 	t.Helper()
 	all := slices.Concat(p.blocks...)
@@ -88,7 +88,7 @@ func (p *page) command(t *testing.T, words string) string {
 	return ""
 }
 
-// block is the commands of the page from one that begins with some words to the last beneath it.
+// block returns the commands of a block of the page, from the one that begins with words to the last.
 func (p *page) block(t *testing.T, words string) string {
 	t.Helper()
 	first := p.command(t, words)
@@ -101,7 +101,7 @@ func (p *page) block(t *testing.T, words string) string {
 	panic("a command in no block")
 }
 
-// shell runs commands in a directory, with programs of its own before all others.
+// shell runs commands in a directory, with programs of its own first in PATH.
 type shell struct {
 	t   *testing.T
 	dir string
@@ -114,7 +114,7 @@ func newShell(t *testing.T, dir string, env ...string) *shell {
 	return &shell{t, dir, append([]string{"PATH=" + bin + ":" + filepath.Join(harness.Root(t), ".build", "bin") + ":" + os.Getenv("PATH"), "HOME=" + dir}, env...)}
 }
 
-// program puts a script under a name.
+// program adds a script under the given name to PATH.
 func (s *shell) program(name, script string) {
 	s.t.Helper()
 	path := filepath.Join(s.dir, "bin", name)
@@ -150,7 +150,8 @@ func (s *shell) must(command string) string {
 	return out
 }
 
-// TestEveryCommandOfTheInstallPageWorks: each command of the page that tells how to install the agent does what the page says.
+// TestEveryCommandOfTheInstallPageWorks runs each command of the install page, and checks that it does what the page
+// says.
 func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 	p := readPage(t)
 	var ran atomic.Int32
@@ -184,8 +185,8 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 	}
 }
 
-// installOnCluster goes from nothing to a connected cluster, an upgrade, another token, an overlay with every
-// component, and to nothing again.
+// installOnCluster installs the agent, upgrades it, rotates its token, applies an overlay with every component, and
+// removes everything.
 func installOnCluster(t *testing.T, p *page) {
 	i := prepare(t)
 	sh := newShell(t, filepath.Dir(i.dir), "KUBECONFIG="+i.admin)
@@ -335,7 +336,7 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 }
 
-// runbooks runs the commands that the alerts' runbooks name, for a pod whose token was rotated a moment ago.
+// runbooks runs the commands of the alerts' runbooks, for a pod whose token was rotated a moment ago.
 func (i *installed) runbooks(sh *shell) {
 	i.t.Helper()
 	data, err := os.ReadFile(filepath.Join(i.dir, "components", "monitoring", "runbooks.md"))

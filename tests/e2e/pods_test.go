@@ -81,7 +81,8 @@ func TestNodeRunsAPod(t *testing.T) {
 	})
 }
 
-// traces looks for what a pod has on the node while it runs. (Records of ended containers stay for a minute.)
+// findPodLeftovers returns an error that names what a running pod has on the node. (Records of ended containers stay
+// for a minute.)
 func findPodLeftovers(t *testing.T, uid string) error {
 	t.Helper()
 	for _, look := range []string{
@@ -99,8 +100,8 @@ func findPodLeftovers(t *testing.T, uid string) error {
 	return nil
 }
 
-// A pod of an imported image, under the strictest Pod Security Standard, reaches the API server as its
-// ServiceAccount by the address that it finds in its environment, and verifies it.
+// TestNodePodReachesTheAPIServer runs a pod of an imported image under the strictest Pod Security Standard. It
+// reaches the API server as its ServiceAccount, at the address in its environment, and verifies the certificate.
 func TestNodePodReachesTheAPIServer(t *testing.T) {
 	t.Parallel()
 	binary := harness.Binary(t, "kubectl")
@@ -177,7 +178,7 @@ func TestNodeServesADeployment(t *testing.T) {
 	}
 }
 
-// A native sidecar is there before the main container starts and is ended after it.
+// TestNodeOrdersNativeSidecars checks that a native sidecar starts before the main container and ends after it.
 func TestNodeOrdersNativeSidecars(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -200,7 +201,7 @@ func TestNodeOrdersNativeSidecars(t *testing.T) {
 	}
 }
 
-// pod is a pod that runs a busybox shell script, once.
+// pod returns a pod that runs a busybox shell script, once.
 func pod(name, script string, args ...string) *corev1.Pod {
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name},

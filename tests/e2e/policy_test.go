@@ -13,7 +13,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
-// openPorts is a patch for the control plane's ports, which are not the usual ones.
+// openPorts returns a patch that allows the control plane's ports, which are not the usual ones.
 func (i *installed) openPorts() string {
 	return fmt.Sprintf(`{target: {kind: NetworkPolicy}, patch: '[
 		{"op": "add", "path": "/spec/egress/1/ports/-", "value": {"port": %s}},
@@ -29,8 +29,9 @@ func port(t *testing.T, address string) string {
 	return u.Port()
 }
 
-// TestNetworkPolicyAllowsOnlyWhatIsNeeded: the agent works behind the component network-policy, on a node that enforces it; nobody but
-// Prometheus comes in, and nothing goes out but what the agent needs.
+// TestNetworkPolicyAllowsOnlyWhatIsNeeded checks that the agent works with the component network-policy on a node
+// that enforces it, that only Prometheus can connect to the pod, and that the pod can connect only to what the agent
+// needs.
 func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
 	i := prepare(t)
 	api, gateway := port(t, i.cp.APIURL), port(t, i.cp.GatewayURL)

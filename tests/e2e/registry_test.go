@@ -14,7 +14,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// pushImages pushes to a registry on this machine and asks it for the digest of frpc, as at Docker Hub.
+// pushImages pushes the images to a registry on this machine, and asks it for frpc's digest as if it were Docker Hub.
 func pushImages(t *testing.T, p *page) {
 	group := harness.NewGroup(t)
 	dir, root := group.Dir(), harness.Root(t)

@@ -1,5 +1,5 @@
-// Package harness starts the real parts that a test needs, and ends them with it. Its subpackages do the same for
-// programs that are no tests.
+// Package harness starts the real parts that a test needs, and stops them when the test ends. Its subpackages do the
+// work, and serve programs that are not tests too.
 package harness
 
 import (

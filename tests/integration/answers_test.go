@@ -15,7 +15,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// raw is a client that touches nothing: no decompression, no headers of its own.
+// rawClient returns a client that changes nothing: it neither decompresses answers nor adds headers of its own.
 func rawClient(t *testing.T, config *rest.Config) *http.Client {
 	t.Helper()
 	config = rest.CopyConfig(config)
@@ -27,7 +27,7 @@ func rawClient(t *testing.T, config *rest.Config) *http.Client {
 	return client
 }
 
-// TestResponsesAreForwardedUnchanged compares answers byte for byte, with the headers that mean something to a client.
+// TestResponsesAreForwardedUnchanged compares answers byte for byte, with the headers that clients depend on.
 func TestResponsesAreForwardedUnchanged(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -92,7 +92,7 @@ func TestResponsesAreForwardedUnchanged(t *testing.T) {
 	}
 }
 
-// TestProtobufClientListsAndWatches is how controllers work: client-go with protobuf, lists in chunks, and a watch.
+// TestProtobufClientListsAndWatches works as controllers do: client-go with protobuf, lists in chunks, and a watch.
 func TestProtobufClientListsAndWatches(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()

@@ -12,8 +12,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// TestAttacksStayBelowTheMemoryLimit: under attacks on its memory from all sides at once, the proxy stays below the memory limit of its
-// container, honest callers notice nothing but time, and it returns what it took.
+// TestAttacksStayBelowTheMemoryLimit attacks the proxy's memory from all sides at once. The proxy stays below its
+// container's memory limit, calls of honest callers succeed, if more slowly, and the memory is released.
 func TestAttacksStayBelowTheMemoryLimit(t *testing.T) {
 	// Four fifths of the limit, as the proxy makes of it in a container.
 	w, ns := connectedWithRunners(t, "PIPEOPS_FRP_TUNNEL_TYPE=https", "GOMEMLIMIT=204MiB")

@@ -10,8 +10,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestDevelopmentControlPlaneKeepsTheContract has the development control plane checked as any other, over both types of
-// tunnels.
+// TestDevelopmentControlPlaneKeepsTheContract runs `controlplane check` against the development control plane, over
+// both types of tunnel.
 func TestDevelopmentControlPlaneKeepsTheContract(t *testing.T) {
 	for _, tunnel := range []string{"https", "http"} {
 		t.Run(tunnel, func(t *testing.T) {

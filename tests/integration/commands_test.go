@@ -21,8 +21,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestRunCommandPrintsAWorkingKubeconfig does what a new user does: make run, kubectl, curl, Ctrl-C. KUBECONFIG leads it to the tests'
-// cluster.
+// TestRunCommandPrintsAWorkingKubeconfig does what a new user does: make run, kubectl, curl, Ctrl-C. KUBECONFIG names
+// the tests' cluster.
 func TestRunCommandPrintsAWorkingKubeconfig(t *testing.T) {
 	w := &world{t: t, group: harness.NewGroup(t)}
 	run, err := w.group.Start("run", []string{"KUBECONFIG=" + api.kubeconfig}, harness.Binary(t, "run"))
@@ -68,7 +68,8 @@ func TestRunCommandPrintsAWorkingKubeconfig(t *testing.T) {
 	}
 }
 
-// TestControlPlaneCommandConnectsAnAgent connects an agent to the development control plane as a process of its own.
+// TestControlPlaneCommandConnectsAnAgent connects an agent to the development control plane, which runs as a process
+// of its own.
 func TestControlPlaneCommandConnectsAnAgent(t *testing.T) {
 	w := newWorld(t)
 	agents := filepath.Join(w.group.Dir(), "agents")
@@ -102,7 +103,7 @@ func TestControlPlaneCommandConnectsAnAgent(t *testing.T) {
 	w.mustKubectl("get", "namespaces")
 }
 
-// TestFrpcAdminAPIReportsStatusAndStops speaks to the admin API of a stock frpc.
+// TestFrpcAdminAPIReportsStatusAndStops uses the client of package frpc with the admin API of a stock frpc.
 func TestFrpcAdminAPIReportsStatusAndStops(t *testing.T) {
 	w := connected(t)
 	lease, err := frpc.ReadLease(w.agent.RunDir)
@@ -134,7 +135,7 @@ func TestFrpcAdminAPIReportsStatusAndStops(t *testing.T) {
 	}
 }
 
-// TestRunDirectoryIsPrivate: the files hold credentials.
+// TestRunDirectoryIsPrivate checks the modes of the files, because they hold credentials.
 func TestRunDirectoryIsPrivate(t *testing.T) {
 	w := newWorld(t)
 	w.bootstrapOnce()
@@ -163,7 +164,7 @@ func TestRunDirectoryIsPrivate(t *testing.T) {
 	}
 }
 
-// TestSIGUSR1ChangesTheLogLevel: SIGUSR1 shows what level debug does, the next one hides it again.
+// TestSIGUSR1ChangesTheLogLevel checks that SIGUSR1 turns the level debug on, and the next one off.
 func TestSIGUSR1ChangesTheLogLevel(t *testing.T) {
 	w := connected(t)
 	probes := func() int { return strings.Count(w.agent.Proxy.Log(), `"level":"DEBUG","msg":"request"`) }

@@ -12,8 +12,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestAgentCannotTakeAnotherAgentsTunnel: the control plane's plugin knows an agent by its own credential, and refuses it the
-// names of another, whatever its frpc.toml says.
+// TestAgentCannotTakeAnotherAgentsTunnel checks that the control plane's plugin identifies an agent by its
+// credential, and refuses it another agent's names, whatever its frpc.toml says.
 func TestAgentCannotTakeAnotherAgentsTunnel(t *testing.T) {
 	eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
 		const thief, token = "agent-002", "the-thiefs-token"

@@ -15,7 +15,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// TestKubernetesCredentialRotatesWithoutARestart: the agent's credential may change at any time, and no restart is needed.
+// TestKubernetesCredentialRotatesWithoutARestart changes the credential that the agent shows to the API server.
 func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
 	t.Parallel() // client-go looks at a token file once a minute
 	for name, user := range map[string]func(token string) *clientcmdapi.AuthInfo{
@@ -74,8 +74,8 @@ func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
 	}
 }
 
-// TestCallersMayUseTheOldAndTheNewToken: callers may show the new token soon after its file has changed, and the one before for
-// a while.
+// TestCallersMayUseTheOldAndTheNewToken checks that callers may show the new token soon after its file has changed,
+// and the old token for a while.
 func TestCallersMayUseTheOldAndTheNewToken(t *testing.T) {
 	w := newWorld(t)
 	file := filepath.Join(w.group.Dir(), "agent-token")

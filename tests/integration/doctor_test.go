@@ -9,7 +9,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// doctor runs bootstrap doctor and returns its exit code, the result and the detail of each step.
+// doctor runs bootstrap doctor, and returns its exit code and the result and detail of each step.
 func (w *world) doctor() (code int, results, details map[string]string) {
 	w.t.Helper()
 	p, err := w.agent.Command("doctor", "--json")
@@ -31,7 +31,7 @@ func (w *world) doctor() (code int, results, details map[string]string) {
 	return code, results, details
 }
 
-// TestDoctorFindsTheBrokenHop: what it says of an agent that works, and of each hop that does not.
+// TestDoctorFindsTheBrokenHop checks what doctor reports about an agent that works, and about each broken hop.
 func TestDoctorFindsTheBrokenHop(t *testing.T) {
 	const ok, failed, skipped = "ok", "failed", "skipped"
 	steps := []string{"configuration", "dns", "control plane", "authentication", "frps", "tunnel", "proxy", "kubernetes", "permissions"}

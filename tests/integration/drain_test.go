@@ -36,7 +36,7 @@ func (i *informer) failed(err error) {
 	i.errors = append(i.errors, err)
 }
 
-// body tells of a watch that breaks: an informer calls its handler only for one that does not begin.
+// body reports a watch that breaks, because an informer calls its handler only for a watch that does not begin.
 type body struct {
 	io.ReadCloser
 	ctx    context.Context
@@ -82,7 +82,7 @@ func newInformer(t *testing.T, w *world, ns string) *informer {
 	return i
 }
 
-// create makes n ConfigMaps straight at the API server and returns their names.
+// create makes n ConfigMaps, directly at the API server, and returns their names.
 func create(t *testing.T, ns, prefix string, n int) []string {
 	t.Helper()
 	var names []string
@@ -96,7 +96,7 @@ func create(t *testing.T, ns, prefix string, n int) []string {
 	return names
 }
 
-// sees waits until the informer has seen all names.
+// waitSeen waits until the informer has seen all names.
 func (i *informer) waitSeen(t *testing.T, names []string) {
 	t.Helper()
 	eventually(t, func() error {
@@ -111,8 +111,8 @@ func (i *informer) waitSeen(t *testing.T, names []string) {
 	})
 }
 
-// TestInformerSeesNoErrorDuringADrain: a proxy that is stopped in order and started again costs an informer nothing,
-// not even an error in its log.
+// TestInformerSeesNoErrorDuringADrain stops the proxy gracefully and starts it again. The informer misses nothing and
+// logs no error.
 func TestInformerSeesNoErrorDuringADrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -136,7 +136,7 @@ func TestInformerSeesNoErrorDuringADrain(t *testing.T) {
 	}
 }
 
-// TestInformerMissesNoEvent: whatever hop is killed.
+// TestInformerMissesNoEvent kills each hop in turn.
 func TestInformerMissesNoEvent(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -184,7 +184,7 @@ func startSession(t *testing.T, w *world, ns string) *session {
 	return s
 }
 
-// draining waits until the proxy, told to stop, says that it drains.
+// startDraining tells the proxy to stop, and waits until /ready reports that it drains.
 func startDraining(t *testing.T, w *world) {
 	t.Helper()
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
@@ -199,7 +199,7 @@ func startDraining(t *testing.T, w *world) {
 	})
 }
 
-// TestExecFinishesDuringADrain: what runs goes on; what is new is told to come again.
+// TestExecFinishesDuringADrain checks that running streams go on, and that new requests are told to retry.
 func TestExecFinishesDuringADrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -224,7 +224,7 @@ func TestExecFinishesDuringADrain(t *testing.T) {
 	}
 }
 
-// TestDrainTimeoutCutsStreams: streams that do not end are cut.
+// TestDrainTimeoutCutsStreams checks that a stream that does not end is cut when the drain timeout expires.
 func TestDrainTimeoutCutsStreams(t *testing.T) {
 	w := newWorld(t)
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_DRAIN_TIMEOUT=100ms")
@@ -246,7 +246,7 @@ func TestDrainTimeoutCutsStreams(t *testing.T) {
 	}
 }
 
-// TestSecondSignalSkipsTheDrain: whoever asks twice does not wait for the drain.
+// TestSecondSignalSkipsTheDrain checks that a second SIGTERM ends the proxy at once.
 func TestSecondSignalSkipsTheDrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()

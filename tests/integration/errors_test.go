@@ -24,7 +24,7 @@ import (
 
 var update = flag.Bool("update", false, "write testdata/errors.txt anew, to be looked at")
 
-// TestKubectlShowsWhatWentWrong keeps what kubectl prints for each kind of error: testdata/errors.txt is for reading.
+// TestKubectlShowsWhatWentWrong records kubectl's output for each kind of error in testdata/errors.txt, for review.
 func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
@@ -164,7 +164,7 @@ func protectedPod(t *testing.T, w *world, ns string) {
 	}
 }
 
-// silence is the address of a listener that takes connections and says nothing.
+// silentAddr returns the address of a listener that accepts connections and sends nothing.
 func silentAddr(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -175,7 +175,7 @@ func silentAddr(t *testing.T) string {
 	return listener.Addr().String()
 }
 
-// wantTunnel waits until the tunnel is up, whatever else is wrong.
+// wantTunnel waits until the tunnel is up, whatever other checks fail.
 func wantTunnel(t *testing.T, w *world) {
 	t.Helper()
 	eventually(t, func() error {

@@ -19,7 +19,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestBootstrapErrorsSayWhatToDo: each failure gives its exit code and a last line that says hop, cause and next step.
+// TestBootstrapErrorsSayWhatToDo checks, for each failure, the exit code and a last line that names the hop, the
+// cause and the next step.
 func TestBootstrapErrorsSayWhatToDo(t *testing.T) {
 	w := newWorld(t)
 	closed := harness.FreeAddr(t)
@@ -65,8 +66,8 @@ func TestBootstrapErrorsSayWhatToDo(t *testing.T) {
 	}
 }
 
-// TestReadyExplainsWhyTheTunnelIsDown: what GET /ready says of a tunnel that does not come up. 503, and the tunnel check names
-// hop, cause and next step.
+// TestReadyExplainsWhyTheTunnelIsDown checks that /ready answers 503 for a tunnel that does not come up, and names
+// the hop, the cause and the next step.
 func TestReadyExplainsWhyTheTunnelIsDown(t *testing.T) {
 	for _, test := range []struct {
 		name    string
@@ -97,7 +98,7 @@ func TestReadyExplainsWhyTheTunnelIsDown(t *testing.T) {
 	}
 }
 
-// TestReadyReportsALostTunnel: a tunnel that was up is not taken for one that still is.
+// TestReadyReportsALostTunnel checks that a tunnel that was up is not reported as still up.
 func TestReadyReportsALostTunnel(t *testing.T) {
 	w := connected(t)
 	w.cp.StopFrps()
@@ -107,7 +108,7 @@ func TestReadyReportsALostTunnel(t *testing.T) {
 	}
 }
 
-// TestWrongFrpTokenIsReported: frps's own check of the shared token, which needs no control plane.
+// TestWrongFrpTokenIsReported has frps itself refuse the shared token, without a control plane.
 func TestWrongFrpTokenIsReported(t *testing.T) {
 	w, addr := ownFrps(t, "wrong")
 	if err := w.agent.Start(); err != nil {
@@ -117,13 +118,15 @@ func TestWrongFrpTokenIsReported(t *testing.T) {
 		"frps at "+addr+" refuses the login: token in login doesn't match token from configuration: check frp.token, or restart the pod to get a new lease from the control plane")
 }
 
-// TestFrpTokenNeedsNoControlPlane: with frp.token set nobody is asked, and the tunnel comes up at the operator's own frps.
+// TestFrpTokenNeedsNoControlPlane checks that with frp.token set the control plane is not asked, and that the tunnel
+// comes up at the operator's own frps.
 func TestFrpTokenNeedsNoControlPlane(t *testing.T) {
 	w, _ := ownFrps(t, "the-right-token")
 	w.startAgent()
 }
 
-// TestUnverifiedFrpsGetsNoCredential: by default no credential goes to a frps that shows a certificate of its own making.
+// TestUnverifiedFrpsGetsNoCredential checks that by default no credential is sent to a frps with a self-signed
+// certificate.
 func TestUnverifiedFrpsGetsNoCredential(t *testing.T) {
 	w, addr := ownFrps(t, "the-right-token")
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=false")
@@ -161,7 +164,7 @@ func ownFrps(t *testing.T, token string) (w *world, addr string) {
 	return w, fmt.Sprintf("127.0.0.1:%d", port)
 }
 
-// leadingTo starts an agent whose kubeconfig change has spoilt.
+// startedWithAPIServer starts an agent after change has modified the configuration for its API server.
 func startedWithAPIServer(t *testing.T, change func(*rest.Config)) *world {
 	t.Helper()
 	w := newWorld(t)
@@ -178,7 +181,8 @@ func startedWithAPIServer(t *testing.T, change func(*rest.Config)) *world {
 	return w
 }
 
-// TestAPIServer401BecomesA502: the caller's token was right, so the caller must not be told that it was not.
+// TestAPIServer401BecomesA502 checks that a caller whose token was right is not told that it was wrong, when it is
+// the agent's own credential that the API server refuses.
 func TestAPIServer401BecomesA502(t *testing.T) {
 	w := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
 	const want = "the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted"
@@ -186,7 +190,7 @@ func TestAPIServer401BecomesA502(t *testing.T) {
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
 }
 
-// TestUnreachableAPIServerIsA502: 502, and kubectl says which hop it was.
+// TestUnreachableAPIServerIsA502 checks that kubectl shows which hop failed.
 func TestUnreachableAPIServerIsA502(t *testing.T) {
 	closed := harness.FreeAddr(t)
 	w := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + closed })
@@ -195,7 +199,8 @@ func TestUnreachableAPIServerIsA502(t *testing.T) {
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
 }
 
-// TestCallersWithoutTheTokenAreRefused: the agent decides, and nothing of the request reaches the API server.
+// TestCallersWithoutTheTokenAreRefused checks that the agent refuses them, and that no part of such a request reaches
+// the API server.
 func TestCallersWithoutTheTokenAreRefused(t *testing.T) {
 	w := connected(t)
 	wrong := filepath.Join(w.group.Dir(), "wrong-caller.kubeconfig")
@@ -227,7 +232,7 @@ func TestCallersWithoutTheTokenAreRefused(t *testing.T) {
 	}
 }
 
-// wantReady waits until the named check of /ready fails with just this detail, and /ready with 503.
+// wantReady waits until /ready answers 503 and the named check fails with a detail that begins with the given text.
 func wantReady(t *testing.T, a *agent.Agent, check, detail string) {
 	t.Helper()
 	eventually(t, func() error {
@@ -239,8 +244,8 @@ func wantReady(t *testing.T, a *agent.Agent, check, detail string) {
 	})
 }
 
-// wantKubectl expects kubectl to fail and to show the message, once the tunnel is up: as a warning where it
-// starts with discovery, of which it shows no error, and as the error where it does not.
+// wantKubectl expects kubectl to fail and to show the message, once the tunnel is up: as the error of `get --raw`,
+// and as a warning of `get`, which begins with discovery and shows none of its errors.
 func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
 	t.Helper()
 	eventually(t, func() error {
@@ -256,7 +261,7 @@ func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
 	}
 }
 
-// TestReadyReportsAStoppedEtcd: the API server still answers, and can do nothing; the agent says so.
+// TestReadyReportsAStoppedEtcd stops the storage of the API server, which still answers but can do nothing.
 func TestReadyReportsAStoppedEtcd(t *testing.T) {
 	own, err := cluster.Start(t.Context(), harness.NewGroup(t))
 	if err != nil {

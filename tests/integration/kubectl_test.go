@@ -19,8 +19,8 @@ import (
 
 const configMap = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"thing"},"data":{"a":"%s"}}`
 
-// TestKubectlPrintsTheSameThroughTheTunnel compares what a person sees of kubectl through the tunnel and straight at the API
-// server, with the same rights.
+// TestKubectlPrintsTheSameThroughTheTunnel compares kubectl's output through the tunnel with its output directly from
+// the API server, with the same rights.
 func TestKubectlPrintsTheSameThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -61,8 +61,8 @@ func TestKubectlPrintsTheSameThroughTheTunnel(t *testing.T) {
 	}
 }
 
-// TestChangesWorkTheSameThroughTheTunnel does the same work straight at the API server and through the tunnel, each in a namespace
-// of its own, and compares what a person sees.
+// TestChangesWorkTheSameThroughTheTunnel makes the same changes directly and through the tunnel, each in a namespace
+// of its own, and compares kubectl's output.
 func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	const (
@@ -128,7 +128,7 @@ func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 	}
 }
 
-// TestKubectlProxyWorksThroughTheTunnel: a proxy of a proxy is still the API server.
+// TestKubectlProxyWorksThroughTheTunnel runs kubectl proxy with the caller's kubeconfig.
 func TestKubectlProxyWorksThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	p := w.startKubectl("kubectl-proxy", "proxy", "--port=0", "--append-server-path")
@@ -145,13 +145,14 @@ func TestKubectlProxyWorksThroughTheTunnel(t *testing.T) {
 	}
 }
 
-// withoutAges blanks the ages in a table, which go on between one command and the next.
+// withoutAges replaces the ages in a table, which change between two commands.
 func withoutAges(r harness.Result) harness.Result {
 	r.Stdout = regexp.MustCompile(`\s+(\d+[smhd])+\b`).ReplaceAllString(r.Stdout, " AGE")
 	return r
 }
 
-// TestBuiltPartsReportTheirVersion: what is built from a module must be told its version, or clients see v0.0.0.
+// TestBuiltPartsReportTheirVersion checks that Kubernetes was built with its version. A build from a module reports
+// v0.0.0.
 func TestBuiltPartsReportTheirVersion(t *testing.T) {
 	w := connected(t)
 	var versions map[string]struct{ GitVersion, Major, Minor string }
@@ -163,7 +164,7 @@ func TestBuiltPartsReportTheirVersion(t *testing.T) {
 	}
 }
 
-// TestWatchShowsApplyAndDelete follows one object through its life with a watch that is open all the while.
+// TestWatchShowsApplyAndDelete follows one object from its creation to its deletion with one watch.
 func TestWatchShowsApplyAndDelete(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -201,7 +202,8 @@ func TestWatchShowsApplyAndDelete(t *testing.T) {
 	}
 }
 
-// TestTunnelRecoversFromEveryKilledHop kills one hop after the other. The same kubeconfig works again when it is back.
+// TestTunnelRecoversFromEveryKilledHop kills one hop after the other. The same kubeconfig works again when the hop is
+// back.
 func TestTunnelRecoversFromEveryKilledHop(t *testing.T) {
 	w := connected(t)
 	frpsPid := w.cp.FrpsPid()
@@ -242,8 +244,8 @@ func TestTunnelRecoversFromEveryKilledHop(t *testing.T) {
 	}
 }
 
-// TestAbsentAgentIsNotReportedAsNotFound holds the gateway to its promise: frps answers 404 for an agent that is away, and
-// kubectl must not take that for an object that does not exist.
+// TestAbsentAgentIsNotReportedAsNotFound checks the gateway. frps answers 404 for an agent that is not connected, and
+// kubectl would take that for an object that does not exist.
 func TestAbsentAgentIsNotReportedAsNotFound(t *testing.T) {
 	w := newWorld(t) // its agent has never started
 	for _, command := range []string{

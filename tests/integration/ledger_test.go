@@ -12,10 +12,11 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/ledger"
 )
 
-// TestNoWriteIsLostOrRepeated kills a hop in the middle of writes that client-go makes, which repeats what is answered with
-// Retry-After. What was acknowledged is there once, and nothing is there or missing that the ledger does not know of.
+// TestNoWriteIsLostOrRepeated kills a hop during writes of client-go, which retries a write that is answered with
+// Retry-After. Every acknowledged write is stored once, and nothing is stored or missing that the ledger does not
+// know.
 //
-// LEDGER_WRITES=1000 is how many writes each hop is killed in, and then it is killed three times; by default they are
+// LEDGER_WRITES=1000 sets the number of writes during which a hop is killed, three times then. By default there are
 // few enough for every run of the tests.
 func TestNoWriteIsLostOrRepeated(t *testing.T) {
 	writes, kills := 240, 1

@@ -23,7 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// api is the API server that all tests share. They keep apart by the names of their namespaces.
+// api is the API server that all tests share. Each test has a namespace of its own.
 var api struct {
 	*cluster.Cluster
 
@@ -89,7 +89,7 @@ func newWorld(t *testing.T, options ...func(*controlplane.Options)) *world {
 	return w
 }
 
-// connected is a world whose agent is ready.
+// connected returns a world whose agent is ready.
 func connected(t *testing.T) *world {
 	t.Helper()
 	w := newWorld(t)
@@ -103,7 +103,7 @@ func (w *world) startAgent() {
 	harness.StartAgent(w.t, w.agent)
 }
 
-// waitReady waits until the agent, which runs, is ready.
+// waitReady waits until the agent, which runs already, is ready.
 func (w *world) waitReady() {
 	w.t.Helper()
 	if err := w.agent.WaitReady(w.t.Context()); err != nil {
@@ -142,7 +142,7 @@ func (w *world) startKubectl(name string, args ...string) *process.Process {
 	return p
 }
 
-// must runs kubectl through the tunnel and expects success.
+// mustKubectl runs kubectl through the tunnel and expects success.
 func (w *world) mustKubectl(args ...string) string {
 	w.t.Helper()
 	r := w.kubectl(w.caller, "", args...)
@@ -152,8 +152,8 @@ func (w *world) mustKubectl(args ...string) string {
 	return r.Stdout
 }
 
-// namespace makes a namespace of the test's own. No controller runs that could remove it; the API server
-// ends with the tests.
+// namespace makes a namespace for the test. No controller runs that could remove it: the API server ends with the
+// tests.
 func (w *world) namespace() string {
 	w.t.Helper()
 	name := "test-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(w.t.Name())) + fmt.Sprintf("-%d", time.Now().UnixNano()%1e6)
@@ -169,7 +169,8 @@ func eventually(t *testing.T, ready func() error) {
 	harness.Eventually(t, 30*time.Second, ready)
 }
 
-// rotation is how long client-go may go on with a token from a file that has changed: it looks once a minute.
+// rotation bounds how long client-go may use the old token of a file that has changed: it reads the file once a
+// minute.
 const rotation = 90 * time.Second
 
 // get sends a GET and returns the answer with its body.
@@ -178,7 +179,7 @@ func get(t *testing.T, client *http.Client, url string, header http.Header) (*ht
 	return exchange(t, client, http.MethodGet, url, header, "")
 }
 
-// asItIs takes redirects for answers.
+// asItIs returns redirects as answers, instead of following them.
 var asItIs = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 
 // exchange sends a request and returns the answer with its body.

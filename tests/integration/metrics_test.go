@@ -24,7 +24,7 @@ func scrape(t *testing.T, url string) map[string]*dto.MetricFamily {
 	return families
 }
 
-// value is a counter's or gauge's, or a histogram's count, of all series that have the labels.
+// value returns the sum over all series with the labels: of a counter or gauge its value, of a histogram its count.
 func value(families map[string]*dto.MetricFamily, name string, labels map[string]string) float64 {
 	var sum float64
 	for _, m := range families["pipeops_agent_"+name].GetMetric() {
@@ -40,7 +40,7 @@ func value(families map[string]*dto.MetricFamily, name string, labels map[string
 	return sum
 }
 
-// TestMetricsCountTheTraffic: what was done is what is counted.
+// TestMetricsCountTheTraffic makes a known number of requests, and compares it with the metrics.
 func TestMetricsCountTheTraffic(t *testing.T) {
 	w, ns := connectedWithRunners(t)
 	sendMessage(t, w.agent, "1", "runner_assigned", assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)

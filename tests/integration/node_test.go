@@ -31,8 +31,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// kubelet stands in for a node: a kubelet needs root. Its streaming is the kubelet's own code
-// (k8s.io/cri-streaming); only the container is a process of this machine. The e2e tests have a real node.
+// kubelet stands in for a real node, because a kubelet needs root. Its streaming is the kubelet's own code
+// (k8s.io/cri-streaming). Only the container is a process of this machine. The e2e tests have a real node.
 type kubelet struct{ lines chan string }
 
 func (k *kubelet) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -99,8 +99,8 @@ func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command [
 	return exitCode(cmd.Run())
 }
 
-// inTerminal does as a container runtime does: the process gets a terminal of its own, which follows the
-// caller's size.
+// inTerminal does the work of a container runtime: the process gets a terminal of its own, which follows the size of
+// the caller's.
 func inTerminal(cmd *exec.Cmd, in io.Reader, out io.Writer, resize <-chan remotecommand.TerminalSize) error {
 	terminal, err := pty.Start(cmd)
 	if err != nil {
@@ -117,7 +117,7 @@ func inTerminal(cmd *exec.Cmd, in io.Reader, out io.Writer, resize <-chan remote
 	return exitCode(cmd.Wait())
 }
 
-// exitCode puts a process's exit code where the kubelet looks for it.
+// exitCode converts a process's exit code to the error that the kubelet expects.
 func exitCode(err error) error {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -126,12 +126,12 @@ func exitCode(err error) error {
 	return err
 }
 
-// AttachContainer implements remotecommand.Attacher: the container is a cat that is already running.
+// AttachContainer implements remotecommand.Attacher. The container is a running cat.
 func (k *kubelet) AttachContainer(ctx context.Context, _, _, _ string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
 	return k.ExecInContainer(ctx, "", "", "", []string{"cat"}, in, out, errOut, tty, resize, 0)
 }
 
-// PortForward implements portforward.PortForwarder: the pod's ports are this machine's.
+// PortForward implements portforward.PortForwarder. The pod's ports are this machine's.
 func (k *kubelet) PortForward(ctx context.Context, _, _ string, port int32, stream io.ReadWriteCloser) error {
 	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(port))))
 	if err != nil {
@@ -146,7 +146,7 @@ func (k *kubelet) PortForward(ctx context.Context, _, _ string, port int32, stre
 	return err
 }
 
-// runningPod registers a node with the kubelet and a running pod on it.
+// runningPod registers a node with the kubelet, and a running pod on it.
 func runningPod(t *testing.T, k *kubelet, ns string) {
 	t.Helper()
 	server := httptest.NewTLSServer(k)
@@ -214,13 +214,13 @@ func TestLogsFollowLineByLine(t *testing.T) {
 	}
 }
 
-// protocols are the two that kubectl speaks; the variables choose, and upgrade is what it then logs.
+// protocols are the two that kubectl speaks. The variable selects one, and kubectl then logs upgrade.
 var protocols = []struct{ name, websockets, upgrade string }{
 	{"websocket", "true", "Sec-Websocket-Protocol"},
 	{"SPDY", "false", "X-Stream-Protocol-Version"},
 }
 
-// eachProtocol runs test with kubectl set to one protocol after the other.
+// eachProtocol runs test once with each protocol.
 func eachProtocol(t *testing.T, w *world, test func(t *testing.T)) {
 	t.Helper()
 	for _, p := range protocols {
@@ -244,8 +244,8 @@ func TestExecForwardsStreamsAndExitCode(t *testing.T) {
 	})
 }
 
-// TestTerminalIsInteractive: a shell in a terminal, which follows the size of the caller's, passes Ctrl-C on and tells its
-// exit code.
+// TestTerminalIsInteractive runs a shell in a terminal, which follows the size of the caller's terminal, forwards
+// Ctrl-C, and returns the shell's exit code.
 func TestTerminalIsInteractive(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -300,7 +300,7 @@ func TestTerminalIsInteractive(t *testing.T) {
 	})
 }
 
-// screen is what a terminal has shown.
+// screen records what a terminal shows.
 type screen struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -318,7 +318,8 @@ func (s *screen) String() string {
 	return s.text.String()
 }
 
-// TestKubectlUsesTheChosenProtocol: the test above would be half of one if kubectl did not do as it is told.
+// TestKubectlUsesTheChosenProtocol checks that kubectl speaks the protocol that eachProtocol has set: otherwise these
+// tests would cover one of them only.
 func TestKubectlUsesTheChosenProtocol(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()

@@ -15,13 +15,13 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// openAPI is the page that the agent serves.
+// openAPI is the OpenAPI description that the agent serves.
 type openAPI struct {
 	schemas *jsonschema.Compiler
 	paths   map[string]any
 }
 
-// resolve follows a reference within the page.
+// resolve follows a reference within the description.
 func (o *openAPI) resolve(t *testing.T, page map[string]any, v any) map[string]any {
 	t.Helper()
 	node, _ := v.(map[string]any)
@@ -36,8 +36,8 @@ func (o *openAPI) resolve(t *testing.T, page map[string]any, v any) map[string]a
 	return o.resolve(t, page, found)
 }
 
-// TestOpenAPIDescribesEveryResponse holds the page to the agent: its examples fit its schemas, every route answers as it says, and it
-// says nothing that no request here has shown.
+// TestOpenAPIDescribesEveryResponse compares the description with the agent: the examples match the schemas, every
+// route answers as described, and every described response is shown by a request here.
 func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 	w, runnersNS := connectedWithRunners(t)
 	resp, text := get(t, http.DefaultClient, w.agent.Tunnel+"/openapi.yaml", nil)

@@ -19,8 +19,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// TestFrpsOutageRestartsNothing: frps is frozen or killed for a while. frpc is never restarted, few leases are requested, and the tunnel
-// is back soon after frps is. OUTAGES="1s 20s 2m 10m" says how long; by default the first two.
+// TestFrpsOutageRestartsNothing freezes or kills frps for a while. frpc is never restarted, few leases are requested,
+// and the tunnel is back soon after frps. OUTAGES="1s 20s 2m 10m" sets the durations, by default the first two.
 func TestFrpsOutageRestartsNothing(t *testing.T) {
 	for outage := range strings.FieldsSeq(cmp.Or(os.Getenv("OUTAGES"), "1s 20s")) {
 		duration, err := time.ParseDuration(outage)
@@ -69,7 +69,7 @@ func TestFrpsOutageRestartsNothing(t *testing.T) {
 	}
 }
 
-// newRelay starts a relay before a server.
+// newRelay starts a relay in front of a server.
 func newRelay(t *testing.T, server string, after int64) *relay.Relay {
 	t.Helper()
 	r, err := relay.Start(t.Context(), "127.0.0.1", server, after)
@@ -80,8 +80,8 @@ func newRelay(t *testing.T, server string, after int64) *relay.Relay {
 	return r
 }
 
-// TestFrpcRecoversFromASilentLogin: what stands before frps, or frps itself, falls silent in the middle of frpc's login, and later answers
-// again. Where frpc waits for ever, it is restarted; with the kubelet's help where it does not even stop.
+// TestFrpcRecoversFromASilentLogin has a hop before frps, or frps itself, fall silent during frpc's login, and answer
+// again later. Where frpc would wait forever it is restarted, with the kubelet's help if it does not even stop.
 func TestFrpcRecoversFromASilentLogin(t *testing.T) {
 	for _, test := range []struct {
 		name     string
@@ -153,7 +153,7 @@ func TestFrpcRecoversFromASilentLogin(t *testing.T) {
 	}
 }
 
-// TestHeartbeatsKeepTheTunnelOpen: a frps that drops agents without heartbeats keeps this one.
+// TestHeartbeatsKeepTheTunnelOpen uses a frps that drops agents without heartbeats.
 func TestHeartbeatsKeepTheTunnelOpen(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

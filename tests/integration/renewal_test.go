@@ -23,7 +23,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// connectedWithLeases is a connected agent with leases of the given life, whose frpc is started again as a kubelet does.
+// connectedWithLeases returns a world whose agent is ready and has leases with these terms. frpc is restarted as by a
+// kubelet.
 func connectedWithLeases(t *testing.T, terms controlplane.Terms, options ...func(*controlplane.Options)) *world {
 	t.Helper()
 	w := newWorld(t, options...)
@@ -42,7 +43,7 @@ func (w *world) lease() *frpc.Lease {
 	return lease
 }
 
-// renewed waits until there is another lease than the one before.
+// waitRenewed waits until there is another lease than before.
 func (w *world) waitRenewed(before *frpc.Lease) *frpc.Lease {
 	w.t.Helper()
 	var now *frpc.Lease
@@ -55,7 +56,7 @@ func (w *world) waitRenewed(before *frpc.Lease) *frpc.Lease {
 	return now
 }
 
-// answers asks through the tunnel until there is an answer.
+// waitAnswering waits until a request through the tunnel succeeds.
 func (w *world) waitAnswering() {
 	w.t.Helper()
 	eventually(w.t, func() error {
@@ -66,7 +67,7 @@ func (w *world) waitAnswering() {
 	})
 }
 
-// stream opens a watch through the tunnel, and says when it ends.
+// stream opens a watch through the tunnel, and returns a channel that is closed when the watch ends.
 func (w *world) stream() <-chan struct{} {
 	w.t.Helper()
 	ended := make(chan struct{})
@@ -96,7 +97,7 @@ func runs(ended <-chan struct{}) bool {
 // sharedToken has the control plane give leases with frp's shared token.
 func sharedToken(o *controlplane.Options) { o.Token = true }
 
-// eachMethod runs test with both kinds of credentials that frp has.
+// eachMethod runs test with both authentication methods of frp.
 func eachMethod(t *testing.T, test func(t *testing.T, method func(*controlplane.Options))) {
 	t.Helper()
 	for name, method := range map[string]func(*controlplane.Options){"oidc": func(*controlplane.Options) {}, "token": sharedToken} {
@@ -107,8 +108,8 @@ func eachMethod(t *testing.T, test func(t *testing.T, method func(*controlplane.
 	}
 }
 
-// TestTokenRenewalWaitsForStreams: with method token frpc reads its credential once, so it is restarted with the new one
-// when nothing runs through the tunnel, and else when the old one ends.
+// TestTokenRenewalWaitsForStreams uses method token. frpc reads its credential once, so it is restarted with the new
+// one: when no stream runs through the tunnel, or else just before the old credential expires.
 func TestTokenRenewalWaitsForStreams(t *testing.T) {
 	t.Parallel()
 	w := connectedWithLeases(t, controlplane.Terms{Life: 40 * time.Second}, sharedToken)
@@ -140,8 +141,8 @@ func TestTokenRenewalWaitsForStreams(t *testing.T) {
 	w.waitAnswering()
 }
 
-// TestOIDCRenewalCutsNothing: frpc reads the token at every login, so nothing is ever cut. The tunnel is of type
-// https, and its certificate changes too.
+// TestOIDCRenewalCutsNothing uses method oidc. frpc reads the token at every login, so nothing is ever cut. The
+// tunnel is of type https, and its certificate changes too.
 func TestOIDCRenewalCutsNothing(t *testing.T) {
 	t.Parallel()
 	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
@@ -170,9 +171,9 @@ func TestOIDCRenewalCutsNothing(t *testing.T) {
 	}
 }
 
-// TestManyRenewalsCutNothing: one instance, whose lease and certificate are renewed again and again while callers list,
-// over connections that stay and over new ones, and a watch, an exec and a log stream run from the first lease to the
-// last. No call fails, no stream ends, and frpc is never restarted. RENEWALS is how many, about 14 s each.
+// TestManyRenewalsCutNothing renews the lease and certificate of one instance many times, while callers list over
+// kept and over new connections, and a watch, an exec and a log stream run from the first lease to the last. No call
+// fails, no stream ends, and frpc is never restarted. RENEWALS sets the number, about 14 s each.
 func TestManyRenewalsCutNothing(t *testing.T) {
 	t.Parallel()
 	renewals, err := strconv.Atoi(cmp.Or(os.Getenv("RENEWALS"), "3"))
@@ -254,7 +255,7 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	t.Logf("%d renewals in %s: %d calls, %d failed; watch, exec and log stream uncut; frpc's pid is still %d", renewals, took.Round(time.Second), calls.Load(), failures.Load(), w.agent.Frpc.Pid())
 }
 
-// list asks for a list, and reads all of it.
+// list requests a list, and reads all of it.
 func list(ctx context.Context, client *http.Client, url string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -282,8 +283,9 @@ func (w *world) file(name string) string {
 	return string(data)
 }
 
-// TestRunDirectoryIsRepaired: bootstrap restores each of its files within seconds, and frpc, which still runs, keeps
-// its admin password. A second bootstrap on the same directory is refused, for it would change both.
+// TestRunDirectoryIsRepaired checks that bootstrap restores each of its files within seconds, and that frpc, which
+// still runs, keeps its admin password. A second bootstrap on the same directory is refused, because it would change
+// both.
 func TestRunDirectoryIsRepaired(t *testing.T) {
 	t.Parallel()
 	w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"})
@@ -343,8 +345,8 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	}
 }
 
-// TestChangedTunnelIsReloadedWithoutARestart: a lease that changes the tunnel alone, here its type, is applied by the stock frpc without a
-// restart. What runs goes on.
+// TestChangedTunnelIsReloadedWithoutARestart changes only the tunnel of the lease, here its type. The stock frpc
+// reloads it, and streams go on.
 func TestChangedTunnelIsReloadedWithoutARestart(t *testing.T) {
 	t.Parallel()
 	w := connectedWithLeases(t, controlplane.Terms{Life: 30 * time.Second})
@@ -367,8 +369,8 @@ func TestChangedTunnelIsReloadedWithoutARestart(t *testing.T) {
 	}
 }
 
-// TestTunnelSurvivesAControlPlaneOutage: the tunnel stays, /ready and status say why the lease is not renewed, and it comes back by
-// itself.
+// TestTunnelSurvivesAControlPlaneOutage checks that the tunnel stays up, that /ready and the status say why the lease
+// is not renewed, and that the renewal recovers by itself.
 func TestTunnelSurvivesAControlPlaneOutage(t *testing.T) {
 	t.Parallel()
 	w := connectedWithLeases(t, controlplane.Terms{Life: 40 * time.Second})
@@ -401,8 +403,8 @@ func TestTunnelSurvivesAControlPlaneOutage(t *testing.T) {
 	w.waitAnswering()
 }
 
-// TestMiddlebox403ClosesNoTunnel: a middlebox that answers 403 with a page of its own closes no tunnel before the lease
-// ends.
+// TestMiddlebox403ClosesNoTunnel has a middlebox answer 403 with a page of its own. The tunnel stays open until the
+// lease expires.
 func TestMiddlebox403ClosesNoTunnel(t *testing.T) {
 	t.Parallel()
 	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second})
@@ -448,8 +450,9 @@ func TestMiddlebox403ClosesNoTunnel(t *testing.T) {
 	w.waitAnswering()
 }
 
-// TestRevokedAgentLosesItsTunnel: when the control plane has said so twice its tunnel is closed, and bootstrap ends with the reason.
-// Let in again, it comes back.
+// TestRevokedAgentLosesItsTunnel checks that the tunnel is closed after the control plane has said twice that the
+// agent is revoked, that bootstrap ends with the reason, and that the agent connects again when it is no longer
+// revoked.
 func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 	t.Parallel()
 	w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour})
@@ -508,8 +511,8 @@ func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 	}
 }
 
-// TestRefusedLeaseIsReplaced: a control plane that has forgotten its leases, or has moved frps, does not strand the agent
-// until its lease ends.
+// TestRefusedLeaseIsReplaced has the control plane forget its leases, or move frps. The agent does not wait until its
+// lease expires.
 func TestRefusedLeaseIsReplaced(t *testing.T) {
 	for name, happen := range map[string]func(w *world) error{
 		"leases forgotten": func(w *world) error {
@@ -536,7 +539,8 @@ func TestRefusedLeaseIsReplaced(t *testing.T) {
 	}
 }
 
-// TestExpiredLeasesAreReplaced: leases that have ended before they come, or end at once, or never, and a tunnel that becomes another.
+// TestExpiredLeasesAreReplaced gives leases that have expired when they arrive or expire at once, and a lease with
+// another type of tunnel.
 func TestExpiredLeasesAreReplaced(t *testing.T) {
 	for name, life := range map[string]time.Duration{"past": -time.Hour, "one second": time.Second} {
 		t.Run(name, func(t *testing.T) {
@@ -570,7 +574,8 @@ func TestExpiredLeasesAreReplaced(t *testing.T) {
 	})
 }
 
-// TestRotatedTokenIsUsedAtOnce: the agent's token changes in its file; the next lease comes at once, and callers get in with it.
+// TestRotatedTokenIsUsedAtOnce changes the agent's token in its file. The lease is renewed at once, and callers may
+// use the new token.
 func TestRotatedTokenIsUsedAtOnce(t *testing.T) {
 	eachMethod(t, tokenIsRotated)
 }
@@ -604,7 +609,8 @@ func tokenIsRotated(t *testing.T, method func(*controlplane.Options)) {
 	w.waitAnswering()
 }
 
-// TestBootstrapStopsOnSIGTERM: SIGTERM ends it at once, whatever it waits for, and what the next one finds is whole.
+// TestBootstrapStopsOnSIGTERM checks that bootstrap ends at once, whatever it waits for, and leaves complete files
+// for the next one.
 func TestBootstrapStopsOnSIGTERM(t *testing.T) {
 	w := newWorld(t)
 	asked := make(chan struct{}, 1)

@@ -10,8 +10,9 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// TestOnlyUndeliveredRequestsAreRetried: 503 with Retry-After has client-go send a request again. The gateway says so of
-// reads, and of writes that have certainly not come to the agent; else 502, and that the caller must look.
+// TestOnlyUndeliveredRequestsAreRetried checks the gateway. 503 with Retry-After makes client-go retry, so the
+// gateway answers it to reads, and to writes that have certainly not reached the agent. To other writes it answers
+// 502, and that the caller must look whether the write was done.
 func TestOnlyUndeliveredRequestsAreRetried(t *testing.T) {
 	arrived := make(chan struct{}, 8)
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {

@@ -18,14 +18,14 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// post sends a body of JSON to the proxy of an agent.
+// post sends a JSON body to an agent's proxy.
 func post(t *testing.T, a *agent.Agent, path, body string) (*http.Response, string) {
 	t.Helper()
 	header := http.Header{"Authorization": {"Bearer " + agentToken}, "Content-Type": {"application/json"}}
 	return exchange(t, asItIs, http.MethodPost, a.Tunnel+path, header, body)
 }
 
-// tell sends a message and expects it to be acknowledged.
+// sendMessage sends a control plane's message and expects it to be acknowledged.
 func sendMessage(t *testing.T, a *agent.Agent, id, kind, data string, duplicate bool) {
 	t.Helper()
 	resp, body := post(t, a, "/api/control-plane/message", fmt.Sprintf(`{"id":%q,"type":%q,"timestamp":"2026-01-02T03:04:05Z","data":%s}`, id, kind, data))
@@ -42,7 +42,8 @@ func assignment(runner, endpoint string) string {
 	return fmt.Sprintf(`{"runner_id":%q,"runner_endpoint":%q,"runner_token":"token-of-%[1]s","assigned_at":"2026-01-02T03:04:05Z"}`, runner, endpoint)
 }
 
-// connectedWithRunners is a world whose agent keeps its registry in a namespace of its own and may relay to this machine.
+// connectedWithRunners returns a world whose agent is ready, keeps its registry in a namespace of its own, and may
+// relay commands to this machine.
 func connectedWithRunners(t *testing.T, env ...string) (*world, string) {
 	t.Helper()
 	w := newWorld(t)
@@ -61,8 +62,9 @@ func serve(t *testing.T, handler http.Handler) string {
 	return server.URL
 }
 
-// TestCommandsReachTheRunner: a command gets to the runner with the runner's token and back as it is; the registry outlives
-// the proxy; what was unassigned stays so when an old message comes again.
+// TestCommandsReachTheRunner checks that a command reaches the runner with the runner's token, and that the answer
+// comes back unchanged. The registry survives a restart of the proxy. A repeated old message does not bring back an
+// unassigned runner.
 func TestCommandsReachTheRunner(t *testing.T) {
 	t.Parallel() // a runner that says nothing takes half a minute
 	w, _ := connectedWithRunners(t)
@@ -146,7 +148,7 @@ func TestCommandsReachTheRunner(t *testing.T) {
 	}
 }
 
-// TestReplicasShareTheRegistry: two of them change it at once, and nothing is lost.
+// TestReplicasShareTheRegistry has two replicas change the registry at the same time. No change is lost.
 func TestReplicasShareTheRegistry(t *testing.T) {
 	w, ns := connectedWithRunners(t)
 	second := *w.agent
@@ -187,7 +189,7 @@ func TestReplicasShareTheRegistry(t *testing.T) {
 	}
 }
 
-// fillRegistry leaves the registry 1,000 bytes.
+// fillRegistry leaves 1,000 bytes free in the registry.
 func fillRegistry(t *testing.T, ns string) {
 	t.Helper()
 	secrets := api.Client.CoreV1().Secrets(ns)
@@ -205,7 +207,8 @@ func fillRegistry(t *testing.T, ns string) {
 	}
 }
 
-// TestFullRegistryIsReported: who assigns one runner too many is told so, and others can still be taken out.
+// TestFullRegistryIsReported checks that an assignment beyond the registry's size is refused, and that runners can
+// still be unassigned.
 func TestFullRegistryIsReported(t *testing.T) {
 	w, ns := connectedWithRunners(t)
 	large := assignment("r1", "http://r.a.svc/"+strings.Repeat("x", 2000))
@@ -219,7 +222,8 @@ func TestFullRegistryIsReported(t *testing.T) {
 	sendMessage(t, w.agent, "m2", "runner_assigned", strings.Replace(large, "r1", "r2", 1), false)
 }
 
-// TestRegistryWithoutPermissionIsReported: without it nothing is acknowledged.
+// TestRegistryWithoutPermissionIsReported checks that nothing is acknowledged if RBAC forbids the agent to write the
+// registry.
 func TestRegistryWithoutPermissionIsReported(t *testing.T) {
 	w := viewer(t)
 	resp, body := post(t, w.agent, "/api/control-plane/message", `{"id":"1","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/")+`}`)

@@ -11,8 +11,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// TestNoSecretIsLoggedOrReturned drives every route with marked secrets, at the log level that says most, and finds none
-// of them in what the agent's own processes say: logs, metrics, status, errors, the OpenAPI page.
+// TestNoSecretIsLoggedOrReturned calls every route with marked secrets, at log level debug, and finds none of them in
+// what the agent's own processes print or answer: logs, metrics, status, errors, the OpenAPI description.
 func TestNoSecretIsLoggedOrReturned(t *testing.T) {
 	w, ns := connectedWithRunners(t)
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGUSR1); err != nil {

@@ -13,7 +13,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// agentStatus is what the tests read of GET /api/agent/status.
+// agentStatus is the part of GET /api/agent/status that the tests read.
 type agentStatus struct {
 	Agent        struct{ ID, Instance, Version string }
 	ControlPlane struct {
@@ -39,14 +39,14 @@ type agentStatus struct {
 	}
 }
 
-// ask sends a request to the agent's API by way of the gateway.
+// ask sends a request to the agent's API through the gateway.
 func (w *world) ask(method, path string) (*http.Response, string) {
 	w.t.Helper()
 	client, base := w.client()
 	return exchange(w.t, client, method, base+path, nil, "")
 }
 
-// begin does too, and returns when the answer begins.
+// openStream does too, and returns when the headers of the answer have arrived.
 func (w *world) openStream(path string) *http.Response {
 	w.t.Helper()
 	client, base := w.client()
@@ -81,7 +81,7 @@ func (w *world) status() agentStatus {
 	return s
 }
 
-// TestStatusMatchesTheCluster: the control plane sees of the cluster what kubectl shows, and of the tunnel what happened to it.
+// TestStatusMatchesTheCluster compares the status with kubectl's output, and with what was done to the tunnel.
 func TestStatusMatchesTheCluster(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -129,7 +129,8 @@ func TestStatusMatchesTheCluster(t *testing.T) {
 	}
 }
 
-// TestStatusOmitsWhatRBACForbids: what RBAC keeps from the agent is null, with the API server's reason.
+// TestStatusOmitsWhatRBACForbids checks that a value that RBAC forbids the agent to read is null, with the API
+// server's reason.
 func TestStatusOmitsWhatRBACForbids(t *testing.T) {
 	w := viewer(t)
 	c := w.status().Cluster

@@ -25,14 +25,14 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// ownServer is a stock frps of the operator's own, with all its ways in.
+// ownServer is a stock frps that an operator runs, with all its protocols.
 type ownServer struct {
 	bind, kcp, quic, http, https, tcp int // ports; tcp is for a tunnel of that type
 	caFile, certFile, keyFile         string
 }
 
-// newOwnServer runs one, which asks for heartbeats and for a credential with everything. It asks for a client certificate
-// if clientCA is set, and speaks TLS alone if force is.
+// newOwnServer starts a frps that requires heartbeats, and a credential with every message. It requires a client
+// certificate if clientCA is set, and TLS if force is set.
 func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer {
 	t.Helper()
 	dir := filepath.Dir(w.cp.CAFile)
@@ -67,8 +67,8 @@ func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer
 	return s
 }
 
-// TestEveryProtocolReachesFrps: each protocol, what may stand between, and each type of tunnel, with the stock frpc and frps, and
-// a request to the API server through all of it.
+// TestEveryProtocolReachesFrps sends a request to the API server through the stock frpc and frps: with each protocol,
+// with the hops that may stand between, and with each type of tunnel.
 func TestEveryProtocolReachesFrps(t *testing.T) {
 	for _, test := range []struct {
 		name    string
@@ -176,7 +176,8 @@ func TestEveryProtocolReachesFrps(t *testing.T) {
 	}
 }
 
-// TestUnwritableRunDirectoryIsReported: a run directory that is full, read-only or another's. The error says so, and no file is half-written.
+// TestUnwritableRunDirectoryIsReported uses a run directory that is full, read-only or another user's. The error says
+// so, and no file is half written.
 func TestUnwritableRunDirectoryIsReported(t *testing.T) {
 	w := newWorld(t)
 	for name, test := range map[string]struct{ prepare, want string }{

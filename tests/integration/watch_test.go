@@ -10,9 +10,9 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// TestSilentWatchIsNotCut: the longest timeout on the way is 120 s (frps's wait for headers, the proxy's for idle
-// connections). A watch that is silent for longer gets its next event. A day of silence at the proxy alone is
-// in its unit tests.
+// TestSilentWatchIsNotCut keeps a watch silent for longer than the longest timeout on the way, 120 s (frps's wait for
+// headers, and the proxy's for idle connections). The watch then gets its next event. The proxy's unit tests cover a
+// day of silence.
 func TestSilentWatchIsNotCut(t *testing.T) {
 	t.Parallel()
 	w := connected(t)

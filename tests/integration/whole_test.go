@@ -27,11 +27,13 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestNoResponseToAWriteIsLost sends writes of 4 to 100 KB, eight at a time, while all cores are busy, and expects each answer
-// whole and each write done once. Go's transport loses such answers where it reads a body that net/http closes.
+// TestNoResponseToAWriteIsLost sends writes of 4 to 100 KB, eight at a time, while all cores are busy, and expects
+// each answer complete and each write done once. Go's transport loses such answers where it reads a body that
+// net/http closes.
 //
-// LOST_WRITES=20000 is how many go each way to a server that counts (and 1500 more to an API server). By default they
-// are 400, which is enough for every run of the tests, and not enough to prove anything by one.
+// LOST_WRITES=20000 sets the number of writes each way to a server that counts them; a fortieth of that goes to an
+// API server, three requests each. The default, 400, is short enough for every run of the tests, but too few for one
+// run to prove anything.
 func TestNoResponseToAWriteIsLost(t *testing.T) {
 	count := 400
 	if value := os.Getenv("LOST_WRITES"); value != "" {
@@ -80,7 +82,7 @@ func TestNoResponseToAWriteIsLost(t *testing.T) {
 	}
 }
 
-// connectedBy is a world whose agent is ready, has a tunnel of this type and is led to the API server of config.
+// connectedBy returns a world whose agent is ready, has a tunnel of this type and uses the API server of config.
 func connectedBy(t *testing.T, tunnel string, config *rest.Config, options ...func(*controlplane.Options)) *world {
 	t.Helper()
 	w := newWorld(t, options...)
@@ -93,7 +95,7 @@ func connectedBy(t *testing.T, tunnel string, config *rest.Config, options ...fu
 	return w
 }
 
-// counter is an API server that counts what it does, and answers each write with its body.
+// counter is an API server that counts the writes, and answers each with its body.
 type counter struct {
 	mu     sync.Mutex
 	writes map[string]int
@@ -120,7 +122,7 @@ func (c *counter) count(path string) int {
 	return c.writes[path]
 }
 
-// threeWrites creates, updates and patches a ConfigMap. Each of them fails where it is done a second time.
+// threeWrites creates, updates and patches a ConfigMap. Each of these fails if it is done a second time.
 func threeWrites(ctx context.Context, client *http.Client, list, name, padding string) error {
 	type object struct {
 		Metadata map[string]any    `json:"metadata"`
@@ -157,12 +159,12 @@ func threeWrites(ctx context.Context, client *http.Client, list, name, padding s
 	return nil
 }
 
-// payload is a body of 4 to 100 KB.
+// payload returns a body of 4 to 100 KB.
 func payload(i int) []byte {
 	return bytes.Repeat(fmt.Appendf(nil, "%015d\n", i), 256+(i*7919)%(6*1024))
 }
 
-// write sends a body and returns the whole answer, if it is a 2xx.
+// write sends a body and returns the answer. A status other than 2xx is an error.
 func write(ctx context.Context, client *http.Client, method, url, contentType string, body []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
 	if err != nil {
@@ -181,7 +183,7 @@ func write(ctx context.Context, client *http.Client, method, url, contentType st
 	return answer, err
 }
 
-// by returns a client that goes one way to an agent, and the URL of the agent for it.
+// clientVia returns a client for one way to an agent, and the agent's URL on that way.
 func clientVia(t *testing.T, way string, w *world) (*http.Client, string) {
 	t.Helper()
 	transport := &http.Transport{MaxIdleConnsPerHost: 100}
@@ -202,7 +204,7 @@ func clientVia(t *testing.T, way string, w *world) (*http.Client, string) {
 	return client, w.cp.GatewayURL + "/agents/" + agentID
 }
 
-// inParallel does something n times, eight at a time, and returns the errors.
+// inParallel calls do n times, eight at a time, and returns the errors.
 func inParallel(n int, do func(i int) error) (failed []error) {
 	var mu sync.Mutex
 	var next atomic.Int64
@@ -230,7 +232,7 @@ func reportLost(t *testing.T, lost []error, of int) {
 	}
 }
 
-// busy keeps all cores so busy, until the test ends, that each hop is interrupted wherever it can be.
+// keepCoresBusy loads all cores until the test ends, so that each hop is interrupted wherever it can be.
 func keepCoresBusy(t *testing.T, w *world) {
 	t.Helper()
 	for i := range 4 * runtime.NumCPU() {

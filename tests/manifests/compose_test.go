@@ -16,7 +16,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 )
 
-// TestComposeRunsTheSameAsThePod: Compose's own loader takes the file, and it runs the same as the pod.
+// TestComposeRunsTheSameAsThePod loads the file with Compose's own loader, and compares it with the pod.
 func TestComposeRunsTheSameAsThePod(t *testing.T) {
 	dir := installation(t)
 	// Compose has this; its loader leaves it to its user.
@@ -84,7 +84,7 @@ func TestComposeRunsTheSameAsThePod(t *testing.T) {
 	}
 }
 
-// TestFrpImageHasTheTestedVersion: the image is of the version that the tests have been run with.
+// TestFrpImageHasTheTestedVersion compares the version of the frpc image with the version that the tests run.
 func TestFrpImageHasTheTestedVersion(t *testing.T) {
 	data, err := os.ReadFile("../tools/frp/go.mod")
 	if err != nil {

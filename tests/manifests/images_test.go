@@ -18,7 +18,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// TestImagesHoldOnlyWhatTheyNeed looks at what `make images` has built, before that is built a second time by `make verify-images`.
+// TestImagesHoldOnlyWhatTheyNeed inspects the images of `make images`. `make verify-images` runs it before the second
+// build.
 func TestImagesHoldOnlyWhatTheyNeed(t *testing.T) {
 	root := harness.Root(t)
 	images := filepath.Join(root, ".build", "images")
@@ -80,7 +81,7 @@ func TestImagesHoldOnlyWhatTheyNeed(t *testing.T) {
 	}
 }
 
-// untar returns the files, by name.
+// untar returns the contents of the files by name.
 func untar(t *testing.T, data []byte) map[string][]byte {
 	t.Helper()
 	files := map[string][]byte{}

@@ -19,7 +19,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
-// build is what `kubectl apply -k` would send.
+// build returns what `kubectl apply -k` would send.
 func build(t *testing.T, dir string) string {
 	t.Helper()
 	return mustKubectl(t, "", "kustomize", dir)
@@ -27,7 +27,7 @@ func build(t *testing.T, dir string) string {
 
 var rendered map[string]string
 
-// variants are all that a person may apply: each kustomization, and each component on top of the base.
+// variants renders everything that can be applied: each kustomization, and each component on top of the base.
 func variants(t *testing.T) map[string]string {
 	t.Helper()
 	if rendered != nil {
@@ -50,7 +50,8 @@ func documents(rendering string) []string {
 	return strings.Split(strings.TrimSpace(rendering), "\n---\n")
 }
 
-// TestManifestsRenderAsReviewed: each is as it was when somebody last looked at it; of components, what they add to the base.
+// TestManifestsRenderAsReviewed compares each rendering with testdata, which somebody has reviewed. For a component
+// it compares what the component adds to the base.
 func TestManifestsRenderAsReviewed(t *testing.T) {
 	all := variants(t)
 	base := documents(all["base"])
@@ -77,7 +78,7 @@ func TestManifestsRenderAsReviewed(t *testing.T) {
 	}
 }
 
-// deployments decodes the Deployments of a rendering, without mercy for fields that there are not.
+// deployments decodes the Deployments of a rendering. An unknown field is an error.
 func deployments(t *testing.T, rendering string) []appsv1.Deployment {
 	t.Helper()
 	var found []appsv1.Deployment
@@ -153,8 +154,8 @@ func TestPodsFollowTheSecurityRules(t *testing.T) {
 	}
 }
 
-// TestAPIServerAdmitsTheManifests: by server-side dry run, which validates and warns; and a pod of each Deployment, in the
-// namespace that enforces the restricted standard.
+// TestAPIServerAdmitsTheManifests applies them by server-side dry run, which validates and warns. It also creates a
+// pod of each Deployment in the namespace that enforces the restricted standard.
 func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	all := variants(t)
 	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not make it
@@ -191,7 +192,7 @@ func apply(t *testing.T, rendering string) {
 	mustKubectl(t, rendering, "apply", "--server-side", "-f", "-")
 }
 
-// TestMissingFileIsNamed: the message names the file.
+// TestMissingFileIsNamed removes each file that the user must write. The error names the file.
 func TestMissingFileIsNamed(t *testing.T) {
 	for path, names := range map[string][]string{
 		".": {"agent.env", "agent-token"}, "overlays/production": {"agent-token", "frps-ca.crt"}, "overlays/edge": {"agent-token", "frp-token"},
@@ -210,7 +211,8 @@ func TestMissingFileIsNamed(t *testing.T) {
 	}
 }
 
-// TestChangedSettingsRollThePods: settings do; a token does not, because it is read anew.
+// TestChangedSettingsRollThePods checks that changed settings roll the pods. A changed token does not, because the
+// agent reloads it.
 func TestChangedSettingsRollThePods(t *testing.T) {
 	dir := installation(t)
 	template := func() corev1.PodTemplateSpec { return deployments(t, build(t, dir))[0].Spec.Template }
@@ -225,7 +227,8 @@ func TestChangedSettingsRollThePods(t *testing.T) {
 	}
 }
 
-// TestNamespaceCanBeChanged: an overlay's namespace is that of all there is, the subjects of bindings too.
+// TestNamespaceCanBeChanged checks that an overlay's namespace applies to every object, and to the subjects of
+// bindings.
 func TestNamespaceCanBeChanged(t *testing.T) {
 	dir := installation(t)
 	overlay := "namespace: other\nresources: [../../base]\ncomponents:\n"

@@ -23,7 +23,7 @@ const source = "../../manifests"
 
 var update = flag.Bool("update", false, "write testdata anew, to be looked at")
 
-// api is the API server that all tests share, and a kubeconfig of its administrator.
+// api is the API server that all tests share, and the kubeconfig of its administrator.
 var api struct {
 	*cluster.Cluster
 
@@ -59,7 +59,7 @@ func kubectl(t *testing.T, stdin string, args ...string) (harness.Result, error)
 	return harness.Run(harness.Kubectl(ctx, t, t.TempDir(), api.kubeconfig, nil, args...), stdin)
 }
 
-// must runs kubectl and expects success without a word on stderr: warnings count as failures.
+// mustKubectl runs kubectl and expects success and nothing on stderr: a warning is a failure.
 func mustKubectl(t *testing.T, stdin string, args ...string) string {
 	t.Helper()
 	result, err := kubectl(t, stdin, args...)
@@ -69,12 +69,12 @@ func mustKubectl(t *testing.T, stdin string, args ...string) string {
 	return result.Stdout
 }
 
-// userFiles are the files that a person writes beside a kustomization.
+// userFiles are the files that a user writes beside a kustomization.
 var userFiles = map[string]string{
 	"agent.env": "PIPEOPS_AGENT_ID=agent-001\n", "agent-token": "your-agent-token\n", "frp-token": "your-frp-token\n", "frps-ca.crt": "a certificate\n",
 }
 
-// installation is a copy of manifests/ with all of userFiles beside each kustomization.
+// installation copies manifests/ to a temporary directory, with userFiles beside each kustomization.
 func installation(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -126,7 +126,7 @@ func read(t *testing.T, path string) []byte {
 	return data
 }
 
-// kustomizations finds those of a kind, Kustomization or Component.
+// kustomizations returns the directories that hold a kustomization of the kind, Kustomization or Component.
 func kustomizations(t *testing.T, dir, kind string) []string {
 	t.Helper()
 	var found []string

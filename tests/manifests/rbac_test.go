@@ -83,8 +83,8 @@ func TestComponentsGrantWhatTheySay(t *testing.T) {
 	}
 }
 
-// TestAgentWorksWithItsPermissions: a real proxy with the agent's ServiceAccount reads all of a status, and keeps runners in the
-// Secret that the component brings.
+// TestAgentWorksWithItsPermissions runs a real proxy with the agent's ServiceAccount. It reads a complete status, and
+// keeps runners in the component's Secret.
 func TestAgentWorksWithItsPermissions(t *testing.T) {
 	aggregate(t)
 	apply(t, variants(t)["components/runners"])
@@ -139,6 +139,7 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 	}
 }
 
+// canI asks `kubectl auth can-i` as the agent's ServiceAccount.
 func canI(t *testing.T, question string) bool {
 	t.Helper()
 	args := append([]string{"auth", "can-i", "--as", account}, strings.Fields(question)...)
@@ -171,8 +172,8 @@ func removeAdded(t *testing.T, base, variant string) {
 	}
 }
 
-// aggregate does what the controller manager would: the rules of view and edit are those of the ClusterRoles that
-// they select.
+// aggregate does the controller manager's work: it gives view and edit the rules of the ClusterRoles that they
+// select.
 func aggregate(t *testing.T) {
 	t.Helper()
 	roles := api.Client.RbacV1().ClusterRoles()
@@ -203,7 +204,7 @@ func aggregate(t *testing.T) {
 	}
 }
 
-// TestNoRuleGrantsTooMuch: what no question to the API server would find, in the rules of every variant.
+// TestNoRuleGrantsTooMuch reads the rules of every variant for what `can-i` would not find.
 func TestNoRuleGrantsTooMuch(t *testing.T) {
 	known := []string{"view", "edit", "cluster-admin", "pipeops-agent-view-cluster", "pipeops-agent-runners"}
 	for path, rendering := range variants(t) {

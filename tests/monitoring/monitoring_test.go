@@ -22,14 +22,15 @@ import (
 
 const component = "../../manifests/components/monitoring"
 
-// manifests is what kustomize makes of the component.
+// manifests is what kustomize renders from the component.
 type manifests struct {
 	monitor   monitoringv1.PodMonitor
 	rules     monitoringv1.PrometheusRule
 	dashboard dashboard
 }
 
-// render runs kustomize. What it yields must be of the operator's own types: a misspelled field is an error.
+// render runs kustomize, and decodes the output strictly into the operator's own types, so that a misspelled field is
+// an error.
 func render(t *testing.T) manifests {
 	t.Helper()
 	out, err := exec.Command(harness.Binary(t, "kubectl"), "kustomize", component).CombinedOutput()
@@ -65,7 +66,7 @@ func render(t *testing.T) manifests {
 	return m
 }
 
-// dashboard is the part of Grafana's model that says what is asked and how it is shown.
+// dashboard is the part of Grafana's model that says what is queried and how it is shown.
 type dashboard struct {
 	Panels []panel `json:"panels"`
 }
@@ -91,12 +92,12 @@ type panel struct {
 	} `json:"targets"`
 }
 
-// resolve puts values in the place of Grafana's variables.
+// resolve replaces Grafana's variables with values.
 func resolve(expr string) string {
 	return strings.NewReplacer("$__rate_interval", "10s", "$namespace", ".*").Replace(expr)
 }
 
-// installed is the path of a program of Debian's package prometheus.
+// installed returns the path of a program of Debian's package prometheus.
 func installed(t *testing.T, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -106,7 +107,7 @@ func installed(t *testing.T, name string) string {
 	return path
 }
 
-// TestDashboardPanelsAreComplete: every panel has an id of its own, a place of its own, a description and a query.
+// TestDashboardPanelsAreComplete checks that every panel has an id and a place of its own, a description and a query.
 func TestDashboardPanelsAreComplete(t *testing.T) {
 	ids := map[int]bool{}
 	taken := map[[2]int]string{}
@@ -129,7 +130,7 @@ func TestDashboardPanelsAreComplete(t *testing.T) {
 	}
 }
 
-// TestPodMonitorSelectsTheAgent: the pods of the base have the label and the port that the PodMonitor asks for.
+// TestPodMonitorSelectsTheAgent checks that the base's pods have the labels and the port that the PodMonitor selects.
 func TestPodMonitorSelectsTheAgent(t *testing.T) {
 	data, err := os.ReadFile("../../manifests/base/deployment.yaml")
 	if err != nil {

@@ -39,7 +39,8 @@ const (
 
 var pictureOf = flag.Duration("picture", 0, "make calls for so long, then draw the dashboard to dashboard.png")
 
-// TestEveryQueryFindsItsMetrics asks a real Prometheus every query of the dashboard and the rules, after a real agent has had traffic.
+// TestEveryQueryFindsItsMetrics asks a real Prometheus every query of the dashboard and the rules, after a real agent
+// has had traffic.
 func TestEveryQueryFindsItsMetrics(t *testing.T) {
 	m := render(t)
 	w := newWorld(t)
@@ -126,10 +127,10 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// prometheus is a running one.
+// prometheus is a running Prometheus.
 type prometheus struct{ url string }
 
-// prometheus starts one that scrapes the agent, with the labels that the operator makes of a PodMonitor.
+// prometheus starts a Prometheus that scrapes the agent, with the labels that the operator derives from a PodMonitor.
 func (w *world) prometheus(t *testing.T, m manifests, name string, flags ...string) *prometheus {
 	t.Helper()
 	binary := installed(t, "prometheus")
@@ -166,7 +167,7 @@ scrape_configs:
 	return started
 }
 
-// get asks the HTTP API.
+// get calls Prometheus's HTTP API.
 func (p *prometheus) get(path string, query url.Values, into any) error {
 	resp, err := http.Get(p.url + path + "?" + query.Encode())
 	if err != nil {
@@ -186,7 +187,7 @@ func (p *prometheus) get(path string, query url.Values, into any) error {
 	return nil
 }
 
-// series is one of an answer.
+// series is one series of an answer.
 type series struct {
 	Metric map[string]string
 	Value  sample   // of query, but for native histograms
@@ -209,10 +210,10 @@ func (p *prometheus) query(expr string) ([]series, error) {
 	return answer.Result, p.get("/api/v1/query", url.Values{"query": {expr}}, &answer)
 }
 
-// legendLabel finds the labels in a legend.
+// legendLabel matches the labels in a legend.
 var legendLabel = regexp.MustCompile(`\{\{(\w+)\}\}`)
 
-// shows checks that there is something to see: a number, and the labels of the legend.
+// checkVisible returns an error unless the series hold a number, and the labels of the legend.
 func checkVisible(found []series, expr, legend string) error {
 	for _, s := range found {
 		for _, name := range legendLabel.FindAllStringSubmatch(legend, -1) {
@@ -227,8 +228,8 @@ func checkVisible(found []series, expr, legend string) error {
 	return nil
 }
 
-// checkLabels looks at every selector of an expression: it must find series, and each label that the expression names
-// must be one of theirs. So a query that rightly finds nothing, as an alert's, is known to look at something.
+// checkLabels checks every selector of an expression: it must find series, and these must have each label that the
+// expression names. So a query that rightly finds nothing, such as an alert's, is known to select something.
 func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 	t.Helper()
 	parsed, err := metricsql.Parse(expr)
@@ -280,7 +281,7 @@ func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 	}
 }
 
-// wantAlerts evaluates all rules and expects those of the names to find something, and no other.
+// wantAlerts evaluates all rules, and expects exactly those with the given names to find something.
 func wantAlerts(t *testing.T, m manifests, p *prometheus, names ...string) {
 	t.Helper()
 	eventually(t, func() error {
@@ -440,7 +441,7 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	return stop
 }
 
-// upgrade watches over a WebSocket, as browsers do, for a while.
+// upgrade watches over a WebSocket for a while, as browsers do.
 func (w *world) upgrade(ctx context.Context) error {
 	config := agent.Caller(w.ControlPlane, agentID, agentToken)
 	config.NextProtos = []string{"http/1.1"}

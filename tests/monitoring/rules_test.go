@@ -13,7 +13,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// writeRules writes the rules as Prometheus reads them, without the operator.
+// writeRules writes the rules in Prometheus's own format, without the operator's envelope.
 func writeRules(t *testing.T, spec monitoringv1.PrometheusRuleSpec, path string) {
 	t.Helper()
 	data, err := yaml.Marshal(spec)
@@ -25,7 +25,7 @@ func writeRules(t *testing.T, spec monitoringv1.PrometheusRuleSpec, path string)
 	}
 }
 
-// TestAlertsFireAsExpected runs rules_test.yaml.
+// TestAlertsFireAsExpected runs rules_test.yaml with promtool.
 func TestAlertsFireAsExpected(t *testing.T) {
 	promtool := installed(t, "promtool")
 	dir := t.TempDir()
@@ -46,8 +46,8 @@ func TestAlertsFireAsExpected(t *testing.T) {
 	}
 }
 
-// TestEveryAlertHasATestAndARunbook: each is seen firing in rules_test.yaml with the labels that its text uses, and has a section
-// in the runbooks; no section is left over.
+// TestEveryAlertHasATestAndARunbook checks that rules_test.yaml shows each alert firing, with the labels that its
+// text uses, and that each alert has a section in the runbooks, and each section an alert.
 func TestEveryAlertHasATestAndARunbook(t *testing.T) {
 	tests, err := os.ReadFile("rules_test.yaml")
 	if err != nil {

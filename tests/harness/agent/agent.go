@@ -1,5 +1,5 @@
-// Package agent runs the agent's own binaries and the stock frpc as a pod would: bootstrap first, then frpc
-// and the proxy.
+// Package agent runs the agent's own binaries and the stock frpc as a pod does: bootstrap first, then frpc and the
+// proxy.
 package agent
 
 import (
@@ -24,7 +24,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// Agent is one agent's three processes.
+// Agent is the three processes of one agent.
 type Agent struct {
 	Env        []string // of bootstrap and the proxy, as KEY=value
 	RunDir     string
@@ -42,7 +42,7 @@ type Agent struct {
 	frpcArgs []string
 }
 
-// New prepares an agent: its files, ports and environment. The kubeconfig is its way to the API server.
+// New prepares an agent: its files, ports and environment. It reaches the API server by the kubeconfig.
 func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubeconfig string) (*Agent, error) {
 	dir, err := group.Mkdir("agent-" + id)
 	if err != nil {
@@ -70,7 +70,7 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 	}, nil
 }
 
-// Start starts bootstrap, and when it is ready frpc and the proxy.
+// Start starts bootstrap, waits until it is ready, and starts frpc and the proxy.
 func (a *Agent) Start() error {
 	if err := a.StartBootstrap(); err != nil {
 		return err
@@ -81,7 +81,7 @@ func (a *Agent) Start() error {
 	return a.StartProxy()
 }
 
-// StartBootstrap starts bootstrap and waits until its files are there, as a startup probe does.
+// StartBootstrap starts bootstrap and waits until its files exist, as the startup probe does.
 func (a *Agent) StartBootstrap() (err error) {
 	if a.Bootstrap, err = a.start("bootstrap", a.Env); err != nil {
 		return err
@@ -106,13 +106,13 @@ func (a *Agent) Once(args ...string) (*process.Process, error) {
 	return a.Command(append([]string{"--once"}, args...)...)
 }
 
-// Command starts bootstrap with other arguments.
+// Command starts bootstrap with the given arguments.
 func (a *Agent) Command(args ...string) (*process.Process, error) {
 	return a.start("bootstrap", a.Env, args...)
 }
 
-// RestartFrpc starts frpc again whenever it ends, and kills it when its liveness probe fails, as a kubelet does, until
-// ctx ends.
+// RestartFrpc does the kubelet's work for frpc until ctx ends: it restarts frpc whenever it ends, and kills it when
+// its liveness probe fails.
 func (a *Agent) RestartFrpc(ctx context.Context) {
 	running := a.Frpc
 	a.frpcPid.Store(int32(running.Pid()))
@@ -151,16 +151,16 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 	}()
 }
 
-// FrpcPid is the process that RestartFrpc looks after.
+// FrpcPid returns the id of the process that RestartFrpc restarts.
 func (a *Agent) FrpcPid() int { return int(a.frpcPid.Load()) }
 
-// FrpcRestarts is how often RestartFrpc has done so.
+// FrpcRestarts returns how often RestartFrpc has restarted frpc.
 func (a *Agent) FrpcRestarts() int { return int(a.restarts.Load()) }
 
-// frpcEnv is what the manifests set.
+// frpcEnv is the environment that the manifests set for frpc.
 var frpcEnv = []string{"GOMEMLIMIT=409MiB"}
 
-// StartFrpc starts the stock frpc, as it is.
+// StartFrpc starts the stock frpc.
 func (a *Agent) StartFrpc() (err error) {
 	a.Frpc, err = a.start("frpc", frpcEnv, a.frpcArgs...)
 	return err
@@ -190,7 +190,7 @@ type Readiness struct {
 	} `json:"checks"`
 }
 
-// Ready asks the operations listener.
+// Ready calls GET /ready on the operations listener.
 func (a *Agent) Ready(ctx context.Context) (int, Readiness, error) {
 	var answer Readiness
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.Operations+"/ready", nil)
@@ -209,7 +209,7 @@ func (a *Agent) Ready(ctx context.Context) (int, Readiness, error) {
 	return resp.StatusCode, answer, err
 }
 
-// WaitReady waits until /ready says so. It gives up when frpc or the proxy ends.
+// WaitReady waits until /ready answers 200. It gives up when frpc or the proxy ends.
 func (a *Agent) WaitReady(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -245,7 +245,7 @@ func (a *Agent) WaitReady(ctx context.Context) error {
 	}
 }
 
-// Caller is a client configuration that reaches the agent's Kubernetes API by the control plane's gateway.
+// Caller returns a client configuration that reaches the agent's Kubernetes API through the control plane's gateway.
 func Caller(cp *controlplane.ControlPlane, id, token string) *rest.Config {
 	return &rest.Config{
 		Host: cp.GatewayURL + "/agents/" + id + "/api/k8s", BearerToken: token,
@@ -253,8 +253,8 @@ func Caller(cp *controlplane.ControlPlane, id, token string) *rest.Config {
 	}
 }
 
-// Observe shows every answer that a client of config gets, or the error instead. client-go tells neither of what it
-// tries again.
+// Observe calls observe for every answer, or error, that a client of config gets, including those that client-go
+// retries and does not report.
 func Observe(config *rest.Config, observe func(*http.Request, *http.Response, error)) {
 	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
 		return roundTripper(func(r *http.Request) (*http.Response, error) {
@@ -269,7 +269,7 @@ type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// WriteCaller writes Caller as a kubeconfig.
+// WriteCaller writes the configuration of Caller as a kubeconfig.
 func WriteCaller(path string, cp *controlplane.ControlPlane, id, token string) error {
 	return cluster.WriteKubeconfig(path, Caller(cp, id, token))
 }

@@ -1,5 +1,5 @@
-// Package attack holds clients and runners that try to exhaust the agent's memory, and an honest caller that
-// measures what others notice of it.
+// Package attack holds clients and runners that try to exhaust the agent's memory, and an honest caller that measures
+// the effect on others.
 package attack
 
 import (
@@ -89,13 +89,13 @@ func (t Target) dial(ctx context.Context, receiveBuffer int) (conn net.Conn, err
 	return conn, err
 }
 
-// Attack is one attempt of one attacker. It returns when the server has answered or cut it, or when ctx ends, or, for
-// another attempt at once, true.
+// Attack is one attempt of one attacker. It returns when the server has answered or closed the connection, or when
+// ctx ends. It returns true to make another attempt at once.
 type Attack func(ctx context.Context, c *Counts) (again bool)
 
-// Run lets n attackers repeat an attack until ctx ends. They begin evenly at rate attempts per second; after each
-// attempt an attacker pauses so long that all n together do not exceed that rate, and for at least a second: an
-// attack on memory must not become a benchmark of the CPU.
+// Run has n attackers repeat an attack until ctx ends. They begin evenly at rate attempts per second. After each
+// attempt an attacker pauses long enough that all n together stay below that rate, and for at least a second, because
+// an attack on memory must not become a benchmark of the CPU.
 func Run(ctx context.Context, n int, rate float64, attack Attack) *Counts {
 	c := &Counts{attackers: n, answers: map[int]int{}}
 	var attackers sync.WaitGroup
@@ -121,7 +121,7 @@ func Run(ctx context.Context, n int, rate float64, attack Attack) *Counts {
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
-// Counts records what became of the attempts of an attack. Safe for concurrent use.
+// Counts counts the outcomes of an attack's attempts. Safe for concurrent use.
 type Counts struct {
 	attackers int
 
@@ -163,7 +163,7 @@ func (c *Counts) answer(code int) {
 	c.answers[code]++
 }
 
-// connection is an attacker's. It is closed when the attacker's context ends.
+// connection is an attacker's connection. It is closed when the attacker's context ends.
 type connection struct {
 	net.Conn
 

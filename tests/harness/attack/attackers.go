@@ -27,7 +27,7 @@ func HeaderFlood(t Target, finish bool) Attack {
 	}
 }
 
-// IdleConnection asks for /health once and then says nothing more.
+// IdleConnection requests /health once and then sends nothing more.
 func IdleConnection(t Target) Attack {
 	return func(ctx context.Context, c *Counts) bool {
 		conn := t.connect(ctx, c, 0)
@@ -46,9 +46,9 @@ func IdleConnection(t Target) Attack {
 	}
 }
 
-// StalledRead asks for a path of the Kubernetes API and reads no more than the headers of the answer. The receive
-// buffer is small, so that the rest waits on the other side. An attacker cannot see behind frps whether the agent has
-// cut it, so it begins again after a minute.
+// StalledRead requests a path of the Kubernetes API and reads only the headers of the answer. Its receive buffer is
+// small, so that the rest stays on the server's side. Behind frps an attacker cannot see whether the agent has closed
+// the connection, so it starts again after a minute.
 func StalledRead(t Target, path string) Attack {
 	return func(ctx context.Context, c *Counts) bool {
 		conn := t.connect(ctx, c, 4<<10)
@@ -82,7 +82,7 @@ func StalledRead(t Target, path string) Attack {
 	}
 }
 
-// StalledUpload sends an object for a path of the Kubernetes API, but for its last byte.
+// StalledUpload sends an object to a path of the Kubernetes API, except for its last byte.
 func StalledUpload(t Target, path string, size int) Attack {
 	body := make([]byte, size-1)
 	return func(ctx context.Context, c *Counts) bool {
@@ -111,7 +111,7 @@ func Command(t Target, runner string) Attack {
 
 func commandPath(runner string) string { return "/api/runners/" + runner + "/command" }
 
-// await reads the answer to its end, and ends the connection.
+// await reads the answer to its end, and closes the connection.
 func (c *connection) await(method string) {
 	resp, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: method})
 	if err == nil {

@@ -14,7 +14,7 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// callTimeout is how long a call of an honest caller may take with all its retries.
+// callTimeout bounds a call of an honest caller with all its retries.
 const callTimeout = 30 * time.Second
 
 // Calls records the calls of an honest caller.
@@ -24,7 +24,7 @@ type Calls struct {
 	took []time.Duration // of the calls that succeeded
 }
 
-// Percentile returns the time that p percent of the calls stayed below.
+// Percentile returns the duration that p percent of the calls stayed below.
 func (c *Calls) Percentile(p int) time.Duration {
 	if len(c.took) == 0 {
 		return 0
@@ -43,8 +43,8 @@ func (c *Calls) String() string {
 }
 
 // Call is an honest caller. Until ctx ends it lists and watches by client-go, with its retries, over kept and over
-// fresh connections. The four take turns of a pause each. A watch is measured to its first event, and must end as the
-// API server ends it.
+// fresh connections: four callers, each of which pauses between two calls. A watch is measured to its first event,
+// and must end as the API server ends it.
 func Call(ctx context.Context, t Target, pause time.Duration) (*Calls, error) {
 	calls := &Calls{}
 	var mu sync.Mutex

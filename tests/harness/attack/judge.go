@@ -43,9 +43,9 @@ type Wave struct {
 	Attack Attack
 }
 
-// Attack lets all waves run at once until ctx ends while an honest caller calls, and waits until the victim has
-// recovered. It reports what it has seen to logf, and returns an error if the victim exceeds Limit, ends or does not
-// recover, if the honest caller has a failure, or if this machine stops an attacker.
+// Attack runs all waves at once until ctx ends while an honest caller calls, and waits until the victim has
+// recovered. It reports its observations to logf. It returns an error if the victim exceeds Limit, ends or does not
+// recover, if a call of the honest caller fails, or if this machine stops an attacker.
 func (v *Victim) Attack(ctx context.Context, waves []Wave, logf func(string, ...any)) error {
 	if err := v.warm(ctx); err != nil {
 		return err
@@ -96,7 +96,7 @@ func (v *Victim) Attack(ctx context.Context, waves []Wave, logf func(string, ...
 	return errors.Join(append(failed, err)...)
 }
 
-// watch returns when ctx ends, or with an error when the victim has more than Limit or has ended.
+// watch returns nil when ctx ends, or an error as soon as the victim exceeds Limit or has ended.
 func (v *Victim) watch(ctx context.Context, begin time.Time) error {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
@@ -117,7 +117,8 @@ func (v *Victim) watch(ctx context.Context, begin time.Time) error {
 	}
 }
 
-// warm uses the victim as an honest caller does, so that it has what it needs for that, and records what that is.
+// warm calls the victim as an honest caller does, so that it has allocated what that needs, and records its memory
+// and goroutines.
 func (v *Victim) warm(ctx context.Context) (err error) {
 	if err := v.use(ctx); err != nil {
 		return err
@@ -129,8 +130,8 @@ func (v *Victim) warm(ctx context.Context) (err error) {
 	return err
 }
 
-// recovered waits until the victim has no more than before. It uses the victim meanwhile, because a Go process
-// collects its garbage when it allocates, and else every two minutes.
+// recovered waits until the victim uses no more than before. It calls the victim meanwhile, because an idle Go
+// process collects its garbage only every two minutes.
 func (v *Victim) recovered(ctx context.Context) error {
 	return process.Poll(ctx, v.Within, nil, func() error {
 		if err := v.use(ctx); err != nil {
@@ -148,7 +149,7 @@ func (v *Victim) recovered(ctx context.Context) error {
 	})
 }
 
-// use is two seconds of an honest caller who does not pause.
+// use calls the victim for two seconds as an honest caller who does not pause.
 func (v *Victim) use(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -159,7 +160,7 @@ func (v *Victim) use(ctx context.Context) error {
 	return err
 }
 
-// countGoroutines asks the victim's metrics.
+// countGoroutines reads the victim's metrics.
 func (v *Victim) countGoroutines(ctx context.Context) (int, error) {
 	transport := v.Operations.Transport(false)
 	defer transport.CloseIdleConnections()

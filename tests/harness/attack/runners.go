@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Assign tells the agent of a runner, as its control plane does.
+// Assign assigns a runner to the agent, as its control plane does.
 func (t Target) Assign(ctx context.Context, runner, endpoint string) error {
 	message := fmt.Sprintf(`{"id": "assign-%s", "type": "runner_assigned", "timestamp": "2026-01-02T03:04:05Z", "data": {
 		"runner_id": %[1]q, "runner_endpoint": %q, "runner_token": "secret", "assigned_at": "2026-01-02T03:04:05Z"}}`, runner, endpoint)
@@ -31,7 +31,7 @@ func (t Target) Assign(ctx context.Context, runner, endpoint string) error {
 	return nil
 }
 
-// HostileRunner answers every command with 10 MB of short headers, which is less than net/http's client takes.
+// HostileRunner answers every command with 10 MB of short headers, which is below the limit of net/http's client.
 func HostileRunner() http.Handler {
 	answer := append([]byte("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n"), shortHeaders(10_000_000)...)
 	answer = append(answer, "\r\n"...)
@@ -46,8 +46,8 @@ func HostileRunner() http.Handler {
 	})
 }
 
-// LoopRunner sends each command back to the agent as a command for the runner of that name, with nothing that tells it
-// from a new one. Each is answered after all those that come after it.
+// LoopRunner sends each command back to the agent as a command for the runner with the given name. Nothing
+// distinguishes it from a new command, so each is answered only after all that follow it.
 func LoopRunner(agent Target, runner string) http.Handler {
 	agent.TLS = cheap(agent.TLS)
 	transport := agent.from("127.0.0.2").Transport(false)

@@ -21,7 +21,7 @@ const (
 	Loop    = "loop"
 )
 
-// Create makes what the waves read: a list of 10 MB in a namespace, of which a watch of the waves sees 1 MB.
+// Create makes the objects that the waves read: a namespace's list of 10 MB, of which the watches see 1 MB.
 func Create(ctx context.Context, client kubernetes.Interface, namespace string) error {
 	for i := range 40 {
 		object := &corev1.ConfigMap{
@@ -35,7 +35,7 @@ func Create(ctx context.Context, client kubernetes.Interface, namespace string) 
 	return nil
 }
 
-// Ways are how attackers reach the proxy.
+// Ways holds the ways by which attackers reach the proxy.
 type Ways struct {
 	Operations Target // the operations listener
 	Tunnel     Target // the tunnel listener, by TLS, with a token
@@ -43,7 +43,7 @@ type Ways struct {
 	Namespace  string // that Create was told
 }
 
-// Size is how many attackers there are of each kind.
+// Size is the number of attackers of each kind.
 type Size struct {
 	Floods   int // on each listener, and a quarter of that through frps
 	Watches  int
@@ -55,8 +55,9 @@ type Size struct {
 	Ramp time.Duration // until all are there, and between two attempts of one of them
 }
 
-// Waves returns all attacks. Each kind has an address of its own, so that the proxy can tell them apart from one another
-// and from honest callers. ATTACKS="stalled lists|loop" is a regular expression for the names of those to let loose.
+// Waves returns all attacks. Each kind has an address of its own, so that the proxy can tell them apart from one
+// another and from honest callers. ATTACKS, a regular expression such as "stalled lists|loop", selects attacks by
+// name.
 func Waves(w Ways, s Size) ([]Wave, error) {
 	var waves []Wave
 	add := func(name string, n int, attack Attack) {
@@ -98,7 +99,7 @@ func Waves(w Ways, s Size) ([]Wave, error) {
 	return waves, nil
 }
 
-// cheap makes handshakes take half the time, so that memory is what is attacked, and not the CPU.
+// cheap halves the cost of TLS handshakes, so that the attack is on memory and not on the CPU.
 func cheap(config *tls.Config) *tls.Config {
 	config = config.Clone()
 	config.InsecureSkipVerify, config.VerifyConnection = true, nil

@@ -1,5 +1,5 @@
-// Package cluster runs a real Kubernetes: etcd and kube-apiserver as processes on loopback, without root; or a
-// whole node in namespaces of its own, with root.
+// Package cluster runs a real Kubernetes: etcd and kube-apiserver as processes on loopback, without root; or a whole
+// node in namespaces of its own, with root.
 package cluster
 
 import (
@@ -28,7 +28,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// serviceRange is where Services have their addresses; the API server's own is the first.
+// serviceRange is the range of Service addresses. The first is the API server's own.
 const serviceRange = "10.96.0.0/16"
 
 // Files in the directory of a cluster.
@@ -67,7 +67,7 @@ func Start(ctx context.Context, group *process.Group) (*Cluster, error) {
 		"--disable-admission-plugins", "ServiceAccount")
 }
 
-// site is where the processes of a cluster run.
+// site is the place where the processes of a cluster run.
 type site struct {
 	group     *process.Group
 	dir       string
@@ -102,7 +102,7 @@ func (s *site) run(name, binary string, args ...string) (*process.Process, error
 	return p, err
 }
 
-// user makes a user, before the API server starts, and returns its token.
+// user adds a user, before the API server starts, and returns its token.
 func (s *site) user(name string, group ...string) string {
 	token := rand.Text()
 	s.tokens = append(s.tokens, strings.Join(append([]string{token, name, name}, group...), ","))
@@ -187,8 +187,8 @@ func (s *site) startAPIServer(ctx context.Context, args []string) (*Cluster, err
 	return c, nil
 }
 
-// ServiceAccount makes a ServiceAccount with a cluster role and returns a configuration that acts as it, by
-// a token of the API server's own.
+// ServiceAccount makes a ServiceAccount with a cluster role, and returns a configuration that acts as it, with a
+// token from the API server.
 func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRole string) (*rest.Config, error) {
 	_, err := c.Client.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
 	if err != nil && !apierrors.IsAlreadyExists(err) {
@@ -227,7 +227,7 @@ func (c *Cluster) WriteAgentKubeconfig(ctx context.Context, path string) (*rest.
 	return config, WriteKubeconfig(path, config)
 }
 
-// WriteKubeconfig writes a kubeconfig that does as config does.
+// WriteKubeconfig writes config as a kubeconfig.
 func WriteKubeconfig(path string, config *rest.Config) error {
 	k := clientcmdapi.NewConfig()
 	k.Clusters["cluster"] = &clientcmdapi.Cluster{Server: config.Host, CertificateAuthorityData: config.CAData, InsecureSkipTLSVerify: config.Insecure}

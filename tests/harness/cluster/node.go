@@ -39,8 +39,8 @@ const (
 // otherwise, so it is the pause image too.
 const Busybox = "localhost/busybox:static"
 
-// Node is a whole Kubernetes, in namespaces of its own that no packet leaves but to this machine. It ends with
-// its process group.
+// Node is a whole Kubernetes node in namespaces of its own. Its packets reach this machine only. It ends with its
+// process group.
 type Node struct {
 	*Cluster
 	*Machine
@@ -209,7 +209,7 @@ func (m *Machine) sh(ctx context.Context, script string, args ...string) error {
 	return nil
 }
 
-// StopWorker ends the worker at once, as if somebody had pulled its plug, and tells Kubernetes.
+// StopWorker kills the worker at once, as a power failure would, and deletes its Node object.
 func (n *Node) StopWorker(ctx context.Context) error {
 	if n.worker.first != nil {
 		n.worker.first.Kill()
@@ -281,7 +281,7 @@ func (n *Node) startComponent(m *Machine, c component) error {
 	return err
 }
 
-// components are those that a cluster has once.
+// components returns the components that a cluster has once.
 func (n *Node) components() []component {
 	dir := n.site.dir
 	return []component{
@@ -294,7 +294,7 @@ func (n *Node) components() []component {
 	}
 }
 
-// cgroup is the name of the pods' cgroup. Like that of the group's directory, nobody else has it.
+// cgroup returns the name of the pods' cgroup. It is unique, as the name of the group's directory is.
 func (m *Machine) cgroup() string {
 	return filepath.Base(m.site.group.Dir()) + "-" + m.site.prefix + m.name
 }

@@ -1,5 +1,5 @@
-// Package ledger writes to an API server through something that is made to fail, keeps a record of each attempt and of
-// each acknowledgement, and compares it in the end with what the API server has stored.
+// Package ledger writes to an API server through hops that are made to fail. It records each attempt and each
+// acknowledgement, and compares them at the end with what the API server has stored.
 package ledger
 
 import (
@@ -21,7 +21,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// Ledger is what the writers of one run have recorded.
+// Ledger records the writes of one run.
 type Ledger struct {
 	client    kubernetes.Interface
 	namespace string
@@ -33,19 +33,19 @@ type Ledger struct {
 	records map[string]*record // by the name of what was to be written
 }
 
-// record is one write, which is done at most once.
+// record is one write, which must be done at most once.
 type record struct {
 	answers []answer // of the attempts, client-go's own repetitions included
 	outcome error    // what the caller was told; nil: it was done
 }
 
-// answer is a status, or 0 if none came, and whether it asked for a repetition.
+// answer is the status of an attempt, 0 if none came, and whether the answer asked for a retry.
 type answer struct {
 	code  int
 	again bool
 }
 
-// told is what the answer lets its caller think.
+// told returns what the last answer tells the caller about the write.
 func (r *record) told() string {
 	last := answer{}
 	if len(r.answers) > 0 {
@@ -63,8 +63,8 @@ func (r *record) told() string {
 
 const acknowledged, refused, unknown = "acknowledged", "refused", "unknown"
 
-// New prepares writes to a namespace of the API server that config leads to. All objects have names that begin with
-// prefix. client-go repeats every write that is answered with Retry-After.
+// New prepares writes to a namespace of the API server of config. The names of all objects begin with prefix.
+// client-go retries every write that is answered with Retry-After.
 func New(config *rest.Config, namespace, prefix string) (*Ledger, error) {
 	l := &Ledger{namespace: namespace, prefix: prefix, padding: strings.Repeat("0123456789abcdef", 512), records: map[string]*record{}}
 	config = rest.CopyConfig(config)
@@ -89,15 +89,15 @@ func New(config *rest.Config, namespace, prefix string) (*Ledger, error) {
 
 type recordKey struct{}
 
-// Done returns how many writes have been answered, with whatever.
+// Done returns how many writes have an outcome, whatever it is.
 func (l *Ledger) Done() int { return int(l.done.Load()) }
 
-// account is the ServiceAccount that a writer appends to. Its list of secrets for images may hold a name twice, so that
-// a patch that is done twice shows.
+// account returns the name of the ServiceAccount that a writer patches. Its imagePullSecrets may hold a name twice,
+// so that a patch that is done twice shows.
 func (l *Ledger) account(writer int) string { return fmt.Sprintf("%s-writer-%d", l.prefix, writer) }
 
-// Write makes so many writes, half of them creates and half of them patches, and returns when all are answered, or ctx
-// ends. direct is a way to the API server that does not fail.
+// Write makes the given number of writes, half of them creates and half patches. It returns when all have an outcome,
+// or ctx ends. direct reaches the API server without the hops that fail.
 func (l *Ledger) Write(ctx context.Context, direct kubernetes.Interface, writes, writers int) error {
 	for writer := range writers {
 		account := &corev1.ServiceAccount{
@@ -156,8 +156,8 @@ func (l *Ledger) failed(name string) bool {
 	return l.records[name].outcome != nil
 }
 
-// look reads until there is an answer, as a caller does who wants to know whether a write was done. Without it a writer
-// would go through all its writes while a hop is away.
+// look reads until there is an answer, as a caller does to learn whether a write was done. Otherwise a writer would
+// use up all its writes during one outage.
 func (l *Ledger) look(ctx context.Context, writer int) {
 	for ctx.Err() == nil {
 		if _, err := l.client.CoreV1().ServiceAccounts(l.namespace).Get(ctx, l.account(writer), metav1.GetOptions{}); err == nil {
@@ -170,7 +170,7 @@ func (l *Ledger) look(ctx context.Context, writer int) {
 	}
 }
 
-// Balance is what a comparison has found.
+// Balance is the result of a comparison.
 type Balance struct {
 	Acknowledged, Refused, Unknown int // what the callers were told
 	UnknownDone                    int // of the unknown, how many were done
@@ -183,9 +183,9 @@ func (b Balance) String() string {
 		b.Acknowledged, b.Refused, b.Unknown, b.UnknownDone, b.Repeated, len(b.Wrong))
 }
 
-// Compare holds the ledger to what is stored. What is acknowledged must be there once, what is refused must not be
-// there, and nothing may be there of which the ledger does not know. direct is a way to the API server that does not
-// fail. All writers must have ended.
+// Compare compares the ledger with what is stored. An acknowledged write must be there once, a refused one must not
+// be there, and nothing may be there that the ledger does not know. direct reaches the API server without the hops
+// that fail. All writers must have ended.
 func (l *Ledger) Compare(ctx context.Context, direct kubernetes.Interface) (Balance, error) {
 	stored := map[string]int{}
 	configMaps, err := direct.CoreV1().ConfigMaps(l.namespace).List(ctx, metav1.ListOptions{})

@@ -9,14 +9,14 @@ import (
 	"strings"
 )
 
-// crashVariable tells a program that it was started by Crashing.
+// crashVariable tells a program that Crashing has started it.
 const crashVariable = "PIPEOPS_TEST_CRASH"
 
-// ToCrash says whether this process is there to be killed: it shall start what is to be left, say where in a line, and
-// wait.
+// ToCrash reports whether Crashing has started this process. If so, it must start the processes under test, print a
+// line that says where they are, and wait to be killed.
 func ToCrash() bool { return os.Getenv(crashVariable) != "" }
 
-// Crashing starts this program once more, as one that is there to be killed, and returns the line that it says.
+// Crashing starts this program again as one that will be killed, and returns the line that it prints.
 func Crashing() (cmd *exec.Cmd, line string, err error) {
 	cmd = exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), crashVariable+"=1")
@@ -35,13 +35,13 @@ func Crashing() (cmd *exec.Cmd, line string, err error) {
 	return cmd, strings.TrimSuffix(line, "\n"), err
 }
 
-// Alive says whether a process runs. One whose new parent does not wait for it stays as a zombie, which does not.
+// Alive reports whether a process runs. A zombie, whose parent does not wait for it, does not.
 func Alive(pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	return err == nil && !strings.Contains(string(stat), ") Z ")
 }
 
-// Memory returns a line of /proc/pid/status in MB: VmRSS is the memory that a process has, VmHWM the most it had.
+// Memory returns a line of /proc/pid/status in MB: VmRSS is the resident memory now, VmHWM its peak.
 func Memory(pid int, line string) (float64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package process runs the real programs that the tests need, and leaves nothing behind: not when a test
-// fails, and not when the process that started them is killed.
+// Package process runs the real programs that the tests need. It leaves nothing behind, neither when a test fails nor
+// when the process that started them is killed.
 package process
 
 import (
@@ -20,17 +20,17 @@ import (
 	"time"
 )
 
-// stopTimeout is how long a process may take to end after SIGTERM.
+// stopTimeout bounds how long Stop waits after SIGTERM before it kills.
 const stopTimeout = 10 * time.Second
 
-// reaper waits for the end of its standard input, which comes when Close is called or when the process that
-// holds the other end dies, in whatever way. Then it kills what is left and removes the directory.
+// reaper waits for the end of its standard input. That comes when Close is called, or when the process that holds the
+// other end dies in whatever way. Then it kills the processes that are left and removes the directory.
 const reaper = `trap '' INT TERM HUP
 cat >/dev/null
 for f in "$1"/pids/*; do [ -f "$f" ] && kill -9 "${f##*/}" 2>/dev/null; done
 rm -rf "$1" 2>/dev/null || { sleep 1; rm -rf "$1"; } # a killed process may still write until it is gone`
 
-// Group is a set of processes and the directory they work in. Both end with it.
+// Group is a set of processes and the directory that they work in. Close ends both.
 type Group struct {
 	dir    string
 	reaper *exec.Cmd
@@ -61,10 +61,10 @@ func NewGroup() (*Group, error) {
 	return g, nil
 }
 
-// Dir is the group's directory, mode 0700.
+// Dir returns the group's directory, mode 0700.
 func (g *Group) Dir() string { return g.dir }
 
-// Mkdir makes a directory of the given name in the group's and returns its path.
+// Mkdir makes a directory in the group's and returns its path.
 func (g *Group) Mkdir(name string) (string, error) {
 	path := filepath.Join(g.dir, name)
 	return path, os.MkdirAll(path, 0o700)
@@ -91,8 +91,8 @@ type Process struct {
 	done chan struct{}
 }
 
-// Start runs binary with env added to PATH and HOME alone, so that nothing of the caller's environment
-// decides how a test goes. Its output goes to a file.
+// Start runs binary. Its environment is PATH, HOME and env only, so that the caller's environment does not decide how
+// a test goes. Its output goes to a file.
 func (g *Group) Start(name string, env []string, binary string, args ...string) (*Process, error) {
 	p := &Process{name: name, log: filepath.Join(g.dir, name+".log"), done: make(chan struct{})}
 	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -124,10 +124,10 @@ func (g *Group) Start(name string, env []string, binary string, args ...string) 
 	return p, nil
 }
 
-// Pid is the process's id.
+// Pid returns the process's id.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
 
-// Done is closed when the process has ended.
+// Done returns a channel that is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
 // ExitCode waits for the end and returns the exit code, -1 after a signal.
@@ -136,7 +136,7 @@ func (p *Process) ExitCode() int {
 	return p.cmd.ProcessState.ExitCode()
 }
 
-// Stop asks the process to end, insists after a while, and waits.
+// Stop sends SIGTERM, kills the process after stopTimeout, and waits for its end.
 func (p *Process) Stop() {
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
@@ -146,13 +146,13 @@ func (p *Process) Stop() {
 	}
 }
 
-// Kill ends the process at once and waits.
+// Kill kills the process and waits for its end.
 func (p *Process) Kill() {
 	_ = p.cmd.Process.Kill()
 	<-p.done
 }
 
-// Log is all that the process has printed.
+// Log returns everything that the process has printed.
 func (p *Process) Log() string {
 	data, err := os.ReadFile(p.log)
 	if err != nil {
@@ -161,7 +161,7 @@ func (p *Process) Log() string {
 	return string(data)
 }
 
-// Failed describes a process that ended too early, with the end of its log.
+// Failed returns an error for a process that ended too early, with the end of its log.
 func (p *Process) Failed() error {
 	log := []byte(p.Log())
 	if lines := bytes.Split(bytes.TrimSpace(log), []byte("\n")); len(lines) > 20 {
@@ -170,7 +170,7 @@ func (p *Process) Failed() error {
 	return fmt.Errorf("%s ended early (%s); the end of its log:\n%s", p.name, p.cmd.ProcessState, log)
 }
 
-// Listening returns nil if something takes connections at an address.
+// Listening returns nil if an address accepts connections.
 func Listening(address string) error {
 	conn, err := net.DialTimeout("tcp", address, time.Second)
 	if err != nil {
@@ -179,14 +179,16 @@ func Listening(address string) error {
 	return conn.Close()
 }
 
-// lastPort is where FreePort goes on, so that two programs that test at once hardly meet.
+// lastPort is the last port of FreePort. It starts at random, so that two programs that test at the same time rarely
+// collide.
 var lastPort atomic.Uint32
 
 func init() { lastPort.Store(rand.Uint32()) }
 
-// FreePort returns a port of 127.0.0.1 that nobody listens on, and another each time: who asks for several listens on
-// none of them yet, and frps with two ports that are one starts without a word and takes no agents. It lies below the
-// ports that the kernel gives to outgoing connections, so that none of those takes it before its user listens.
+// FreePort returns a port of 127.0.0.1 that nobody listens on, a different one each time, because a caller that needs
+// several does not listen on them yet (frps with the same port twice starts without an error and accepts no agents).
+// The port lies below the kernel's range for outgoing connections, so that none of those takes it before its user
+// listens.
 func FreePort() (int, error) {
 	for range 1000 {
 		port := 10000 + int(lastPort.Add(1)%20000)
@@ -204,7 +206,7 @@ func FreeAddr() (string, error) {
 	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), err
 }
 
-// Root is the top of the repository, found from the working directory upwards.
+// Root returns the top of the repository, searched upwards from the working directory.
 func Root() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
@@ -220,7 +222,7 @@ func Root() (string, error) {
 	}
 }
 
-// Binary finds a program that make has built in .build/bin.
+// Binary returns the path of a program that make has built in .build/bin.
 func Binary(name string) (string, error) {
 	root, err := Root()
 	if err != nil {
@@ -233,8 +235,8 @@ func Binary(name string) (string, error) {
 	return path, nil
 }
 
-// Poll calls ready until it returns nil. It gives up when ctx ends, when stop is closed (nil never is), or
-// after timeout, and then returns ready's last error.
+// Poll calls ready until it returns nil. It gives up when ctx ends, when stop is closed (nil never is), or after
+// timeout, and then returns ready's last error.
 func Poll(ctx context.Context, timeout time.Duration, stop <-chan struct{}, ready func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()

@@ -2,7 +2,7 @@ package process
 
 import "testing"
 
-// TestFreePortIsGivenOnce: ports that nobody listens on yet are not given again.
+// TestFreePortIsGivenOnce checks that a port is not returned twice, although nobody listens on it yet.
 func TestFreePortIsGivenOnce(t *testing.T) {
 	given := map[int]bool{}
 	for range 1000 { // of 20,000: by chance alone, two would be the same

@@ -1,4 +1,4 @@
-// Package relay stands between a client and a server, and falls silent as middleboxes do.
+// Package relay stands between a client and a server, and can fall silent as middleboxes do.
 package relay
 
 import (
@@ -9,8 +9,8 @@ import (
 	"sync/atomic"
 )
 
-// Relay leads to a server. While it is silent, it holds back for ever what the server says after so many bytes, on the
-// connections that are made meanwhile.
+// Relay forwards connections to a server. On connections made while it is silent, it forwards only the given number
+// of the server's first bytes, and holds back the rest forever.
 type Relay struct {
 	Addr   string // host:port to connect to
 	Silent atomic.Bool
@@ -25,8 +25,8 @@ type Relay struct {
 	stop     context.CancelFunc
 }
 
-// Start starts a relay on a port of an IP of this host. It is silent, after so many bytes of the server, until told
-// otherwise.
+// Start starts a relay on a free port of ip. It is silent after the given number of bytes until Silent is set to
+// false.
 func Start(ctx context.Context, ip, server string, after int64) (*Relay, error) {
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(ip, "0"))
 	if err != nil {
@@ -47,7 +47,7 @@ func Start(ctx context.Context, ip, server string, after int64) (*Relay, error) 
 	return r, nil
 }
 
-// Close ends the relay with all its connections.
+// Close ends the relay and all its connections.
 func (r *Relay) Close() {
 	_ = r.listener.Close()
 	r.stop()
@@ -62,7 +62,7 @@ func (r *Relay) Cut() {
 	})
 }
 
-// Held returns on how many connections something has been held back.
+// Held returns the number of connections on which bytes were held back.
 func (r *Relay) Held() int { return int(r.held.Load()) }
 
 // Received returns how many bytes the server has sent while the relay was not silent.
