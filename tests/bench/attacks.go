@@ -52,7 +52,8 @@ func attacks(ctx context.Context) error {
 }
 
 // attackOne attacks one peer, and says what it had at most, or when it was killed.
-func attackOne(ctx context.Context, limit []string, name string, n int, kind func(attack.Target) attack.Attack) (string, error) {
+func attackOne(ctx context.Context, limit []string, name string, n int,
+	kind func(attack.Target) attack.Attack) (string, error) {
 	group, err := process.NewGroup()
 	if err != nil {
 		return "", err
@@ -100,7 +101,10 @@ func attackOne(ctx context.Context, limit []string, name string, n int, kind fun
 // memoryLimit returns the beginning of a command that runs in a cgroup with the limit, if there can be one, and how the
 // limit is kept; else a peer counts as killed when its RSS exceeds it.
 func memoryLimit() (enter []string, how string, remove func()) {
-	for dir, file := range map[string]string{"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"} {
+	for dir, file := range map[string]string{
+		"/sys/fs/cgroup/memory": "memory.limit_in_bytes",
+		"/sys/fs/cgroup":        "memory.max",
+	} {
 		made, err := os.MkdirTemp(dir, "pipeops-bench-")
 		if err != nil {
 			continue
@@ -112,7 +116,8 @@ func memoryLimit() (enter []string, how string, remove func()) {
 		}
 		err = os.WriteFile(filepath.Join(made, file), fmt.Append(nil, 256<<20), 0)
 		if err == nil {
-			return []string{"sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(made, "cgroup.procs")}, "memory limited to 256 MiB by a cgroup", remove
+			enter = []string{"sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(made, "cgroup.procs")}
+			return enter, "memory limited to 256 MiB by a cgroup", remove
 		}
 		remove()
 	}

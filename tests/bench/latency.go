@@ -150,7 +150,8 @@ func frozen(ctx context.Context) error {
 				defer t.close()
 				// So that they are at different points between two keepalives or heartbeats.
 				time.Sleep(time.Duration(i) * 30 * time.Second / time.Duration(len(noticed)))
-				noticed[i], err = t.back(ctx, "try to connect to server", func() error { return syscall.Kill(t.frps.Pid(), syscall.SIGSTOP) })
+				noticed[i], err = t.back(ctx, "try to connect to server",
+					func() error { return syscall.Kill(t.frps.Pid(), syscall.SIGSTOP) })
 				return err
 			})
 		}
@@ -269,7 +270,8 @@ func startTunnel(ctx context.Context, kind string, s setting, rtt time.Duration)
 }
 
 // startFrp starts frps or frpc and returns when its log holds the given words.
-func startFrp(ctx context.Context, group *process.Group, name, words string, config map[string]any) (*process.Process, error) {
+func startFrp(ctx context.Context, group *process.Group, name, words string,
+	config map[string]any) (*process.Process, error) {
 	binary, err := process.Binary(name)
 	if err != nil {
 		return nil, err

@@ -24,8 +24,10 @@ func main() {
 	for _, part := range []struct {
 		name    string
 		measure func(context.Context) error
-	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"attack", attacks}, {"latency", latency}, {"latency", frozen}, {"latency", restarted}} {
-		if len(os.Args) == 1 && (part.name == "attack" || part.name == "latency") || len(os.Args) > 1 && !slices.Contains(os.Args, part.name) {
+	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"attack", attacks},
+		{"latency", latency}, {"latency", frozen}, {"latency", restarted}} {
+		if len(os.Args) == 1 && (part.name == "attack" || part.name == "latency") ||
+			len(os.Args) > 1 && !slices.Contains(os.Args, part.name) {
 			continue
 		}
 		if err := part.measure(ctx); err != nil {

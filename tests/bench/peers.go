@@ -148,27 +148,29 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 			}
 		}
 		peers = append(peers, found)
-		return process.Poll(ctx, 10*time.Second, p.Done(), func() error { return call(ctx, http.DefaultClient, found, "/api/v1/small") })
+		return process.Poll(ctx, 10*time.Second, p.Done(),
+			func() error { return call(ctx, http.DefaultClient, found, "/api/v1/small") })
 	}
 
-	err = add("this proxy", "/api/k8s", http.Header{"Authorization": {"Bearer callers"}}, func(addr string) (*process.Process, error) {
-		binary, err := process.Binary("proxy")
-		if err != nil {
-			return nil, err
-		}
-		metrics, err := process.FreeAddr()
-		if err != nil {
-			return nil, err
-		}
-		env := []string{
-			"PIPEOPS_AGENT_ID=bench", "PIPEOPS_AGENT_TOKEN=callers", "KUBECONFIG=" + kubeconfig,
-			"PIPEOPS_LISTEN_ADDR=" + addr, "PIPEOPS_METRICS_ADDR=" + metrics,
-		}
-		if limited {
-			env = append(env, "GOMEMLIMIT=204MiB") // four fifths, as it sets itself in a container
-		}
-		return run("proxy", env, binary)
-	})
+	err = add("this proxy", "/api/k8s", http.Header{"Authorization": {"Bearer callers"}},
+		func(addr string) (*process.Process, error) {
+			binary, err := process.Binary("proxy")
+			if err != nil {
+				return nil, err
+			}
+			metrics, err := process.FreeAddr()
+			if err != nil {
+				return nil, err
+			}
+			env := []string{
+				"PIPEOPS_AGENT_ID=bench", "PIPEOPS_AGENT_TOKEN=callers", "KUBECONFIG=" + kubeconfig,
+				"PIPEOPS_LISTEN_ADDR=" + addr, "PIPEOPS_METRICS_ADDR=" + metrics,
+			}
+			if limited {
+				env = append(env, "GOMEMLIMIT=204MiB") // four fifths, as it sets itself in a container
+			}
+			return run("proxy", env, binary)
+		})
 	if err != nil {
 		return nil, err
 	}
@@ -193,7 +195,8 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 			return nil, err
 		}
 		file := filepath.Join(dir, "nginx.conf")
-		text := strings.NewReplacer("DIR", dir, "ADDR", addr, "UPSTREAM", strings.TrimPrefix(target, "https://")).Replace(nginxConf)
+		text := strings.NewReplacer("DIR", dir, "ADDR", addr, "UPSTREAM",
+			strings.TrimPrefix(target, "https://")).Replace(nginxConf)
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			return nil, err
 		}

@@ -200,7 +200,8 @@ func measureTransfers(ctx context.Context, p peer, f *figures) error {
 	if err != nil {
 		return err
 	}
-	f.single50, f.single99 = append(f.single50, latencies[singleCalls/2]), append(f.single99, latencies[singleCalls*99/100])
+	f.single50 = append(f.single50, latencies[singleCalls/2])
+	f.single99 = append(f.single99, latencies[singleCalls*99/100])
 
 	rss, err := memory(p.pid, "VmRSS")
 	if err != nil {

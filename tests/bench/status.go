@@ -65,7 +65,8 @@ func status(ctx context.Context) error {
 	return nil
 }
 
-func measureStatus(ctx context.Context, group *process.Group, r *relay.Relay, kubeconfig string, pods, nodes int) error {
+func measureStatus(ctx context.Context, group *process.Group, r *relay.Relay, kubeconfig string,
+	pods, nodes int) error {
 	binary, err := process.Binary("proxy")
 	if err != nil {
 		return err
@@ -88,7 +89,8 @@ func measureStatus(ctx context.Context, group *process.Group, r *relay.Relay, ku
 	defer proxy.Stop()
 	p := peer{url: "http://" + listen, header: http.Header{"Authorization": {"Bearer callers"}}}
 	client := &http.Client{}
-	if err := process.Poll(ctx, 10*time.Second, proxy.Done(), func() error { return call(ctx, client, p, "/version") }); err != nil {
+	if err := process.Poll(ctx, 10*time.Second, proxy.Done(),
+		func() error { return call(ctx, client, p, "/version") }); err != nil {
 		return err
 	}
 	requests, err := upstreamRequests(ctx, client, metrics)
@@ -118,7 +120,8 @@ func measureStatus(ctx context.Context, group *process.Group, r *relay.Relay, ku
 	if err != nil {
 		return err
 	}
-	fmt.Printf("| %d | %d | %d | %d | %d | %d | %.0f |\n", pods, nodes, after-requests, received>>10, first.Milliseconds(), shared.Microseconds(), peak)
+	fmt.Printf("| %d | %d | %d | %d | %d | %d | %.0f |\n", pods, nodes, after-requests, received>>10,
+		first.Milliseconds(), shared.Microseconds(), peak)
 	return nil
 }
 
@@ -173,7 +176,8 @@ func fill(ctx context.Context, config *rest.Config, pods, morePods, nodes, moreN
 	return inParallel(pods, morePods, func(i int) error {
 		_, err := client.CoreV1().Pods("default").Create(ctx, &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("pod-%d", i)},
-			Spec:       corev1.PodSpec{NodeName: fmt.Sprintf("node-%d", i%moreNodes), Containers: []corev1.Container{{Name: "c", Image: "none"}}},
+			Spec: corev1.PodSpec{NodeName: fmt.Sprintf("node-%d", i%moreNodes),
+				Containers: []corev1.Container{{Name: "c", Image: "none"}}},
 		}, metav1.CreateOptions{})
 		return err
 	})

@@ -94,7 +94,8 @@ func prepare(t *testing.T) *installed {
 	group := harness.NewGroup(t)
 	root := harness.Root(t)
 	importImages(t, node.Machine)
-	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
+	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig,
+		caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
 	var err error
 	i.cp, err = controlplane.Start(t.Context(), controlplane.Options{
 		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler), IP: node.HostIP,
@@ -118,11 +119,13 @@ func prepare(t *testing.T) *installed {
 		if t.Failed() {
 			report(context.Background(), t, "pipeops-system")
 			for _, container := range []string{"bootstrap", "frpc", "proxy"} {
-				out, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", container, "--tail", "20")
+				out, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", container,
+					"--tail", "20")
 				t.Logf("log of %s: %v\n%s", container, err, out)
 			}
 		}
-		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/name=pipeops-agent", "--ignore-not-found"); err != nil {
+		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding", "-l",
+			"app.kubernetes.io/name=pipeops-agent", "--ignore-not-found"); err != nil {
 			t.Error(err)
 		}
 	})
@@ -218,7 +221,8 @@ func (i *installed) rights() {
 	list := func() map[string][]string {
 		i.t.Helper()
 		verbs := map[string][]string{}
-		for _, match := range row.FindAllStringSubmatch(i.mustKubectl(i.caller, "auth", "can-i", "--list", "-n", "pipeops-system"), -1) {
+		for _, match := range row.FindAllStringSubmatch(i.mustKubectl(i.caller, "auth", "can-i", "--list", "-n",
+			"pipeops-system"), -1) {
 			resource, name := match[1], match[2]
 			if name != "" {
 				resource += ":" + name
@@ -255,7 +259,9 @@ func (i *installed) rights() {
 			}
 		}
 		// What RBAC says of that, the agent lets nobody through.
-		if out, err := i.run(i.caller, "", nil, "get", "--raw", "/api/v1/nodes/"+cluster.NodeName+"/proxy/pods"); err == nil || !strings.Contains(err.Error(), "nodes/proxy reaches every pod") {
+		if out, err := i.run(i.caller, "", nil, "get", "--raw",
+			"/api/v1/nodes/"+cluster.NodeName+"/proxy/pods"); err == nil ||
+			!strings.Contains(err.Error(), "nodes/proxy reaches every pod") {
 			i.t.Errorf("with %v, nodes/proxy answers %q, %v", step.components, out, err)
 		}
 	}
@@ -278,7 +284,8 @@ func (i *installed) useKubectl(t *testing.T) {
 		i.mustKubectl(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "echo hello; exec cat")
 		i.mustKubectl(i.caller, "-n", ns, "wait", "--for", "condition=Ready", "pod/cat-"+name, "--timeout", "1m")
 	}
-	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}} {
+	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false",
+		"KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}} {
 		t.Run(name, func(t *testing.T) {
 			i := i.in(t)
 			for _, test := range []struct {
@@ -295,7 +302,8 @@ func (i *installed) useKubectl(t *testing.T) {
 				}
 			}
 			i.attach(ns, "cat-"+strings.ToLower(name), env)
-			pod := strings.TrimPrefix(strings.TrimSpace(i.mustKubectl(i.caller, "-n", ns, "get", "pods", "-l", "app=web", "-o", "name")), "pod/")
+			pod := strings.TrimPrefix(strings.TrimSpace(i.mustKubectl(i.caller, "-n", ns, "get", "pods", "-l", "app=web", "-o",
+				"name")), "pod/")
 			there, back := filepath.Join(filepath.Dir(i.dir), "there"), filepath.Join(filepath.Dir(i.dir), "back-"+name)
 			content := strings.Repeat("0123456789abcdef", 1<<16)
 			if err := os.WriteFile(there, []byte(content), 0o600); err != nil {
@@ -333,7 +341,8 @@ func (i *installed) attach(ns, pod string, env []string) {
 	if line, err := log.ReadString('\n'); err != nil || line != "hello\n" {
 		t.Errorf("logs -f: %q, %v", line, err)
 	}
-	if out, err := i.run(i.caller, "attached\n", env, "-n", ns, "attach", "-i", "--quiet", pod); err != nil || !strings.Contains(out, "attached\n") {
+	if out, err := i.run(i.caller, "attached\n", env, "-n", ns, "attach", "-i", "--quiet", pod); err != nil ||
+		!strings.Contains(out, "attached\n") {
 		t.Errorf("attach: %q, %v", out, err)
 	}
 	rest, err := io.ReadAll(log)
@@ -360,7 +369,8 @@ func (i *installed) portForward(ns string, env []string) {
 	eventually(t, func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
-		out, err := exec.CommandContext(ctx, "busybox", "wget", "-q", "-O", "-", fmt.Sprintf("http://127.0.0.1:%d/", port)).CombinedOutput()
+		out, err := exec.CommandContext(ctx, "busybox", "wget", "-q", "-O", "-",
+			fmt.Sprintf("http://127.0.0.1:%d/", port)).CombinedOutput()
 		if err == nil && string(out) != "page\n" {
 			err = fmt.Errorf("got %q", out)
 		}
@@ -393,7 +403,8 @@ func (i *installed) restarts(t *testing.T) {
 		if out, err := node.Command(t.Context(), "pkill", "-KILL", "-x", name).CombinedOutput(); err != nil {
 			t.Fatalf("kill %s: %v: %s", name, err, out)
 		}
-		if _, err := node.Client.CoreV1().ConfigMaps(ns).Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+		if _, err := node.Client.CoreV1().ConfigMaps(ns).Create(t.Context(),
+			&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, func() error {

@@ -58,8 +58,10 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	frps := attack.Target{Addr: addr, TLS: config, Host: config.ServerName, Prefix: "/api/k8s", Token: agentToken}
 	tunnel := frps
 	tunnel.Addr, tunnel.Namespace = "127.0.0.1:8080", networkOf(proxy)
-	operations := attack.Target{Addr: net.JoinHostPort(agentPod.Status.PodIP, "9090"), Namespace: networkOf(pidOf(t, "sleep", neighbour))}
-	for name, handler := range map[string]http.Handler{attack.Hostile: attack.HostileRunner(), attack.Loop: attack.LoopRunner(frps, attack.Loop)} {
+	operations := attack.Target{Addr: net.JoinHostPort(agentPod.Status.PodIP, "9090"),
+		Namespace: networkOf(pidOf(t, "sleep", neighbour))}
+	for name, handler := range map[string]http.Handler{attack.Hostile: attack.HostileRunner(),
+		attack.Loop: attack.LoopRunner(frps, attack.Loop)} {
 		if err := frps.Assign(t.Context(), name, serve(t, handler)); err != nil {
 			t.Fatal(err)
 		}
@@ -108,7 +110,8 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	agentPod = i.pod()
 	for _, c := range slices.Concat(agentPod.Status.InitContainerStatuses, agentPod.Status.ContainerStatuses) {
 		if c.RestartCount > 0 || c.LastTerminationState.Terminated != nil {
-			t.Errorf("container %s was restarted %d times, the last time after: %+v", c.Name, c.RestartCount, c.LastTerminationState.Terminated)
+			t.Errorf("container %s was restarted %d times, the last time after: %+v", c.Name, c.RestartCount,
+				c.LastTerminationState.Terminated)
 		}
 	}
 }
@@ -129,7 +132,8 @@ func (i *installed) pod() *corev1.Pod {
 	i.t.Helper()
 	var found *corev1.Pod
 	eventually(i.t, func() error {
-		pods, err := node.Client.CoreV1().Pods("pipeops-system").List(i.t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
+		pods, err := node.Client.CoreV1().Pods("pipeops-system").List(i.t.Context(),
+			metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
 		if err == nil && len(pods.Items) != 1 {
 			err = fmt.Errorf("there are %d pods of the agent", len(pods.Items))
 		}
@@ -149,7 +153,8 @@ func pidOf(t *testing.T, name string, pod *corev1.Pod) int {
 		comm, _ := os.ReadFile(path) // it may have ended
 		mounts, _ := os.ReadFile(filepath.Join(filepath.Dir(path), "mountinfo"))
 		var pid int
-		if _, err := fmt.Sscanf(path, "/proc/%d/comm", &pid); err == nil && string(comm) == name+"\n" && strings.Contains(string(mounts), string(pod.UID)) {
+		if _, err := fmt.Sscanf(path, "/proc/%d/comm", &pid); err == nil && string(comm) == name+"\n" &&
+			strings.Contains(string(mounts), string(pod.UID)) {
 			return pid
 		}
 	}

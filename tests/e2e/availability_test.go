@@ -51,7 +51,8 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 		case err != nil:
 			l.failed(&l.raw, err)
 		// 503 with Retry-After is how the API server itself drains.
-		case resp.StatusCode >= 500 && (resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == ""):
+		case resp.StatusCode >= 500 && (resp.StatusCode != http.StatusServiceUnavailable ||
+			resp.Header.Get("Retry-After") == ""):
 			l.failed(&l.raw, fmt.Errorf("%s %s: %s", r.Method, r.URL.Path, resp.Status))
 		}
 	})
@@ -62,7 +63,8 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	maps := client.CoreV1().ConfigMaps(namespace(t))
 	var counter *corev1.ConfigMap
 	eventually(t, func() (err error) { // the right to may be new
-		counter, err = maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "counter"}}, metav1.CreateOptions{})
+		counter, err = maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "counter"}},
+			metav1.CreateOptions{})
 		return err
 	})
 	var callers, watchers sync.WaitGroup
@@ -79,7 +81,8 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	written := 0
 	callers.Go(func() {
 		for calling.Err() == nil { // not cut at the end, so that it is known what was written
-			if _, err := maps.Patch(ctx, "counter", types.MergePatchType, fmt.Appendf(nil, `{"data": {"n": "%d"}}`, written+1), metav1.PatchOptions{}); err != nil {
+			if _, err := maps.Patch(ctx, "counter", types.MergePatchType, fmt.Appendf(nil, `{"data": {"n": "%d"}}`, written+1),
+				metav1.PatchOptions{}); err != nil {
 				// It may have been done, or not, and nobody can tell: client-go does not try again.
 				l.failed(&l.raw, err)
 				continue
@@ -209,7 +212,8 @@ func TestHighAvailabilityLosesNoCall(t *testing.T) {
 			victim := ready()[0]
 			for _, name := range []string{"frpc", "proxy"} {
 				const kill = `for p in $(pgrep -x "$1"); do if grep -q "$2" /proc/$p/mountinfo; then kill -9 "$p"; fi; done`
-				if out, err := machines[victim.Spec.NodeName].Command(t.Context(), "sh", "-c", kill, "sh", name, string(victim.UID)).CombinedOutput(); err != nil {
+				if out, err := machines[victim.Spec.NodeName].Command(t.Context(), "sh", "-c", kill, "sh", name,
+					string(victim.UID)).CombinedOutput(); err != nil {
 					t.Fatalf("kill %s: %v: %s", name, err, out)
 				}
 			}
@@ -236,7 +240,8 @@ func TestHighAvailabilityLosesNoCall(t *testing.T) {
 			l.errors = append(l.errors, l.raw...)
 		}
 		if len(l.errors) > 0 || l.calls.Load() < 100 {
-			t.Errorf("%s: %d of %d calls and watches failed, such as: %v", event.name, len(l.errors), l.calls.Load(), errors.Join(l.errors[:min(5, len(l.errors))]...))
+			t.Errorf("%s: %d of %d calls and watches failed, such as: %v", event.name, len(l.errors), l.calls.Load(),
+				errors.Join(l.errors[:min(5, len(l.errors))]...))
 		}
 	}
 }

@@ -32,7 +32,8 @@ func startDocker(t *testing.T) *docker {
 	podman := fmt.Sprintf("podman --root %[1]s/store --runroot %[1]s/run --tmpdir %[1]s/tmp --storage-driver vfs --cgroup-manager cgroupfs --events-backend file", dir)
 	socket := "unix://" + filepath.Join(dir, "podman.sock")
 	settings := filepath.Join(dir, "containers.conf")
-	d := &docker{shell: newShell(t, dir, "CONTAINERS_CONF="+settings, "DOCKER_HOST="+socket, "KUBECONFIG="+node.Kubeconfig)}
+	d := &docker{shell: newShell(t, dir, "CONTAINERS_CONF="+settings, "DOCKER_HOST="+socket,
+		"KUBECONFIG="+node.Kubeconfig)}
 	// podman would raise the limits, for which some machines lack CAP_SYS_RESOURCE; and share its locks with all others.
 	if err := os.WriteFile(settings, []byte("[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n[engine]\nlock_type = \"file\"\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -50,7 +51,8 @@ func startDocker(t *testing.T) *docker {
 			t.Error(err)
 		}
 		// Its service; and the attendants of commands that `exec` ran, who would stay for five minutes more.
-		if out, err := node.Command(context.Background(), "pkill", "-KILL", "-f", dir+"/(podman.sock|run)").CombinedOutput(); err != nil {
+		if out, err := node.Command(context.Background(), "pkill", "-KILL", "-f",
+			dir+"/(podman.sock|run)").CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
 		}
 		if err := process.Poll(context.Background(), 10*time.Second, nil, func() error {
@@ -60,7 +62,8 @@ func startDocker(t *testing.T) *docker {
 			t.Error(err)
 		}
 	})
-	if _, err := group.Start("podman", d.env, filepath.Join(dir, "bin", "docker"), "system", "service", "--time", "0", socket); err != nil {
+	if _, err := group.Start("podman", d.env, filepath.Join(dir, "bin", "docker"), "system", "service", "--time", "0",
+		socket); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, func() error {
@@ -76,7 +79,8 @@ func startDocker(t *testing.T) *docker {
 
 // inNode returns a line of shell that runs a command, with the script's arguments, in the node's namespaces.
 func inNode(command string) string {
-	return "exec " + strings.Join(node.Command(context.Background(), "sh").Args, " ") + ` -c 'cd "$0" && exec ` + command + ` "$@"' "$PWD" "$@"`
+	return "exec " + strings.Join(node.Command(context.Background(), "sh").Args, " ") + ` -c 'cd "$0" && exec ` +
+		command + ` "$@"' "$PWD" "$@"`
 }
 
 // runByDocker runs the commands of the page that need no Compose.

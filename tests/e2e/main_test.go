@@ -55,7 +55,9 @@ func run(m *testing.M) int {
 func namespace(t *testing.T) string {
 	t.Helper()
 	namespaces := node.Client.CoreV1().Namespaces()
-	made, err := namespaces.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")) + "-"}}, metav1.CreateOptions{})
+	prefix := strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")) + "-"
+	made, err := namespaces.Create(t.Context(),
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: prefix}}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

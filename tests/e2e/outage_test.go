@@ -39,7 +39,8 @@ func TestHangingFrpcIsRestarted(t *testing.T) {
 		status := i.pod().Status
 		for _, condition := range status.Conditions {
 			if condition.Type == corev1.PodReady && condition.Status == corev1.ConditionTrue {
-				restarts = [3]int32{status.InitContainerStatuses[0].RestartCount, status.InitContainerStatuses[1].RestartCount, status.ContainerStatuses[0].RestartCount}
+				restarts = [3]int32{status.InitContainerStatuses[0].RestartCount,
+					status.InitContainerStatuses[1].RestartCount, status.ContainerStatuses[0].RestartCount}
 				return nil
 			}
 		}

@@ -44,13 +44,15 @@ func TestNodeRunsAPod(t *testing.T) {
 	}
 
 	url := node.Client.CoreV1().RESTClient().Post().Namespace(ns).Resource("pods").Name(made.Name).SubResource("exec").
-		VersionedParams(&corev1.PodExecOptions{Command: []string{"/bin/busybox", "cat"}, Stdin: true, Stdout: true}, scheme.ParameterCodec).URL()
+		VersionedParams(&corev1.PodExecOptions{Command: []string{"/bin/busybox", "cat"}, Stdin: true, Stdout: true},
+			scheme.ParameterCodec).URL()
 	exec, err := remotecommand.NewWebSocketExecutor(node.Config, "GET", url.String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	var stdout bytes.Buffer
-	if err := exec.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdin: strings.NewReader("there and back"), Stdout: &stdout}); err != nil {
+	if err := exec.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdin: strings.NewReader("there and back"),
+		Stdout: &stdout}); err != nil {
 		t.Fatal(err)
 	}
 	if stdout.String() != "there and back" {
@@ -119,7 +121,8 @@ func TestNodePodReachesTheAPIServer(t *testing.T) {
 		RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To(int64(65532)), SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 	}
 	p.Spec.Containers = []corev1.Container{{
-		Name: "kubectl", Image: image, Args: []string{"auth", "whoami", "-o", "jsonpath={.status.userInfo.username} at $(KUBERNETES_SERVICE_HOST)"},
+		Name: "kubectl", Image: image, Args: []string{"auth", "whoami", "-o",
+			"jsonpath={.status.userInfo.username} at $(KUBERNETES_SERVICE_HOST)"},
 		SecurityContext: &corev1.SecurityContext{
 			AllowPrivilegeEscalation: ptr.To(false), ReadOnlyRootFilesystem: ptr.To(true), Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
 		},
@@ -151,7 +154,8 @@ func TestNodeServesADeployment(t *testing.T) {
 	}
 	service := &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "web"},
-		Spec:       corev1.ServiceSpec{Selector: labels, Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080)}}},
+		Spec: corev1.ServiceSpec{Selector: labels,
+			Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080)}}},
 	}
 	service, err := node.Client.CoreV1().Services(ns).Create(t.Context(), service, metav1.CreateOptions{})
 	if err != nil {
@@ -184,12 +188,14 @@ func TestNodeOrdersNativeSidecars(t *testing.T) {
 	ns := namespace(t)
 	p := pod("main", "ls /shared; echo bye >/shared/main")
 	shared := []corev1.VolumeMount{{Name: "shared", MountPath: "/shared"}}
-	p.Spec.Volumes = []corev1.Volume{{Name: "shared", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{Medium: corev1.StorageMediumMemory}}}}
+	p.Spec.Volumes = []corev1.Volume{{Name: "shared",
+		VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{Medium: corev1.StorageMediumMemory}}}}
 	p.Spec.Containers[0].VolumeMounts = shared
 	sidecar := pod("sidecar", "trap 'cat /shared/main; exit' TERM; sleep 0.5; touch /shared/sidecar; while :; do sleep 0.1; done").Spec.Containers[0]
 	sidecar.Name, sidecar.RestartPolicy, sidecar.VolumeMounts = "sidecar", ptr.To(corev1.ContainerRestartPolicyAlways), shared
 	sidecar.StartupProbe = &corev1.Probe{
-		PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/bin/busybox", "test", "-f", "/shared/sidecar"}}},
+		PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/bin/busybox",
+			"test", "-f", "/shared/sidecar"}}},
 	}
 	p.Spec.InitContainers = []corev1.Container{sidecar}
 	create(t, ns, p, corev1.PodSucceeded)
@@ -243,7 +249,8 @@ func createPod(ctx context.Context, namespace string, pod *corev1.Pod, phase cor
 
 func logsOf(t *testing.T, namespace, pod, container string) string {
 	t.Helper()
-	log, err := node.Client.CoreV1().Pods(namespace).GetLogs(pod, &corev1.PodLogOptions{Container: container}).DoRaw(t.Context())
+	log, err := node.Client.CoreV1().Pods(namespace).GetLogs(pod,
+		&corev1.PodLogOptions{Container: container}).DoRaw(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

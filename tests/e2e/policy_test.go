@@ -39,7 +39,8 @@ func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
 	i.components("network-policy")
 	i.apply()
 	i.mustKubectl(i.caller, "get", "nodes")
-	agents, err := node.Client.CoreV1().Pods("pipeops-system").List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
+	agents, err := node.Client.CoreV1().Pods("pipeops-system").List(t.Context(),
+		metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
 	if err != nil || len(agents.Items) != 1 {
 		t.Fatalf("%d pods, %v", len(agents.Items), err)
 	}
@@ -51,12 +52,16 @@ func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{label: value}},
 			Spec: corev1.PodSpec{
 				Containers: []corev1.Container{{
-					Name: "busybox", Image: cluster.Busybox, Command: []string{"/bin/busybox", "sh", "-c", "cd /tmp; echo page >index.html; exec /bin/busybox httpd -f -p 8443"},
-					SecurityContext: &corev1.SecurityContext{AllowPrivilegeEscalation: &no, Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}},
-					VolumeMounts:    []corev1.VolumeMount{{Name: "tmp", MountPath: "/tmp"}},
+					Name: "busybox", Image: cluster.Busybox, Command: []string{"/bin/busybox", "sh", "-c",
+						"cd /tmp; echo page >index.html; exec /bin/busybox httpd -f -p 8443"},
+					SecurityContext: &corev1.SecurityContext{AllowPrivilegeEscalation: &no,
+						Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}},
+					VolumeMounts: []corev1.VolumeMount{{Name: "tmp", MountPath: "/tmp"}},
 				}},
-				Volumes:                       []corev1.Volume{{Name: "tmp", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}},
-				SecurityContext:               &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &user, SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
+				Volumes: []corev1.Volume{{Name: "tmp",
+					VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}},
+				SecurityContext: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &user,
+					SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
 				TerminationGracePeriodSeconds: new(int64),
 			},
 		}, metav1.CreateOptions{}); err != nil {
@@ -99,7 +104,8 @@ func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
 		{likeAgent, node.HostIP, gateway, false, "the agent to another port of the control plane"},
 	} {
 		reaches := func() error {
-			out, err := i.run(i.admin, "", nil, "-n", test.from.Namespace, "exec", test.from.Name, "--", "/bin/busybox", "nc", "-w", "3", test.address, test.port, "-e", "/bin/busybox", "true")
+			out, err := i.run(i.admin, "", nil, "-n", test.from.Namespace, "exec", test.from.Name, "--", "/bin/busybox", "nc",
+				"-w", "3", test.address, test.port, "-e", "/bin/busybox", "true")
 			if err != nil && !strings.Contains(err.Error(), "command terminated with exit code 1") {
 				t.Fatal(out, err)
 			}

@@ -40,7 +40,8 @@ func pushImages(t *testing.T, p *page) {
 	write(".config/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = %[1]q\ninsecure = true\n[[registry]]\nprefix = \"docker.io\"\nlocation = %[1]q\ninsecure = true\n", registry))
 
 	push := strings.ReplaceAll(p.command(t, "make push"), "registry.example.com", registry)
-	pushed := regexp.MustCompile(regexp.QuoteMeta(registry) + `/pipeops/vm-agent:\S+@sha256:\S+`).FindString(sh.must("cd " + root + " && TLS_VERIFY=false " + push))
+	pushed := regexp.MustCompile(regexp.QuoteMeta(registry) +
+		`/pipeops/vm-agent:\S+@sha256:\S+`).FindString(sh.must("cd " + root + " && TLS_VERIFY=false " + push))
 	index := sh.must("skopeo inspect --raw docker://" + strings.SplitN(pushed, "@", 2)[0])
 	for _, arch := range []string{"amd64", "arm64"} {
 		if strings.Count(index, `"architecture":"`+arch+`"`) != 1 {

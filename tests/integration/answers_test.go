@@ -32,7 +32,8 @@ func TestResponsesAreForwardedUnchanged(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	for i := range 20 { // enough for the API server to compress the list
-		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)}, Data: map[string]string{"a": strings.Repeat("x", 16<<10)}}
+		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)},
+			Data: map[string]string{"a": strings.Repeat("x", 16<<10)}}
 		if _, err := api.Client.CoreV1().ConfigMaps(ns).Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
@@ -109,7 +110,8 @@ func TestProtobufClientListsAndWatches(t *testing.T) {
 	}
 	defer watch.Stop()
 	for i := range 7 {
-		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)}, BinaryData: map[string][]byte{"a": {0, 0xff}}}
+		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)},
+			BinaryData: map[string][]byte{"a": {0, 0xff}}}
 		if _, err := configMaps.Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}

@@ -24,7 +24,8 @@ func TestAttacksStayBelowTheMemoryLimit(t *testing.T) {
 	frps := attack.Target{Addr: addr, TLS: config, Host: config.ServerName, Prefix: "/api/k8s", Token: agentToken}
 	tunnel, operations := frps, attack.Target{Addr: strings.TrimPrefix(w.agent.Operations, "http://")}
 	tunnel.Addr = strings.TrimPrefix(w.agent.Tunnel, "https://")
-	for name, handler := range map[string]http.Handler{attack.Hostile: attack.HostileRunner(), attack.Loop: attack.LoopRunner(frps, attack.Loop)} {
+	for name, handler := range map[string]http.Handler{attack.Hostile: attack.HostileRunner(),
+		attack.Loop: attack.LoopRunner(frps, attack.Loop)} {
 		runner := httptest.NewServer(handler)
 		t.Cleanup(func() { runner.CloseClientConnections(); runner.Close() })
 		if err := frps.Assign(t.Context(), name, runner.URL); err != nil {

@@ -54,7 +54,9 @@ func TestRunCommandPrintsAWorkingKubeconfig(t *testing.T) {
 	roots.AppendCertsFromPEM(ca)
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
 	defer client.CloseIdleConnections()
-	if resp, body := get(t, client, curl[3], http.Header{"Authorization": {"Bearer " + string(token)}}); resp.StatusCode != http.StatusOK || !strings.Contains(body, `"connected":true`) {
+	if resp, body := get(t, client, curl[3],
+		http.Header{"Authorization": {"Bearer " + string(token)}}); resp.StatusCode != http.StatusOK ||
+		!strings.Contains(body, `"connected":true`) {
 		t.Errorf("curl: %s %s", resp.Status, body)
 	}
 	if err := syscall.Kill(run.Pid(), syscall.SIGINT); err != nil {
@@ -115,7 +117,8 @@ func TestFrpcAdminAPIReportsStatusAndStops(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := frpc.ProxyStatus{Name: lease.Frpc.Tunnel.Name, Type: "https", Status: "running", RemoteAddr: proxies[0].RemoteAddr}
+	want := frpc.ProxyStatus{Name: lease.Frpc.Tunnel.Name, Type: "https", Status: "running",
+		RemoteAddr: proxies[0].RemoteAddr}
 	if len(proxies) != 1 || proxies[0] != want || !strings.HasPrefix(want.RemoteAddr, agentID+".") {
 		t.Errorf("got %+v, want %+v", proxies, want)
 	}

@@ -40,7 +40,8 @@ func TestAgentCannotTakeAnotherAgentsTunnel(t *testing.T) {
 		eventually(t, func() error {
 			const want = `the lease of agent "` + thief + `" is not for this tunnel`
 			proxies, err := w.lease().Frpc.Admin.Status(t.Context())
-			if err == nil && (len(proxies) != 1 || proxies[0].Status != "start error" || !strings.Contains(proxies[0].Err, want)) {
+			if err == nil && (len(proxies) != 1 || proxies[0].Status != "start error" ||
+				!strings.Contains(proxies[0].Err, want)) {
 				err = fmt.Errorf("frpc's proxies are %+v, want %q", proxies, want)
 			}
 			return err

@@ -49,7 +49,8 @@ func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
 			answers := func(want int) {
 				t.Helper()
 				harness.Eventually(t, rotation, func() error {
-					req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, w.agent.Tunnel+"/api/k8s/api/v1/namespaces", nil)
+					req, err := http.NewRequestWithContext(t.Context(), http.MethodGet,
+						w.agent.Tunnel+"/api/k8s/api/v1/namespaces", nil)
 					if err != nil {
 						return err
 					}
@@ -79,14 +80,16 @@ func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
 func TestCallersMayUseTheOldAndTheNewToken(t *testing.T) {
 	w := newWorld(t)
 	file := filepath.Join(w.group.Dir(), "agent-token")
-	w.agent.Env = append(slices.DeleteFunc(w.agent.Env, func(v string) bool { return strings.HasPrefix(v, "PIPEOPS_AGENT_TOKEN=") }),
+	w.agent.Env = append(slices.DeleteFunc(w.agent.Env,
+		func(v string) bool { return strings.HasPrefix(v, "PIPEOPS_AGENT_TOKEN=") }),
 		"PIPEOPS_AGENT_TOKEN_FILE="+file)
 	if err := os.WriteFile(file, []byte(agentToken+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	w.startAgent()
 	code := func(token string) int {
-		resp, _ := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + token}})
+		resp, _ := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version",
+			http.Header{"Authorization": {"Bearer " + token}})
 		return resp.StatusCode
 	}
 	if old, next := code(agentToken), code("the-next-token"); old != http.StatusOK || next != http.StatusUnauthorized {

@@ -34,7 +34,8 @@ func (w *world) doctor() (code int, results, details map[string]string) {
 // TestDoctorFindsTheBrokenHop checks what doctor reports about an agent that works, and about each broken hop.
 func TestDoctorFindsTheBrokenHop(t *testing.T) {
 	const ok, failed, skipped = "ok", "failed", "skipped"
-	steps := []string{"configuration", "dns", "control plane", "authentication", "frps", "tunnel", "proxy", "kubernetes", "permissions"}
+	steps := []string{"configuration", "dns", "control plane", "authentication", "frps", "tunnel", "proxy", "kubernetes",
+		"permissions"}
 	for _, test := range []struct {
 		name string
 		harm func(w *world)

@@ -206,7 +206,8 @@ func TestExecFinishesDuringADrain(t *testing.T) {
 	runningPod(t, &kubelet{}, ns)
 	s := startSession(t, w, ns)
 	startDraining(t, w)
-	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + agentToken}})
+	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version",
+		http.Header{"Authorization": {"Bearer " + agentToken}})
 	if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
 		t.Errorf("a new request: %s %v %s", resp.Status, resp.Header, body)
 	}

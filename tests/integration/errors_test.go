@@ -134,7 +134,8 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 // viewer is a world whose agent may read, but no secrets.
 func viewer(t *testing.T) *world {
 	t.Helper()
-	config, err := api.ServiceAccount(t.Context(), "pipeops-system", "viewer", "system:aggregate-to-view") // no controller runs that would fill "view"
+	// no controller runs that would fill "view"
+	config, err := api.ServiceAccount(t.Context(), "pipeops-system", "viewer", "system:aggregate-to-view")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +154,8 @@ func protectedPod(t *testing.T, w *world, ns string) {
 	budgets := api.Client.PolicyV1().PodDisruptionBudgets(ns)
 	budget, err := budgets.Create(t.Context(), &policyv1.PodDisruptionBudget{
 		ObjectMeta: metav1.ObjectMeta{Name: "budget"},
-		Spec:       policyv1.PodDisruptionBudgetSpec{MaxUnavailable: &none, Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "protected"}}},
+		Spec: policyv1.PodDisruptionBudgetSpec{MaxUnavailable: &none,
+			Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "protected"}}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)

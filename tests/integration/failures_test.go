@@ -103,7 +103,8 @@ func TestReadyReportsALostTunnel(t *testing.T) {
 	w := connected(t)
 	w.cp.StopFrps()
 	wantReady(t, w.agent, "tunnel", fmt.Sprintf("frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr and frp.server_port, and that the network lets TCP out to it", w.cp.FrpsPort))
-	if r := w.kubectl(w.caller, "", "get", "namespaces"); r.Code == 0 || !strings.Contains(r.Stderr, "the gateway cannot reach frps: dial tcp") {
+	if r := w.kubectl(w.caller, "", "get", "namespaces"); r.Code == 0 ||
+		!strings.Contains(r.Stderr, "the gateway cannot reach frps: dial tcp") {
 		t.Errorf("kubectl: %+v", r)
 	}
 }
@@ -218,7 +219,8 @@ func TestCallersWithoutTheTokenAreRefused(t *testing.T) {
 			t.Errorf("%s: got %s, want %d: %s", path, resp.Status, want, body)
 		}
 	}
-	if _, text := get(t, http.DefaultClient, w.agent.Operations+"/metrics", nil); strings.Contains(text, "pipeops_agent_kubernetes_requests_total{") {
+	if _, text := get(t, http.DefaultClient, w.agent.Operations+"/metrics", nil); strings.Contains(text,
+		"pipeops_agent_kubernetes_requests_total{") {
 		t.Errorf("a request went to the API server:\n%s", text)
 	}
 	for path, want := range map[string]int{

@@ -156,7 +156,8 @@ func (w *world) mustKubectl(args ...string) string {
 // tests.
 func (w *world) namespace() string {
 	w.t.Helper()
-	name := "test-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(w.t.Name())) + fmt.Sprintf("-%d", time.Now().UnixNano()%1e6)
+	name := "test-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(w.t.Name())) +
+		fmt.Sprintf("-%d", time.Now().UnixNano()%1e6)
 	if r := w.kubectl(w.direct, "", "create", "namespace", name); r.Code != 0 {
 		w.t.Fatal(r.Stderr)
 	}
@@ -183,7 +184,8 @@ func get(t *testing.T, client *http.Client, url string, header http.Header) (*ht
 var asItIs = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 
 // exchange sends a request and returns the answer with its body.
-func exchange(t *testing.T, client *http.Client, method, url string, header http.Header, body string) (*http.Response, string) {
+func exchange(t *testing.T, client *http.Client, method, url string, header http.Header,
+	body string) (*http.Response, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
 	if err != nil {

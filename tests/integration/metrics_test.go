@@ -43,7 +43,8 @@ func value(families map[string]*dto.MetricFamily, name string, labels map[string
 // TestMetricsCountTheTraffic makes a known number of requests, and compares it with the metrics.
 func TestMetricsCountTheTraffic(t *testing.T) {
 	w, ns := connectedWithRunners(t)
-	sendMessage(t, w.agent, "1", "runner_assigned", assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)
+	sendMessage(t, w.agent, "1", "runner_assigned",
+		assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)
 	if resp, body := post(t, w.agent, "/api/runners/r/command", "{}"); resp.StatusCode != http.StatusOK {
 		t.Fatal(resp.Status, body)
 	}
@@ -57,7 +58,8 @@ func TestMetricsCountTheTraffic(t *testing.T) {
 		_, _ = get(t, http.DefaultClient, w.agent.Tunnel+"/api/agent/status", token)
 	}
 	_, _ = post(t, w.agent, "/api/agent/heartbeat", "")
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, w.agent.Tunnel+"/api/k8s/api/v1/pods?watch=true", nil)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet,
+		w.agent.Tunnel+"/api/k8s/api/v1/pods?watch=true", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

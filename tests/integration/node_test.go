@@ -66,21 +66,24 @@ func (k *kubelet) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			remotecommand.ServeAttach(w, r, k, parts[2], "", parts[3], options, time.Minute, 10*time.Second, protocols)
 			return
 		}
-		remotecommand.ServeExec(w, r, k, parts[2], "", parts[3], r.URL.Query()["command"], options, time.Minute, 10*time.Second, protocols)
+		remotecommand.ServeExec(w, r, k, parts[2], "", parts[3], r.URL.Query()["command"], options, time.Minute,
+			10*time.Second, protocols)
 	case "portForward":
 		options, err := portforward.NewV4Options(r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		portforward.ServePortForward(w, r, k, parts[2], "", options, time.Minute, 10*time.Second, portforward.SupportedProtocols)
+		portforward.ServePortForward(w, r, k, parts[2], "", options, time.Minute, 10*time.Second,
+			portforward.SupportedProtocols)
 	default:
 		http.NotFound(w, r)
 	}
 }
 
 // ExecInContainer implements remotecommand.Executor.
-func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command []string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
+func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command []string, in io.Reader,
+	out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	if tty {
 		return inTerminal(cmd, in, out, resize)
@@ -127,7 +130,8 @@ func exitCode(err error) error {
 }
 
 // AttachContainer implements remotecommand.Attacher. The container is a running cat.
-func (k *kubelet) AttachContainer(ctx context.Context, _, _, _ string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
+func (k *kubelet) AttachContainer(ctx context.Context, _, _, _ string, in io.Reader,
+	out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
 	return k.ExecInContainer(ctx, "", "", "", []string{"cat"}, in, out, errOut, tty, resize, 0)
 }
 
@@ -165,7 +169,8 @@ func runningPod(t *testing.T, k *kubelet, ns string) {
 		t.Fatal(err)
 	}
 	status := fmt.Sprintf(`{"status":{"addresses":[{"type":"InternalIP","address":"127.0.0.1"}],"daemonEndpoints":{"kubeletEndpoint":{"Port":%d}}}}`, n)
-	if _, err := api.Client.CoreV1().Nodes().Patch(ctx, node.Name, types.StrategicMergePatchType, []byte(status), metav1.PatchOptions{}, "status"); err != nil {
+	if _, err := api.Client.CoreV1().Nodes().Patch(ctx, node.Name, types.StrategicMergePatchType, []byte(status),
+		metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
 	}
 	pod := &corev1.Pod{
@@ -177,11 +182,13 @@ func runningPod(t *testing.T, k *kubelet, ns string) {
 	}
 	t.Cleanup(func() { // no kubelet that would
 		now := int64(0)
-		_ = api.Client.CoreV1().Pods(ns).Delete(context.Background(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: &now})
+		_ = api.Client.CoreV1().Pods(ns).Delete(context.Background(), pod.Name,
+			metav1.DeleteOptions{GracePeriodSeconds: &now})
 		_ = api.Client.CoreV1().Nodes().Delete(context.Background(), node.Name, metav1.DeleteOptions{})
 	})
 	status = `{"status":{"phase":"Running","containerStatuses":[{"name":"c","image":"none","imageID":"","ready":true,"restartCount":0,"state":{"running":{}}}]}}`
-	if _, err := api.Client.CoreV1().Pods(ns).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(status), metav1.PatchOptions{}, "status"); err != nil {
+	if _, err := api.Client.CoreV1().Pods(ns).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(status),
+		metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -225,7 +232,8 @@ func eachProtocol(t *testing.T, w *world, test func(t *testing.T)) {
 	t.Helper()
 	for _, p := range protocols {
 		t.Run(p.name, func(t *testing.T) {
-			w.env = []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=" + p.websockets, "KUBECTL_PORT_FORWARD_WEBSOCKETS=" + p.websockets}
+			w.env = []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=" + p.websockets,
+				"KUBECTL_PORT_FORWARD_WEBSOCKETS=" + p.websockets}
 			test(t)
 		})
 	}
@@ -392,7 +400,8 @@ func TestPortForwardServesConnections(t *testing.T) {
 			return nil
 		})
 		for range 3 { // one connection after the other, over one forward
-			if resp, body := get(t, &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, "http://"+local[1], nil); resp.StatusCode != http.StatusOK || body != page {
+			if resp, body := get(t, &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, "http://"+local[1],
+				nil); resp.StatusCode != http.StatusOK || body != page {
 				t.Errorf("%s, %d bytes of %d; %s", resp.Status, len(body), len(page), forward.Log())
 			}
 		}

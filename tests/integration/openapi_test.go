@@ -166,7 +166,8 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 			t.Fatal(err)
 		}
 		err = fits("#/components/schemas/Message", value)
-		if resp, answer := post(t, w.agent, messages, body); resp.StatusCode != map[bool]int{true: http.StatusOK, false: http.StatusUnprocessableEntity}[err == nil] {
+		if resp, answer := post(t, w.agent, messages, body); resp.StatusCode != map[bool]int{true: http.StatusOK,
+			false: http.StatusUnprocessableEntity}[err == nil] {
 			t.Errorf("%s: answered %s %s, but the page says %v", body, resp.Status, answer, err)
 		}
 	}
@@ -209,7 +210,8 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 
 	for key := range said {
 		// The runner's own answers are anything; slowness is in TestCommandsReachTheRunner, and in the proxy's own tests.
-		if !shown[key] && key != "POST "+command+" default" && !strings.HasSuffix(key, " 408") && !strings.HasSuffix(key, " 504") {
+		if !shown[key] && key != "POST "+command+" default" && !strings.HasSuffix(key, " 408") &&
+			!strings.HasSuffix(key, " 504") {
 			t.Errorf("no request here shows %s", key)
 		}
 	}

@@ -60,7 +60,8 @@ func TestFrpsOutageRestartsNothing(t *testing.T) {
 					}
 					return nil
 				})
-				t.Logf("%s for %s: back after %.1f s; %d requests for leases", fault, outage, time.Since(back).Seconds(), w.cp.LeasesGiven()-leases)
+				t.Logf("%s for %s: back after %.1f s; %d requests for leases", fault, outage, time.Since(back).Seconds(),
+					w.cp.LeasesGiven()-leases)
 				if n := w.agent.FrpcRestarts(); n > 0 {
 					t.Errorf("frpc was restarted %d times:\n%s", n, w.agent.Bootstrap.Log())
 				}
@@ -105,7 +106,8 @@ func TestFrpcRecoversFromASilentLogin(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			server := newOwnServer(t, w, true, "")
-			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token",
+				"PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
 				"PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test", "PIPEOPS_FRP_PROTOCOL="+test.protocol)
 			frps := fmt.Sprintf("127.0.0.1:%d", server.bind)
 			var silent *relay.Relay
@@ -113,7 +115,8 @@ func TestFrpcRecoversFromASilentLogin(t *testing.T) {
 				proxy := httptest.NewServer(goproxy.NewProxyHttpServer())
 				t.Cleanup(proxy.Close)
 				silent = newRelay(t, proxy.Listener.Addr().String(), test.after)
-				w.agent.Env = append(w.agent.Env, fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_FRP_PROXY_URL=http://"+silent.Addr)
+				w.agent.Env = append(w.agent.Env, fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind),
+					"PIPEOPS_FRP_PROXY_URL=http://"+silent.Addr)
 			} else {
 				silent = newRelay(t, frps, test.after)
 				_, port, _ := net.SplitHostPort(silent.Addr)

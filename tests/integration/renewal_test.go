@@ -100,7 +100,8 @@ func sharedToken(o *controlplane.Options) { o.Token = true }
 // eachMethod runs test with both authentication methods of frp.
 func eachMethod(t *testing.T, test func(t *testing.T, method func(*controlplane.Options))) {
 	t.Helper()
-	for name, method := range map[string]func(*controlplane.Options){"oidc": func(*controlplane.Options) {}, "token": sharedToken} {
+	for name, method := range map[string]func(*controlplane.Options){"oidc": func(*controlplane.Options) {},
+		"token": sharedToken} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			test(t, method)
@@ -198,9 +199,10 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 
 	gateway, base := w.client()
 	addr, config := w.cp.Direct(agentID)
-	direct := &http.Client{Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
-	}}}
+	direct := &http.Client{Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+		}}}
 	var calls, failures atomic.Int32
 	stop := make(chan struct{})
 	var callers sync.WaitGroup
@@ -362,7 +364,8 @@ func TestChangedTunnelIsReloadedWithoutARestart(t *testing.T) {
 	})
 	w.waitAnswering()
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || w.agent.FrpcPid() != pid {
-		t.Errorf("the watch runs: %v; frpc was restarted %d times:\n%s", runs(watch), w.agent.FrpcRestarts(), w.agent.Bootstrap.Log())
+		t.Errorf("the watch runs: %v; frpc was restarted %d times:\n%s", runs(watch), w.agent.FrpcRestarts(),
+			w.agent.Bootstrap.Log())
 	}
 	if !strings.Contains(w.agent.Bootstrap.Log(), "frpc has reloaded its configuration") {
 		t.Errorf("bootstrap says:\n%s", w.agent.Bootstrap.Log())
@@ -380,12 +383,14 @@ func TestTunnelSurvivesAControlPlaneOutage(t *testing.T) {
 	want := "the lease cannot be renewed since "
 	harness.Eventually(t, time.Minute, func() error {
 		code, ready, err := w.agent.Ready(t.Context())
-		if err == nil && (code != http.StatusOK || !strings.HasPrefix(ready.Checks["tunnel"].Detail, want) || time.Now().Before(first.ExpiresAt)) {
+		if err == nil && (code != http.StatusOK || !strings.HasPrefix(ready.Checks["tunnel"].Detail, want) ||
+			time.Now().Before(first.ExpiresAt)) {
 			err = fmt.Errorf("/ready answers %d %+v", code, ready)
 		}
 		return err
 	})
-	if status := w.status(); !strings.HasPrefix(status.Tunnel.LeaseProblem, want) || !strings.Contains(status.Tunnel.LeaseProblem, "503 Service Unavailable") {
+	if status := w.status(); !strings.HasPrefix(status.Tunnel.LeaseProblem, want) ||
+		!strings.Contains(status.Tunnel.LeaseProblem, "503 Service Unavailable") {
 		t.Errorf("status: %+v", status.Tunnel)
 	}
 	wantMetric(t, w.agent, "pipeops_agent_tunnel_lease_renewal_failing 1")
@@ -417,7 +422,8 @@ func TestMiddlebox403ClosesNoTunnel(t *testing.T) {
 		t.Helper()
 		eventually(t, func() error {
 			const want = "or something on the way there, refuses the request (403 Forbidden, text/html): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; unless the next attempts succeed, the tunnel is closed when the lease ends"
-			if code, ready, err := w.agent.Ready(t.Context()); err != nil || code != http.StatusOK || !strings.Contains(ready.Checks["tunnel"].Detail, want) {
+			if code, ready, err := w.agent.Ready(t.Context()); err != nil || code != http.StatusOK ||
+				!strings.Contains(ready.Checks["tunnel"].Detail, want) {
 				return fmt.Errorf("/ready answers %d %+v, %w", code, ready, err)
 			}
 			return nil
@@ -434,7 +440,8 @@ func TestMiddlebox403ClosesNoTunnel(t *testing.T) {
 	second := w.waitRenewed(first)
 	w.cp.Fail(blocked)
 	wantProblem()
-	if code := w.agent.Bootstrap.ExitCode(); code != 1 || !strings.Contains(w.agent.Bootstrap.Log(), "on the way; the tunnel is closed") {
+	if code := w.agent.Bootstrap.ExitCode(); code != 1 ||
+		!strings.Contains(w.agent.Bootstrap.Log(), "on the way; the tunnel is closed") {
 		t.Errorf("bootstrap ends with %d:\n%s", code, w.agent.Bootstrap.Log())
 	}
 	if early := time.Until(second.ExpiresAt); early > 0 {
@@ -464,7 +471,8 @@ func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 	}
 	wantMetric(t, w.agent, "pipeops_agent_tunnel_lease_renewal_failing 1")
 	first := w.lease().Renewal
-	if !runs(watch) || first == nil || !strings.HasSuffix(first.Error, "; the tunnel is closed if the next attempt is answered so too") {
+	if !runs(watch) || first == nil || !strings.HasSuffix(first.Error,
+		"; the tunnel is closed if the next attempt is answered so too") {
 		t.Errorf("after the first answer: the watch runs: %v, lease.json says %+v", runs(watch), first)
 	}
 	if code := w.agent.Bootstrap.ExitCode(); code != 1 {
@@ -565,7 +573,8 @@ func TestExpiredLeasesAreReplaced(t *testing.T) {
 		w.cp.SetTerms(controlplane.Terms{Life: time.Hour, TunnelType: "https"})
 		w.waitRenewed(w.lease())
 		eventually(t, func() error {
-			if resp, body := w.ask(http.MethodGet, "/api/agent/status"); resp.StatusCode != http.StatusOK || !strings.Contains(body, `"type":"https"`) {
+			if resp, body := w.ask(http.MethodGet, "/api/agent/status"); resp.StatusCode != http.StatusOK ||
+				!strings.Contains(body, `"type":"https"`) {
 				return fmt.Errorf("%s: %s", resp.Status, body)
 			}
 			return nil

@@ -28,7 +28,8 @@ func TestOnlyUndeliveredRequestsAreRetried(t *testing.T) {
 	const path, mustLook = "/api/k8s/api/v1/namespaces/default/configmaps", "look whether what you asked for was done"
 	for _, tunnel := range []string{"https", "http"} {
 		t.Run(tunnel, func(t *testing.T) {
-			w := connectedBy(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
+			w := connectedBy(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any",
+				TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
 			client, base := w.client()
 			want := func(what, method string, code int) {
 				t.Helper()
@@ -38,9 +39,11 @@ func TestOnlyUndeliveredRequestsAreRetried(t *testing.T) {
 				}
 				resp, body := exchange(t, client, method, base+path, http.Header{}, sent)
 				again, look := resp.Header.Get("Retry-After") != "", strings.Contains(body, mustLook)
-				if resp.StatusCode != code || again != (code == http.StatusServiceUnavailable) || look != (code == http.StatusBadGateway) ||
+				if resp.StatusCode != code || again != (code == http.StatusServiceUnavailable) ||
+					look != (code == http.StatusBadGateway) ||
 					!strings.HasPrefix(body, `{"kind":"Status"`) {
-					t.Errorf("%s, %s: %s, Retry-After %q: %s\nwant %d", what, method, resp.Status, resp.Header.Get("Retry-After"), body, code)
+					t.Errorf("%s, %s: %s, Retry-After %q: %s\nwant %d", what, method, resp.Status,
+						resp.Header.Get("Retry-After"), body, code)
 				}
 			}
 			for _, hop := range []struct {
@@ -51,7 +54,8 @@ func TestOnlyUndeliveredRequestsAreRetried(t *testing.T) {
 				{"frpc", func() error { w.agent.Frpc.Kill(); return nil }, w.agent.StartFrpc},
 				{"frps", func() error { w.cp.StopFrps(); return nil }, func() error { return w.cp.StartFrps(t.Context()) }},
 			} {
-				for method, code := range map[string]int{http.MethodGet: http.StatusServiceUnavailable, http.MethodPost: http.StatusBadGateway, http.MethodDelete: http.StatusBadGateway} {
+				for method, code := range map[string]int{http.MethodGet: http.StatusServiceUnavailable,
+					http.MethodPost: http.StatusBadGateway, http.MethodDelete: http.StatusBadGateway} {
 					done := make(chan struct{})
 					go func() {
 						defer close(done)
@@ -78,7 +82,8 @@ func TestOnlyUndeliveredRequestsAreRetried(t *testing.T) {
 	}
 	w := newWorld(t) // its agent has never started: nothing can have been delivered
 	client, base := w.client()
-	if resp, body := exchange(t, client, http.MethodDelete, base+path, http.Header{}, ""); resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
+	if resp, body := exchange(t, client, http.MethodDelete, base+path, http.Header{},
+		""); resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
 		t.Errorf("an agent that was never there: %s: %s", resp.Status, body)
 	}
 }

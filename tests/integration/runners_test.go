@@ -28,12 +28,14 @@ func post(t *testing.T, a *agent.Agent, path, body string) (*http.Response, stri
 // sendMessage sends a control plane's message and expects it to be acknowledged.
 func sendMessage(t *testing.T, a *agent.Agent, id, kind, data string, duplicate bool) {
 	t.Helper()
-	resp, body := post(t, a, "/api/control-plane/message", fmt.Sprintf(`{"id":%q,"type":%q,"timestamp":"2026-01-02T03:04:05Z","data":%s}`, id, kind, data))
+	resp, body := post(t, a, "/api/control-plane/message",
+		fmt.Sprintf(`{"id":%q,"type":%q,"timestamp":"2026-01-02T03:04:05Z","data":%s}`, id, kind, data))
 	var answer struct {
 		Status    string
 		Duplicate bool
 	}
-	if err := json.Unmarshal([]byte(body), &answer); err != nil || resp.StatusCode != http.StatusOK || answer.Status != "acknowledged" || answer.Duplicate != duplicate {
+	if err := json.Unmarshal([]byte(body), &answer); err != nil || resp.StatusCode != http.StatusOK ||
+		answer.Status != "acknowledged" || answer.Duplicate != duplicate {
 		t.Fatalf("message %s %s: %s %s", id, kind, resp.Status, body)
 	}
 }
@@ -106,7 +108,8 @@ func TestCommandsReachTheRunner(t *testing.T) {
 	want("/api/runners/R1/command", "{}", http.StatusNotFound, "no runner")
 
 	// Each line must arrive before the next is written.
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, w.agent.Tunnel+command, strings.NewReader("stream"))
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, w.agent.Tunnel+command,
+		strings.NewReader("stream"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +217,8 @@ func TestFullRegistryIsReported(t *testing.T) {
 	large := assignment("r1", "http://r.a.svc/"+strings.Repeat("x", 2000))
 	sendMessage(t, w.agent, "m1", "runner_assigned", large, false)
 	fillRegistry(t, ns)
-	resp, body := post(t, w.agent, "/api/control-plane/message", `{"id":"m2","type":"runner_assigned","data":`+strings.Replace(large, "r1", "r2", 1)+`}`)
+	resp, body := post(t, w.agent, "/api/control-plane/message",
+		`{"id":"m2","type":"runner_assigned","data":`+strings.Replace(large, "r1", "r2", 1)+`}`)
 	if resp.StatusCode != http.StatusInsufficientStorage || !strings.Contains(body, "the registry of runners is full") {
 		t.Errorf("%s %s", resp.Status, body)
 	}
@@ -226,7 +230,8 @@ func TestFullRegistryIsReported(t *testing.T) {
 // registry.
 func TestRegistryWithoutPermissionIsReported(t *testing.T) {
 	w := viewer(t)
-	resp, body := post(t, w.agent, "/api/control-plane/message", `{"id":"1","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/")+`}`)
+	resp, body := post(t, w.agent, "/api/control-plane/message",
+		`{"id":"1","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/")+`}`)
 	if resp.StatusCode != http.StatusBadGateway || !strings.Contains(body, `cannot get resource \"secrets\"`) {
 		t.Errorf("%s %s", resp.Status, body)
 	}

@@ -26,7 +26,8 @@ func TestNoSecretIsLoggedOrReturned(t *testing.T) {
 	}
 	secrets := []string{mark, agentToken, api.agent.BearerToken}
 	for line := range strings.Lines(string(lease)) { // frp's token, and the password of frpc's admin API
-		if key, value, ok := strings.Cut(line, ":"); ok && (strings.Contains(key, `"token"`) || strings.Contains(key, `"password"`)) {
+		if key, value, ok := strings.Cut(line, ":"); ok && (strings.Contains(key, `"token"`) ||
+			strings.Contains(key, `"password"`)) {
 			secrets = append(secrets, strings.Trim(strings.TrimSpace(value), `",`))
 		}
 	}
@@ -41,7 +42,8 @@ func TestNoSecretIsLoggedOrReturned(t *testing.T) {
 		_ = resp.Header.Write(&said)
 		said.WriteString(answer)
 	}
-	right := http.Header{"Authorization": {"Bearer " + agentToken}, "Content-Type": {"application/json"}, "Cookie": {mark}, "X-A": {mark}}
+	right := http.Header{"Authorization": {"Bearer " + agentToken}, "Content-Type": {"application/json"},
+		"Cookie": {mark}, "X-A": {mark}}
 	wrong := http.Header{"Authorization": {"Bearer " + mark}, "Cookie": {mark}}
 	paths := []struct{ method, path, body string }{
 		{http.MethodGet, "/health?q=" + mark, ""},

@@ -91,12 +91,14 @@ func TestStatusMatchesTheCluster(t *testing.T) {
 		return len(strings.Fields(w.mustKubectl("get", kind, "-A", "-o", "name")))
 	}
 	s := w.status()
-	if c := s.Cluster; !c.Reachable || c.Version == nil || !strings.Contains(w.mustKubectl("version"), "Server Version: "+*c.Version) || len(c.Unavailable) > 0 ||
+	if c := s.Cluster; !c.Reachable || c.Version == nil ||
+		!strings.Contains(w.mustKubectl("version"), "Server Version: "+*c.Version) || len(c.Unavailable) > 0 ||
 		*c.Namespaces != count("namespaces") || *c.Deployments != count("deployments") || *c.Services != count("services") ||
 		*c.Pods != count("pods") || c.Nodes.Total != count("nodes") {
 		t.Errorf("cluster: %+v", c)
 	}
-	if s.Agent.ID != agentID || s.Agent.Version == "" || !s.Tunnel.Connected || s.Tunnel.Since == nil || len(s.Tunnel.Proxies) != 1 || s.Tunnel.LeaseExpires == nil {
+	if s.Agent.ID != agentID || s.Agent.Version == "" || !s.Tunnel.Connected || s.Tunnel.Since == nil ||
+		len(s.Tunnel.Proxies) != 1 || s.Tunnel.LeaseExpires == nil {
 		t.Errorf("agent: %+v, tunnel: %+v", s.Agent, s.Tunnel)
 	}
 	if s.ControlPlane.Heartbeats != 0 || s.ControlPlane.LastHeartbeat != nil {
@@ -108,11 +110,13 @@ func TestStatusMatchesTheCluster(t *testing.T) {
 			Status   string
 			Sequence int
 		}
-		if err := json.Unmarshal([]byte(body), &alive); err != nil || resp.StatusCode != http.StatusOK || alive.Status != "alive" || alive.Sequence != want {
+		if err := json.Unmarshal([]byte(body), &alive); err != nil || resp.StatusCode != http.StatusOK ||
+			alive.Status != "alive" || alive.Sequence != want {
 			t.Errorf("heartbeat %d: %s %s", want, resp.Status, body)
 		}
 	}
-	if again := w.status().ControlPlane; again.Heartbeats != 2 || again.LastHeartbeat == nil || time.Since(*again.LastHeartbeat) > time.Minute {
+	if again := w.status().ControlPlane; again.Heartbeats != 2 || again.LastHeartbeat == nil ||
+		time.Since(*again.LastHeartbeat) > time.Minute {
 		t.Errorf("after two heartbeats: %+v", again)
 	}
 

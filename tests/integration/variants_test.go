@@ -36,7 +36,8 @@ type ownServer struct {
 func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer {
 	t.Helper()
 	dir := filepath.Dir(w.cp.CAFile)
-	s := ownServer{caFile: w.cp.CAFile, certFile: filepath.Join(dir, "server.crt"), keyFile: filepath.Join(dir, "server.key")}
+	s := ownServer{caFile: w.cp.CAFile, certFile: filepath.Join(dir, "server.crt"),
+		keyFile: filepath.Join(dir, "server.key")}
 	for _, port := range []*int{&s.bind, &s.kcp, &s.quic, &s.http, &s.https, &s.tcp} {
 		var err error
 		if *port, err = process.FreePort(); err != nil {
@@ -92,7 +93,8 @@ func TestEveryProtocolReachesFrps(t *testing.T) {
 		}, ""},
 		{"wss to a web server before frps", func(t *testing.T, w *world) (ownServer, []string) {
 			s := newOwnServer(t, w, false, "") // it sees no TLS: the web server has taken it off
-			front := httptest.NewUnstartedServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: fmt.Sprintf("127.0.0.1:%d", s.bind)}))
+			front := httptest.NewUnstartedServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http",
+				Host: fmt.Sprintf("127.0.0.1:%d", s.bind)}))
 			certificate, err := tls.LoadX509KeyPair(s.certFile, s.keyFile)
 			if err != nil {
 				t.Fatal(err)
@@ -125,7 +127,8 @@ func TestEveryProtocolReachesFrps(t *testing.T) {
 			return s, []string{"PIPEOPS_FRP_PROXY_URL=http://agent:hunter2@" + server.Listener.Addr().String()}
 		}, ""},
 		{"a tunnel of type https", func(t *testing.T, w *world) (ownServer, []string) {
-			return newOwnServer(t, w, true, ""), []string{"PIPEOPS_FRP_TUNNEL_TYPE=https", "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test"}
+			return newOwnServer(t, w, true, ""), []string{"PIPEOPS_FRP_TUNNEL_TYPE=https",
+				"PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test"}
 		}, "https"},
 		{"a tunnel of type tcp", func(t *testing.T, w *world) (ownServer, []string) {
 			s := newOwnServer(t, w, true, "")
@@ -136,7 +139,8 @@ func TestEveryProtocolReachesFrps(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			s, env := test.prepare(t, w)
-			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+harness.FreeAddr(t), "PIPEOPS_FRP_TUNNEL_TYPE=http",
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token",
+				"PIPEOPS_API_URL=https://"+harness.FreeAddr(t), "PIPEOPS_FRP_TUNNEL_TYPE=http",
 				"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", s.bind))
 			w.agent.Env = append(w.agent.Env, env...)
 			w.startAgent()
@@ -156,8 +160,10 @@ func TestEveryProtocolReachesFrps(t *testing.T) {
 			transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 				return (&net.Dialer{}).DialContext(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", port))
 			}
-			resp, body := exchange(t, &http.Client{Transport: transport}, http.MethodGet, base+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + agentToken}}, "")
-			if resp.StatusCode != http.StatusOK || !strings.Contains(body, "gitVersion") || resp.Header.Get("Pipeops-Agent") != agentID {
+			resp, body := exchange(t, &http.Client{Transport: transport}, http.MethodGet, base+"/api/k8s/version",
+				http.Header{"Authorization": {"Bearer " + agentToken}}, "")
+			if resp.StatusCode != http.StatusOK || !strings.Contains(body, "gitVersion") ||
+				resp.Header.Get("Pipeops-Agent") != agentID {
 				t.Errorf("%s: %s", resp.Status, body)
 			}
 			doctor, err := w.agent.Command("doctor")
@@ -187,12 +193,14 @@ func TestUnwritableRunDirectoryIsReported(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			const script = ` && { "$@"; code=$?; for f in "$PIPEOPS_RUN_DIR"/* "$PIPEOPS_RUN_DIR"/.??*; do [ -e "$f" ] && echo "left: $f"; done; exit $code; }`
-			p, err := w.group.Start("volume-"+name, append(w.agent.Env, "PIPEOPS_RUN_DIR="+t.TempDir()), "unshare", "--user", "--map-root-user", "--mount",
+			p, err := w.group.Start("volume-"+name, append(w.agent.Env, "PIPEOPS_RUN_DIR="+t.TempDir()), "unshare", "--user",
+				"--map-root-user", "--mount",
 				"sh", "-c", test.prepare+script, "sh", harness.Binary(t, "bootstrap"), "--once")
 			if err != nil {
 				t.Fatal(err)
 			}
-			if code := p.ExitCode(); code != 1 || !strings.Contains(p.Log(), "the run directory cannot be written: ") || !strings.Contains(p.Log(), test.want) {
+			if code := p.ExitCode(); code != 1 || !strings.Contains(p.Log(), "the run directory cannot be written: ") ||
+				!strings.Contains(p.Log(), test.want) {
 				t.Errorf("exit code %d, want 1 and %q:\n%s", code, test.want, p.Log())
 			}
 			if strings.Contains(p.Log(), "left: ") && (name != "full" || strings.Contains(p.Log(), "/"+frpc.ConfigFile+"\n")) {

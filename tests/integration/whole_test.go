@@ -48,7 +48,8 @@ func TestNoResponseToAWriteIsLost(t *testing.T) {
 	server.StartTLS()
 	t.Cleanup(server.Close)
 	for _, tunnel := range []string{"https", "http"} {
-		counted := connectedBy(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
+		counted := connectedBy(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any",
+			TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
 		stored := connectedBy(t, tunnel, api.agent)
 		ns := stored.namespace()
 		for _, way := range []string{"the gateway over HTTP1", "the gateway over HTTP2", "frps alone"} {
@@ -75,7 +76,8 @@ func TestNoResponseToAWriteIsLost(t *testing.T) {
 				client, base = clientVia(t, way, stored)
 				prefix := strings.ToLower(strings.NewReplacer("/", "-", " ", "-", ".", "-", "_", "-").Replace(way))
 				reportLost(t, inParallel(count/40, func(i int) error {
-					return threeWrites(t.Context(), client, base+"/api/k8s/api/v1/namespaces/"+ns+"/configmaps", fmt.Sprintf("%s-%d", prefix, i), string(payload(i)))
+					return threeWrites(t.Context(), client, base+"/api/k8s/api/v1/namespaces/"+ns+"/configmaps",
+						fmt.Sprintf("%s-%d", prefix, i), string(payload(i)))
 				}), count/40)
 			})
 		}

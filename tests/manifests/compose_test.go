@@ -73,7 +73,8 @@ func TestComposeRunsTheSameAsThePod(t *testing.T) {
 	if err := os.Remove(filepath.Join(dir, "docker", "agent.env")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := options.LoadProject(t.Context()); err == nil || !regexp.MustCompile(`env file .*/docker/agent\.env not found`).MatchString(err.Error()) {
+	if _, err := options.LoadProject(t.Context()); err == nil ||
+		!regexp.MustCompile(`env file .*/docker/agent\.env not found`).MatchString(err.Error()) {
 		t.Errorf("without agent.env: %v", err)
 	}
 	readme := string(read(t, filepath.Join(source, "README.md")))

@@ -44,7 +44,8 @@ func TestImagesHoldOnlyWhatTheyNeed(t *testing.T) {
 			}
 		}
 		decode(t, archive[manifest[0].Config], &image)
-		if image.Architecture != arch || image.OS != "linux" || image.Config.User != "65532:65532" || !slices.Equal(image.Config.Entrypoint, []string{"/bootstrap"}) {
+		if image.Architecture != arch || image.OS != "linux" || image.Config.User != "65532:65532" ||
+			!slices.Equal(image.Config.Entrypoint, []string{"/bootstrap"}) {
 			t.Errorf("%s: %+v", arch, image)
 		}
 		for _, label := range []string{"title", "description", "source", "licenses", "version", "revision", "created"} {
@@ -75,7 +76,8 @@ func TestImagesHoldOnlyWhatTheyNeed(t *testing.T) {
 				programs = append(programs, c.Name)
 			}
 		}
-		if diff := cmp.Diff([]string{"github.com/pipeops/vm-agent/bootstrap", "github.com/pipeops/vm-agent/proxy"}, programs); diff != "" || len(list.Components) < 10 {
+		if diff := cmp.Diff([]string{"github.com/pipeops/vm-agent/bootstrap", "github.com/pipeops/vm-agent/proxy"},
+			programs); diff != "" || len(list.Components) < 10 {
 			t.Errorf("%s: the list of what is in it: %d components (-want +got)\n%s", arch, len(list.Components), diff)
 		}
 	}

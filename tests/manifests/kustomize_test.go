@@ -59,7 +59,8 @@ func TestManifestsRenderAsReviewed(t *testing.T) {
 		t.Run(path, func(t *testing.T) {
 			if strings.HasPrefix(path, "components/") {
 				got = strings.Join(slices.DeleteFunc(documents(got), func(d string) bool {
-					return slices.Contains(base, d) || strings.Contains(d, "\n  pipeops-agent.json: |") // the dashboard, a copy of its file
+					// the dashboard, a copy of its file
+					return slices.Contains(base, d) || strings.Contains(d, "\n  pipeops-agent.json: |")
 				}), "\n---\n") + "\n"
 			}
 			name := "root"
@@ -117,17 +118,20 @@ func TestPodsFollowTheSecurityRules(t *testing.T) {
 			}
 			pod := found[0].Spec.Template
 			restricted := psa.LevelVersion{Level: psa.LevelRestricted, Version: psa.LatestVersion()}
-			if result := policy.AggregateCheckResults(evaluator.EvaluatePod(restricted, &pod.ObjectMeta, &pod.Spec)); !result.Allowed {
+			if result := policy.AggregateCheckResults(evaluator.EvaluatePod(restricted, &pod.ObjectMeta,
+				&pod.Spec)); !result.Allowed {
 				t.Errorf("not restricted: %s", result.ForbiddenDetail())
 			}
 			if pod.Spec.AutomountServiceAccountToken == nil || *pod.Spec.AutomountServiceAccountToken {
 				t.Error("every container gets the API token")
 			}
 			for _, c := range containers(pod.Spec) {
-				if c.SecurityContext == nil || c.SecurityContext.ReadOnlyRootFilesystem == nil || !*c.SecurityContext.ReadOnlyRootFilesystem {
+				if c.SecurityContext == nil || c.SecurityContext.ReadOnlyRootFilesystem == nil ||
+					!*c.SecurityContext.ReadOnlyRootFilesystem {
 					t.Errorf("%s may write to its file system", c.Name)
 				}
-				if c.Resources.Requests.Cpu().IsZero() || c.Resources.Requests.Memory().IsZero() || c.Resources.Limits.Memory().IsZero() {
+				if c.Resources.Requests.Cpu().IsZero() || c.Resources.Requests.Memory().IsZero() ||
+					c.Resources.Limits.Memory().IsZero() {
 					t.Errorf("%s lacks requests or a memory limit", c.Name)
 				}
 				if !pinned.MatchString(c.Image) {

@@ -36,23 +36,29 @@ func TestComponentsGrantWhatTheySay(t *testing.T) {
 	}{
 		{
 			variant: "base",
-			may: []string{"list pods -A", "watch deployments.apps -A", "get pods/log -n default", "get nodes", "watch nodes", "list namespaces",
+			may: []string{"list pods -A", "watch deployments.apps -A", "get pods/log -n default", "get nodes", "watch nodes",
+				"list namespaces",
 				"get configmaps -n default"},
-			not: []string{"get secrets -n default", "list secrets -A", "get secret/pipeops-agent -n pipeops-system", "create pods/exec -n default",
+			not: []string{"get secrets -n default", "list secrets -A", "get secret/pipeops-agent -n pipeops-system",
+				"create pods/exec -n default",
 				"delete pods -n default", "create deployments.apps -n default", "update nodes", "create secrets -n pipeops-system",
 				"get secret/pipeops-agent-runners -n pipeops-system", "create serviceaccounts/token -n pipeops-system"},
 		},
 		{
 			variant: "components/manage",
-			may: []string{"create deployments.apps -n default", "delete pods -n default", "create pods/exec -n default", "get secrets -n default",
+			may: []string{"create deployments.apps -n default", "delete pods -n default", "create pods/exec -n default",
+				"get secrets -n default",
 				"impersonate serviceaccounts -n default"}, // which the agent refuses
-			not: []string{"update nodes", "delete namespaces", "create clusterrolebindings.rbac.authorization.k8s.io", "create rolebindings.rbac.authorization.k8s.io -n default",
+			not: []string{"update nodes", "delete namespaces", "create clusterrolebindings.rbac.authorization.k8s.io",
+				"create rolebindings.rbac.authorization.k8s.io -n default",
 				"create clusterroles.rbac.authorization.k8s.io"},
 		},
 		{
 			variant: "components/runners",
-			may:     []string{"get secret/pipeops-agent-runners -n pipeops-system", "update secret/pipeops-agent-runners -n pipeops-system"},
-			not: []string{"get secret/pipeops-agent -n pipeops-system", "list secrets -n pipeops-system", "create secrets -n pipeops-system",
+			may: []string{"get secret/pipeops-agent-runners -n pipeops-system",
+				"update secret/pipeops-agent-runners -n pipeops-system"},
+			not: []string{"get secret/pipeops-agent -n pipeops-system", "list secrets -n pipeops-system",
+				"create secrets -n pipeops-system",
 				"delete secret/pipeops-agent-runners -n pipeops-system", "get secret/pipeops-agent-runners -n default"},
 		},
 		{
@@ -96,7 +102,8 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		t.Fatal(err)
 	}
-	a, err := agent.New(group, &controlplane.ControlPlane{APIURL: "https://none.invalid"}, "agent-001", "a-token", kubeconfig)
+	a, err := agent.New(group, &controlplane.ControlPlane{APIURL: "https://none.invalid"}, "agent-001",
+		"a-token", kubeconfig)
 	if err == nil {
 		err = a.StartProxy()
 	}
@@ -127,13 +134,15 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 		}
 		return answer
 	}
-	if status := call("GET", "/api/agent/status", ""); !strings.Contains(status, `"reachable":true`) || strings.Contains(status, `"unavailable":{"`) {
+	if status := call("GET", "/api/agent/status", ""); !strings.Contains(status, `"reachable":true`) ||
+		strings.Contains(status, `"unavailable":{"`) {
 		t.Errorf("a part of the status is missing: %s", status)
 	}
 	call("POST", "/api/control-plane/message", `{"id":"1","type":"runner_assigned","timestamp":"2026-01-01T00:00:00Z","data":`+
 		`{"runner_id":"r-1","runner_endpoint":"http://r.default.svc:1","runner_token":"t","assigned_at":"2026-01-01T00:00:00Z"}}`)
 	apply(t, variants(t)["components/runners"]) // once more, as an upgrade does
-	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners", metav1.GetOptions{})
+	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners",
+		metav1.GetOptions{})
 	if err != nil || secret.Data["r-1"] == nil {
 		t.Errorf("the runner is not in the registry: %v, %v", secret, err)
 	}

@@ -100,7 +100,8 @@ func reduce(full image.Image) image.Image {
 }
 
 func style(size vg.Length, align text.XAlignment) text.Style {
-	return text.Style{Color: ink, Font: font.From(font.Font{Typeface: "Liberation", Variant: "Sans"}, size), XAlign: align, YAlign: text.YCenter, Handler: plot.DefaultTextHandler}
+	return text.Style{Color: ink, Font: font.From(font.Font{Typeface: "Liberation", Variant: "Sans"}, size),
+		XAlign: align, YAlign: text.YCenter, Handler: plot.DefaultTextHandler}
 }
 
 func write(c draw.Canvas, s string, size vg.Length, at vg.Point, align text.XAlignment) {

@@ -155,13 +155,15 @@ scrape_configs:
 		t.Fatal(err)
 	}
 	addr := harness.FreeAddr(t)
-	p, err := w.Group.Start("prometheus-"+name, nil, binary, append([]string{"--config.file=" + filepath.Join(dir, "prometheus.yaml"),
-		"--storage.tsdb.path=" + filepath.Join(dir, "data"), "--web.listen-address=" + addr}, flags...)...)
+	p, err := w.Group.Start("prometheus-"+name, nil, binary,
+		append([]string{"--config.file=" + filepath.Join(dir, "prometheus.yaml"),
+			"--storage.tsdb.path=" + filepath.Join(dir, "data"), "--web.listen-address=" + addr}, flags...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	started := &prometheus{url: "http://" + addr}
-	if err := process.Poll(t.Context(), time.Minute, p.Done(), func() error { return started.get("/api/v1/labels", nil, new([]string)) }); err != nil {
+	if err := process.Poll(t.Context(), time.Minute, p.Done(),
+		func() error { return started.get("/api/v1/labels", nil, new([]string)) }); err != nil {
 		t.Fatalf("%v\n%s", err, p.Log())
 	}
 	return started
@@ -455,7 +457,8 @@ func (w *world) upgrade(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	req.Header = http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"}, "Sec-Websocket-Key": {"dGhlIHNhbXBsZSBub25jZQ=="}, "Origin": {"http://127.0.0.1"}}
+	req.Header = http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key": {"dGhlIHNhbXBsZSBub25jZQ=="}, "Origin": {"http://127.0.0.1"}}
 	resp, err := client.Do(req)
 	if err != nil {
 		return err

@@ -87,7 +87,8 @@ func TestEveryAlertHasATestAndARunbook(t *testing.T) {
 				t.Errorf("the text of %s uses the label %q, which it has not", rule.Alert, name[1])
 			}
 		}
-		if want := "manifests/components/monitoring/runbooks.md#" + strings.ToLower(rule.Alert); rule.Annotations["runbook_url"] != want {
+		if want := "manifests/components/monitoring/runbooks.md#" +
+			strings.ToLower(rule.Alert); rule.Annotations["runbook_url"] != want {
 			t.Errorf("the runbook of %s is %s, want %s", rule.Alert, rule.Annotations["runbook_url"], want)
 		}
 		for _, part := range []string{"**Means**", "**How bad**", "**Mend**", "\n1. "} {

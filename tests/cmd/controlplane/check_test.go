@@ -60,9 +60,11 @@ func TestCheckFindsEachBrokenRule(t *testing.T) {
 				t.Fatal(err)
 			}
 			var out bytes.Buffer
-			err := check(t.Context(), []string{"--agent-id", "a", "--token-file", token, "--revoked-id", "r", "--revoked-token-file", token,
+			err := check(t.Context(), []string{"--agent-id", "a", "--token-file", token, "--revoked-id", "r",
+				"--revoked-token-file", token,
 				"--ca-file", ca, "--gateway", server.URL + "/a", "--away", server.URL + "/away", server.URL}, &out)
-			if strings.Count(out.String(), "\n") != 11 || strings.Count(out.String(), "ok ") != 11-len(s.faults) || (err != nil) != (len(s.faults) > 0) {
+			if strings.Count(out.String(), "\n") != 11 || strings.Count(out.String(), "ok ") != 11-len(s.faults) ||
+				(err != nil) != (len(s.faults) > 0) {
 				t.Errorf("%v:\n%s", err, &out)
 			}
 			for rule := range s.faults {

@@ -82,7 +82,8 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	a.Env = append(a.Env, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc,*.svc.cluster.local") // runners of the user's own, to try
+	// runners of the user's own, to try
+	a.Env = append(a.Env, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc,*.svc.cluster.local")
 	if err := a.Start(); err != nil {
 		return err
 	}

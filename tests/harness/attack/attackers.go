@@ -55,7 +55,8 @@ func StalledRead(t Target, path string) Attack {
 		if conn == nil {
 			return false
 		}
-		_, _ = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\n\r\n", t.Prefix+path, t.Host, t.Token)
+		_, _ = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\n\r\n", t.Prefix+path,
+			t.Host, t.Token)
 		resp, err := http.ReadResponse(bufio.NewReaderSize(conn, 512), nil)
 		if err != nil {
 			conn.end(true)

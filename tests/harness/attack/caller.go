@@ -52,7 +52,8 @@ func Call(ctx context.Context, t Target, pause time.Duration) (*Calls, error) {
 	for _, keepAlive := range []bool{true, false} {
 		transport := t.Transport(keepAlive)
 		defer transport.CloseIdleConnections()
-		client, err := kubernetes.NewForConfig(&rest.Config{Host: t.URL(t.Prefix), BearerToken: t.Token, Transport: transport, QPS: -1})
+		client, err := kubernetes.NewForConfig(&rest.Config{Host: t.URL(t.Prefix), BearerToken: t.Token,
+			Transport: transport, QPS: -1})
 		if err != nil {
 			return nil, err
 		}
@@ -91,7 +92,8 @@ func list(ctx context.Context, client kubernetes.Interface) (time.Duration, erro
 
 func watchOne(ctx context.Context, client kubernetes.Interface) (time.Duration, error) {
 	begin, second := time.Now(), int64(1)
-	w, err := client.CoreV1().Namespaces().Watch(ctx, metav1.ListOptions{FieldSelector: "metadata.name=default", TimeoutSeconds: &second})
+	w, err := client.CoreV1().Namespaces().Watch(ctx, metav1.ListOptions{FieldSelector: "metadata.name=default",
+		TimeoutSeconds: &second})
 	if err != nil {
 		return 0, fmt.Errorf("watch: %w", err)
 	}

@@ -25,8 +25,9 @@ const (
 func Create(ctx context.Context, client kubernetes.Interface, namespace string) error {
 	for i := range 40 {
 		object := &corev1.ConfigMap{
-			ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("large-%d", i), Labels: map[string]string{"watched": fmt.Sprint(i < 4)}},
-			Data:       map[string]string{"x": strings.Repeat("x", 250_000)},
+			ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("large-%d", i),
+				Labels: map[string]string{"watched": fmt.Sprint(i < 4)}},
+			Data: map[string]string{"x": strings.Repeat("x", 250_000)},
 		}
 		if _, err := client.CoreV1().ConfigMaps(namespace).Create(ctx, object, metav1.CreateOptions{}); err != nil {
 			return err

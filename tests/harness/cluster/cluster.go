@@ -190,12 +190,14 @@ func (s *site) startAPIServer(ctx context.Context, args []string) (*Cluster, err
 // ServiceAccount makes a ServiceAccount with a cluster role, and returns a configuration that acts as it, with a
 // token from the API server.
 func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRole string) (*rest.Config, error) {
-	_, err := c.Client.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
+	_, err := c.Client.CoreV1().Namespaces().Create(ctx,
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
 	if err != nil && !apierrors.IsAlreadyExists(err) {
 		return nil, err
 	}
 	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}
-	if _, err := c.Client.CoreV1().ServiceAccounts(namespace).Create(ctx, account, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+	if _, err := c.Client.CoreV1().ServiceAccounts(namespace).Create(ctx, account, metav1.CreateOptions{}); err != nil &&
+		!apierrors.IsAlreadyExists(err) {
 		return nil, err
 	}
 	binding := &rbacv1.ClusterRoleBinding{
@@ -203,7 +205,8 @@ func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRo
 		Subjects:   []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: namespace, Name: name}},
 		RoleRef:    rbacv1.RoleRef{APIGroup: "rbac.authorization.k8s.io", Kind: "ClusterRole", Name: clusterRole},
 	}
-	if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+	if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil &&
+		!apierrors.IsAlreadyExists(err) {
 		return nil, err
 	}
 	day := int64(24 * 60 * 60)
@@ -230,7 +233,8 @@ func (c *Cluster) WriteAgentKubeconfig(ctx context.Context, path string) (*rest.
 // WriteKubeconfig writes config as a kubeconfig.
 func WriteKubeconfig(path string, config *rest.Config) error {
 	k := clientcmdapi.NewConfig()
-	k.Clusters["cluster"] = &clientcmdapi.Cluster{Server: config.Host, CertificateAuthorityData: config.CAData, InsecureSkipTLSVerify: config.Insecure}
+	k.Clusters["cluster"] = &clientcmdapi.Cluster{Server: config.Host, CertificateAuthorityData: config.CAData,
+		InsecureSkipTLSVerify: config.Insecure}
 	k.AuthInfos["user"] = &clientcmdapi.AuthInfo{Token: config.BearerToken}
 	k.Contexts["context"] = &clientcmdapi.Context{Cluster: "cluster", AuthInfo: "user"}
 	k.CurrentContext = "context"

@@ -28,7 +28,8 @@ func WriteImage(archive, reference, path string, entrypoint ...string) error {
 	if err != nil {
 		return err
 	}
-	manifest, err := json.Marshal([]map[string]any{{"Config": "config.json", "RepoTags": []string{reference}, "Layers": []string{"layer.tar"}}})
+	manifest, err := json.Marshal([]map[string]any{{"Config": "config.json", "RepoTags": []string{reference},
+		"Layers": []string{"layer.tar"}}})
 	if err != nil {
 		return err
 	}

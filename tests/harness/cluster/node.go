@@ -178,7 +178,8 @@ func (n *Node) start(ctx context.Context, group *process.Group) (err error) {
 // StartWorker starts a second node, which is there until StopWorker.
 func (n *Node) StartWorker(ctx context.Context) (*Machine, error) {
 	n.workers++
-	n.worker = &Machine{name: WorkerName, pods: "10.244.1.0/24", site: &site{group: n.site.group, prefix: fmt.Sprintf("%s%d-", WorkerName, n.workers)}}
+	n.worker = &Machine{name: WorkerName, pods: "10.244.1.0/24",
+		site: &site{group: n.site.group, prefix: fmt.Sprintf("%s%d-", WorkerName, n.workers)}}
 	if err := n.startWorker(ctx); err != nil {
 		err = fmt.Errorf("the worker does not start: %w\n%s", err, n.Report())
 		return nil, errors.Join(err, n.StopWorker(context.WithoutCancel(ctx)))
@@ -225,7 +226,8 @@ func (n *Node) StopWorker(ctx context.Context) error {
 // join makes a machine a node, and waits until it is ready for pods.
 func (n *Node) join(ctx context.Context, m *Machine) error {
 	dir := m.site.dir
-	if err := os.WriteFile(filepath.Join(dir, kubeletFile), fmt.Appendf(nil, kubeletConfig, dir, n.site.dir, m.cgroup()), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, kubeletFile), fmt.Appendf(nil, kubeletConfig, dir, n.site.dir, m.cgroup()),
+		0o600); err != nil {
 		return err
 	}
 	for _, c := range []component{
@@ -386,7 +388,8 @@ func (s *site) writeKubeletClient() (certificate, key string, err error) {
 	if err != nil {
 		return "", "", err
 	}
-	made, err := cert.NewSelfSignedCACert(cert.Config{CommonName: "kube-apiserver", Organization: []string{"system:masters"}}, signer.(crypto.Signer))
+	made, err := cert.NewSelfSignedCACert(cert.Config{CommonName: "kube-apiserver",
+		Organization: []string{"system:masters"}}, signer.(crypto.Signer))
 	if err != nil {
 		return "", "", err
 	}
@@ -412,7 +415,8 @@ func (n *Node) ready(ctx context.Context, m *Machine) error {
 	if _, err := n.Client.CoreV1().ServiceAccounts("default").Get(ctx, "default", metav1.GetOptions{}); err != nil {
 		return err
 	}
-	if out, err := m.Command(ctx, "busybox", "wget", "-q", "-O", "-", "http://"+net.JoinHostPort(m.IP, "10256")+"/healthz").CombinedOutput(); err != nil {
+	if out, err := m.Command(ctx, "busybox", "wget", "-q", "-O", "-",
+		"http://"+net.JoinHostPort(m.IP, "10256")+"/healthz").CombinedOutput(); err != nil {
 		return fmt.Errorf("kube-proxy has not set up the Services: %s", out)
 	}
 	return nil
@@ -455,7 +459,8 @@ func (n *Node) Report() string {
 		default:
 		}
 		lines := strings.Split(strings.TrimSpace(p.Log()), "\n")
-		fmt.Fprintf(&report, "== %s %s; the end of its log:\n%s\n", p.name, state, strings.Join(lines[max(0, len(lines)-15):], "\n"))
+		fmt.Fprintf(&report, "== %s %s; the end of its log:\n%s\n", p.name, state,
+			strings.Join(lines[max(0, len(lines)-15):], "\n"))
 	}
 	return report.String()
 }

@@ -281,7 +281,8 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	}
 	c.leases[id] = l
 	c.given++
-	c.options.Log.Info("lease given", "agent_id", request.AgentID, "instance", request.Instance, "expires_at", l.expires, "tunnel_type", l.tunnel.Type)
+	c.options.Log.Info("lease given", "agent_id", request.AgentID, "instance", request.Instance, "expires_at", l.expires,
+		"tunnel_type", l.tunnel.Type)
 	writeJSON(w, http.StatusOK, answer)
 }
 

@@ -207,7 +207,8 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 	default:
 		message = fmt.Sprintf("the connection to agent %q broke before it answered: %v", id, err)
 	}
-	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" // an exec is a GET
+	// an exec is a GET
+	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == ""
 	if undelivered || reads {
 		kube.WriteStatus(w, r, http.StatusServiceUnavailable, message, 1)
 		return

@@ -79,7 +79,8 @@ func (c *ControlPlane) decide(op string, in pluginContent) error {
 		return nil
 	case op != "NewProxy":
 		err = fmt.Errorf("op %q is not expected", op)
-	case in.ProxyType != l.tunnel.Type || in.Subdomain != l.tunnel.Subdomain || !slices.Equal(in.CustomDomains, l.tunnel.CustomDomains) ||
+	case in.ProxyType != l.tunnel.Type || in.Subdomain != l.tunnel.Subdomain ||
+		!slices.Equal(in.CustomDomains, l.tunnel.CustomDomains) ||
 		in.Group != l.agentID || in.GroupKey != l.groupKey || !strings.HasPrefix(in.ProxyName, l.agentID+"."):
 		err = fmt.Errorf("the lease of agent %q is not for this tunnel", l.agentID)
 	}

@@ -66,7 +66,8 @@ const acknowledged, refused, unknown = "acknowledged", "refused", "unknown"
 // New prepares writes to a namespace of the API server of config. The names of all objects begin with prefix.
 // client-go retries every write that is answered with Retry-After.
 func New(config *rest.Config, namespace, prefix string) (*Ledger, error) {
-	l := &Ledger{namespace: namespace, prefix: prefix, padding: strings.Repeat("0123456789abcdef", 512), records: map[string]*record{}}
+	l := &Ledger{namespace: namespace, prefix: prefix, padding: strings.Repeat("0123456789abcdef", 512),
+		records: map[string]*record{}}
 	config = rest.CopyConfig(config)
 	config.QPS = -1 // no limit
 	agent.Observe(config, func(r *http.Request, resp *http.Response, _ error) {
@@ -115,14 +116,16 @@ func (l *Ledger) Write(ctx context.Context, direct kubernetes.Interface, writes,
 				name := fmt.Sprintf("%s-%d", l.prefix, i)
 				if i/writers%2 == 0 {
 					l.record(ctx, name, func(ctx context.Context) error {
-						object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"padding": l.padding}}
+						object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name},
+							Data: map[string]string{"padding": l.padding}}
 						_, err := l.client.CoreV1().ConfigMaps(l.namespace).Create(ctx, object, metav1.CreateOptions{})
 						return err
 					})
 				} else {
 					l.record(ctx, name, func(ctx context.Context) error {
 						patch := fmt.Sprintf(`[{"op":"add","path":"/imagePullSecrets/-","value":{"name":%q}},{"op":"add","path":"/metadata/annotations","value":{"padding":%q}}]`, name, l.padding)
-						_, err := l.client.CoreV1().ServiceAccounts(l.namespace).Patch(ctx, l.account(writer), types.JSONPatchType, []byte(patch), metav1.PatchOptions{})
+						_, err := l.client.CoreV1().ServiceAccounts(l.namespace).Patch(ctx, l.account(writer), types.JSONPatchType,
+							[]byte(patch), metav1.PatchOptions{})
 						return err
 					})
 				}
@@ -160,7 +163,8 @@ func (l *Ledger) failed(name string) bool {
 // use up all its writes during one outage.
 func (l *Ledger) look(ctx context.Context, writer int) {
 	for ctx.Err() == nil {
-		if _, err := l.client.CoreV1().ServiceAccounts(l.namespace).Get(ctx, l.account(writer), metav1.GetOptions{}); err == nil {
+		if _, err := l.client.CoreV1().ServiceAccounts(l.namespace).Get(ctx, l.account(writer),
+			metav1.GetOptions{}); err == nil {
 			return
 		}
 		select { // client-go has waited already, unless the connection broke
@@ -210,7 +214,8 @@ func (l *Ledger) Compare(ctx context.Context, direct kubernetes.Interface) (Bala
 	}
 	var b Balance
 	wrong := func(name, what string) {
-		b.Wrong = append(b.Wrong, fmt.Sprintf("%s %s: answered %v; the caller was told: %v", name, what, l.records[name].answers, l.records[name].outcome))
+		b.Wrong = append(b.Wrong, fmt.Sprintf("%s %s: answered %v; the caller was told: %v", name, what,
+			l.records[name].answers, l.records[name].outcome))
 	}
 	for name, r := range l.records {
 		n := stored[name]

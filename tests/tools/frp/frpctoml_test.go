@@ -87,7 +87,8 @@ func want(c frpc.Config) *v1.ClientConfig {
 		Log:       v1.LogConfig{Level: c.LogLevel, DisablePrintColor: true},
 		Auth:      v1.AuthClientConfig{Method: "token", Token: c.Token.Reveal()},
 		Metadatas: metadatas,
-		WebServer: v1.WebServerConfig{Addr: "127.0.0.1", Port: c.Admin.Port, User: c.Admin.User, Password: c.Admin.Password.Reveal()},
+		WebServer: v1.WebServerConfig{Addr: "127.0.0.1", Port: c.Admin.Port, User: c.Admin.User,
+			Password: c.Admin.Password.Reveal()},
 	}}
 	if c.AuthMethod == "oidc" {
 		w.Auth = v1.AuthClientConfig{Method: "oidc", OIDC: v1.AuthOIDCClientConfig{
@@ -105,7 +106,8 @@ func want(c frpc.Config) *v1.ClientConfig {
 	base := v1.ProxyBaseConfig{
 		Name: c.Tunnel.Name, Type: c.Tunnel.Type,
 		LoadBalancer: v1.LoadBalancerConfig{Group: c.Tunnel.Group, GroupKey: c.Tunnel.GroupKey.Reveal()},
-		HealthCheck:  v1.HealthCheckConfig{Type: "http", Path: frpc.HealthPath, IntervalSeconds: 1, TimeoutSeconds: 5, MaxFailed: 1},
+		HealthCheck: v1.HealthCheckConfig{Type: "http", Path: frpc.HealthPath, IntervalSeconds: 1, TimeoutSeconds: 5,
+			MaxFailed: 1},
 		ProxyBackend: v1.ProxyBackend{LocalIP: c.Tunnel.LocalIP, LocalPort: c.Tunnel.LocalPort},
 	}
 	if c.Tunnel.Type != "http" {
