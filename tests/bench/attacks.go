@@ -19,8 +19,8 @@ const (
 	attackRamp = 5 * time.Second
 )
 
-// attacks lets one kind of attack after the other loose on our proxy and its peers, each fresh, with the memory limit
-// of the proxy's container.
+// attacks runs one kind of attack after the other against our proxy and its peers. Each is a fresh process with the
+// memory limit of the proxy's container.
 func attacks(ctx context.Context) error {
 	names := []string{"this proxy", "kubectl proxy", "bare ReverseProxy"}
 	limit, how, remove := memoryLimit()
@@ -51,7 +51,7 @@ func attacks(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// attackOne attacks one peer, and says what it had at most, or when it was killed.
+// attackOne attacks one peer, and returns its peak memory, or when it was killed.
 func attackOne(ctx context.Context, limit []string, name string, n int,
 	kind func(attack.Target) attack.Attack) (string, error) {
 	group, err := process.NewGroup()
@@ -98,8 +98,8 @@ func attackOne(ctx context.Context, limit []string, name string, n int,
 	return fmt.Sprintf("%.0f", peak), err
 }
 
-// memoryLimit returns the beginning of a command that runs in a cgroup with the limit, if there can be one, and how the
-// limit is kept; else a peer counts as killed when its RSS exceeds it.
+// memoryLimit returns the beginning of a command that runs in a cgroup with the limit, and how the limit is kept. If
+// there can be no such cgroup, a peer counts as killed when its RSS exceeds the limit.
 func memoryLimit() (enter []string, how string, remove func()) {
 	for dir, file := range map[string]string{
 		"/sys/fs/cgroup/memory": "memory.limit_in_bytes",

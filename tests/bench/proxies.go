@@ -27,7 +27,7 @@ const (
 	settling    = 8 * time.Minute // a Go process that does nothing collects its garbage every two minutes
 )
 
-// figures are of one peer; the median of the rounds is printed, and the mean of their ratios.
+// figures are the results of one peer. The median of the rounds is printed, and the mean of their ratios.
 type figures struct {
 	cpu, rate           []float64 // µs of the proxy's CPU for each call, calls a second; 32 connections
 	p50, p99            []float64 // µs, 32 connections
@@ -97,7 +97,7 @@ func proxies(ctx context.Context) error {
 	return nil
 }
 
-// client speaks HTTP/1.1 over up to n kept connections, as frps does.
+// client returns a client that speaks HTTP/1.1 over up to n kept connections, as frps does.
 func client(n int) *http.Client {
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(true)
@@ -134,14 +134,14 @@ func call(ctx context.Context, c *http.Client, p peer, path string) error {
 	return nil
 }
 
-// load makes n calls over conns connections and returns their latencies in µs, sorted, and the seconds it took.
+// load makes n calls over conns connections. It returns their latencies in µs, sorted, and the duration in seconds.
 func load(ctx context.Context, p peer, conns, n int) ([]float64, float64, error) {
 	c := client(conns)
 	defer c.CloseIdleConnections()
 	return loadBy(ctx, c, p, "/api/v1/small", conns, n)
 }
 
-// loadBy is load of any path by a client whose connections may be there already.
+// loadBy does the same for any path and with an existing client.
 func loadBy(ctx context.Context, c *http.Client, p peer, path string, conns, n int) ([]float64, float64, error) {
 	latencies := make([]float64, n)
 	var next atomic.Int64
@@ -260,7 +260,7 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// measureWatches holds idle watches open and then lets them go.
+// measureWatches holds idle watches open and then closes them.
 func measureWatches(ctx context.Context, p peer, f *figures) error {
 	before, err := memory(p.pid, "VmRSS")
 	if err != nil {
@@ -291,7 +291,7 @@ func measureWatches(ctx context.Context, p peer, f *figures) error {
 	return nil
 }
 
-// ratio is the mean of the ratios of two peers in each round.
+// ratio returns the mean of the ratios of two peers in each round.
 func ratio(a, b []float64) float64 {
 	var sum float64
 	for i := range a {
@@ -300,7 +300,7 @@ func ratio(a, b []float64) float64 {
 	return sum / float64(len(a))
 }
 
-// cpuSeconds is the time that a process has spent on the CPU. Source: proc(5), /proc/pid/stat.
+// cpuSeconds returns the CPU time of a process. Source: proc(5), /proc/pid/stat.
 func cpuSeconds(pid int) (float64, error) {
 	if pid == 0 {
 		return 0, nil
@@ -321,7 +321,7 @@ func cpuSeconds(pid int) (float64, error) {
 	return ticks / 100, nil // USER_HZ
 }
 
-// memory is process.Memory for a peer, which may be none.
+// memory returns process.Memory for a peer, or 0 if there is no process.
 func memory(pid int, line string) (float64, error) {
 	if pid == 0 {
 		return 0, nil
@@ -329,7 +329,7 @@ func memory(pid int, line string) (float64, error) {
 	return process.Memory(pid, line)
 }
 
-// resetPeak makes VmHWM start anew. Source: proc(5), /proc/pid/clear_refs.
+// resetPeak resets VmHWM. Source: proc(5), /proc/pid/clear_refs.
 func resetPeak(pid int) error {
 	if pid == 0 {
 		return nil

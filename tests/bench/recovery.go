@@ -21,8 +21,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// recovery measures what the renewal of the lease costs, and how long callers miss the tunnel when something happens to
-// it. All parts are real; the control plane is on this machine.
+// recovery measures the cost of renewing the lease, and how long callers cannot use the tunnel after a fault. All
+// parts are real; the control plane is on this machine.
 func recovery(ctx context.Context) error {
 	group, err := process.NewGroup()
 	if err != nil {
@@ -45,7 +45,7 @@ func recovery(ctx context.Context) error {
 	return nil
 }
 
-// recoveryWith does that with frp's shared token, or with a token of OpenID Connect for each lease.
+// recoveryWith measures with frp's shared token, or with an OpenID Connect token for each lease.
 func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 	group, err := process.NewGroup()
 	if err != nil {
@@ -176,7 +176,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 			what string
 			do   func() error
 		}{
-			{"frps killed, and started again at once", func() error { return syscall.Kill(pid, syscall.SIGKILL) }},
+			{"frps killed, and restarted at once", func() error { return syscall.Kill(pid, syscall.SIGKILL) }},
 			{"frps frozen for 30 s", func() error {
 				if err := syscall.Kill(cp.FrpsPid(), syscall.SIGSTOP); err != nil {
 					return err
@@ -184,7 +184,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 				time.Sleep(30 * time.Second)
 				return syscall.Kill(cp.FrpsPid(), syscall.SIGCONT)
 			}},
-			{"frpc killed, and started again at once", func() error { return syscall.Kill(a.FrpcPid(), syscall.SIGKILL) }},
+			{"frpc killed, and restarted at once", func() error { return syscall.Kill(a.FrpcPid(), syscall.SIGKILL) }},
 		} {
 			if err := happening(fault.what, fault.do, over); err != nil {
 				return err

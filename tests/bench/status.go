@@ -25,7 +25,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// status measures what GET /api/agent/status costs before a real API server, with few objects and with many.
+// status measures the cost of GET /api/agent/status with a real API server, with few objects and with many.
 func status(ctx context.Context) error {
 	group, err := process.NewGroup()
 	if err != nil {
@@ -125,7 +125,7 @@ func measureStatus(ctx context.Context, group *process.Group, r *relay.Relay, ku
 	return nil
 }
 
-// upstreamRequests is how many requests the proxy has sent to the API server.
+// upstreamRequests returns how many requests the proxy has sent to the API server.
 func upstreamRequests(ctx context.Context, client *http.Client, addr string) (int, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/metrics", nil)
 	if err != nil {
@@ -147,8 +147,7 @@ func upstreamRequests(ctx context.Context, client *http.Client, addr string) (in
 	return strconv.Atoi(string(found[1]))
 }
 
-// fill makes pods and nodes, from the numbers that there are to those that shall be. A node is as large as one
-// with fifty images.
+// fill adds pods and nodes up to the given numbers. A node is as large as one with fifty images.
 func fill(ctx context.Context, config *rest.Config, pods, morePods, nodes, moreNodes int) error {
 	config = rest.CopyConfig(config)
 	config.ContentType = "application/vnd.kubernetes.protobuf"

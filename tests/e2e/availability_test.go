@@ -224,7 +224,7 @@ func TestHighAvailabilityLosesNoCall(t *testing.T) {
 				}
 				for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
 					if c.Name != "bootstrap" && c.RestartCount == 0 {
-						return fmt.Errorf("%s was not started again", c.Name)
+						return fmt.Errorf("%s was not restarted", c.Name)
 					}
 				}
 				return nil

@@ -223,7 +223,7 @@ func TestTunnelRecoversFromEveryKilledHop(t *testing.T) {
 			}
 			return process.Poll(t.Context(), 10*time.Second, nil, func() error { // the control plane starts it again
 				if pid := w.cp.FrpsPid(); pid == 0 || pid == frpsPid {
-					return errors.New("frps has not been started again")
+					return errors.New("frps has not been restarted")
 				}
 				return nil
 			})

@@ -118,7 +118,7 @@ func TestTokenRenewalWaitsForStreams(t *testing.T) {
 	watch := w.stream()
 	second := w.waitRenewed(first)
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || time.Now().After(first.ExpiresAt) {
-		t.Fatalf("the watch was cut by the renewal; frpc was started again %d times", w.agent.FrpcRestarts())
+		t.Fatalf("the watch was cut by the renewal; frpc was restarted %d times", w.agent.FrpcRestarts())
 	}
 	if first.Frpc.Admin.Password != second.Frpc.Admin.Password {
 		t.Error("frpc, which still runs, has another password than lease.json says")
@@ -132,12 +132,12 @@ func TestTokenRenewalWaitsForStreams(t *testing.T) {
 	third := w.waitRenewed(second)
 	eventually(t, func() error {
 		if w.agent.FrpcRestarts() < 2 {
-			return fmt.Errorf("frpc was started again %d times", w.agent.FrpcRestarts())
+			return fmt.Errorf("frpc was restarted %d times", w.agent.FrpcRestarts())
 		}
 		return nil
 	})
 	if time.Now().After(second.ExpiresAt.Add(-6*time.Second)) || third.Renewal != nil {
-		t.Errorf("frpc was started again late: the lease before ends at %s", second.ExpiresAt)
+		t.Errorf("frpc was restarted late: the lease before ends at %s", second.ExpiresAt)
 	}
 	w.waitAnswering()
 }
@@ -153,7 +153,7 @@ func TestOIDCRenewalCutsNothing(t *testing.T) {
 	watch := w.stream()
 	second := w.waitRenewed(w.waitRenewed(first))
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || time.Now().Before(first.ExpiresAt) {
-		t.Fatalf("the watch was cut, frpc was started again %d times", w.agent.FrpcRestarts())
+		t.Fatalf("the watch was cut, frpc was restarted %d times", w.agent.FrpcRestarts())
 	}
 	if w.file(frpc.CertFile) == certificate || w.file(frpc.TokenFile) == token {
 		t.Error("the certificate or the token is still the first")
@@ -168,7 +168,7 @@ func TestOIDCRenewalCutsNothing(t *testing.T) {
 	}
 	w.waitAnswering()
 	if w.agent.FrpcRestarts() != 0 || second.Frpc.AuthMethod != "oidc" {
-		t.Errorf("frpc was started again %d times", w.agent.FrpcRestarts())
+		t.Errorf("frpc was restarted %d times", w.agent.FrpcRestarts())
 	}
 }
 

@@ -26,7 +26,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
-// checker holds a control plane to the contract of bootstrap/CONTROL-PLANE.md.
+// checker checks a control plane against the contract of bootstrap/CONTROL-PLANE.md.
 type checker struct {
 	api, id, token, revokedID, revokedToken, frps, gateway, away string
 	client                                                       *http.Client
@@ -38,7 +38,7 @@ Holds the control plane at URL (the agents' agent.api_url) to the contract, and 
 
 `
 
-// check does what usage says.
+// check runs the checks that usage describes.
 func check(ctx context.Context, args []string, stdout io.Writer) error {
 	c := &checker{}
 	flags := flag.NewFlagSet("controlplane check", flag.ContinueOnError)
@@ -212,7 +212,7 @@ func (c *checker) send(ctx context.Context, method, url, token, body string, hea
 	return a, err
 }
 
-// call sends a request, and expects an answer that is right.
+// call sends a request, and returns an error unless the answer is right.
 func (c *checker) call(ctx context.Context, method, url, token, body string, right func(answer) bool,
 	header ...string) (string, error) {
 	a, err := c.send(ctx, method, url, token, body, header...)
@@ -222,7 +222,7 @@ func (c *checker) call(ctx context.Context, method, url, token, body string, rig
 	return a.String(), err
 }
 
-// ask asks for a lease, as an agent does.
+// ask requests a lease, as an agent does.
 func (c *checker) ask(ctx context.Context, id, token string) (answer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -285,7 +285,7 @@ func (c *checker) lease(ctx context.Context) (string, error) {
 		lease.AuthMethod, lease.ExpiresAt), err
 }
 
-// refused expects that an agent gets no lease.
+// refused returns an error if an agent gets a lease.
 func (c *checker) refused(ctx context.Context, id, token string, revoked bool) (string, error) {
 	a, err := c.ask(ctx, id, token)
 	if err != nil {
@@ -302,6 +302,7 @@ func (c *checker) refused(ctx context.Context, id, token string, revoked bool) (
 // review is a write that everybody may make and that changes nothing. Its answer repeats what was asked.
 const review = "/api/k8s/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
+// reviewOf returns a write that every user may make and that changes nothing. Its answer repeats the request.
 func reviewOf(size int) string {
 	return `{"apiVersion":"authorization.k8s.io/v1","kind":"SelfSubjectAccessReview","spec":{"resourceAttributes":{"resource":"pods","verb":"get","name":"` + strings.Repeat("x", size) + `"}}}`
 }

@@ -1,5 +1,5 @@
-// Command controlplane runs the development control plane with a stock frps until Ctrl-C. It prints where its
-// parts are as one line of JSON. `controlplane check` holds another control plane to the contract.
+// Command controlplane runs the development control plane with a stock frps until Ctrl-C. It prints the addresses of
+// its parts as one line of JSON. `controlplane check` checks another control plane against the contract.
 package main
 
 import (

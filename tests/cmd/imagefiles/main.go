@@ -1,4 +1,5 @@
-// Command imagefiles writes what an image needs beside its binaries: the CA roots, and a list of all that is in it.
+// Command imagefiles writes the files that an image needs beside its binaries: the CA roots, and a list of all
+// components.
 package main
 
 import (
@@ -50,8 +51,8 @@ func run(version, root, sbom string) error {
 	return out.Close()
 }
 
-// writeRoots writes Mozilla's roots, of the version that go.mod names: the same whoever builds. Those that
-// Mozilla trusts for old certificates only are left out, because a PEM file cannot say so.
+// writeRoots writes Mozilla's roots in the version that go.mod names, so that every build has the same. It leaves out
+// those that Mozilla trusts for old certificates only, because a PEM file cannot say so.
 func writeRoots(path string) error {
 	var file []byte
 	for root := range bundle.Roots() {
@@ -65,8 +66,8 @@ func writeRoots(path string) error {
 	return os.WriteFile(path, file, 0o644) //nolint:gosec // the same
 }
 
-// components reads from the binaries themselves which modules they are made of. It has neither time nor serial
-// number, so that the same image has the same list.
+// components reads from the binaries which modules they consist of. The list has neither a time nor a serial number,
+// so that the same image has the same list.
 func components(version, root string) (*cdx.BOM, error) {
 	found := map[string]cdx.Component{}
 	add := func(kind cdx.ComponentType, m *debug.Module) {

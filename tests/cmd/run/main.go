@@ -1,5 +1,5 @@
-// Command run is `make run`: the whole path from kubectl to a Kubernetes API server, on this machine, until
-// Ctrl-C. With KUBECONFIG set it leads to that cluster; else it starts an API server of its own.
+// Command run is `make run`. It runs the whole path from kubectl to a Kubernetes API server on this machine, until
+// Ctrl-C. With KUBECONFIG set it uses that cluster, otherwise it starts an API server of its own.
 package main
 
 import (
@@ -137,13 +137,13 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 		case <-apiServerDone:
 			return c.APIServer.Failed()
 		case <-a.Frpc.Done():
-			say("frpc has ended; starting it again, as a kubelet would")
+			say("frpc has ended: restarting it, as a kubelet would")
 			err = a.StartFrpc()
 		case <-a.Bootstrap.Done():
-			say("bootstrap has ended; starting it again, as a kubelet would")
+			say("bootstrap has ended: restarting it, as a kubelet would")
 			err = a.StartBootstrap()
 		case <-a.Proxy.Done():
-			say("the proxy has ended; starting it again, as a kubelet would")
+			say("the proxy has ended: restarting it, as a kubelet would")
 			err = a.StartProxy()
 		}
 		if err != nil {

@@ -54,7 +54,7 @@ type Node struct {
 	workers int // so far
 }
 
-// Machine is where a kubelet runs: namespaces with a containerd, a kube-proxy and a kube-router.
+// Machine is the place where a kubelet runs: namespaces with a containerd, a kube-proxy and a kube-router.
 type Machine struct {
 	IP string // as seen from the other end of its cable
 
@@ -175,7 +175,7 @@ func (n *Node) start(ctx context.Context, group *process.Group) (err error) {
 	return n.join(ctx, n.Machine)
 }
 
-// StartWorker starts a second node, which is there until StopWorker.
+// StartWorker starts a second node, which runs until StopWorker.
 func (n *Node) StartWorker(ctx context.Context) (*Machine, error) {
 	n.workers++
 	n.worker = &Machine{name: WorkerName, pods: "10.244.1.0/24",
@@ -400,7 +400,7 @@ func (s *site) writeKubeletClient() (certificate, key string, err error) {
 	return certificate, key, cert.WriteCert(certificate, data)
 }
 
-// ready asks whether a pod made now would be scheduled, run and reach the Services.
+// ready returns nil if a pod made now would be scheduled, run and reach the Services.
 func (n *Node) ready(ctx context.Context, m *Machine) error {
 	node, err := n.Client.CoreV1().Nodes().Get(ctx, m.name, metav1.GetOptions{})
 	if err != nil {
@@ -422,8 +422,8 @@ func (n *Node) ready(ctx context.Context, m *Machine) error {
 	return nil
 }
 
-// ImportImage takes the images of a docker-archive or OCI archive into the node. Pods name them as the archive
-// does; there is no registry, so a tag other than latest or `imagePullPolicy: Never` is a must.
+// ImportImage imports the images of a docker-archive or OCI archive into the node. Pods name them as the archive
+// does. There is no registry, so a pod needs a tag other than latest, or `imagePullPolicy: Never`.
 func (m *Machine) ImportImage(ctx context.Context, archive string) error {
 	file, err := os.Open(archive)
 	if err != nil {
@@ -438,13 +438,13 @@ func (m *Machine) ImportImage(ctx context.Context, archive string) error {
 	return nil
 }
 
-// Command prepares a program of this machine that runs in the namespaces.
+// Command prepares a program of this machine to run in the namespaces.
 func (m *Machine) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	enter := m.site.enter
 	return exec.CommandContext(ctx, enter[0], slices.Concat(enter[1:], []string{name}, args)...)
 }
 
-// Report tells of each part whether it runs, with the end of its log.
+// Report returns whether each part runs, with the end of its log.
 func (n *Node) Report() string {
 	var report strings.Builder
 	parts := n.site.parts

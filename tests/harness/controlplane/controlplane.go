@@ -1,6 +1,6 @@
-// Package controlplane is a small real control plane for development and tests: the authentication endpoint,
-// a stock frps with a plugin that checks each agent's own credential, and an HTTPS gateway for callers. It
-// keeps everything in memory.
+// Package controlplane is a small real control plane for development and tests: the authentication endpoint, a stock
+// frps with a plugin that checks each agent's own credential, and an HTTPS gateway for callers. It keeps everything
+// in memory.
 package controlplane
 
 import (
@@ -24,7 +24,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// Options are what a control plane is started with.
+// Options configure a control plane.
 type Options struct {
 	Group  *process.Group
 	Agents map[string]string // token by agent id
@@ -33,7 +33,7 @@ type Options struct {
 	IP     string // this machine's, to listen on and for agents to find it at; default: 127.0.0.1
 }
 
-// Terms are what the leases that are given from now on say.
+// Terms are the terms of the leases that are given from now on.
 type Terms struct {
 	Life       time.Duration // how long an agent may log in; 0: for ever
 	TunnelType string        // http or https; empty: what the agent wants
@@ -69,7 +69,7 @@ type ControlPlane struct {
 	frps     *process.Process
 }
 
-// lease is what one instance of an agent got.
+// lease is the lease of one instance of an agent.
 type lease struct {
 	agentID     string
 	given       time.Time
@@ -79,7 +79,7 @@ type lease struct {
 	certificate string // PEM: what the agent shows to callers of a tunnel of type https
 }
 
-// latest returns the lease that an agent was given last.
+// latest returns an agent's most recent lease.
 func (c *ControlPlane) latest(agentID string) (latest lease, ok bool) {
 	for _, l := range c.leases {
 		if l.agentID == agentID && !l.given.Before(latest.given) {
@@ -170,49 +170,49 @@ func (c *ControlPlane) Close() {
 	c.StopFrps()
 }
 
-// SetAgent lets an agent authenticate with a token; the one it had is worth nothing from then on.
+// SetAgent lets an agent authenticate with a token. Its previous token is invalid from then on.
 func (c *ControlPlane) SetAgent(id, token string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.agents[id] = token
 }
 
-// Revoke refuses an agent from now on, or no longer.
+// Revoke revokes an agent, or accepts it again if revoked is false.
 func (c *ControlPlane) Revoke(id string, revoked bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.revoked[id] = revoked
 }
 
-// SetTerms changes what the next leases say.
+// SetTerms sets the terms of the next leases.
 func (c *ControlPlane) SetTerms(terms Terms) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.terms = terms
 }
 
-// RevokeLeases makes frps refuse every lease that was given until now.
+// RevokeLeases makes frps refuse every lease that has been given.
 func (c *ControlPlane) RevokeLeases() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	clear(c.leases)
 }
 
-// LeasesGiven returns how many leases were given.
+// LeasesGiven returns how many leases have been given.
 func (c *ControlPlane) LeasesGiven() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.given
 }
 
-// Fail makes handler answer instead of the authentication endpoint; nil ends that.
+// Fail makes handler answer in place of the authentication endpoint, until Fail(nil).
 func (c *ControlPlane) Fail(handler http.Handler) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.fault = handler
 }
 
-// authenticate trades an agent's token for a lease.
+// authenticate exchanges an agent's token for a lease.
 func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	c.mu.Lock()
 	fault := c.fault
@@ -286,7 +286,7 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, answer)
 }
 
-// metadatas names an agent and a lease of it to the plugin.
+// metadatas identify an agent and its lease to the plugin.
 func metadatas(agentID, lease string) map[string]string {
 	return map[string]string{"agent_id": agentID, "lease": lease}
 }

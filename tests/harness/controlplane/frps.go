@@ -12,14 +12,14 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// Below which frps looks for agents, by the type of their tunnel. They never leave the gateway, so they need not
-// resolve. frps lets no custom domain be below its own, so there are two.
+// These are the domains below which frps finds agents, by the type of their tunnel. Only the gateway uses them, so
+// they need not resolve. There are two, because frps allows no custom domain below its own.
 const (
 	domain    = "agents.internal"     // http, as a subdomain
 	tlsDomain = "agents-tls.internal" // https, as a custom domain, because the agent's certificate must name all of it
 )
 
-// MoveFrps stops frps if it runs, and starts it at another port.
+// MoveFrps stops frps if it runs, and starts it on another port.
 func (c *ControlPlane) MoveFrps(ctx context.Context) error {
 	c.StopFrps()
 	if err := c.configureFrps(); err != nil {
@@ -28,7 +28,7 @@ func (c *ControlPlane) MoveFrps(ctx context.Context) error {
 	return c.StartFrps(ctx)
 }
 
-// configureFrps writes frps's configuration: TLS only, vhost ports for the gateway, our plugin.
+// configureFrps writes frps's configuration: TLS only, vhost ports for the gateway, and the plugin.
 func (c *ControlPlane) configureFrps() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -64,7 +64,7 @@ func (c *ControlPlane) configureFrps() error {
 	return os.WriteFile(path, data, 0o600)
 }
 
-// StartFrps starts frps, waits until it listens, and starts it again whenever it ends by itself.
+// StartFrps starts frps, waits until it listens, and restarts it whenever it ends by itself.
 func (c *ControlPlane) StartFrps(ctx context.Context) error {
 	binary, err := process.Binary("frps")
 	if err != nil {
@@ -94,7 +94,7 @@ func (c *ControlPlane) StartFrps(ctx context.Context) error {
 		unexpected := c.frps == p
 		c.mu.Unlock()
 		if unexpected {
-			c.options.Log.Warn("frps ended; starting it again", "exit_code", p.ExitCode())
+			c.options.Log.Warn("restarting frps", "exit_code", p.ExitCode())
 			if err := c.StartFrps(ctx); err != nil {
 				c.options.Log.Error("frps does not start", "error", err)
 			}
@@ -103,7 +103,7 @@ func (c *ControlPlane) StartFrps(ctx context.Context) error {
 	return nil
 }
 
-// StopFrps stops frps until StartFrps.
+// StopFrps stops frps until StartFrps is called.
 func (c *ControlPlane) StopFrps() {
 	c.mu.Lock()
 	p := c.frps
@@ -114,7 +114,7 @@ func (c *ControlPlane) StopFrps() {
 	}
 }
 
-// FrpsPid is the process id of the running frps, 0 if none runs.
+// FrpsPid returns the process id of the running frps, or 0.
 func (c *ControlPlane) FrpsPid() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -124,8 +124,8 @@ func (c *ControlPlane) FrpsPid() int {
 	return c.frps.Pid()
 }
 
-// StartPlainFrps starts a frps as an operator without a control plane has it: whoever knows the token may have a tunnel
-// of type http, which is reached at vhostPort under a name below example.internal.
+// StartPlainFrps starts a frps of an operator without a control plane: an agent with the token may have a tunnel of
+// type http, which callers reach at vhostPort under a name below example.internal.
 func StartPlainFrps(ctx context.Context, group *process.Group, ip, token string) (bindPort, vhostPort int, err error) {
 	binary, err := process.Binary("frps")
 	if err == nil {

@@ -18,12 +18,12 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// agentHeader marks what an agent has answered.
+// agentHeader is the header of every answer that an agent gives.
 const agentHeader = "Pipeops-Agent"
 
-// gateway leads /agents/{id}/… to the agent of that id, by way of frps's vhost port. It is HTTPS, because
-// kubectl sends no token over http, and leaves authentication to the agent. Where the tunnel is of type https, it
-// speaks TLS with the agent itself, and trusts what the agent has shown to the authentication endpoint alone.
+// gateway forwards /agents/{id}/… to the agent with this id, through frps's vhost port. It is HTTPS, because kubectl
+// sends no token over http, and leaves authentication to the agent. If the tunnel is of type https, it speaks TLS
+// with the agent itself, and trusts only the certificate that the agent has sent to the authentication endpoint.
 func (c *ControlPlane) gateway() http.Handler {
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
@@ -77,10 +77,10 @@ func (c *ControlPlane) gateway() http.Handler {
 	})
 }
 
-// whole keeps net/http from closing the body of a request of HTTP/1.1 when its answer begins. The transport may read
-// from it at that moment: an answer may come before the last of the body, and where the length of the body is known,
-// the transport reads once more after the last byte. It would take the closed body for a failure, and close the
-// connection under the rest of the answer.
+// whole keeps net/http from closing the body of an HTTP/1.1 request when its answer begins. The transport may still
+// read from the body then: an answer may come before the end of the body, and if the length is known, the transport
+// reads once more after the last byte. It would take a closed body for a failure, and close the connection before the
+// rest of the answer.
 func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
 	if r.Body == http.NoBody {
 		next.ServeHTTP(w, r)
@@ -98,7 +98,8 @@ func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// buffers lends ReverseProxy what it copies answers with. Without it every answer, however small, costs 32 KiB.
+// buffers holds the buffers with which ReverseProxy copies answers. Without it every answer, however small, allocates
+// 32 KiB.
 type buffers struct{ pool sync.Pool }
 
 func (b *buffers) Get() []byte { return b.pool.Get().(*[32 << 10]byte)[:] }
@@ -111,7 +112,7 @@ func (c *ControlPlane) tunnelType(id string) string {
 	return c.tunnels[id]
 }
 
-// dial connects to where frps takes callers of tunnels of type http, if it has ever been let to open one for the agent.
+// dial connects to frps's port for tunnels of type http, if frps was ever allowed to open one for the agent.
 func (c *ControlPlane) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	if id, _, _ := strings.Cut(addr, "."); c.tunnelType(id) == "" {
 		return nil, notDelivered{errNoAgent}
@@ -130,8 +131,9 @@ func dialFrps(ctx context.Context, addr string) (net.Conn, error) {
 	return conn, nil
 }
 
-// Direct returns where frps takes the callers of an agent that has a tunnel of type https, and how they speak TLS with
-// the agent itself: they trust the certificates that its leases were requested with.
+// Direct returns the address at which frps accepts an agent's callers, for a tunnel of type https, and the
+// configuration with which they speak TLS with the agent itself. It trusts the certificates that the agent's leases
+// were requested with.
 func (c *ControlPlane) Direct(id string) (addr string, config *tls.Config) {
 	config = &tls.Config{ServerName: id + "." + tlsDomain, MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}
 	config.VerifyConnection = func(state tls.ConnectionState) error {
@@ -151,7 +153,7 @@ func (c *ControlPlane) Direct(id string) (addr string, config *tls.Config) {
 	return net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostTLSPort)), config
 }
 
-// dialAgent speaks TLS with an agent, which frps finds by the name in the handshake.
+// dialAgent opens a TLS connection to an agent. frps finds the agent by the name in the handshake.
 func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn, error) {
 	name, _, err := net.SplitHostPort(addr)
 	if err != nil {
@@ -171,21 +173,21 @@ func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn,
 	return tlsConn, nil
 }
 
-// errNoAgent stands for an answer that no agent gave: frps answers 404 for a tunnel that is not up, which kubectl would
-// take for an object that does not exist. It answers 404, too, where the connection to an agent breaks that has got the
-// request.
+// errNoAgent stands for an answer that no agent gave. frps answers 404 for a tunnel that is not up, which kubectl
+// would take for an object that does not exist. It also answers 404 if the connection to an agent breaks that has
+// received the request.
 var errNoAgent = errors.New("no agent is connected")
 
-// notDelivered is a failure before anything of the request went to the agent.
+// notDelivered is a failure before any part of the request was sent to the agent.
 type notDelivered struct{ error }
 
 func (e notDelivered) Unwrap() error { return e.error }
 
 // unavailable answers for an agent that did not. r is the request as rewritten.
 //
-// Where a second request can do no harm it asks for one in a second, by a 503. client-go makes ten before it gives the
-// error to its user, so that kubectl works on when a hop is started again. But it would repeat writes as well: one that
-// may have been done gets a 502, and its user must look.
+// If a retry is safe, it answers 503 with Retry-After. client-go retries ten times, so that kubectl survives the
+// restart of a hop. But client-go would also retry a write, so a write that may have been done is answered with 502,
+// and its caller must look.
 func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, context.Canceled) {
 		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
@@ -216,7 +218,7 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 	kube.WriteStatus(w, r, http.StatusBadGateway, "the request may have reached the agent: look whether what you asked for was done; "+message, 0)
 }
 
-// cutAgent splits /agents/{id}/rest into id and /rest. It works on encoded paths as on decoded ones.
+// cutAgent splits /agents/{id}/rest into id and /rest. It accepts encoded and decoded paths.
 func cutAgent(path string) (id, rest string, ok bool) {
 	path, ok = strings.CutPrefix(path, "/agents/")
 	id, rest, _ = strings.Cut(path, "/")

@@ -11,10 +11,10 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 )
 
-// audience is whom the tokens are for.
+// audience is the audience of the tokens.
 const audience = "frps"
 
-// issuer is a small provider of OpenID Connect: frps asks it for the key that tokens are signed with.
+// issuer is a minimal OpenID Connect provider. frps asks it for the key that the tokens are signed with.
 type issuer struct {
 	url string
 	key jose.JSONWebKey
@@ -38,8 +38,8 @@ func (i *issuer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// token returns a token that names an agent and a lease of it, and ends at a time; zero: in ten years, because frps
-// refuses a token without an end.
+// token returns a token that names an agent and its lease, and expires at until. If until is zero it expires in ten
+// years, because frps refuses a token without an expiry.
 func (i *issuer) token(agentID, lease string, until time.Time) (string, error) {
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: i.key}, nil)
 	if err != nil {
@@ -53,8 +53,8 @@ func (i *issuer) token(agentID, lease string, until time.Time) (string, error) {
 	}).Serialize()
 }
 
-// metadatas returns what a token of this issuer names; nothing for another. It leaves issuer, audience and end to frps,
-// which checks them after the plugin.
+// metadatas returns what a token of this issuer names, and nothing for another token. It leaves issuer, audience and
+// expiry to frps, which checks them after the plugin.
 func (i *issuer) metadatas(token string) map[string]string {
 	var claims jwt.Claims
 	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// pluginContent is what frps asks about before it accepts a login or a proxy.
-// Source: frp pkg/plugin/server/types.go.
+// pluginContent is the part of frps's request to the plugin that is used here. Source: frp
+// pkg/plugin/server/types.go.
 type pluginContent struct {
 	PrivilegeKey string            `json:"privilege_key"` // of a Login: the token, with method oidc
 	Metas        map[string]string `json:"metas"`         // of a Login
@@ -26,8 +26,9 @@ type pluginContent struct {
 	GroupKey      string   `json:"group_key"`
 }
 
-// plugin decides for frps on Login and NewProxy: on both, or any agent could claim any free domain. With method oidc
-// it writes what the token names over the metadatas of a Login, which frps sends along with every NewProxy.
+// plugin decides about Login and NewProxy for frps. It must decide about both, or any agent could claim any free
+// domain. With method oidc it replaces the metadatas of a Login by what the token names. frps sends them with every
+// NewProxy.
 func (c *ControlPlane) plugin(w http.ResponseWriter, r *http.Request) {
 	var request struct {
 		Op      string

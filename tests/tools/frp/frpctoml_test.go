@@ -1,4 +1,4 @@
-// Package frp holds the stock frp for the tests, and the proof that frp reads what package frpc writes.
+// Package frp pins the stock frp for the tests, and proves that frp reads what package frpc writes.
 package frp
 
 import (
@@ -39,7 +39,7 @@ var hostile = map[string]string{
 	"env":        "$HOME ${HOME} %(x)s",
 }
 
-// with gives a configuration that has value in every text.
+// with returns a configuration that has value in every text.
 func with(value string) frpc.Config {
 	return frpc.Config{
 		ServerAddr: value, ServerPort: 7000, User: value, ClientID: value, Protocol: "tcp", AuthMethod: "token",
@@ -54,7 +54,7 @@ func with(value string) frpc.Config {
 	}
 }
 
-// readBack is what frp's own loader makes of c.
+// readBack returns what frp's own loader reads from c's file.
 func readBack(t *testing.T, c frpc.Config) (*v1.ClientConfig, error) {
 	t.Helper()
 	toml, err := c.TOML()
@@ -75,7 +75,7 @@ func readBack(t *testing.T, c frpc.Config) (*v1.ClientConfig, error) {
 	return got, nil
 }
 
-// want is c, said in frp's own types.
+// want returns c in frp's own types.
 func want(c frpc.Config) *v1.ClientConfig {
 	no := false
 	metadatas := map[string]string{}
@@ -131,7 +131,7 @@ func want(c frpc.Config) *v1.ClientConfig {
 	return w
 }
 
-// check holds what frp reads against what was meant.
+// check compares what frp reads with c.
 func check(t *testing.T, c frpc.Config) {
 	t.Helper()
 	got, err := readBack(t, c)
@@ -178,7 +178,7 @@ func FuzzFrpReadsWhatTheAgentWrites(f *testing.F) {
 	})
 }
 
-// TestStockFrpcAcceptsTheConfiguration holds the file against the validation of the binary that users run.
+// TestStockFrpcAcceptsTheConfiguration runs the validation of the binary that users run.
 func TestStockFrpcAcceptsTheConfiguration(t *testing.T) {
 	binary := filepath.Join("..", "..", "..", ".build", "bin", "frpc")
 	if _, err := os.Stat(binary); err != nil {
