@@ -76,7 +76,7 @@ func attackOne(ctx context.Context, limit []string, name string, n int,
 		defer cancel()
 		defer close(killed)
 		begin := time.Now()
-		if process.Poll(ctx, attackTime, nil, func() error { // until the end of the attack, or the peer's
+		if process.Poll(ctx, attackTime, nil, func() error { // until the attack or the peer ends
 			rss, err := process.Memory(p.pid, "VmRSS")
 			if err == nil && rss <= attack.Limit {
 				return errors.New("it lives")

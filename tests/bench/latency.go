@@ -21,14 +21,14 @@ import (
 
 // setting is a setting of frpc's transport. The first of a list is frp's default, with which the others are compared.
 type setting struct {
-	mux             bool // the same in frps, or they do not understand each other
+	mux             bool // must be the same in frps
 	pool, keepalive int  // 0: frp's default
 }
 
 var (
 	settings = []setting{{true, 1, 0}, {true, 5, 0}, {true, 10, 0}, {false, 1, 0}, {false, 5, 0}, {false, 10, 0}}
 	rtts     = []time.Duration{time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond}
-	repeats  = []int{10, 5, 3} // of a round: where the way is short the machine's speed counts
+	repeats  = []int{10, 5, 3} // of a round, more where the delay is short and the machine's speed matters
 	domains  = map[string]string{"http": "127.0.0.1", "https": "agent.internal"}
 )
 
@@ -148,7 +148,7 @@ func frozen(ctx context.Context) error {
 					return err
 				}
 				defer t.close()
-				// So that they are at different points between two keepalives or heartbeats.
+				// Spread the starts between two keepalives or heartbeats.
 				time.Sleep(time.Duration(i) * 30 * time.Second / time.Duration(len(noticed)))
 				noticed[i], err = t.back(ctx, "try to connect to server",
 					func() error { return syscall.Kill(t.frps.Pid(), syscall.SIGSTOP) })
@@ -227,7 +227,7 @@ func startTunnel(ctx context.Context, kind string, s setting, rtt time.Duration)
 		cancel()
 		for _, p := range []*process.Process{t.frpc, t.frps} {
 			if p != nil {
-				p.Kill() // a stopped process obeys nothing else
+				p.Kill() // a frozen process reacts to no other signal
 			}
 		}
 		agent.Close()

@@ -19,12 +19,12 @@ import (
 )
 
 const (
-	rounds      = 20   // of calls: short and many, because the machine's speed moves within seconds
+	rounds      = 20   // of calls: short and many, because the machine's speed changes within seconds
 	transfers   = 3    // rounds with all the rest
-	calls       = 4000 // at 32 connections
+	calls       = 4000 // with 32 connections
 	singleCalls = 3000 // at one
 	idleWatches = 2000
-	settling    = 8 * time.Minute // a Go process that does nothing collects its garbage every two minutes
+	settling    = 8 * time.Minute // an idle Go process collects its garbage every two minutes
 )
 
 // figures are the results of one peer. The median of the rounds is printed, and the mean of their ratios.
@@ -33,7 +33,7 @@ type figures struct {
 	p50, p99            []float64 // µs, 32 connections
 	single50, single99  []float64 // µs, one connection
 	download, upload    []float64 // MB/s, 64 MiB
-	rss, downRSS, upRSS []float64 // MB: before, and how much more at most during each
+	rss, downRSS, upRSS []float64 // MB: before, and the peak increase during each
 	watchKB             float64   // for each idle watch
 	idleRSS, afterRSS   float64   // MB before the watches, and long after
 }
@@ -174,7 +174,7 @@ func loadBy(ctx context.Context, c *http.Client, p peer, path string, conns, n i
 }
 
 func measureCalls(ctx context.Context, p peer, f *figures) error {
-	if _, _, err := load(ctx, p, 32, 200); err != nil { // warm
+	if _, _, err := load(ctx, p, 32, 200); err != nil { // to warm up
 		return err
 	}
 	before, err := cpuSeconds(p.pid)

@@ -94,7 +94,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		return err
 	}
 
-	// One caller asks for a small object again and again; another has asked for a watch before.
+	// One caller reads a small object again and again; another holds a watch.
 	const token = "first"
 	ask := func(path string) (*http.Response, error) {
 		caller := agent.Caller(cp, id, token)
@@ -110,9 +110,10 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 	}
 	fmt.Printf("| what | figure |\n| --- | --- |\n")
 	fmt.Printf("| %s: bootstrap, from its start to its end with frpc.toml written | %.0f ms |\n", method, median(written))
-	// happening does something, and until done says that all is over tells how long callers miss the tunnel.
+	// happening calls do, and reports how long callers cannot use the tunnel, until done returns true.
 	happening := func(what string, do func() error, done func() bool) error {
-		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true") //nolint:bodyclose // below, on every way out but errors that end it all
+		//nolint:bodyclose // closed below, unless an error ends the whole measurement
+		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true")
 		if err != nil {
 			return err
 		}
@@ -126,7 +127,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		}
 		begin := time.Now()
 		var lost, asked int
-		var first, last, over time.Time // refused calls, and the end of what happens
+		var first, last, over time.Time // first and last refused call, and when done returned true
 		released := false
 		for over.IsZero() || time.Since(over) < 5*time.Second {
 			at := time.Now()
@@ -146,7 +147,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 			if over.IsZero() && done() {
 				over = time.Now()
 			}
-			if over.IsZero() && !released && time.Since(begin) > 10*time.Second { // its caller has had enough of it
+			if over.IsZero() && !released && time.Since(begin) > 10*time.Second { // the caller of the watch gives up
 				released = true
 				_ = watch.Body.Close()
 			}
@@ -170,7 +171,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		return nil
 	}
 	over := func() bool { return true }
-	if shared { // the rest is the same with both
+	if shared { // the rest does not depend on the method
 		pid := cp.FrpsPid()
 		for _, fault := range []struct {
 			what string
@@ -197,7 +198,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		if err := os.WriteFile(tokenFile+".new", []byte("second"), 0o600); err != nil {
 			return err
 		}
-		return os.Rename(tokenFile+".new", tokenFile) // callers go on with the old one, which is still good
+		return os.Rename(tokenFile+".new", tokenFile) // callers use the old token, which is still valid
 	}, func() bool {
 		return strings.Count(a.Bootstrap.Log(), "lease written") > leases && (!shared || a.FrpcRestarts() > restarts)
 	}); err != nil {

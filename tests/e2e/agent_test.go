@@ -38,8 +38,8 @@ const agentID, agentToken = harness.AgentID, harness.AgentToken
 type installed struct {
 	t      *testing.T
 	dir    string // a copy of the manifests, with the files that a user writes
-	admin  string // kubeconfig: straight to the API server
-	caller string // kubeconfig: through the tunnel
+	admin  string // kubeconfig that reaches the API server directly
+	caller string // kubeconfig that goes through the tunnel
 	cp     *controlplane.ControlPlane
 
 	patches string // of the overlay, as YAML
@@ -63,7 +63,7 @@ func (i *installed) kubectl(ctx context.Context, kubeconfig string, env []string
 // run runs kubectl to its end and returns what it prints.
 func (i *installed) run(kubeconfig, stdin string, env []string, args ...string) (string, error) {
 	i.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // cleaning up needs it after the test's end
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // t.Context has ended when the cleanup runs
 	defer cancel()
 	result, err := harness.Run(i.kubectl(ctx, kubeconfig, env, args...), stdin)
 	return result.Stdout, err
@@ -258,7 +258,7 @@ func (i *installed) rights() {
 				i.t.Errorf("with %v, %v %s", step.components, granted[never], never)
 			}
 		}
-		// What RBAC says of that, the agent lets nobody through.
+		// The agent refuses nodes/proxy whatever RBAC says.
 		if out, err := i.run(i.caller, "", nil, "get", "--raw",
 			"/api/v1/nodes/"+cluster.NodeName+"/proxy/pods"); err == nil ||
 			!strings.Contains(err.Error(), "nodes/proxy reaches every pod") {
@@ -280,7 +280,7 @@ func (i *installed) useKubectl(t *testing.T) {
 			"name": "web", "image": "`+cluster.Busybox+`", "command": ["/bin/busybox", "sh", "-c", "echo hello; ln -s busybox /bin/tar; mkdir -p /www; echo page >/www/index.html; exec httpd -f -p 8080 -h /www"]}]}}}}`)
 	i.mustKubectl(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "web.yaml"))
 	i.mustKubectl(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
-	for _, name := range []string{"websocket", "spdy"} { // it ends with what is attached to it
+	for _, name := range []string{"websocket", "spdy"} { // each pod ends with the command attached to it
 		i.mustKubectl(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "echo hello; exec cat")
 		i.mustKubectl(i.caller, "-n", ns, "wait", "--for", "condition=Ready", "pod/cat-"+name, "--timeout", "1m")
 	}
@@ -451,7 +451,7 @@ func (i *installed) frpsAway(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
 	state(false)
-	time.Sleep(45 * time.Second) // longer than bootstrap waits before it tries a login and requests a lease
+	time.Sleep(45 * time.Second) // longer than bootstrap waits before it checks the login and requests a lease
 	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}

@@ -39,7 +39,7 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	}
 	i := prepare(t)
 	i.setting("PIPEOPS_RUNNERS_ALLOWED_HOSTS=" + node.HostIP)
-	// Attackers, control plane and API server have the same two cores, and a thousand shares of them: without as many of
+	// Attackers, control plane and API server share two cores, and have a thousand CPU shares. Without as many of
 	// its own, the pod would be attacked on its CPU. Memory is as shipped.
 	i.patches = `{target: {kind: Deployment}, patch: '[
 		{"op": "replace", "path": "/spec/template/spec/initContainers/1/resources/requests/cpu", "value": "700m"},
@@ -50,7 +50,7 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	if err := attack.Create(t.Context(), node.Client, ns); err != nil {
 		t.Fatal(err)
 	}
-	// Who attacks the operations listener is a pod; who attacks the tunnel listener is in the agent's.
+	// Attackers of the operations listener are in a pod of their own, those of the tunnel listener in the agent's pod.
 	neighbour := create(t, ns, pod("neighbour", "exec sleep infinity"), corev1.PodRunning)
 	agentPod := i.pod()
 	proxy, frpc := pidOf(t, "proxy", agentPod), pidOf(t, "frpc", agentPod)
@@ -67,7 +67,7 @@ func TestAttacksKillNoContainer(t *testing.T) {
 		}
 	}
 	size := attack.Size{Floods: 200, Watches: 500, Lists: 100, Uploads: 2000, Idle: 5000, Commands: 20, Ramp: duration / 2}
-	if duration < time.Minute { // not all of them can shake hands so soon, or the attack is one on the CPU
+	if duration < time.Minute { // more TLS handshakes in that time would be an attack on the CPU
 		size = attack.Size{Floods: 200, Watches: 125, Lists: 50, Uploads: 500, Idle: 1000, Commands: 20, Ramp: duration / 2}
 	}
 	waves, err := attack.Waves(attack.Ways{Operations: operations, Tunnel: tunnel, Frps: frps, Namespace: ns}, size)
@@ -85,7 +85,7 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	rolled := 0
 	var rolling sync.WaitGroup
 	rolling.Go(func() {
-		for ctx.Err() == nil { // one that has begun goes to its end
+		for ctx.Err() == nil { // a rollout that has begun is followed to its end
 			for _, args := range [][]string{{"restart", "deployment/rolls"}, {"status", "deployment/rolls", "--timeout", "2m"}} {
 				if _, err := i.run(i.caller, "", nil, append([]string{"-n", ns, "rollout"}, args...)...); err != nil {
 					t.Errorf("rolling update %d: %v", rolled+1, err)
@@ -104,7 +104,7 @@ func TestAttacksKillNoContainer(t *testing.T) {
 		cancel()
 	}
 	rolling.Wait()
-	peak, _ := process.Memory(frpc, "VmHWM") // 0 if it has ended
+	peak, _ := process.Memory(frpc, "VmHWM") // 0 if the process has ended
 	t.Logf("%d rolling updates; RSS of frpc at most %.0f MB", rolled, peak)
 
 	agentPod = i.pod()
@@ -150,7 +150,7 @@ func pidOf(t *testing.T, name string, pod *corev1.Pod) int {
 	t.Helper()
 	names, _ := filepath.Glob("/proc/[0-9]*/comm")
 	for _, path := range names {
-		comm, _ := os.ReadFile(path) // it may have ended
+		comm, _ := os.ReadFile(path) // the process may have ended
 		mounts, _ := os.ReadFile(filepath.Join(filepath.Dir(path), "mountinfo"))
 		var pid int
 		if _, err := fmt.Sscanf(path, "/proc/%d/comm", &pid); err == nil && string(comm) == name+"\n" &&

@@ -27,7 +27,7 @@ type load struct {
 	calls  atomic.Int64
 	mu     sync.Mutex
 	errors []error
-	raw    []error // those that client-go tried again
+	raw    []error // those that client-go retried
 }
 
 func (l *load) failed(to *[]error, err error) {
@@ -50,7 +50,7 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 		case r.Context().Err() != nil:
 		case err != nil:
 			l.failed(&l.raw, err)
-		// 503 with Retry-After is how the API server itself drains.
+		// The API server, too, answers 503 with Retry-After while it drains.
 		case resp.StatusCode >= 500 && (resp.StatusCode != http.StatusServiceUnavailable ||
 			resp.Header.Get("Retry-After") == ""):
 			l.failed(&l.raw, fmt.Errorf("%s %s: %s", r.Method, r.URL.Path, resp.Status))
@@ -62,7 +62,7 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	}
 	maps := client.CoreV1().ConfigMaps(namespace(t))
 	var counter *corev1.ConfigMap
-	eventually(t, func() (err error) { // the right to may be new
+	eventually(t, func() (err error) { // the RBAC rule may be new
 		counter, err = maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "counter"}},
 			metav1.CreateOptions{})
 		return err
@@ -80,10 +80,10 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	}
 	written := 0
 	callers.Go(func() {
-		for calling.Err() == nil { // not cut at the end, so that it is known what was written
+		for calling.Err() == nil { // not cancelled at the end, so that every write's outcome is known
 			if _, err := maps.Patch(ctx, "counter", types.MergePatchType, fmt.Appendf(nil, `{"data": {"n": "%d"}}`, written+1),
 				metav1.PatchOptions{}); err != nil {
-				// It may have been done, or not, and nobody can tell: client-go does not try again.
+				// The write may have been done: client-go does not retry it.
 				l.failed(&l.raw, err)
 				continue
 			}
@@ -199,7 +199,7 @@ func TestHighAvailabilityLosesNoCall(t *testing.T) {
 	}
 	for _, event := range []struct {
 		name   string
-		breaks bool // what runs through the pod, so that client-go must try again
+		breaks bool // the pod's streams, so that client-go must retry
 		do     func()
 	}{
 		{"rolling update", false, func() {

@@ -100,7 +100,7 @@ func findLeftovers(dir, hostIP string) error {
 func descendants(pid int, found map[int]bool) map[int]bool {
 	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, path := range threads {
-		children, _ := os.ReadFile(path) // it may have ended
+		children, _ := os.ReadFile(path) // the process may have ended
 		for _, field := range strings.Fields(string(children)) {
 			child, _ := strconv.Atoi(field)
 			found[child] = true

@@ -34,7 +34,8 @@ func startDocker(t *testing.T) *docker {
 	settings := filepath.Join(dir, "containers.conf")
 	d := &docker{shell: newShell(t, dir, "CONTAINERS_CONF="+settings, "DOCKER_HOST="+socket,
 		"KUBECONFIG="+node.Kubeconfig)}
-	// podman would raise the limits, for which some machines lack CAP_SYS_RESOURCE; and share its locks with all others.
+	// Otherwise podman would raise the limits, which fails without CAP_SYS_RESOURCE, and share its locks with other
+	// podmans.
 	if err := os.WriteFile(settings, []byte("[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n[engine]\nlock_type = \"file\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +51,7 @@ func startDocker(t *testing.T) *docker {
 		if _, err := d.run("docker rm --all --force --time 1; docker volume rm --all --force; docker rmi --all --force"); err != nil {
 			t.Error(err)
 		}
-		// Its service; and the attendants of commands that `exec` ran, who would stay for five minutes more.
+		// podman's service, and the monitors of `exec` commands, which would run for five minutes more.
 		if out, err := node.Command(context.Background(), "pkill", "-KILL", "-f",
 			dir+"/(podman.sock|run)").CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
@@ -114,7 +115,7 @@ func runByCompose(t *testing.T, p *page) {
 	}
 	d.must(files + "printf %s '" + d.settings + "' >>agent.env")
 
-	// podman asks systemd to look after the containers' health. There is none here.
+	// podman has systemd run the health checks, and there is no systemd here.
 	ctx, cancel := context.WithCancel(t.Context())
 	var health sync.WaitGroup
 	defer health.Wait()

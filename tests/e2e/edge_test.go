@@ -16,8 +16,8 @@ import (
 
 // ownFrps is the frps of an operator who has no control plane.
 type ownFrps struct {
-	settings string // of an agent, one in each line
-	callers  string // where it takes them
+	settings string // of an agent, one per line
+	callers  string // URL for callers
 }
 
 // frpToken holds a dollar sign, which shells and Compose would expand.

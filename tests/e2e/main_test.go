@@ -62,16 +62,16 @@ func namespace(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		ctx := context.Background() // the test's has ended
+		ctx := context.Background() // t.Context has ended
 		if t.Failed() {
 			report(ctx, t, made.Name)
 		}
-		// The controller takes 5 seconds before it begins: nobody waits for it.
+		// The test does not wait: the controller takes 5 seconds to begin.
 		if err := namespaces.Delete(ctx, made.Name, metav1.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 	})
-	// The controller makes its default ServiceAccount, without which the API server takes no pods.
+	// The API server admits no pods before the controller has made the default ServiceAccount.
 	eventually(t, func() error {
 		_, err := node.Client.CoreV1().ServiceAccounts(made.Name).Get(t.Context(), "default", metav1.GetOptions{})
 		return err

@@ -25,7 +25,7 @@ import (
 
 // page is manifests/README.md. The tests run its commands word for word.
 type page struct {
-	blocks [][]string // commands that stand beneath each other; those within a sentence are alone
+	blocks [][]string // consecutive commands; a command within a sentence is a block of its own
 
 	mu  sync.Mutex
 	ran map[string]bool // by command
@@ -50,7 +50,7 @@ func readPage(t *testing.T) *page {
 	}
 	p := &page{ran: map[string]bool{}}
 	var block []string
-	more := false // of the last command
+	more := false // whether the last command continues
 	for line := range strings.Lines(string(data) + "\n") {
 		code, indented := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "    ")
 		switch {
@@ -128,7 +128,7 @@ func (s *shell) program(name, script string) {
 }
 
 func (s *shell) run(command string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute) // cleaning up needs it after the test's end
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute) // t.Context has ended when the cleanup runs
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", "-ec", command)
 	cmd.Dir, cmd.Env = s.dir, s.env
@@ -157,7 +157,7 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 	var ran atomic.Int32
 	parts := map[string]func(*testing.T, *page){
 		"cluster": installOnCluster, "registry": pushImages,
-		"docker": func(t *testing.T, p *page) { // one after the other: they have the same ports
+		"docker": func(t *testing.T, p *page) { // not in parallel: they use the same ports
 			t.Run("compose", func(t *testing.T) { runByCompose(t, p) })
 			t.Run("run", func(t *testing.T) { runByDocker(t, p) })
 		},
@@ -171,10 +171,10 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 			})
 		}
 	})
-	if !passed || int(ran.Load()) != len(parts) { // -run may have chosen some
+	if !passed || int(ran.Load()) != len(parts) { // -run may have selected some
 		return
 	}
-	// Those that make e2e itself, and .ci/run, have run.
+	// `make e2e` itself and .ci/run have run these.
 	for _, words := range []string{"make images", "make verify-images"} {
 		p.command(t, words)
 	}
@@ -216,7 +216,7 @@ func installOnCluster(t *testing.T, p *page) {
 	do("(umask 077; echo your-agent-token")
 	i.cp.SetAgent(agentID, "your-agent-token")
 	do("kubectl apply -k manifests")
-	eventually(t, func() error { // the CA is not there
+	eventually(t, func() error { // the CA is missing
 		out := do("kubectl -n pipeops-system describe pods")
 		if !strings.Contains(out, "Exit Code:    2") || !strings.Contains(out, "/etc/pipeops/tls/ca.crt") {
 			return fmt.Errorf("describe pods: %s", out)
@@ -234,13 +234,15 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	callers("your-agent-token")
 
-	// An upgrade, and back.
+	// An upgrade, and its rollback.
 	mapOf := func() string {
 		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent", "-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
 	}
 	before := mapOf()
 	i.write("agent.env", settings+"PIPEOPS_LOG_LEVEL=debug\n")
-	i.mustKubectl(i.admin, "create", "clusterrolebinding", "upgrade", "--clusterrole", "edit", "--serviceaccount", "pipeops-system:pipeops-agent") // the load writes
+	// The load writes.
+	i.mustKubectl(i.admin, "create", "clusterrolebinding", "upgrade", "--clusterrole", "edit",
+		"--serviceaccount", "pipeops-system:pipeops-agent")
 	t.Cleanup(func() {
 		_, _ = i.run(i.admin, "", nil, "delete", "clusterrolebinding", "upgrade", "--ignore-not-found")
 	})
@@ -265,7 +267,7 @@ func installOnCluster(t *testing.T, p *page) {
 	pods := func() string { // with the restarts of their proxies
 		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
 	}
-	eventually(t, func() error { // those of before drain
+	eventually(t, func() error { // the previous pods drain
 		if before = pods(); strings.Count(before, "\n") != 1 {
 			return fmt.Errorf("there are %s", before)
 		}
@@ -273,7 +275,8 @@ func installOnCluster(t *testing.T, p *page) {
 	})
 	i.cp.SetAgent(agentID, "another-agent-token")
 	sh.must(p.block(t, "(umask 077; echo another-agent-token"))
-	// The kubelet looks for a changed Secret now and then. Not so the callers: who is refused too often waits a minute.
+	// The kubelet polls for changed Secrets. Callers must not poll: a caller that is refused too often is blocked for a
+	// minute.
 	if err := process.Poll(t.Context(), 2*time.Minute, nil, func() error {
 		log, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", "proxy")
 		if err == nil && !strings.Contains(log, "the agent's token has changed") {
@@ -304,7 +307,7 @@ func installOnCluster(t *testing.T, p *page) {
 	objects := func() []string {
 		names := strings.Fields(i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "name", "-l", "app.kubernetes.io/part-of=pipeops",
 			"clusterroles,clusterrolebindings,namespaces,roles,rolebindings,secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments"))
-		return slices.DeleteFunc(names, func(name string) bool { // settings, of now and before
+		return slices.DeleteFunc(names, func(name string) bool { // current and previous settings
 			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard"
 		})
 	}
@@ -360,12 +363,12 @@ func (i *installed) runbooks(sh *shell) {
 	if len(read) < 15 || len(mend) < 3 {
 		i.t.Fatalf("the runbooks have %d commands to read and %d to mend", len(read), len(mend))
 	}
-	// What finds nothing in an agent that is well.
+	// Commands that find nothing while the agent works.
 	nothing := regexp.MustCompile(`"status":5|a caller is refused|grep -v True`)
-	// There is none, and that is too short.
+	// There is no previous container, and the timeout is too short.
 	expected := regexp.MustCompile(`previous terminated container|timed out waiting`)
 	for _, command := range slices.Concat(read, mend) {
-		if nothing.MatchString(command) { // but kubectl takes it
+		if nothing.MatchString(command) { // check that kubectl accepts it
 			command, _, _ = strings.Cut(command, "|")
 		}
 		eventually(i.t, func() error { // frpc's start may not be in the log yet

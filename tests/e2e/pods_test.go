@@ -168,7 +168,7 @@ func TestNodeServesADeployment(t *testing.T) {
 		}
 		return err
 	})
-	// Both answer by the Service, to a pod beside them, from when kube-proxy has heard of both.
+	// Another pod reaches both through the Service as soon as kube-proxy knows both.
 	client := create(t, ns, pod("client", `
 		touch /heard
 		until [ "$(sort -u /heard | wc -l)" = 2 ]; do sleep 0.1; wget -q -O - "http://$0" >>/heard 2>/dev/null; done

@@ -111,7 +111,8 @@ func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
 			}
 			return err
 		}
-		// A new pod's rules come a moment after it. Whatever is refused has answered another before.
+		// The rules of a new pod apply a moment after its start. Each address that is refused has answered another pod
+		// before.
 		eventually(t, func() error {
 			if err := reaches(); (err == nil) != test.may {
 				return fmt.Errorf("%s: %s, answered: %t", test.sentence, net.JoinHostPort(test.address, test.port), err == nil)

@@ -49,7 +49,7 @@ func pushImages(t *testing.T, p *page) {
 		}
 	}
 
-	// In a copy, as it writes into the manifests; and once more, as one does for a later version.
+	// In a copy, because it writes into the manifests; and twice, as for a later version.
 	sh.must(fmt.Sprintf("cp -r %[1]s/Makefile %[1]s/manifests .", root))
 	frpc := regexp.MustCompile(`fatedier/frpc:v[0-9.]+`).FindString(sh.must("cat manifests/docker/compose.yaml"))
 	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/%s", root, registry, frpc))

@@ -31,7 +31,7 @@ func rawClient(t *testing.T, config *rest.Config) *http.Client {
 func TestResponsesAreForwardedUnchanged(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
-	for i := range 20 { // enough for the API server to compress the list
+	for i := range 20 { // large enough that the API server compresses the list
 		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)},
 			Data: map[string]string{"a": strings.Repeat("x", 16<<10)}}
 		if _, err := api.Client.CoreV1().ConfigMaps(ns).Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
@@ -80,7 +80,7 @@ func TestResponsesAreForwardedUnchanged(t *testing.T) {
 					got[i].Header[name] = resp.Header.Values(name)
 				}
 			}
-			if test.name == "warning" { // it asks etcd and the like on every call
+			if test.name == "warning" { // the body changes with every call
 				got[0].Body, got[1].Body = "", ""
 			}
 			if diff := cmp.Diff(got[0], got[1]); diff != "" {

@@ -15,7 +15,7 @@ import (
 // TestAttacksStayBelowTheMemoryLimit attacks the proxy's memory from all sides at once. The proxy stays below its
 // container's memory limit, calls of honest callers succeed, if more slowly, and the memory is released.
 func TestAttacksStayBelowTheMemoryLimit(t *testing.T) {
-	// Four fifths of the limit, as the proxy makes of it in a container.
+	// Four fifths of the limit, which the proxy sets itself in a container.
 	w, ns := connectedWithRunners(t, "PIPEOPS_FRP_TUNNEL_TYPE=https", "GOMEMLIMIT=204MiB")
 	if err := attack.Create(t.Context(), api.Client, ns); err != nil {
 		t.Fatal(err)
@@ -43,7 +43,7 @@ func TestAttacksStayBelowTheMemoryLimit(t *testing.T) {
 	if err := victim.Attack(ctx, waves, t.Logf); err != nil {
 		t.Error(err)
 	}
-	// frpc holds what callers send until the proxy has read it, and its container has twice the limit.
+	// frpc buffers what callers send until the proxy has read it. Its container has twice the limit.
 	if peak, err := process.Memory(w.agent.Frpc.Pid(), "VmHWM"); err != nil || peak > 2*attack.Limit {
 		t.Errorf("frpc had %.0f MB, %v", peak, err)
 	}

@@ -187,7 +187,7 @@ func TestSIGUSR1ChangesTheLogLevel(t *testing.T) {
 		})
 		before := probes()
 		probe()
-		eventually(t, func() error { // a line is written after its answer
+		eventually(t, func() error { // a line is logged after its answer is sent
 			if shown := probes() > before; shown != (i == 0) {
 				return fmt.Errorf("level %s: probes are shown: %v", level, shown)
 			}

@@ -17,7 +17,7 @@ import (
 
 // TestKubernetesCredentialRotatesWithoutARestart changes the credential that the agent shows to the API server.
 func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
-	t.Parallel() // client-go looks at a token file once a minute
+	t.Parallel() // client-go reads a token file once a minute
 	for name, user := range map[string]func(token string) *clientcmdapi.AuthInfo{
 		"token file": func(token string) *clientcmdapi.AuthInfo { return &clientcmdapi.AuthInfo{TokenFile: token} },
 		"exec plugin": func(token string) *clientcmdapi.AuthInfo {

@@ -55,7 +55,7 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	wantTunnel(t, leaving)
 	startSession(t, leaving, ns)
 	startDraining(t, leaving)
-	eventually(t, func() error { // frpc withdraws the tunnel: until then it is the agent that says so
+	eventually(t, func() error { // until frpc withdraws the tunnel, the agent itself answers
 		if resp, _ := leaving.ask(http.MethodGet, "/health"); resp.StatusCode != http.StatusServiceUnavailable {
 			return errors.New("the tunnel is still up")
 		}
@@ -96,12 +96,12 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	t.Run("kubectl", func(t *testing.T) {
 		for i, c := range cases {
 			t.Run(c.what, func(t *testing.T) {
-				t.Parallel() // kubectl tries ten times, a second apart
+				t.Parallel() // kubectl retries ten times, a second apart
 				kubeconfig := c.w.caller
 				if c.other != "" {
 					kubeconfig = c.other
 				}
-				// Without a cache of discovery, as for who asks for the first time.
+				// Without cached discovery, as in the first call of a user.
 				r := c.w.kubectl(kubeconfig, c.stdin, append(strings.Fields(c.args), "--cache-dir", t.TempDir())...)
 				if r.Code == 0 || r.Stdout != "" {
 					t.Errorf("no error: %+v", r)
@@ -134,7 +134,7 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 // viewer is a world whose agent may read, but no secrets.
 func viewer(t *testing.T) *world {
 	t.Helper()
-	// no controller runs that would fill "view"
+	// No controller runs that would aggregate the rules of "view".
 	config, err := api.ServiceAccount(t.Context(), "pipeops-system", "viewer", "system:aggregate-to-view")
 	if err != nil {
 		t.Fatal(err)

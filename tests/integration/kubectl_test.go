@@ -70,14 +70,15 @@ func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 			"template":{"metadata":{"labels":{"a":"b"}},"spec":{"containers":[{"name":"c","image":"i"}]}}}}`
 		odd = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"odd"},"data":{},"nonsense":1}`
 	)
-	big := fmt.Sprintf(`{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},"data":{"a":%q}}`, strings.Repeat("0123456789abcdef", 60<<10)) // 960 KiB
+	big := fmt.Sprintf(`{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},"data":{"a":%q}}`,
+		strings.Repeat("0123456789abcdef", 60<<10)) // 960 KiB
 	steps := []struct{ command, stdin string }{
 		{"apply --server-side -f -", fmt.Sprintf(deployment, 1)},
 		{"diff -f -", fmt.Sprintf(deployment, 2)},
 		{"apply --server-side --field-manager other -f -", fmt.Sprintf(deployment, 3)}, // a conflict
 		{"scale deployment d --replicas 5", ""},
 		{"wait --for=jsonpath={.spec.replicas}=5 deployment/d --timeout=5s", ""},
-		{"wait --for=condition=Available deployment/d --timeout=1s", ""}, // nobody makes it so
+		{"wait --for=condition=Available deployment/d --timeout=1s", ""}, // no controller makes it available
 		{"rollout history deployment d", ""},
 		{"set image deployment d c=other", ""},
 		{"patch deployment d --type json -p [{\"op\":\"remove\",\"path\":\"/spec/replicas\"}]", ""},
@@ -120,7 +121,7 @@ func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 			succeeded++
 		}
 	}
-	if want := len(steps) - 5; succeeded != want { // diff, the conflict, nobody makes it so, strict, gone
+	if want := len(steps) - 5; succeeded != want { // diff, the conflict, no controller makes it available, strict, gone
 		for i, step := range steps {
 			t.Logf("%s: %.300v", step.command, output[w.direct][i])
 		}
@@ -156,7 +157,8 @@ func withoutAges(r harness.Result) harness.Result {
 func TestBuiltPartsReportTheirVersion(t *testing.T) {
 	w := connected(t)
 	var versions map[string]struct{ GitVersion, Major, Minor string }
-	_ = json.Unmarshal([]byte(w.mustKubectl("version", "-o", "json")), &versions) // what is missing is told below
+	// The checks below report what is missing.
+	_ = json.Unmarshal([]byte(w.mustKubectl("version", "-o", "json")), &versions)
 	for _, part := range []string{"clientVersion", "serverVersion"} {
 		if v := versions[part]; v.Major == "" || !strings.HasPrefix(v.GitVersion, "v"+v.Major+"."+v.Minor+".") {
 			t.Errorf("%s is %+v", part, v)
@@ -221,7 +223,7 @@ func TestTunnelRecoversFromEveryKilledHop(t *testing.T) {
 			if err := p.Kill(); err != nil {
 				return err
 			}
-			return process.Poll(t.Context(), 10*time.Second, nil, func() error { // the control plane starts it again
+			return process.Poll(t.Context(), 10*time.Second, nil, func() error { // the control plane restarts it
 				if pid := w.cp.FrpsPid(); pid == 0 || pid == frpsPid {
 					return errors.New("frps has not been restarted")
 				}
@@ -254,7 +256,7 @@ func TestAbsentAgentIsNotReportedAsNotFound(t *testing.T) {
 		"get pods",
 	} {
 		t.Run(command, func(t *testing.T) {
-			t.Parallel() // kubectl tries ten times, a second apart
+			t.Parallel() // kubectl retries ten times, a second apart
 			r := w.kubectl(w.caller, "", strings.Fields(command)...)
 			if r.Code == 0 || !strings.Contains(r.Stderr, `agent "agent-001" is not connected to the control plane: look at its pod's bootstrap and frpc logs`) {
 				t.Errorf("got %+v", r)

@@ -36,7 +36,7 @@ func TestNoWriteIsLostOrRepeated(t *testing.T) {
 				name string
 				kill func() error
 			}{
-				{"frps", func() error { return kill(w.cp.FrpsPid()) }}, // the control plane starts it again
+				{"frps", func() error { return kill(w.cp.FrpsPid()) }}, // the control plane restarts it
 				{"frpc", func() error { w.agent.Frpc.Kill(); return w.agent.StartFrpc() }},
 				{"proxy", func() error { w.agent.Proxy.Kill(); return w.agent.StartProxy() }},
 			} {

@@ -28,7 +28,7 @@ var api struct {
 	*cluster.Cluster
 
 	agent      *rest.Config // the credential of the agents: a ServiceAccount with cluster-admin
-	kubeconfig string       // the same as a file
+	kubeconfig string       // the same in a file
 }
 
 func TestMain(m *testing.M) {
@@ -46,8 +46,8 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer group.Close()
-	// For tests of an agent's tunnel listener itself: each has another certificate. Whoever goes through the gateway
-	// or frps verifies it.
+	// Tests that call an agent's tunnel listener directly do not verify its certificate, because each agent has its own.
+	// Callers through the gateway or frps do verify it.
 	http.DefaultTransport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
 	if api.Cluster, err = cluster.Start(ctx, group); err == nil {
 		api.kubeconfig = filepath.Join(group.Dir(), "agent.kubeconfig")
@@ -68,11 +68,11 @@ type world struct {
 	group *process.Group
 	cp    *controlplane.ControlPlane
 	agent *agent.Agent
-	token string // of the caller of ask and begin
+	token string // the caller's, for ask and openStream
 
 	env    []string // of kubectl, beside the kubeconfig
-	direct string   // kubeconfig: the agent's credential, straight to the API server
-	caller string   // kubeconfig: the agent's token, through the gateway, frps, frpc and the proxy
+	direct string   // kubeconfig with the agent's credential for the API server
+	caller string   // kubeconfig with the agent's token for the gateway
 }
 
 // newWorld starts a control plane and prepares an agent, which is not started.

@@ -54,7 +54,7 @@ func TestMetricsCountTheTraffic(t *testing.T) {
 	}
 	_, _ = get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/api/v1/namespaces/"+ns+"/pods/none", token)
 	_, _ = get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer wrong"}})
-	for range 2 { // one reading
+	for range 2 { // the second answer is cached
 		_, _ = get(t, http.DefaultClient, w.agent.Tunnel+"/api/agent/status", token)
 	}
 	_, _ = post(t, w.agent, "/api/agent/heartbeat", "")

@@ -116,7 +116,7 @@ func inTerminal(cmd *exec.Cmd, in io.Reader, out io.Writer, resize <-chan remote
 		}
 	}()
 	go func() { _, _ = io.Copy(terminal, in) }()
-	_, _ = io.Copy(out, terminal) // ends with an error when the process has closed its end
+	_, _ = io.Copy(out, terminal) // returns an error when the process has closed its end
 	return exitCode(cmd.Wait())
 }
 
@@ -180,7 +180,7 @@ func runningPod(t *testing.T, k *kubelet, ns string) {
 	if _, err := api.Client.CoreV1().Pods(ns).Create(ctx, pod, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { // no kubelet that would
+	t.Cleanup(func() { // because no kubelet does
 		now := int64(0)
 		_ = api.Client.CoreV1().Pods(ns).Delete(context.Background(), pod.Name,
 			metav1.DeleteOptions{GracePeriodSeconds: &now})
@@ -202,7 +202,7 @@ func TestLogsFollowLineByLine(t *testing.T) {
 		t.Errorf("logs: got %q", got)
 	}
 	follow := w.startKubectl("follow", "logs", "-f", "pod", "-n", ns)
-	// Each line must arrive before the next is written: nothing on the way may hold it back.
+	// Each line must arrive before the next is written: no hop may buffer it.
 	want := "first line\n"
 	for i := range 3 {
 		eventually(t, func() error {
@@ -272,8 +272,8 @@ func TestTerminalIsInteractive(t *testing.T) {
 			defer close(shown)
 			_, _ = io.Copy(screen, terminal)
 		}()
-		// Typed again until it shows: a new size takes a moment to arrive, and so does the shell. The size is changed
-		// again too: kubectl shows the first before it listens for the signal of the next.
+		// Type again until the text shows, because a new size and the shell take a moment to arrive. Change the size again
+		// too, because kubectl shows the first size before it listens for the signal of the next.
 		see := func(typed, want string, rows, cols uint16) {
 			t.Helper()
 			eventually(t, func() error {
@@ -291,7 +291,7 @@ func TestTerminalIsInteractive(t *testing.T) {
 		}
 		see("stty size\n", "\n24 80\r\n", 24, 80)
 		see("stty size\n", "\n50 132\r\n", 50, 132)
-		if _, err := io.WriteString(terminal, "sleep 1000\n"); err != nil { // once: another would sleep again
+		if _, err := io.WriteString(terminal, "sleep 1000\n"); err != nil { // only once: a second would sleep again
 			t.Fatal(err)
 		}
 		see("", "sleep 1000", 50, 132)

@@ -76,7 +76,7 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 		}
 	}
 
-	// What the page says: route and code, with the content.
+	// What the description says: the content by route and code.
 	said := map[string]map[string]any{}
 	for path, item := range api.paths {
 		for method, operation := range item.(map[string]any) {
@@ -103,7 +103,7 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 		}
 	}
 
-	// What the agent does.
+	// What the agent answers.
 	const command = "/api/runners/{runner_id}/command"
 	shown := map[string]bool{}
 	try := func(method, path, actual, token, body string) {
@@ -152,7 +152,7 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 	for _, body := range []string{`{"id":"1","type":"ping"}`, `{`, strings.Repeat("x", 1<<20), "plain", `{"id":"1","type":"x"}`} {
 		try(http.MethodPost, messages, messages, agentToken, body)
 	}
-	// The agent takes what fits the page's Message, and refuses the rest with 422.
+	// The agent accepts what matches the schema Message, and refuses the rest with 422.
 	for _, body := range []string{
 		`{"id":"m","type":"ping","data":[5]}`, `{"id":"m","type":"ping","timestamp":null}`, `{"id":"m","type":"ping","timestamp":"now"}`,
 		`{"id":"","type":"ping"}`, `{"id":"` + strings.Repeat("m", 129) + `","type":"ping"}`, `{"id":"ü","type":"ping"}`, `{"id":"m","type":"ping","more":1}`, `{"id":"m"}`,
@@ -209,7 +209,7 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 	try(http.MethodPost, command, "/api/runners/r/command", agentToken, "")
 
 	for key := range said {
-		// The runner's own answers are anything; slowness is in TestCommandsReachTheRunner, and in the proxy's own tests.
+		// A runner may answer anything. TestCommandsReachTheRunner and the proxy's unit tests cover timeouts.
 		if !shown[key] && key != "POST "+command+" default" && !strings.HasSuffix(key, " 408") &&
 			!strings.HasSuffix(key, " 504") {
 			t.Errorf("no request here shows %s", key)

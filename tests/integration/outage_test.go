@@ -87,10 +87,10 @@ func TestFrpcRecoversFromASilentLogin(t *testing.T) {
 	for _, test := range []struct {
 		name     string
 		protocol string
-		proxy    bool  // the silence is that of an HTTP proxy
+		proxy    bool  // an HTTP proxy falls silent
 		after    int64 // bytes
 		second   bool  // it is not the first login
-		hangs    bool  // frpc waits for ever
+		hangs    bool  // frpc waits forever
 	}{
 		{"HTTP proxy, before it connects", "tcp", true, 0, false, true},
 		{"HTTP proxy, before it connects, at a second login", "tcp", true, 0, true, true},
@@ -165,7 +165,7 @@ func TestHeartbeatsKeepTheTunnelOpen(t *testing.T) {
 		fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_LOG_LEVEL=debug")
 	w.startAgent()
 	select {
-	case <-time.After(80 * time.Second): // more than twice what it allows
+	case <-time.After(80 * time.Second): // more than twice frps's timeout
 	case <-w.agent.Frpc.Done():
 	}
 	if n := strings.Count(w.agent.Frpc.Log(), "login to server success"); n != 1 {

@@ -128,7 +128,7 @@ func TestTokenRenewalWaitsForStreams(t *testing.T) {
 		t.Errorf("the watch was cut %s before the old credential ends", left)
 	}
 	w.waitAnswering()
-	// Without a stream it is at once.
+	// Without a stream frpc is restarted at once.
 	third := w.waitRenewed(second)
 	eventually(t, func() error {
 		if w.agent.FrpcRestarts() < 2 {
@@ -161,7 +161,8 @@ func TestOIDCRenewalCutsNothing(t *testing.T) {
 	if code, results, details := w.doctor(); code != 0 {
 		t.Errorf("doctor: %v %v", results, details)
 	}
-	// The first token has ended, and doctor has asked for a lease; frpc logs in again by itself, with the one that now stands in the file.
+	// The first token has expired, and doctor has requested a lease. frpc logs in again by itself, with the token that is
+	// in the file now.
 	w.cp.StopFrps()
 	if err := w.cp.StartFrps(t.Context()); err != nil {
 		t.Fatal(err)
@@ -185,7 +186,7 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	ns := w.namespace()
 	k := &kubelet{lines: make(chan string)}
 	runningPod(t, k, ns)
-	t.Cleanup(func() { close(k.lines) }) // ends the log stream, for which the kubelet's server would wait
+	t.Cleanup(func() { close(k.lines) }) // ends the log stream, or the kubelet's server would wait for it
 	watch, exec := w.stream(), startSession(t, w, ns)
 	follow := w.startKubectl("follow", "logs", "-f", "pod", "-n", ns)
 	wantLog := "first line\n"
@@ -331,7 +332,7 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	if err := w.agent.WaitReady(t.Context()); err != nil {
 		t.Error(err)
 	}
-	// bootstrap restarts with a broken lease.json: frpc still runs with the password of before.
+	// bootstrap restarts with a broken lease.json, and frpc still runs with the previous password.
 	w.agent.Bootstrap.Stop()
 	if err := os.WriteFile(filepath.Join(w.agent.RunDir, frpc.LeaseFile), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
@@ -466,7 +467,7 @@ func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 	watch := w.stream()
 	w.cp.Revoke(agentID, true)
 	w.agent.Bootstrap.Stop()
-	if err := w.agent.StartBootstrap(); err != nil { // it asks at once
+	if err := w.agent.StartBootstrap(); err != nil { // it requests a lease at once
 		t.Fatal(err)
 	}
 	wantMetric(t, w.agent, "pipeops_agent_tunnel_lease_renewal_failing 1")
@@ -501,7 +502,7 @@ func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.waitAnswering()
-	// bootstrap was killed when frpc.toml was gone and frpc still ran: the next one ends it.
+	// bootstrap is killed after it removed frpc.toml and before it stopped frpc: the next one stops it.
 	w.cp.Revoke(agentID, true)
 	w.agent.Bootstrap.Kill()
 	if err := os.Remove(filepath.Join(w.agent.RunDir, frpc.ConfigFile)); err != nil {

@@ -69,7 +69,7 @@ func TestOnlyUndeliveredRequestsAreRetried(t *testing.T) {
 					// Now it is away.
 					code = http.StatusServiceUnavailable
 					if tunnel == "http" && hop.name != "frps" && method != http.MethodGet {
-						code = http.StatusBadGateway // frps's 404 does not tell what was delivered
+						code = http.StatusBadGateway // frps's 404 does not say whether the request was delivered
 					}
 					want(hop.name+" is away", method, code)
 					if err := hop.revive(); err != nil {

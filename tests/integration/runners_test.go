@@ -68,7 +68,7 @@ func serve(t *testing.T, handler http.Handler) string {
 // comes back unchanged. The registry survives a restart of the proxy. A repeated old message does not bring back an
 // unassigned runner.
 func TestCommandsReachTheRunner(t *testing.T) {
-	t.Parallel() // a runner that says nothing takes half a minute
+	t.Parallel() // a runner that does not answer takes half a minute
 	w, _ := connectedWithRunners(t)
 	lines, hung := make(chan string), make(chan struct{})
 	runner := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {

@@ -92,7 +92,7 @@ func TestEveryProtocolReachesFrps(t *testing.T) {
 			return newOwnServer(t, w, true, ""), []string{"PIPEOPS_FRP_PROTOCOL=websocket"}
 		}, ""},
 		{"wss to a web server before frps", func(t *testing.T, w *world) (ownServer, []string) {
-			s := newOwnServer(t, w, false, "") // it sees no TLS: the web server has taken it off
+			s := newOwnServer(t, w, false, "") // the web server terminates TLS
 			front := httptest.NewUnstartedServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http",
 				Host: fmt.Sprintf("127.0.0.1:%d", s.bind)}))
 			certificate, err := tls.LoadX509KeyPair(s.certFile, s.keyFile)

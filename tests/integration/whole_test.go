@@ -54,7 +54,7 @@ func TestNoResponseToAWriteIsLost(t *testing.T) {
 		ns := stored.namespace()
 		for _, way := range []string{"the gateway over HTTP1", "the gateway over HTTP2", "frps alone"} {
 			if tunnel == "http" && way == "frps alone" {
-				continue // it loses answers, and nothing of ours is there to prevent it
+				continue // frps itself loses answers, and our code cannot prevent it
 			}
 			t.Run(tunnel+" by "+way, func(t *testing.T) {
 				keepCoresBusy(t, counted)

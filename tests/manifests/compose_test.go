@@ -19,7 +19,7 @@ import (
 // TestComposeRunsTheSameAsThePod loads the file with Compose's own loader, and compares it with the pod.
 func TestComposeRunsTheSameAsThePod(t *testing.T) {
 	dir := installation(t)
-	// Compose has this; its loader leaves it to its user.
+	// Compose sets this variable, but its loader does not.
 	dotenv.RegisterFormat("raw", func(r io.Reader, _ string, vars map[string]string, _ func(string) (string, bool)) error {
 		data, err := io.ReadAll(r)
 		for line := range strings.Lines(string(data)) {
@@ -45,7 +45,7 @@ func TestComposeRunsTheSameAsThePod(t *testing.T) {
 	for name, s := range project.Services {
 		args := append([]string(s.Entrypoint), s.Command...)
 		if name == "bootstrap" {
-			args = []string{"/bootstrap"} // the image's own
+			args = []string{"/bootstrap"} // the image's default
 		}
 		got[name] = part{s.Image, int64(s.MemLimit), args}
 		if !s.ReadOnly || s.User != "65532:65532" || len(s.CapDrop) != 1 || s.CapDrop[0] != "ALL" || s.Restart != "always" {

@@ -59,7 +59,7 @@ func TestManifestsRenderAsReviewed(t *testing.T) {
 		t.Run(path, func(t *testing.T) {
 			if strings.HasPrefix(path, "components/") {
 				got = strings.Join(slices.DeleteFunc(documents(got), func(d string) bool {
-					// the dashboard, a copy of its file
+					// without the dashboard, which is a copy of its file
 					return slices.Contains(base, d) || strings.Contains(d, "\n  pipeops-agent.json: |")
 				}), "\n---\n") + "\n"
 			}
@@ -162,7 +162,7 @@ func TestPodsFollowTheSecurityRules(t *testing.T) {
 // pod of each Deployment in the namespace that enforces the restricted standard.
 func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	all := variants(t)
-	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not make it
+	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not create it
 	apply(t, cluster.PrometheusOperatorKinds)
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	for path, rendering := range all {
@@ -178,7 +178,7 @@ func TestAPIServerAdmitsTheManifests(t *testing.T) {
 					t.Fatal(err)
 				}
 				mustKubectl(t, string(data), "create", "--dry-run=server", "-f", "-")
-				// The standard is enforced: this is no empty victory.
+				// Check that the standard is enforced at all.
 				pod.Spec.Containers[0].SecurityContext = nil
 				if data, err = yaml.Marshal(pod); err != nil {
 					t.Fatal(err)

@@ -54,7 +54,7 @@ func run(m *testing.M) int {
 // kubectl runs the real kubectl to its end.
 func kubectl(t *testing.T, stdin string, args ...string) (harness.Result, error) {
 	t.Helper()
-	// Cleaning up needs it after the test's end.
+	// t.Context has ended when the cleanup runs.
 	ctx := context.WithoutCancel(t.Context())
 	return harness.Run(harness.Kubectl(ctx, t, t.TempDir(), api.kubeconfig, nil, args...), stdin)
 }

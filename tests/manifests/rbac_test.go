@@ -140,7 +140,7 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 	}
 	call("POST", "/api/control-plane/message", `{"id":"1","type":"runner_assigned","timestamp":"2026-01-01T00:00:00Z","data":`+
 		`{"runner_id":"r-1","runner_endpoint":"http://r.default.svc:1","runner_token":"t","assigned_at":"2026-01-01T00:00:00Z"}}`)
-	apply(t, variants(t)["components/runners"]) // once more, as an upgrade does
+	apply(t, variants(t)["components/runners"]) // again, as an upgrade does
 	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners",
 		metav1.GetOptions{})
 	if err != nil || secret.Data["r-1"] == nil {
@@ -152,7 +152,7 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 func canI(t *testing.T, question string) bool {
 	t.Helper()
 	args := append([]string{"auth", "can-i", "--as", account}, strings.Fields(question)...)
-	// Of many, RESOURCE/NAME; of these, RESOURCE/SUBRESOURCE.
+	// These are RESOURCE/SUBRESOURCE, all others RESOURCE/NAME.
 	for i, a := range args {
 		if resource, sub, _ := strings.Cut(a, "/"); slices.Contains([]string{"proxy", "log", "exec", "token"}, sub) {
 			args[i] = resource

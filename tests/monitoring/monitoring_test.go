@@ -141,7 +141,7 @@ func TestPodMonitorSelectsTheAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	monitor := render(t).monitor
-	// The API server holds the pods' labels to this selector.
+	// The API server checks the pods' labels against this selector.
 	if diff := cmp.Diff(monitor.Spec.Selector.MatchLabels, deployment.Spec.Selector.MatchLabels); diff != "" {
 		t.Errorf("the selectors differ (-PodMonitor +Deployment):\n%s", diff)
 	}

@@ -180,7 +180,7 @@ func drawSeries(t *testing.T, c draw.Canvas, panel panel, p *prometheus, from, t
 				points = nil
 			}
 			for _, v := range s.Values {
-				if math.IsNaN(v.value) || len(points) > 0 && v.at-points[len(points)-1].X > 2 { // nothing between
+				if math.IsNaN(v.value) || len(points) > 0 && v.at-points[len(points)-1].X > 2 { // a gap
 					flush()
 				}
 				if !math.IsNaN(v.value) {

@@ -44,7 +44,7 @@ var pictureOf = flag.Duration("picture", 0, "make calls for so long, then draw t
 func TestEveryQueryFindsItsMetrics(t *testing.T) {
 	m := render(t)
 	w := newWorld(t)
-	// A Prometheus that takes native histograms takes no classic ones, and the other way round.
+	// Prometheus stores either native or classic histograms.
 	classic := w.prometheus(t, m, "classic")
 	native := w.prometheus(t, m, "native", "--enable-feature=native-histograms")
 	both := []*prometheus{classic, native}
@@ -67,7 +67,7 @@ func TestEveryQueryFindsItsMetrics(t *testing.T) {
 	for _, rule := range m.rules.Spec.Groups[0].Rules {
 		w.checkLabels(t, rule.Expr.String(), both)
 	}
-	// Of the alerts, these two speak of what callers meet, and the traffic is full of it. The rest find nothing wrong.
+	// These two alerts match errors that callers see, and the traffic causes many. No other alert may fire.
 	noisy := []string{"PipeOpsAgentAuthenticationFailures", "PipeOpsAgentKubernetesErrors"}
 	wantAlerts(t, m, classic, noisy...)
 	if *pictureOf > 0 {
@@ -84,7 +84,7 @@ func TestEveryQueryFindsItsMetrics(t *testing.T) {
 	}
 	stop()
 
-	// What can be broken for real, is.
+	// Break what can be broken for real.
 	wait := func(name string) {
 		t.Helper()
 		eventually(t, func() error {
@@ -249,12 +249,12 @@ func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 			selector := string(e.AppendString(nil))
 			if strings.HasPrefix(selector, "ALERTS{") {
 				have["namespace"] = true
-				return // Prometheus's own, and nothing fires here
+				return // Prometheus's own metric, and no alert fires here
 			}
 			for _, filter := range e.LabelFilterss[0] {
 				named = append(named, filter.Label)
 			}
-			// One of the two servers has it: those of a histogram are here classic, there native.
+			// One of the two servers has it, because one stores classic histograms and the other native ones.
 			var found []map[string]string
 			eventually(t, func() error {
 				for _, server := range servers {
@@ -340,7 +340,7 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// An extension of the API whose server is away: the API server answers 503 for it.
+	// An APIService whose server does not exist: the API server answers 503 for it.
 	const away = `{"apiVersion":"apiregistration.k8s.io/v1","kind":"APIService","metadata":{"name":"v1.away.example"},
 		"spec":{"group":"away.example","version":"v1","groupPriorityMinimum":1,"versionPriority":1,"insecureSkipTLSVerify":true,
 		"service":{"name":"away","namespace":"default"}}}`
@@ -380,7 +380,7 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var group sync.WaitGroup
 	start := time.Now()
-	// every runs do again and again; busier and calmer by turns, so that there is something to see.
+	// every repeats do, alternately faster and slower, so that the graphs show something.
 	every := func(pause time.Duration, do func()) {
 		group.Go(func() {
 			for ctx.Err() == nil {

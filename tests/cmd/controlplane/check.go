@@ -135,7 +135,7 @@ func (c *checker) rules() []rule {
 		{"upgrade", "101 for a WebSocket", gateway, func(ctx context.Context) (string, error) {
 			return c.call(ctx, http.MethodGet, c.gateway+"/api/k8s/api/v1/namespaces?watch=true&timeoutSeconds=1", c.token, "",
 				func(a answer) bool {
-					// the agent may not watch
+					// 403: RBAC forbids the agent to watch.
 					return a.code == http.StatusSwitchingProtocols || a.code == http.StatusForbidden && a.by(c.id)
 				}, "Origin", c.gateway, "Connection", "Upgrade", "Upgrade", "websocket", "Sec-Websocket-Version", "13", "Sec-Websocket-Key", "AAAAAAAAAAAAAAAAAAAAAA==")
 		}},

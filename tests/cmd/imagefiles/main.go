@@ -72,7 +72,7 @@ func components(version, root string) (*cdx.BOM, error) {
 	found := map[string]cdx.Component{}
 	add := func(kind cdx.ComponentType, m *debug.Module) {
 		v := m.Version
-		if strings.HasPrefix(m.Path, "github.com/pipeops/vm-agent/") { // our own, all of one version
+		if strings.HasPrefix(m.Path, "github.com/pipeops/vm-agent/") { // our modules have the version of the image
 			v = version
 		} else if m.Replace != nil {
 			m, v = m.Replace, m.Replace.Version
@@ -99,7 +99,7 @@ func components(version, root string) (*cdx.BOM, error) {
 		}
 		mains = append(mains, &info.Main)
 	}
-	for _, m := range mains { // the proxy is made of bootstrap's packages too: that it is a program counts
+	for _, m := range mains { // last, so that bootstrap counts as a program, although the proxy contains its packages
 		add(cdx.ComponentTypeApplication, m)
 	}
 	if len(found) == 0 {

@@ -48,7 +48,7 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	defer group.Close()
 
 	own := kubeconfig == ""
-	var etcdDone, apiServerDone <-chan struct{} // nil, and so never ready, for another's cluster
+	var etcdDone, apiServerDone <-chan struct{} // nil, which is never ready, for a cluster that was not started here
 	var c *cluster.Cluster
 	if !own {
 		say("cluster        KUBECONFIG is set: leading to the cluster of %s (unset it for one of our own)", kubeconfig)
@@ -82,7 +82,7 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	// runners of the user's own, to try
+	// Allows runners that the user starts to try them.
 	a.Env = append(a.Env, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc,*.svc.cluster.local")
 	if err := a.Start(); err != nil {
 		return err
@@ -150,7 +150,7 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 			return err
 		}
 		select {
-		case <-time.After(time.Second): // it may end at once, again and again
+		case <-time.After(time.Second): // avoids a tight loop if it ends at once
 		case <-ctx.Done():
 		}
 	}

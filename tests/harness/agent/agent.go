@@ -62,7 +62,7 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 		Env: []string{
 			"PIPEOPS_AGENT_ID=" + id, "PIPEOPS_AGENT_TOKEN=" + token,
 			"PIPEOPS_API_URL=" + cp.APIURL, "PIPEOPS_API_CA_FILE=" + cp.CAFile, "PIPEOPS_FRP_TLS_CA_FILE=" + cp.CAFile,
-			"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", // else no lease may name it
+			"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", // a lease may name a loopback address only if it is set here
 			"PIPEOPS_FRP_ADMIN_PORT=" + strconv.Itoa(ports[2]),
 			"PIPEOPS_LISTEN_ADDR=" + listen, "PIPEOPS_METRICS_ADDR=" + metrics,
 			"PIPEOPS_RUN_DIR=" + dir, "KUBECONFIG=" + kubeconfig,
@@ -143,7 +143,7 @@ func (a *Agent) RestartFrpc(ctx context.Context) {
 			probe.Reset(20 * time.Second) // initialDelaySeconds; then every 5 s
 			a.restarts.Add(1)
 			select {
-			case <-time.After(500 * time.Millisecond): // it may end at once, again and again
+			case <-time.After(500 * time.Millisecond): // avoids a tight loop if it ends at once
 			case <-ctx.Done():
 				return
 			}
@@ -177,7 +177,7 @@ func (a *Agent) start(name string, env []string, args ...string) (*process.Proce
 	if err != nil {
 		return nil, err
 	}
-	run := a.starts.Add(1) // each has a log of its own
+	run := a.starts.Add(1) // each process has a log of its own
 	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.id, run), env, binary, args...)
 }
 
@@ -214,7 +214,7 @@ func (a *Agent) WaitReady(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ended := make(chan struct{})
-	proxy, frpc := a.Proxy, a.Frpc // what they name may change before the goroutine has ended
+	proxy, frpc := a.Proxy, a.Frpc // the fields may change before the goroutine has ended
 	go func() {
 		defer close(ended)
 		select {

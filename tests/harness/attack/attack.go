@@ -25,7 +25,7 @@ import (
 // Target is a server, and how to reach it.
 type Target struct {
 	Addr      string      // IP:port to dial
-	From      string      // IP to dial from, by which the server tells callers apart; empty: the kernel's choice
+	From      string      // IP to dial from, by which the server distinguishes callers; empty: the kernel chooses
 	Namespace string      // file of the network namespace to dial in; empty: this process's
 	TLS       *tls.Config // nil: plain HTTP
 	Host      string      // of the URL
@@ -58,7 +58,7 @@ func (t Target) dial(ctx context.Context, receiveBuffer int) (conn net.Conn, err
 		dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(t.From)}
 	}
 	dialer.Control = func(_, _ string, raw syscall.RawConn) (err error) {
-		// The port is chosen when the destination is known: a local port may serve several.
+		// The kernel chooses the port when it knows the destination, so that one local port serves several.
 		control := func(fd uintptr) {
 			if t.From != "" {
 				err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
@@ -199,7 +199,8 @@ func (t Target) connect(ctx context.Context, c *Counts, receiveBuffer int) *conn
 		}
 		made.Conn = secure
 	}
-	made.stop = context.AfterFunc(ctx, func() { _ = conn.Close() }) // not TLS's Close, which waits to say goodbye
+	// Not the TLS connection's Close, which waits to send its alert.
+	made.stop = context.AfterFunc(ctx, func() { _ = conn.Close() })
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.opened++

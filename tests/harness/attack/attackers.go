@@ -19,7 +19,7 @@ func HeaderFlood(t Target, finish bool) Attack {
 		if conn := t.connect(ctx, c, 0); conn != nil {
 			_, err := fmt.Fprintf(conn, "GET /health HTTP/1.1\r\nHost: %s\r\n", t.Host)
 			if err == nil {
-				_, _ = conn.Write(headers) // the answer to an early end may be there
+				_, _ = conn.Write(headers) // if it fails, the server's answer may have arrived already
 			}
 			conn.await("GET")
 		}
@@ -38,7 +38,7 @@ func IdleConnection(t Target) Attack {
 			if resp, err := http.ReadResponse(bufio.NewReaderSize(conn, 512), nil); err == nil {
 				c.answer(resp.StatusCode)
 				_ = resp.Body.Close()
-				_, _ = conn.Read(make([]byte, 1)) // until it is cut
+				_, _ = conn.Read(make([]byte, 1)) // until the server closes it
 			}
 		}
 		conn.end(true)
@@ -62,7 +62,7 @@ func StalledRead(t Target, path string) Attack {
 			conn.end(true)
 			return false
 		}
-		defer func() { _ = resp.Body.Close() }() // reads it to its end, or until the connection's, which comes before
+		defer func() { _ = resp.Body.Close() }() // reads to the end of the body or of the connection, whichever is first
 		c.answer(resp.StatusCode)
 		if resp.StatusCode != http.StatusOK {
 			conn.end(false)
@@ -117,7 +117,7 @@ func (c *connection) await(method string) {
 	resp, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: method})
 	if err == nil {
 		c.count.answer(resp.StatusCode)
-		_ = resp.Body.Close() // reads it to its end
+		_ = resp.Body.Close() // reads to the end of the body
 	}
 	c.end(err != nil)
 }

@@ -27,8 +27,8 @@ const (
 type Victim struct {
 	Pid        int
 	Operations Target        // its operations listener
-	Honest     Target        // how its honest callers reach it
-	Slowest    time.Duration // 99 of 100 honest calls are faster; 0: they need not be
+	Honest     Target        // how honest callers reach it
+	Slowest    time.Duration // bound of the honest calls' p99; 0: none
 	Within     time.Duration // how long it may take to recover
 
 	rss        float64 // MB, before
@@ -63,7 +63,7 @@ func (v *Victim) Attack(ctx context.Context, waves []Wave, logf func(string, ...
 		running.Go(func() { counts[i] = Run(attacking, wave.N, wave.Rate, wave.Attack) })
 	}
 	running.Wait()
-	peak, _ := process.Memory(v.Pid, "VmHWM") // 0 if it has ended
+	peak, _ := process.Memory(v.Pid, "VmHWM") // 0 if the process has ended
 	logf("after %.1f s: RSS at most %.0f MB, before %.0f MB", time.Since(begin).Seconds(), peak, v.rss)
 	for i, wave := range waves {
 		logf("%s: %s", wave.Name, counts[i])
@@ -73,7 +73,7 @@ func (v *Victim) Attack(ctx context.Context, waves []Wave, logf func(string, ...
 	}
 	logf("honest caller: %s", calls)
 	if err := context.Cause(attacking); ctx.Err() == nil && err != nil {
-		return err // to wait for the recovery of what has failed would say nothing more
+		return err // a failed victim need not recover
 	}
 	var failed []error
 	if peak > Limit {
@@ -110,7 +110,7 @@ func (v *Victim) watch(ctx context.Context, begin time.Time) error {
 		if !process.Alive(v.Pid) {
 			return fmt.Errorf("the proxy ended after %.1f s of attack", after)
 		}
-		// A process that ends between these two lines is found the next time.
+		// The next tick finds a process that ends between these two lines.
 		if rss, err := process.Memory(v.Pid, "VmRSS"); err == nil && rss > Limit {
 			return fmt.Errorf("the proxy has %.0f MB after %.1f s of attack: with the pod's limit of %.0f it would have been killed", rss, after, Limit)
 		}

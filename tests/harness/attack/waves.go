@@ -39,9 +39,9 @@ func Create(ctx context.Context, client kubernetes.Interface, namespace string) 
 // Ways holds the ways by which attackers reach the proxy.
 type Ways struct {
 	Operations Target // the operations listener
-	Tunnel     Target // the tunnel listener, by TLS, with a token
-	Frps       Target // the same, as all the world does
-	Namespace  string // that Create was told
+	Tunnel     Target // the tunnel listener over TLS, with a token
+	Frps       Target // the same through frps, as real callers do
+	Namespace  string // the namespace of Create
 }
 
 // Size is the number of attackers of each kind.
@@ -53,7 +53,7 @@ type Size struct {
 	Idle     int
 	Commands int // for each of the two runners
 
-	Ramp time.Duration // until all are there, and between two attempts of one of them
+	Ramp time.Duration // until all have begun, and between two attempts of one attacker
 }
 
 // Waves returns all attacks. Each kind has an address of its own, so that the proxy can tell them apart from one
@@ -76,7 +76,7 @@ func Waves(w Ways, s Size) ([]Wave, error) {
 	add("header floods, tunnel listener, TLS", s.Floods/2, HeaderFlood(w.Tunnel.from(flooder), false))
 	add("header floods, tunnel listener, plain, whole", s.Floods/2, HeaderFlood(plain.from(flooder), true))
 	add("header floods, frps", s.Floods/4, HeaderFlood(w.Frps.from(flooder), false))
-	// frps and the sockets on the way hold most of an answer; straight at the listener, nobody else does.
+	// Through frps, frps and the sockets on the way buffer most of an answer. Directly at the listener, nothing does.
 	for name, way := range map[string]Target{"frps": w.Frps, "tunnel listener": w.Tunnel} {
 		add("stalled watches, "+name, s.Watches/2, StalledRead(way.from(reader), watch))
 		add("stalled lists, "+name, s.Lists/2, StalledRead(way.from(reader), path))

@@ -56,12 +56,12 @@ type Node struct {
 
 // Machine is the place where a kubelet runs: namespaces with a containerd, a kube-proxy and a kube-router.
 type Machine struct {
-	IP string // as seen from the other end of its cable
+	IP string // as seen from the other end of its veth pair
 
 	name  string // in Kubernetes
 	pods  string // their addresses
 	site  *site
-	first *process.Process // all others end with it
+	first *process.Process // all other processes end with it
 }
 
 // nodeScript is the first process of a node.
@@ -190,7 +190,7 @@ func (n *Node) StartWorker(ctx context.Context) (*Machine, error) {
 func (n *Node) startWorker(ctx context.Context) error {
 	outsideIP, err := n.worker.start(ctx, n.first.Pid())
 	if err == nil {
-		// This machine knows the first node, and not who is behind it.
+		// This machine has a route to the first node only, not to the worker behind it.
 		err = n.sh(ctx, `echo 1 >/proc/sys/net/ipv4/ip_forward; ip route replace "$1" via "$2"
 			iptables -t nat -A POSTROUTING -s "$2" -o eth0 -j MASQUERADE`, n.worker.pods, n.worker.IP)
 	}
@@ -322,7 +322,7 @@ func (m *Machine) start(ctx context.Context, outside int) (outsideIP string, err
 	}
 	pid := strconv.Itoa(m.first.Pid())
 	reaper := exec.Command("sh", "-c", nodeReaper, "node-reaper", pid, m.cgroup())
-	reaper.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of the reach of Ctrl-C
+	reaper.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that Ctrl-C does not reach it
 	if err := reaper.Start(); err != nil {
 		return "", err
 	}

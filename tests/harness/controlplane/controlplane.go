@@ -35,7 +35,7 @@ type Options struct {
 
 // Terms are the terms of the leases that are given from now on.
 type Terms struct {
-	Life       time.Duration // how long an agent may log in; 0: for ever
+	Life       time.Duration // how long an agent may log in; 0: forever
 	TunnelType string        // http or https; empty: what the agent wants
 }
 

@@ -140,7 +140,7 @@ func (c *ControlPlane) Direct(id string) (addr string, config *tls.Config) {
 		trusted := x509.NewCertPool()
 		c.mu.Lock()
 		for _, l := range c.leases {
-			if l.agentID == id { // they expire some minutes after their lease
+			if l.agentID == id { // the certificates expire some minutes after their lease
 				trusted.AppendCertsFromPEM([]byte(l.certificate))
 			}
 		}
@@ -190,7 +190,7 @@ func (e notDelivered) Unwrap() error { return e.error }
 // and its caller must look.
 func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, context.Canceled) {
-		panic(http.ErrAbortHandler) // the caller has gone; to return would be to answer 200
+		panic(http.ErrAbortHandler) // the caller has gone; returning would answer 200
 	}
 	id, _, _ := strings.Cut(r.Host, ".")
 	var message string
@@ -209,7 +209,7 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 	default:
 		message = fmt.Sprintf("the connection to agent %q broke before it answered: %v", id, err)
 	}
-	// an exec is a GET
+	// Upgrade excludes exec, which is a GET.
 	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == ""
 	if undelivered || reads {
 		kube.WriteStatus(w, r, http.StatusServiceUnavailable, message, 1)

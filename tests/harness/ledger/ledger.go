@@ -35,7 +35,7 @@ type Ledger struct {
 
 // record is one write, which must be done at most once.
 type record struct {
-	answers []answer // of the attempts, client-go's own repetitions included
+	answers []answer // of all attempts, including client-go's retries
 	outcome error    // what the caller was told; nil: it was done
 }
 
@@ -54,7 +54,7 @@ func (r *record) told() string {
 	switch {
 	case r.outcome == nil:
 		return acknowledged
-	case last.again || last.code/100 == 4: // client-go repeats the former until it gives up
+	case last.again || last.code/100 == 4: // client-go retries on Retry-After until it gives up
 		return refused
 	default:
 		return unknown
@@ -132,7 +132,7 @@ func (l *Ledger) Write(ctx context.Context, direct kubernetes.Interface, writes,
 				l.done.Add(1)
 				if !l.failed(name) {
 					failures = 0
-				} else if failures++; failures > 1 { // the first after a failure is written while a hop may be away
+				} else if failures++; failures > 1 { // the first write after a failure may meet the same outage
 					l.look(ctx, writer)
 				}
 			}
@@ -167,7 +167,7 @@ func (l *Ledger) look(ctx context.Context, writer int) {
 			metav1.GetOptions{}); err == nil {
 			return
 		}
-		select { // client-go has waited already, unless the connection broke
+		select { // client-go has already waited, unless the connection broke
 		case <-time.After(100 * time.Millisecond):
 		case <-ctx.Done():
 		}

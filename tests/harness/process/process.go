@@ -50,7 +50,7 @@ func NewGroup() (*Group, error) {
 		return nil, err
 	}
 	g := &Group{dir: dir, reaper: exec.Command("sh", "-c", reaper, "reaper", dir)}
-	g.reaper.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of the reach of Ctrl-C
+	g.reaper.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that Ctrl-C does not reach it
 	if g.alive, err = g.reaper.StdinPipe(); err != nil {
 		return nil, err
 	}
@@ -103,15 +103,16 @@ func (g *Group) Start(name string, env []string, binary string, args ...string) 
 	p.cmd = exec.Command(binary, args...)
 	p.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + g.dir}, env...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for us: we stop it in order
+	// Ctrl-C must reach only us, so that we stop the processes in order.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := p.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	pidFile := filepath.Join(g.dir, "pids", strconv.Itoa(p.Pid()))
 	err = os.WriteFile(pidFile, nil, 0o600)
 	go func() {
-		_ = p.cmd.Wait()       // ProcessState tells
-		_ = os.Remove(pidFile) // the number may be another's from now on
+		_ = p.cmd.Wait()       // the result is in ProcessState
+		_ = os.Remove(pidFile) // the pid may be reused from now on
 		close(p.done)
 	}()
 	if err != nil {

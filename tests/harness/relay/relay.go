@@ -16,9 +16,9 @@ type Relay struct {
 	Silent atomic.Bool
 
 	server   string
-	after    int64        // bytes of the server that pass though it is silent
-	held     atomic.Int32 // connections with something held back
-	received atomic.Int64 // bytes of the server
+	after    int64        // bytes of the server that are forwarded while it is silent
+	held     atomic.Int32 // connections on which bytes were held back
+	received atomic.Int64 // bytes from the server
 	conns    sync.Map     // that are open
 	running  sync.WaitGroup
 	listener net.Listener

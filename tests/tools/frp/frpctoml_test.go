@@ -172,7 +172,7 @@ func FuzzFrpReadsWhatTheAgentWrites(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, value string) {
 		if value == "" || !utf8.ValidString(value) {
-			return // left to frp's default; refused
+			return // empty: frp's default applies; invalid: refused
 		}
 		check(t, with(value))
 	})
