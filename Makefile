@@ -1,25 +1,26 @@
 # The PipeOps VM agent. `make` lists the targets; a fresh clone needs Go and make.
 
-# Every module, in the order of their imports. `make verify` fails if one is missing here.
-MODULES := frpc bootstrap proxy tests
-TOOL_MODULES := tests/tools/compose tests/tools/frp tests/tools/kube-router tests/tools/kubernetes tests/tools/lint tests/tools/vulndb
-# Those that hold Go code of ours.
+# SHIPPED and MODULES list our modules in the order of their imports. `make verify` fails if one is missing here.
+SHIPPED := frpc bootstrap proxy
+MODULES := $(SHIPPED) tests
+TOOL_MODULES := $(addprefix tests/tools/,compose frp kube-router kubernetes lint vulndb)
+# CODE lists the modules that hold Go code of ours.
 CODE := $(MODULES) tests/tools/frp
 
 $(if $(word 2,$(CURDIR)),$(error make cannot work in a path with spaces: move the repository))
 BIN := $(CURDIR)/.build/bin
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-# Of the commit, so that a build can be repeated.
+# DATE is the commit's date, not today's, so that a build can be repeated bit for bit.
 DATE := $(shell git log -1 --format=%cI 2>/dev/null)
 STAMP := github.com/pipeops/vm-agent/bootstrap/version
 COMMIT := $(shell git rev-parse HEAD 2>/dev/null)
 STAMPS := -X $(STAMP).Version=$(VERSION) -X $(STAMP).BuildDate=$(DATE) -X $(STAMP).Commit=$(COMMIT)
 
 export CGO_ENABLED := 0
-# go.work is for editors. Here each module is built with the dependencies that its own go.mod names, so that
-# what is tested is what ships.
+# go.work is for editors. Make builds each module with the dependencies that its own go.mod names, so that what is
+# tested is what ships.
 export GOWORK := off
-# The stamps say the commit. Go's own would fail in a checkout that another user owns.
+# STAMPS name the commit already, and Go's own stamp fails in a checkout that another user owns.
 export GOFLAGS += -buildvcs=false
 
 .PHONY: help
@@ -27,38 +28,58 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
-run: build tools ## Run everything on this machine and print a kubeconfig; Ctrl-C ends it
+run: build tools ## Run control plane, agent and cluster on this machine and print a kubeconfig; stop with Ctrl-C
 	@exec $(BIN)/run
 
+# `make verify` sets UNIT and UNIT_FLAGS. Of module tests, these packages need no built parts.
+UNIT := $(MODULES)
+UNIT_FLAGS :=
+.PHONY: unit
+unit: ## Run the unit tests of all modules: takes seconds, builds no other programs
+	@for m in $(UNIT); do \
+		packages=./...; [ $$m != tests ] || packages='./harness/... ./cmd/...'; \
+		echo "== unit: $$m"; (cd $$m && go test $(UNIT_FLAGS) $$packages) || exit 1; done
+
+.PHONY: lint
+lint: $(BIN)/golangci-lint ## Check that all modules are formatted, build, and pass vet and golangci-lint
+	@echo "== format"
+	@files=$$(gofmt -l $(MODULES)); [ -z "$$files" ] || { echo "not formatted, run gofmt -w: $$files"; exit 1; }
+	@for m in $(CODE); do \
+		echo "== $$m: build, vet, lint"; \
+		(cd $$m && go build ./... && go vet ./... && \
+			$(BIN)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || exit 1; done
+
 .PHONY: test
-test: build tools ## Run the unit and integration tests: no root, no internet but Go modules
-	@for m in $(filter-out tests,$(MODULES)); do echo "== unit: $$m"; (cd $$m && go test ./...) || exit 1; done
+test: unit build tools ## Run the unit and integration tests: no root, no network beyond Go modules
 	@echo "== the stock frp reads what the agent writes"
 	@cd tests/tools/frp && go test -count=1 ./...
 	@echo "== integration: real API server, real frps and frpc"
-	@cd tests && go test -count=1 -v -parallel 8 -timeout 15m $$(go list ./... | grep -v -e /e2e$$ -e /monitoring$$)
+	@cd tests && go test -count=1 -v -parallel 8 -timeout 15m ./integration ./manifests
 
-# What a node, the images and the alerts' tests need of Debian, beside what every Debian has.
-E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables podman procps prometheus runc skopeo
-missing-packages = for p in $(E2E_PACKAGES); do dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
-# What a node is made of beside the tools, and Compose. Nothing else needs them, and they take minutes to build.
+# E2E_PACKAGES lists the Debian packages that the node, the images and the tests of the alerts need.
+E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables \
+	podman procps prometheus runc skopeo
+missing-packages = for p in $(E2E_PACKAGES); do \
+	dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
+# NODE lists the parts that only a whole node needs. They and Compose take minutes to build.
 NODE := kube-controller-manager kube-proxy kube-router kube-scheduler kubelet
 
 E2E_PARTS := e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE) docker-compose)
 
 .PHONY: e2e
-e2e: $(E2E_PARTS) ## Run the tests on a whole Kubernetes node: root, Debian
+e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs root and Debian
 	@cd tests && go test -count=1 -v -timeout 20m ./monitoring ./e2e
 
 .PHONY: attack
-attack: $(E2E_PARTS) ## Attack the agent's memory on such a node for three minutes, in place of e2e's 30 s
-	@cd tests && ATTACK_DURATION=$(or $(ATTACK_DURATION),3m) go test -count=1 -v -timeout 20m -run 'TestAttack$$' ./e2e
+attack: $(E2E_PARTS) ## Attack the agent's memory on a real node for three minutes (ATTACK_DURATION): root, Debian
+	@cd tests && ATTACK_DURATION=$(or $(ATTACK_DURATION),3m) go test -count=1 -v -timeout 20m -run 'TestAttacksKillNoContainer$$' ./e2e
 
 .PHONY: e2e-ready
 e2e-ready:
 	@missing=$$($(missing-packages) | xargs); \
 	if [ "$$(id -u)" != 0 ]; then echo "make e2e starts a Kubernetes node: it must run as root"; fi; \
-	if [ -n "$$missing" ]; then echo "missing: $$missing; on Debian, as root: apt-get install -y --no-install-recommends $$missing"; fi; \
+	if [ -n "$$missing" ]; then \
+		echo "missing: $$missing; on Debian, as root: apt-get install -y --no-install-recommends $$missing"; fi; \
 	[ "$$(id -u)" = 0 ] && [ -z "$$missing" ]
 
 .PHONY: e2e-missing
@@ -66,112 +87,121 @@ e2e-missing:
 	@$(missing-packages)
 
 .PHONY: bench
-bench: build tools ## Measure; the figures and what they mean are in tests/bench/README.md
+bench: build tools ## Measure performance (PARTS names some of the parts); results are in tests/bench/README.md
 	@cd tests && go build -o $(BIN)/bench ./bench && exec $(BIN)/bench $(PARTS)
 
-# What releases are built with. A machine that downloads no toolchain (GOTOOLCHAIN=local) may have an older one: `make
-# verify` judges this one, and says what is known of the machine's.
+# GO_RELEASE is the Go release that releases are built with. A machine that downloads no toolchain (GOTOOLCHAIN=local)
+# may have an older one: `make verify` checks GO_RELEASE, and reports the known vulnerabilities of the machine's.
 GO_RELEASE = $(or $(shell sed -n 's/^toolchain //p' go.work),$(error go.work names no toolchain))
 
-# The vulnerability database is a pinned module: the check needs no network and cannot be skipped. It does not
-# know what was published after its date; tests/README.md says how to move that.
+# The vulnerability database is a pinned module, so that the check needs no network and cannot be skipped. It does not
+# know what was published after its date; tests/README.md says how to update it.
 VULNDB := tests/tools/vulndb
 VULNDB_DIR := $(CURDIR)/.build/vulndb
 VULNDB_INDEX := $(VULNDB_DIR)/index/db.json
-VULNDB_DATE = $(or $(shell sed -n 's|.*golang.org/x/vulndb v0\.0\.0-\(....\)\(..\)\(..\).*|\1-\2-\3|p' $(VULNDB)/go.mod),$(error $(VULNDB)/go.mod names no golang.org/x/vulndb))
+VULNDB_VERSION := golang.org/x/vulndb v0\.0\.0-
+VULNDB_DATE = $(or $(shell sed -n 's|.*$(VULNDB_VERSION)\(....\)\(..\)\(..\).*|\1-\2-\3|p' $(VULNDB)/go.mod),$(error \
+	$(VULNDB)/go.mod names no golang.org/x/vulndb))
 GOVULNCHECK = $(BIN)/govulncheck -db file://$(VULNDB_DIR)
 
 .PHONY: verify
-verify: $(BIN)/golangci-lint $(BIN)/govulncheck $(VULNDB_INDEX) ## Check format, vet, lint, races, modules and known vulnerabilities
+verify: lint $(BIN)/govulncheck $(VULNDB_INDEX) ## Run lint, race detector, and checks of modules and vulnerabilities
 	@echo "== every module is listed"
 	@want=$$(find . -name go.mod -not -path './.build/*' | sed 's|^./||; s|/go.mod$$||' | sort | xargs); \
 	have=$$(printf '%s\n' $(MODULES) $(TOOL_MODULES) | sort | xargs); \
 	[ "$$want" = "$$have" ] || { echo "the Makefile lists: $$have"; echo "the tree holds:     $$want"; exit 1; }
 	@for m in $(MODULES); do grep -qx "	./$$m" go.work || { echo "go.work lacks $$m"; exit 1; }; done
 	@echo "== every module names the same Go release"
-	@for m in $(MODULES); do grep -qx 'toolchain $(GO_RELEASE)' $$m/go.mod || { echo "$$m/go.mod does not name $(GO_RELEASE), as go.work does"; exit 1; }; done
+	@for m in $(MODULES); do grep -qx 'toolchain $(GO_RELEASE)' $$m/go.mod || { \
+		echo "$$m/go.mod does not name $(GO_RELEASE), as go.work does"; exit 1; }; done
 	@echo "== the README names the versions that are tested"
-	@grep -q 'Kubernetes $(call minor,$(KUBE)) and frp $(call minor,$(FRP_VERSION)) ' README.md || { echo "README.md does not say Kubernetes $(call minor,$(KUBE)) and frp $(call minor,$(FRP_VERSION))"; exit 1; }
-	@echo "== format"
-	@files=$$(gofmt -l $(MODULES)); [ -z "$$files" ] || { echo "not formatted, run gofmt -w: $$files"; exit 1; }
+	@versions='Kubernetes $(call minor,$(KUBE)) and frp $(call minor,$(FRP_VERSION))'; \
+	grep -q "$$versions " README.md || { echo "README.md does not say $$versions"; exit 1; }
 	@for m in $(MODULES) $(TOOL_MODULES); do \
 		echo "== $$m: tidy"; (cd $$m && go mod tidy -diff) || exit 1; done
-	@for m in $(CODE); do \
-		echo "== $$m: builds by itself, vet, lint"; \
-		(cd $$m && go build ./... && go vet ./... && $(BIN)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || exit 1; done
-	@for m in $(filter-out tests,$(MODULES)); do \
-		echo "== $$m: unit tests with the race detector"; (cd $$m && CGO_ENABLED=1 go test -race ./...) || exit 1; done
+	@echo "== unit tests with the race detector"
+	@$(MAKE) --no-print-directory unit CGO_ENABLED=1 UNIT='$(SHIPPED)' UNIT_FLAGS=-race
 	@echo "== known vulnerabilities, as of $(VULNDB_DATE)"
-	@cd proxy && $(GOVULNCHECK) -mode query -format json golang.org/x/net@v0.49.0 | grep -q GO-2026-4918 || { echo "the database in $(VULNDB_DIR) does not find GO-2026-4918: remove the directory and repeat"; exit 1; }
-	@for m in bootstrap proxy; do echo "$$m, built with $(GO_RELEASE):"; (cd $$m && GOVERSION=$(GO_RELEASE) $(GOVULNCHECK) ./...) || exit 1; done
+	@cd proxy && $(GOVULNCHECK) -mode query -format json golang.org/x/net@v0.49.0 | grep -q GO-2026-4918 || { \
+		echo "the database in $(VULNDB_DIR) does not find GO-2026-4918: remove the directory and repeat"; exit 1; }
+	@for m in bootstrap proxy; do \
+		echo "$$m, built with $(GO_RELEASE):"; (cd $$m && GOVERSION=$(GO_RELEASE) $(GOVULNCHECK) ./...) || exit 1; done
 	@go=$$(go env GOVERSION); [ $$go = $(GO_RELEASE) ] || { \
-		echo "DO NOT RELEASE what this machine builds: it has $$go, go.work names $(GO_RELEASE). Known in the standard library of $$go:"; \
+		echo "DO NOT RELEASE what this machine builds: it has $$go, go.work names $(GO_RELEASE)."; \
+		echo "Known vulnerabilities in the standard library of $$go:"; \
 		out=$$(cd proxy && $(GOVULNCHECK) -scan module) || [ $$? = 3 ] || exit 1; \
 		echo "$$out" | sed -n 's/^Vulnerability #[0-9]*: /  /p'; }
 
 .PHONY: build
-build: ## Build bootstrap and proxy, and the development commands, into .build/bin
+build: ## Build bootstrap, proxy and the development commands into .build/bin
 	@mkdir -p $(BIN)
 	@for m in bootstrap proxy; do \
 		(cd $$m && go build -trimpath -ldflags '-s -w $(STAMPS)' -o $(BIN)/$$m .) || exit 1; done
 	@cd tests && go build -o $(BIN)/ ./cmd/...
 
-# The images in .build/images have the tags that the manifests name, so that these run what was built.
+# IMAGES is where the images go. They have the tags that the manifests name, so that the manifests run what was built.
 IMAGES := $(CURDIR)/.build/images
 IMAGE_LIST := manifests/base/kustomization.yaml
-image = docker.io/$(1):$(or $(shell sed -n '\|name: docker.io/$(1)$$|{n;s/.*newTag: //p;}' $(IMAGE_LIST)),$(error $(IMAGE_LIST) names no tag of $(1)))
+image = docker.io/$(1):$(or $(shell sed -n '\|name: docker.io/$(1)$$|{n;s/.*newTag: //p;}' $(IMAGE_LIST)),$(error \
+	$(IMAGE_LIST) names no tag of $(1)))
 FRPC_IMAGE = $(call image,fatedier/frpc)
 SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 export SOURCE_DATE_EPOCH
 
 .PHONY: images
-images: ## Build the images for amd64 and arm64, and what they are made of, into .build/images
+images: ## Build the images for amd64 and arm64, with their lists of components, into .build/images
 	@rm -rf $(IMAGES) && mkdir -p $(IMAGES)
 	@for arch in amd64 arm64; do \
 		root=$(IMAGES)/root-$$arch && mkdir $$root || exit 1; \
 		for m in bootstrap proxy; do \
 			(cd $$m && GOARCH=$$arch GOOS=linux go build -trimpath -ldflags '-s -w $(STAMPS)' -o $$root/$$m .) || exit 1; done; \
-		(cd tests && go run -trimpath ./manifests/imagefiles --version $(VERSION) --root $$root --sbom $(IMAGES)/vm-agent-$$arch.cdx.json) && \
+		(cd tests && go run -trimpath ./cmd/imagefiles \
+			--version $(VERSION) --root $$root --sbom $(IMAGES)/vm-agent-$$arch.cdx.json) && \
 		chmod -R u=rwX,go=rX $$root && \
-		manifests/images/build manifests/images/Dockerfile $$root $$arch $(call image,pipeops/vm-agent) $(IMAGES)/vm-agent-$$arch.tar \
+		manifests/images/build manifests/images/Dockerfile $$root $$arch \
+			$(call image,pipeops/vm-agent) $(IMAGES)/vm-agent-$$arch.tar \
 			--label org.opencontainers.image.version=$(VERSION) --label org.opencontainers.image.revision=$(COMMIT) \
 			--label org.opencontainers.image.created=$(DATE) && \
 		rm -r $$root || exit 1; done
 	@echo $(VERSION) >$(IMAGES)/VERSION
 	@cd $(IMAGES) && sha256sum * >SHA256SUMS && cat SHA256SUMS
 
-# For tests on a machine that reaches no registry: see manifests/images/frpc.Dockerfile.
+# test-images builds an image of frpc too, because the test node reaches no registry: see
+# manifests/images/frpc.Dockerfile.
 .PHONY: test-images
 test-images: images $(BIN)/frpc
-	@mkdir -p $(IMAGES)/context && install -m 755 $(BIN)/frpc $(IMAGES)/context/frpc && install -m 755 /bin/busybox $(IMAGES)/context/test
-	@manifests/images/build manifests/images/frpc.Dockerfile $(IMAGES)/context $$(go env GOARCH) $(FRPC_IMAGE) $(IMAGES)/frpc.tar
+	@mkdir -p $(IMAGES)/context && install -m 755 $(BIN)/frpc $(IMAGES)/context/frpc && \
+		install -m 755 /bin/busybox $(IMAGES)/context/test
+	@manifests/images/build manifests/images/frpc.Dockerfile $(IMAGES)/context $$(go env GOARCH) \
+		$(FRPC_IMAGE) $(IMAGES)/frpc.tar
 	@rm -r $(IMAGES)/context
 
 .PHONY: verify-images
-verify-images: images ## Build the images a second time, from a clone in another place, and compare
-	@cd tests && go test -count=1 -tags images -run TestImages ./manifests
+verify-images: images ## Build the images a second time, in a clone elsewhere, and compare them bit for bit
+	@cd tests && go test -count=1 -tags images -run TestImagesHoldOnlyWhatTheyNeed ./manifests
 	@git diff --quiet HEAD || { echo "commit first: the second build is of the last commit"; exit 1; }
 	@again=$$(mktemp -d) && trap 'rm -rf $$again' EXIT && git clone --quiet . $$again && \
 		$(MAKE) --no-print-directory -C $$again images >/dev/null && \
 		diff $(IMAGES)/SHA256SUMS $$again/.build/images/SHA256SUMS && echo "the same, bit for bit"
 
 .PHONY: push
-push: ## Push what `make images` has built to REGISTRY/vm-agent, for both architectures under one tag
-	@manifests/images/push $(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent $(IMAGES)
+push: ## Push the images of `make images` to REGISTRY/vm-agent, both architectures under one tag
+	@manifests/images/push \
+		$(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent $(IMAGES)
 
 .PHONY: frpc-digest
-frpc-digest: ## Pin the stock frpc image by its digest too, as Docker Hub now has it
+frpc-digest: ## Pin the stock frpc image by the digest that Docker Hub has now
 	@manifests/images/frpc-digest $(FRPC_IMAGE) $(IMAGE_LIST) manifests/docker/compose.yaml
 
 .PHONY: tools
-tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build the real parts that the tests run, once
+tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build frp, Kubernetes and etcd for the tests, once
 
 .PHONY: clean
-clean: ## Remove all that was built
+clean: ## Remove everything that was built
 	rm -rf .build
 
-# build-tool: 1 the module, 2 the package, 3 further flags. The rule's target is replaced only by a whole
-# build. Compiling takes minutes where nothing is cached, so it counts the packages.
+# build-tool builds package $(2) of module $(1) with the flags $(3). It replaces the target only after a complete build.
+# Compiling takes minutes without a cache, so it prints how many packages are compiled.
 define build-tool
 	@mkdir -p $(BIN)
 	@echo "building $(@F) (once)"
@@ -181,9 +211,9 @@ define build-tool
 	@mv $@.new $@
 endef
 
-# version-of: 1 a module, 2 a path that its go.mod requires.
+# version-of returns the version of $(2) that the go.mod of module $(1) requires.
 version-of = $(or $(shell sed -n 's|^.*$(2) \(v[0-9.]*\).*|\1|p' $(1)/go.mod),$(error $(1)/go.mod names no $(2)))
-# 1.2 of v1.2.3
+# minor returns 1.2 for v1.2.3.
 minor = $(subst v,,$(word 1,$(subst ., ,$(1)))).$(word 2,$(subst ., ,$(1)))
 
 FRP := tests/tools/frp
@@ -191,10 +221,12 @@ FRP_VERSION = $(call version-of,$(FRP),github.com/fatedier/frp)
 $(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
 	$(call build-tool,$(FRP),github.com/fatedier/frp/cmd/$(@F),-tags noweb -ldflags '-s -w')
 
-# Without these, clients see version v0.0.0.
+# KUBE_STAMPS set the version, because a build from a module reports v0.0.0.
 KUBERNETES := tests/tools/kubernetes
 KUBE = $(call version-of,$(KUBERNETES),k8s.io/kubernetes)
-KUBE_STAMPS = $(foreach v,gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) gitMinor=$(word 2,$(subst ., ,$(KUBE))),-X k8s.io/component-base/version.$(v))
+KUBE_VERSION = gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) \
+	gitMinor=$(word 2,$(subst ., ,$(KUBE)))
+KUBE_STAMPS = $(foreach v,$(KUBE_VERSION),-X k8s.io/component-base/version.$(v))
 $(addprefix $(BIN)/,kube-apiserver kubectl $(filter-out kube-router,$(NODE))): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),-ldflags '-s -w $(KUBE_STAMPS)')
 $(BIN)/etcd: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
@@ -214,10 +246,11 @@ $(BIN)/golangci-lint: $(LINT)/go.mod $(LINT)/go.sum
 $(BIN)/govulncheck: $(LINT)/go.mod $(LINT)/go.sum
 	$(call build-tool,$(LINT),golang.org/x/vuln/cmd/govulncheck)
 
-# Replaced only by a whole database, like a tool.
+# The index is replaced only by a complete one, like a tool.
 $(VULNDB_INDEX): $(VULNDB)/go.mod $(VULNDB)/go.sum
 	@echo "indexing the vulnerability database (once)"
 	@rm -rf $(VULNDB_DIR) $(VULNDB_DIR).new
 	@cd $(VULNDB) && go mod download golang.org/x/vulndb && \
-		go run golang.org/x/vulndb/cmd/indexdb -vulns "$$(go list -m -f '{{.Dir}}' golang.org/x/vulndb)/data/osv" -out $(VULNDB_DIR).new
+		go run golang.org/x/vulndb/cmd/indexdb -out $(VULNDB_DIR).new \
+			-vulns "$$(go list -m -f '{{.Dir}}' golang.org/x/vulndb)/data/osv"
 	@mv $(VULNDB_DIR).new $(VULNDB_DIR)

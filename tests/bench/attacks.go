@@ -10,8 +10,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/attack"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/attack"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const (
@@ -19,8 +19,8 @@ const (
 	attackRamp = 5 * time.Second
 )
 
-// attacks lets one kind of attack after the other loose on our proxy and its peers, each fresh, with the memory limit
-// of the proxy's container.
+// attacks runs one kind of attack after the other against our proxy and its peers. Each is a fresh process with the
+// memory limit of the proxy's container.
 func attacks(ctx context.Context) error {
 	names := []string{"this proxy", "kubectl proxy", "bare ReverseProxy"}
 	limit, how, remove := memoryLimit()
@@ -51,8 +51,9 @@ func attacks(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// attackOne attacks one peer, and says what it had at most, or when it was killed.
-func attackOne(ctx context.Context, limit []string, name string, n int, kind func(attack.Target) attack.Attack) (string, error) {
+// attackOne attacks one peer, and returns its peak memory, or when it was killed.
+func attackOne(ctx context.Context, limit []string, name string, n int,
+	kind func(attack.Target) attack.Attack) (string, error) {
 	group, err := process.NewGroup()
 	if err != nil {
 		return "", err
@@ -75,7 +76,7 @@ func attackOne(ctx context.Context, limit []string, name string, n int, kind fun
 		defer cancel()
 		defer close(killed)
 		begin := time.Now()
-		if process.Poll(ctx, attackTime, nil, func() error { // until the end of the attack, or the peer's
+		if process.Poll(ctx, attackTime, nil, func() error { // until the attack or the peer ends
 			rss, err := process.Memory(p.pid, "VmRSS")
 			if err == nil && rss <= attack.Limit {
 				return errors.New("it lives")
@@ -97,10 +98,13 @@ func attackOne(ctx context.Context, limit []string, name string, n int, kind fun
 	return fmt.Sprintf("%.0f", peak), err
 }
 
-// memoryLimit returns the beginning of a command that runs in a cgroup with the limit, if there can be one, and how the
-// limit is kept; else a peer counts as killed when its RSS exceeds it.
+// memoryLimit returns the beginning of a command that runs in a cgroup with the limit, and how the limit is kept. If
+// there can be no such cgroup, a peer counts as killed when its RSS exceeds the limit.
 func memoryLimit() (enter []string, how string, remove func()) {
-	for dir, file := range map[string]string{"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"} {
+	for dir, file := range map[string]string{
+		"/sys/fs/cgroup/memory": "memory.limit_in_bytes",
+		"/sys/fs/cgroup":        "memory.max",
+	} {
 		made, err := os.MkdirTemp(dir, "pipeops-bench-")
 		if err != nil {
 			continue
@@ -112,7 +116,8 @@ func memoryLimit() (enter []string, how string, remove func()) {
 		}
 		err = os.WriteFile(filepath.Join(made, file), fmt.Append(nil, 256<<20), 0)
 		if err == nil {
-			return []string{"sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(made, "cgroup.procs")}, "memory limited to 256 MiB by a cgroup", remove
+			enter = []string{"sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(made, "cgroup.procs")}
+			return enter, "memory limited to 256 MiB by a cgroup", remove
 		}
 		remove()
 	}

@@ -7,8 +7,9 @@ import (
 	"time"
 )
 
-// startDelay relays connections to target over a way that takes rtt to and fro and carries any amount. As over a
-// real one, target sees a connection after one and a half, together with its first bytes. It ends with ctx.
+// startDelay relays connections to target over a link with the round-trip time rtt and no limit of bandwidth. As over
+// a real link, target sees a connection after one and a half round trips, together with its first bytes. It ends with
+// ctx.
 func startDelay(ctx context.Context, target string, rtt time.Duration) (net.Addr, error) {
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
@@ -38,13 +39,13 @@ func startDelay(ctx context.Context, target string, rtt time.Duration) (net.Addr
 	return listener.Addr(), nil
 }
 
-// part is of a stream that is on its way.
+// part is a part of a stream that is on its way.
 type part struct {
 	due  time.Time
 	data []byte
 }
 
-// late reads src to its end; what it reads is due later by d, and by d after from at the earliest.
+// late reads src to its end. What it reads is due d later, and at the earliest d after from.
 func late(src net.Conn, from time.Time, d time.Duration) <-chan part {
 	parts := make(chan part, 4096)
 	go func() {
@@ -75,7 +76,7 @@ func carry(dst, src net.Conn, parts <-chan part) {
 	_ = dst.Close()
 }
 
-// sleepUntil is exact to a tenth of a millisecond; Go's timers are late by up to a whole one.
+// sleepUntil sleeps with a precision of a tenth of a millisecond, because Go's timers are late by up to a whole one.
 func sleepUntil(due time.Time) {
 	for left := time.Until(due); left > 0; left = time.Until(due) {
 		ts := syscall.NsecToTimespec(int64(left))

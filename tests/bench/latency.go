@@ -16,19 +16,19 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// setting is of frpc's transport; the first of a list is frp's default, which the others are compared with.
+// setting is a setting of frpc's transport. The first of a list is frp's default, with which the others are compared.
 type setting struct {
-	mux             bool // the same in frps, or they do not understand each other
+	mux             bool // must be the same in frps
 	pool, keepalive int  // 0: frp's default
 }
 
 var (
 	settings = []setting{{true, 1, 0}, {true, 5, 0}, {true, 10, 0}, {false, 1, 0}, {false, 5, 0}, {false, 10, 0}}
 	rtts     = []time.Duration{time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond}
-	repeats  = []int{10, 5, 3} // of a round: where the way is short the machine's speed counts
+	repeats  = []int{10, 5, 3} // of a round, more where the delay is short and the machine's speed matters
 	domains  = map[string]string{"http": "127.0.0.1", "https": "agent.internal"}
 )
 
@@ -46,13 +46,13 @@ var workloads = []struct {
 	{"64 MiB", 1, 1, false},
 }
 
-// figure is what was measured: numbers in workloads, rtts and settings.
+// figure identifies a result by the indexes of workload, rtt and setting.
 type figure struct {
 	kind                   string
 	workload, rtt, setting int
 }
 
-// latency measures calls through stock frps and frpc with a delay between them, all settings in turns.
+// latency measures calls through stock frps and frpc with a delay between them, alternating between all settings.
 func latency(ctx context.Context) error {
 	kinds := []string{"http", "https"}
 	ms := map[figure][]float64{} // for a call, by round
@@ -134,7 +134,7 @@ func measureTunnel(ctx context.Context, kind string, s setting, rtt time.Duratio
 	return took, nil
 }
 
-// frozen measures how long frpc takes to notice that frps does not run any more while its connections stand.
+// frozen measures how long frpc takes to notice that frps is frozen while its connections stay open.
 func frozen(ctx context.Context) error {
 	fmt.Print("\n| a frozen frps is noticed after, s | least | median | most |\n| --- | --- | --- | --- |\n")
 	for _, s := range []setting{{true, 0, 30}, {true, 0, 10}, {false, 0, 0}} {
@@ -148,9 +148,10 @@ func frozen(ctx context.Context) error {
 					return err
 				}
 				defer t.close()
-				// So that they are at different points between two keepalives or heartbeats.
+				// Spread the starts between two keepalives or heartbeats.
 				time.Sleep(time.Duration(i) * 30 * time.Second / time.Duration(len(noticed)))
-				noticed[i], err = t.back(ctx, "try to connect to server", func() error { return syscall.Kill(t.frps.Pid(), syscall.SIGSTOP) })
+				noticed[i], err = t.back(ctx, "try to connect to server",
+					func() error { return syscall.Kill(t.frps.Pid(), syscall.SIGSTOP) })
 				return err
 			})
 		}
@@ -162,7 +163,7 @@ func frozen(ctx context.Context) error {
 	return nil
 }
 
-// restarted measures how long callers are without the agent when frps is killed and started again at once.
+// restarted measures how long callers cannot reach the agent when frps is killed and restarted at once.
 func restarted(ctx context.Context) error {
 	fmt.Print("\n| frps killed and started at once, frpc is back after, s | least | median | most |\n| --- | --- | --- | --- |\n")
 	var took [4][]float64
@@ -212,7 +213,7 @@ type tunnel struct {
 	close      func()
 }
 
-// startTunnel returns when frpc's proxy is up, which leads to an agent of this process.
+// startTunnel returns when frpc's proxy is up. The tunnel leads to an agent in this process.
 func startTunnel(ctx context.Context, kind string, s setting, rtt time.Duration) (_ *tunnel, err error) {
 	group, err := process.NewGroup()
 	if err != nil {
@@ -226,7 +227,7 @@ func startTunnel(ctx context.Context, kind string, s setting, rtt time.Duration)
 		cancel()
 		for _, p := range []*process.Process{t.frpc, t.frps} {
 			if p != nil {
-				p.Kill() // a stopped process obeys nothing else
+				p.Kill() // a frozen process reacts to no other signal
 			}
 		}
 		agent.Close()
@@ -268,8 +269,9 @@ func startTunnel(ctx context.Context, kind string, s setting, rtt time.Duration)
 	return t, err
 }
 
-// startFrp starts frps or frpc and returns when its log holds the given words.
-func startFrp(ctx context.Context, group *process.Group, name, words string, config map[string]any) (*process.Process, error) {
+// startFrp starts frps or frpc, and returns when its log contains words.
+func startFrp(ctx context.Context, group *process.Group, name, words string,
+	config map[string]any) (*process.Process, error) {
 	binary, err := process.Binary(name)
 	if err != nil {
 		return nil, err
@@ -290,7 +292,7 @@ func startFrp(ctx context.Context, group *process.Group, name, words string, con
 	return p, says(ctx, p, words, 1)
 }
 
-// says waits until a process has logged the words so many times.
+// says waits until a process has logged words the given number of times.
 func says(ctx context.Context, p *process.Process, words string, times int) error {
 	return process.Poll(ctx, 2*time.Minute, p.Done(), func() error {
 		if log := p.Log(); strings.Count(log, words) < times {

@@ -1,6 +1,6 @@
-// Command bench measures and prints Markdown. Its figures are for reading side by side within one run: they
-// move by a factor of two from machine to machine and from run to run, their ratios do not. Linux only.
-// Its arguments name the parts to measure; without any it leaves out attack and latency, which take long.
+// Command bench measures and prints Markdown. Compare its results within one run only: they differ by a factor of two
+// between machines and runs, their ratios do not. Linux only. Its arguments name the parts to measure. Without any it
+// leaves out attack and latency, which take long.
 package main
 
 import (
@@ -24,8 +24,10 @@ func main() {
 	for _, part := range []struct {
 		name    string
 		measure func(context.Context) error
-	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"attack", attacks}, {"latency", latency}, {"latency", frozen}, {"latency", restarted}} {
-		if len(os.Args) == 1 && (part.name == "attack" || part.name == "latency") || len(os.Args) > 1 && !slices.Contains(os.Args, part.name) {
+	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"attack", attacks},
+		{"latency", latency}, {"latency", frozen}, {"latency", restarted}} {
+		if len(os.Args) == 1 && (part.name == "attack" || part.name == "latency") ||
+			len(os.Args) > 1 && !slices.Contains(os.Args, part.name) {
 			continue
 		}
 		if err := part.measure(ctx); err != nil {

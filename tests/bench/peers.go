@@ -21,8 +21,8 @@ import (
 
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const (
@@ -31,8 +31,8 @@ const (
 	list  = 10 << 20
 )
 
-// api stands in for the API server, so that it does not decide the figures: answers of 2 KiB, 10 and 64 MiB,
-// an upload, and watches that stay silent after one event.
+// api stands in for the API server, so that its speed does not decide the results. It gives answers of 2 KiB, 10 and
+// 64 MiB, takes an upload, and holds watches that stay silent after one event.
 func api() http.Handler {
 	part := bytes.Repeat([]byte("x"), small)
 	mux := http.NewServeMux()
@@ -63,7 +63,7 @@ func api() http.Handler {
 	return mux
 }
 
-// upstream serves the api by TLS, HTTP/2 and HTTP/1.1.
+// upstream serves the api over TLS, HTTP/2 and HTTP/1.1.
 func upstream(addr string) error {
 	server := httptest.NewUnstartedServer(api()) // for its certificate
 	_ = server.Listener.Close()
@@ -76,7 +76,7 @@ func upstream(addr string) error {
 	select {}
 }
 
-// bare is a reverse proxy as one writes it in ten lines.
+// bare is a reverse proxy in ten lines.
 func bare(addr, target string) error {
 	u, err := url.Parse(target)
 	if err != nil {
@@ -90,7 +90,7 @@ func bare(addr, target string) error {
 	return server.ListenAndServe()
 }
 
-// peer is a running proxy before the upstream.
+// peer is a running proxy in front of the upstream.
 type peer struct {
 	name   string
 	url    string // of the API's root
@@ -98,14 +98,14 @@ type peer struct {
 	pid    int // 0: there is none
 }
 
-// startPeers starts the upstream, and before it our proxy and what users would pick instead, or those of the names.
-// What enter holds, unless it is empty, is the beginning of their commands, and limits their memory to 256 MiB.
+// startPeers starts the upstream, our proxy and its peers, or those with the given names. A non-empty enter is the
+// beginning of their commands, which limits their memory to 256 MiB.
 func startPeers(ctx context.Context, group *process.Group, enter []string, names ...string) ([]peer, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	addr, err := freeAddr()
+	addr, err := process.FreeAddr()
 	if err != nil {
 		return nil, err
 	}
@@ -129,7 +129,7 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 		if len(names) > 0 && !slices.Contains(names, name) {
 			return nil
 		}
-		addr, err := freeAddr()
+		addr, err := process.FreeAddr()
 		if err != nil {
 			return err
 		}
@@ -148,27 +148,29 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 			}
 		}
 		peers = append(peers, found)
-		return process.Poll(ctx, 10*time.Second, p.Done(), func() error { return call(ctx, http.DefaultClient, found, "/api/v1/small") })
+		return process.Poll(ctx, 10*time.Second, p.Done(),
+			func() error { return call(ctx, http.DefaultClient, found, "/api/v1/small") })
 	}
 
-	err = add("this proxy", "/api/k8s", http.Header{"Authorization": {"Bearer callers"}}, func(addr string) (*process.Process, error) {
-		binary, err := process.Binary("proxy")
-		if err != nil {
-			return nil, err
-		}
-		metrics, err := freeAddr()
-		if err != nil {
-			return nil, err
-		}
-		env := []string{
-			"PIPEOPS_AGENT_ID=bench", "PIPEOPS_AGENT_TOKEN=callers", "KUBECONFIG=" + kubeconfig,
-			"PIPEOPS_LISTEN_ADDR=" + addr, "PIPEOPS_METRICS_ADDR=" + metrics,
-		}
-		if limited {
-			env = append(env, "GOMEMLIMIT=204MiB") // four fifths, as it sets itself in a container
-		}
-		return run("proxy", env, binary)
-	})
+	err = add("this proxy", "/api/k8s", http.Header{"Authorization": {"Bearer callers"}},
+		func(addr string) (*process.Process, error) {
+			binary, err := process.Binary("proxy")
+			if err != nil {
+				return nil, err
+			}
+			metrics, err := process.FreeAddr()
+			if err != nil {
+				return nil, err
+			}
+			env := []string{
+				"PIPEOPS_AGENT_ID=bench", "PIPEOPS_AGENT_TOKEN=callers", "KUBECONFIG=" + kubeconfig,
+				"PIPEOPS_LISTEN_ADDR=" + addr, "PIPEOPS_METRICS_ADDR=" + metrics,
+			}
+			if limited {
+				env = append(env, "GOMEMLIMIT=204MiB") // four fifths, as it sets itself in a container
+			}
+			return run("proxy", env, binary)
+		})
 	if err != nil {
 		return nil, err
 	}
@@ -193,7 +195,8 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 			return nil, err
 		}
 		file := filepath.Join(dir, "nginx.conf")
-		text := strings.NewReplacer("DIR", dir, "ADDR", addr, "UPSTREAM", strings.TrimPrefix(target, "https://")).Replace(nginxConf)
+		text := strings.NewReplacer("DIR", dir, "ADDR", addr, "UPSTREAM",
+			strings.TrimPrefix(target, "https://")).Replace(nginxConf)
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			return nil, err
 		}
@@ -240,12 +243,7 @@ http {
 }
 `
 
-func freeAddr() (string, error) {
-	port, err := process.FreePort()
-	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), err
-}
-
-// childOf returns the pid of the one child of a process.
+// childOf returns the pid of a process's only child.
 func childOf(pid int) (int, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid))
 	if err != nil {

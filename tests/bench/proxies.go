@@ -15,25 +15,25 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const (
-	rounds      = 20   // of calls: short and many, because the machine's speed moves within seconds
+	rounds      = 20   // of calls: short and many, because the machine's speed changes within seconds
 	transfers   = 3    // rounds with all the rest
-	calls       = 4000 // at 32 connections
+	calls       = 4000 // with 32 connections
 	singleCalls = 3000 // at one
 	idleWatches = 2000
-	settling    = 8 * time.Minute // a Go process that does nothing collects its garbage every two minutes
+	settling    = 8 * time.Minute // an idle Go process collects its garbage every two minutes
 )
 
-// figures are of one peer; the median of the rounds is printed, and the mean of their ratios.
+// figures are the results of one peer. The median of the rounds is printed, and the mean of their ratios.
 type figures struct {
 	cpu, rate           []float64 // µs of the proxy's CPU for each call, calls a second; 32 connections
 	p50, p99            []float64 // µs, 32 connections
 	single50, single99  []float64 // µs, one connection
 	download, upload    []float64 // MB/s, 64 MiB
-	rss, downRSS, upRSS []float64 // MB: before, and how much more at most during each
+	rss, downRSS, upRSS []float64 // MB: before, and the peak increase during each
 	watchKB             float64   // for each idle watch
 	idleRSS, afterRSS   float64   // MB before the watches, and long after
 }
@@ -97,7 +97,7 @@ func proxies(ctx context.Context) error {
 	return nil
 }
 
-// client speaks HTTP/1.1 over up to n kept connections, as frps does.
+// client returns a client that speaks HTTP/1.1 over up to n kept connections, as frps does.
 func client(n int) *http.Client {
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(true)
@@ -134,14 +134,14 @@ func call(ctx context.Context, c *http.Client, p peer, path string) error {
 	return nil
 }
 
-// load makes n calls over conns connections and returns their latencies in µs, sorted, and the seconds it took.
+// load makes n calls over conns connections. It returns their latencies in µs, sorted, and the duration in seconds.
 func load(ctx context.Context, p peer, conns, n int) ([]float64, float64, error) {
 	c := client(conns)
 	defer c.CloseIdleConnections()
 	return loadBy(ctx, c, p, "/api/v1/small", conns, n)
 }
 
-// loadBy is load of any path by a client whose connections may be there already.
+// loadBy does the same for any path and with an existing client.
 func loadBy(ctx context.Context, c *http.Client, p peer, path string, conns, n int) ([]float64, float64, error) {
 	latencies := make([]float64, n)
 	var next atomic.Int64
@@ -174,7 +174,7 @@ func loadBy(ctx context.Context, c *http.Client, p peer, path string, conns, n i
 }
 
 func measureCalls(ctx context.Context, p peer, f *figures) error {
-	if _, _, err := load(ctx, p, 32, 200); err != nil { // warm
+	if _, _, err := load(ctx, p, 32, 200); err != nil { // to warm up
 		return err
 	}
 	before, err := cpuSeconds(p.pid)
@@ -200,7 +200,8 @@ func measureTransfers(ctx context.Context, p peer, f *figures) error {
 	if err != nil {
 		return err
 	}
-	f.single50, f.single99 = append(f.single50, latencies[singleCalls/2]), append(f.single99, latencies[singleCalls*99/100])
+	f.single50 = append(f.single50, latencies[singleCalls/2])
+	f.single99 = append(f.single99, latencies[singleCalls*99/100])
 
 	rss, err := memory(p.pid, "VmRSS")
 	if err != nil {
@@ -259,7 +260,7 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// measureWatches holds idle watches open and then lets them go.
+// measureWatches holds idle watches open and then closes them.
 func measureWatches(ctx context.Context, p peer, f *figures) error {
 	before, err := memory(p.pid, "VmRSS")
 	if err != nil {
@@ -290,7 +291,7 @@ func measureWatches(ctx context.Context, p peer, f *figures) error {
 	return nil
 }
 
-// ratio is the mean of the ratios of two peers in each round.
+// ratio returns the mean of the ratios of two peers in each round.
 func ratio(a, b []float64) float64 {
 	var sum float64
 	for i := range a {
@@ -299,7 +300,7 @@ func ratio(a, b []float64) float64 {
 	return sum / float64(len(a))
 }
 
-// cpuSeconds is the time that a process has spent on the CPU. Source: proc(5), /proc/pid/stat.
+// cpuSeconds returns the CPU time of a process. Source: proc(5), /proc/pid/stat.
 func cpuSeconds(pid int) (float64, error) {
 	if pid == 0 {
 		return 0, nil
@@ -320,7 +321,7 @@ func cpuSeconds(pid int) (float64, error) {
 	return ticks / 100, nil // USER_HZ
 }
 
-// memory is process.Memory for a peer, which may be none.
+// memory returns process.Memory for a peer, or 0 if there is no process.
 func memory(pid int, line string) (float64, error) {
 	if pid == 0 {
 		return 0, nil
@@ -328,7 +329,7 @@ func memory(pid int, line string) (float64, error) {
 	return process.Memory(pid, line)
 }
 
-// resetPeak makes VmHWM start anew. Source: proc(5), /proc/pid/clear_refs.
+// resetPeak resets VmHWM. Source: proc(5), /proc/pid/clear_refs.
 func resetPeak(pid int) error {
 	if pid == 0 {
 		return nil

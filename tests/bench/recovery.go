@@ -15,14 +15,14 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// recovery measures what the renewal of the lease costs, and how long callers miss the tunnel when something happens to
-// it. All parts are real; the control plane is on this machine.
+// recovery measures the cost of renewing the lease, and how long callers cannot use the tunnel after a fault. All
+// parts are real; the control plane is on this machine.
 func recovery(ctx context.Context) error {
 	group, err := process.NewGroup()
 	if err != nil {
@@ -33,12 +33,8 @@ func recovery(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
-	if err != nil {
-		return err
-	}
 	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
-	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+	if _, err := c.WriteAgentKubeconfig(ctx, kubeconfig); err != nil {
 		return err
 	}
 	for _, shared := range []bool{true, false} {
@@ -49,7 +45,7 @@ func recovery(ctx context.Context) error {
 	return nil
 }
 
-// recoveryWith does that with frp's shared token, or with a token of OpenID Connect for each lease.
+// recoveryWith measures with frp's shared token, or with an OpenID Connect token for each lease.
 func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 	group, err := process.NewGroup()
 	if err != nil {
@@ -98,7 +94,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		return err
 	}
 
-	// One caller asks for a small object again and again; another has asked for a watch before.
+	// One caller reads a small object again and again; another holds a watch.
 	const token = "first"
 	ask := func(path string) (*http.Response, error) {
 		caller := agent.Caller(cp, id, token)
@@ -114,9 +110,10 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 	}
 	fmt.Printf("| what | figure |\n| --- | --- |\n")
 	fmt.Printf("| %s: bootstrap, from its start to its end with frpc.toml written | %.0f ms |\n", method, median(written))
-	// happening does something, and until done says that all is over tells how long callers miss the tunnel.
+	// happening calls do, and reports how long callers cannot use the tunnel, until done returns true.
 	happening := func(what string, do func() error, done func() bool) error {
-		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true") //nolint:bodyclose // below, on every way out but errors that end it all
+		//nolint:bodyclose // closed below, unless an error ends the whole measurement
+		watch, err := ask("/api/v1/namespaces/default/configmaps?watch=true")
 		if err != nil {
 			return err
 		}
@@ -130,7 +127,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		}
 		begin := time.Now()
 		var lost, asked int
-		var first, last, over time.Time // refused calls, and the end of what happens
+		var first, last, over time.Time // first and last refused call, and when done returned true
 		released := false
 		for over.IsZero() || time.Since(over) < 5*time.Second {
 			at := time.Now()
@@ -150,7 +147,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 			if over.IsZero() && done() {
 				over = time.Now()
 			}
-			if over.IsZero() && !released && time.Since(begin) > 10*time.Second { // its caller has had enough of it
+			if over.IsZero() && !released && time.Since(begin) > 10*time.Second { // the caller of the watch gives up
 				released = true
 				_ = watch.Body.Close()
 			}
@@ -174,13 +171,13 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		return nil
 	}
 	over := func() bool { return true }
-	if shared { // the rest is the same with both
+	if shared { // the rest does not depend on the method
 		pid := cp.FrpsPid()
 		for _, fault := range []struct {
 			what string
 			do   func() error
 		}{
-			{"frps killed, and started again at once", func() error { return syscall.Kill(pid, syscall.SIGKILL) }},
+			{"frps killed, and restarted at once", func() error { return syscall.Kill(pid, syscall.SIGKILL) }},
 			{"frps frozen for 30 s", func() error {
 				if err := syscall.Kill(cp.FrpsPid(), syscall.SIGSTOP); err != nil {
 					return err
@@ -188,7 +185,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 				time.Sleep(30 * time.Second)
 				return syscall.Kill(cp.FrpsPid(), syscall.SIGCONT)
 			}},
-			{"frpc killed, and started again at once", func() error { return syscall.Kill(a.FrpcPid(), syscall.SIGKILL) }},
+			{"frpc killed, and restarted at once", func() error { return syscall.Kill(a.FrpcPid(), syscall.SIGKILL) }},
 		} {
 			if err := happening(fault.what, fault.do, over); err != nil {
 				return err
@@ -201,7 +198,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 		if err := os.WriteFile(tokenFile+".new", []byte("second"), 0o600); err != nil {
 			return err
 		}
-		return os.Rename(tokenFile+".new", tokenFile) // callers go on with the old one, which is still good
+		return os.Rename(tokenFile+".new", tokenFile) // callers use the old token, which is still valid
 	}, func() bool {
 		return strings.Count(a.Bootstrap.Log(), "lease written") > leases && (!shared || a.FrpcRestarts() > restarts)
 	}); err != nil {

@@ -12,11 +12,11 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// start measures what a new user waits for: from `make run`, with everything built, to kubectl's first
-// answer. It also reads the idle proxy's memory then, and the size of both binaries.
+// start measures how long a new user waits from `make run`, with everything built, to kubectl's first answer, and the
+// idle proxy's memory and the size of both binaries.
 func start(ctx context.Context) error {
 	var waited []float64
 	var rss float64

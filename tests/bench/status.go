@@ -5,14 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -22,11 +20,12 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
+	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// status measures what GET /api/agent/status costs before a real API server, with few objects and with many.
+// status measures the cost of GET /api/agent/status with a real API server, with few objects and with many.
 func status(ctx context.Context) error {
 	group, err := process.NewGroup()
 	if err != nil {
@@ -37,13 +36,14 @@ func status(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := startRelay(ctx, strings.TrimPrefix(c.Config.Host, "https://"))
+	r, err := relay.Start(ctx, "127.0.0.1", strings.TrimPrefix(c.Config.Host, "https://"), 0)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = r.listener.Close() }()
+	defer r.Close()
+	r.Silent.Store(false)
 	config := rest.CopyConfig(c.Config)
-	config.Host = "https://" + r.listener.Addr().String()
+	config.Host = "https://" + r.Addr
 	kubeconfig := filepath.Join(group.Dir(), "status.kubeconfig")
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		return err
@@ -65,16 +65,17 @@ func status(ctx context.Context) error {
 	return nil
 }
 
-func measureStatus(ctx context.Context, group *process.Group, r *relay, kubeconfig string, pods, nodes int) error {
+func measureStatus(ctx context.Context, group *process.Group, r *relay.Relay, kubeconfig string,
+	pods, nodes int) error {
 	binary, err := process.Binary("proxy")
 	if err != nil {
 		return err
 	}
-	listen, err := freeAddr()
+	listen, err := process.FreeAddr()
 	if err != nil {
 		return err
 	}
-	metrics, err := freeAddr()
+	metrics, err := process.FreeAddr()
 	if err != nil {
 		return err
 	}
@@ -88,20 +89,21 @@ func measureStatus(ctx context.Context, group *process.Group, r *relay, kubeconf
 	defer proxy.Stop()
 	p := peer{url: "http://" + listen, header: http.Header{"Authorization": {"Bearer callers"}}}
 	client := &http.Client{}
-	if err := process.Poll(ctx, 10*time.Second, proxy.Done(), func() error { return call(ctx, client, p, "/version") }); err != nil {
+	if err := process.Poll(ctx, 10*time.Second, proxy.Done(),
+		func() error { return call(ctx, client, p, "/version") }); err != nil {
 		return err
 	}
 	requests, err := upstreamRequests(ctx, client, metrics)
 	if err != nil {
 		return err
 	}
-	received := r.received.Load()
+	received := r.Received()
 	begin := time.Now()
 	if err := call(ctx, client, p, "/api/agent/status"); err != nil {
 		return err
 	}
 	first := time.Since(begin)
-	received = r.received.Load() - received
+	received = r.Received() - received
 	after, err := upstreamRequests(ctx, client, metrics)
 	if err != nil {
 		return err
@@ -118,11 +120,12 @@ func measureStatus(ctx context.Context, group *process.Group, r *relay, kubeconf
 	if err != nil {
 		return err
 	}
-	fmt.Printf("| %d | %d | %d | %d | %d | %d | %.0f |\n", pods, nodes, after-requests, received>>10, first.Milliseconds(), shared.Microseconds(), peak)
+	fmt.Printf("| %d | %d | %d | %d | %d | %d | %.0f |\n", pods, nodes, after-requests, received>>10,
+		first.Milliseconds(), shared.Microseconds(), peak)
 	return nil
 }
 
-// upstreamRequests is how many requests the proxy has sent to the API server.
+// upstreamRequests returns how many requests the proxy has sent to the API server.
 func upstreamRequests(ctx context.Context, client *http.Client, addr string) (int, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/metrics", nil)
 	if err != nil {
@@ -144,50 +147,7 @@ func upstreamRequests(ctx context.Context, client *http.Client, addr string) (in
 	return strconv.Atoi(string(found[1]))
 }
 
-// relay stands between the proxy and the API server and counts bytes.
-type relay struct {
-	listener net.Listener
-	received atomic.Int64 // from the API server
-}
-
-func startRelay(ctx context.Context, target string) (*relay, error) {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	r := &relay{listener: listener}
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			go r.carry(ctx, conn, target)
-		}
-	}()
-	return r, nil
-}
-
-func (r *relay) carry(ctx context.Context, conn net.Conn, target string) {
-	defer func() { _ = conn.Close() }()
-	server, err := (&net.Dialer{}).DialContext(ctx, "tcp", target)
-	if err != nil {
-		return
-	}
-	defer func() { _ = server.Close() }()
-	go func() { _, _ = io.Copy(server, conn); _ = server.Close() }()
-	_, _ = io.Copy(conn, io.TeeReader(server, counter{&r.received}))
-}
-
-type counter struct{ n *atomic.Int64 }
-
-func (c counter) Write(p []byte) (int, error) {
-	c.n.Add(int64(len(p)))
-	return len(p), nil
-}
-
-// fill makes pods and nodes, from the numbers that there are to those that shall be. A node is as large as one
-// with fifty images.
+// fill adds pods and nodes up to the given numbers. A node is as large as one with fifty images.
 func fill(ctx context.Context, config *rest.Config, pods, morePods, nodes, moreNodes int) error {
 	config = rest.CopyConfig(config)
 	config.ContentType = "application/vnd.kubernetes.protobuf"
@@ -215,7 +175,8 @@ func fill(ctx context.Context, config *rest.Config, pods, morePods, nodes, moreN
 	return inParallel(pods, morePods, func(i int) error {
 		_, err := client.CoreV1().Pods("default").Create(ctx, &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("pod-%d", i)},
-			Spec:       corev1.PodSpec{NodeName: fmt.Sprintf("node-%d", i%moreNodes), Containers: []corev1.Container{{Name: "c", Image: "none"}}},
+			Spec: corev1.PodSpec{NodeName: fmt.Sprintf("node-%d", i%moreNodes),
+				Containers: []corev1.Container{{Name: "c", Image: "none"}}},
 		}, metav1.CreateOptions{})
 		return err
 	})

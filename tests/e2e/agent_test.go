@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -26,63 +25,51 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-const (
-	agentID    = "agent-001"
-	agentToken = "the-agents-token"
-)
+const agentID, agentToken = harness.AgentID, harness.AgentToken
 
-// installed is the agent, installed as its README says, and a control plane that it dials out to.
+// installed is an agent that was installed as the install page says, with the control plane that it dials out to.
 type installed struct {
 	t      *testing.T
 	dir    string // a copy of the manifests, with the files that a user writes
-	admin  string // kubeconfig: straight to the API server
-	caller string // kubeconfig: through the tunnel
+	admin  string // kubeconfig that reaches the API server directly
+	caller string // kubeconfig that goes through the tunnel
 	cp     *controlplane.ControlPlane
 
 	patches string // of the overlay, as YAML
 }
 
-// in is the same for a subtest.
+// in returns the same installation for a subtest.
 func (i *installed) in(t *testing.T) *installed {
 	same := *i
 	same.t = t
 	return &same
 }
 
-// kubectl prepares the real one, with what env adds.
+// kubectl prepares the real kubectl, which finds the manifests in its working directory.
 func (i *installed) kubectl(ctx context.Context, kubeconfig string, env []string, args ...string) *exec.Cmd {
 	i.t.Helper()
-	binary, err := process.Binary("kubectl")
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	cmd := exec.CommandContext(ctx, binary, args...)
+	cmd := harness.Kubectl(ctx, i.t, filepath.Dir(i.dir), kubeconfig, env, args...)
 	cmd.Dir = filepath.Dir(i.dir)
-	cmd.Env = append([]string{"KUBECONFIG=" + kubeconfig, "HOME=" + filepath.Dir(i.dir), "PATH=" + os.Getenv("PATH")}, env...)
 	return cmd
 }
 
 // run runs kubectl to its end and returns what it prints.
 func (i *installed) run(kubeconfig, stdin string, env []string, args ...string) (string, error) {
 	i.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // cleaning up needs it after the test's end
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute) // t.Context has ended when the cleanup runs
 	defer cancel()
-	cmd := i.kubectl(ctx, kubeconfig, env, args...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, stderr.String())
-	}
-	return stdout.String(), nil
+	result, err := harness.Run(i.kubectl(ctx, kubeconfig, env, args...), stdin)
+	return result.Stdout, err
 }
 
-func (i *installed) must(kubeconfig string, args ...string) string {
+func (i *installed) mustKubectl(kubeconfig string, args ...string) string {
 	i.t.Helper()
 	out, err := i.run(kubeconfig, "", nil, args...)
 	if err != nil {
@@ -100,14 +87,15 @@ func install(t *testing.T, components ...string) *installed {
 	return i
 }
 
-// prepare brings the images to the node, starts a control plane of the test's own, and writes the files that belong
-// beside an overlay for it. What is installed then goes with the test.
+// prepare imports the images into the node, starts a control plane for the test, and writes the files that belong
+// beside an overlay. When the test ends, it deletes what was installed.
 func prepare(t *testing.T) *installed {
 	t.Helper()
-	group := newGroup(t)
-	root := repository(t)
+	group := harness.NewGroup(t)
+	root := harness.Root(t)
 	importImages(t, node.Machine)
-	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
+	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig,
+		caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
 	var err error
 	i.cp, err = controlplane.Start(t.Context(), controlplane.Options{
 		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler), IP: node.HostIP,
@@ -131,18 +119,20 @@ func prepare(t *testing.T) *installed {
 		if t.Failed() {
 			report(context.Background(), t, "pipeops-system")
 			for _, container := range []string{"bootstrap", "frpc", "proxy"} {
-				out, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", container, "--tail", "20")
+				out, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", container,
+					"--tail", "20")
 				t.Logf("log of %s: %v\n%s", container, err, out)
 			}
 		}
-		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/name=pipeops-agent", "--ignore-not-found"); err != nil {
+		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding", "-l",
+			"app.kubernetes.io/name=pipeops-agent", "--ignore-not-found"); err != nil {
 			t.Error(err)
 		}
 	})
 	return i
 }
 
-// unpin takes the digest of Docker Hub's frpc away, if there is one: here is a build of our own.
+// unpin removes the digest of Docker Hub's frpc image, because the tests build their own image.
 func unpin(t *testing.T, path string) {
 	t.Helper()
 	data, err := os.ReadFile(path)
@@ -154,7 +144,7 @@ func unpin(t *testing.T, path string) {
 	}
 }
 
-// importImages brings the agent's to a node.
+// importImages imports the agent's images into a node.
 func importImages(t *testing.T, m *cluster.Machine) {
 	t.Helper()
 	for _, archive := range archives(t) {
@@ -164,14 +154,14 @@ func importImages(t *testing.T, m *cluster.Machine) {
 	}
 }
 
-// archives are those of the images of the agent and frpc.
+// archives returns the paths of the images of the agent and of frpc.
 func archives(t *testing.T) []string {
 	t.Helper()
-	dir := filepath.Join(repository(t), ".build", "images")
+	dir := filepath.Join(harness.Root(t), ".build", "images")
 	return []string{filepath.Join(dir, "vm-agent-"+runtime.GOARCH+".tar"), filepath.Join(dir, "frpc.tar")}
 }
 
-// components writes the overlay with these.
+// components writes the overlay with the given components.
 func (i *installed) components(names ...string) {
 	i.t.Helper()
 	paths := make([]string, len(names))
@@ -192,14 +182,14 @@ patches: [`+i.patches+`]
 
 func (i *installed) apply() {
 	i.t.Helper()
-	i.must(i.admin, "apply", "-k", "manifests/overlays/test")
+	i.mustKubectl(i.admin, "apply", "-k", "manifests/overlays/test")
 	i.rollout()
 }
 
-// rollout waits for its end.
+// rollout waits until the rollout is complete.
 func (i *installed) rollout() {
 	i.t.Helper()
-	i.must(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
+	i.mustKubectl(i.admin, "-n", "pipeops-system", "rollout", "status", "deployment/pipeops-agent", "--timeout", "2m")
 }
 
 func (i *installed) write(name, content string) {
@@ -213,29 +203,9 @@ func (i *installed) write(name, content string) {
 	}
 }
 
-// newGroup is ended with the test.
-func newGroup(t *testing.T) *process.Group {
-	t.Helper()
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	return group
-}
-
-// repository is the top of this one.
-func repository(t *testing.T) string {
-	t.Helper()
-	root, err := process.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return root
-}
-
-// TestAgentOnANode: the node is used through the tunnel, with what each component grants, and while the agent's containers are killed.
-func TestAgentOnANode(t *testing.T) {
+// TestAgentWorksOnARealNode uses the node through the tunnel: with the rights of each component, and while the
+// agent's containers are killed.
+func TestAgentWorksOnARealNode(t *testing.T) {
 	i := prepare(t)
 	i.rights()
 	t.Run("kubectl", i.useKubectl)
@@ -243,7 +213,7 @@ func TestAgentOnANode(t *testing.T) {
 	t.Run("frps away", i.frpsAway)
 }
 
-// rights shows through the tunnel what the base and each component grant.
+// rights checks through the tunnel what the base and each component grant.
 func (i *installed) rights() {
 	i.t.Helper()
 	// Each line is a resource, or none for URLs; URLs; names; verbs.
@@ -251,7 +221,8 @@ func (i *installed) rights() {
 	list := func() map[string][]string {
 		i.t.Helper()
 		verbs := map[string][]string{}
-		for _, match := range row.FindAllStringSubmatch(i.must(i.caller, "auth", "can-i", "--list", "-n", "pipeops-system"), -1) {
+		for _, match := range row.FindAllStringSubmatch(i.mustKubectl(i.caller, "auth", "can-i", "--list", "-n",
+			"pipeops-system"), -1) {
 			resource, name := match[1], match[2]
 			if name != "" {
 				resource += ":" + name
@@ -287,31 +258,34 @@ func (i *installed) rights() {
 				i.t.Errorf("with %v, %v %s", step.components, granted[never], never)
 			}
 		}
-		// What RBAC says of that, the agent lets nobody through.
-		if out, err := i.run(i.caller, "", nil, "get", "--raw", "/api/v1/nodes/"+cluster.NodeName+"/proxy/pods"); err == nil || !strings.Contains(err.Error(), "nodes/proxy reaches every pod") {
+		// The agent refuses nodes/proxy whatever RBAC says.
+		if out, err := i.run(i.caller, "", nil, "get", "--raw",
+			"/api/v1/nodes/"+cluster.NodeName+"/proxy/pods"); err == nil ||
+			!strings.Contains(err.Error(), "nodes/proxy reaches every pod") {
 			i.t.Errorf("with %v, nodes/proxy answers %q, %v", step.components, out, err)
 		}
 	}
-	i.must(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin", "pipeops-agent-manage")
+	i.mustKubectl(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin", "pipeops-agent-manage")
 	i.components("manage", "runners")
 	i.apply()
 }
 
-// useKubectl does through the tunnel what people do, with real pods, over both streaming protocols.
+// useKubectl runs the usual kubectl commands through the tunnel, with real pods and both streaming protocols.
 func (i *installed) useKubectl(t *testing.T) {
 	i = i.in(t)
 	ns := namespace(t)
-	i.must(i.caller, "get", "nodes,namespaces")
+	i.mustKubectl(i.caller, "get", "nodes,namespaces")
 	i.write("web.yaml", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"}, "spec": {
 		"selector": {"matchLabels": {"app": "web"}}, "template": {"metadata": {"labels": {"app": "web"}}, "spec": {"terminationGracePeriodSeconds": 1, "containers": [{
 			"name": "web", "image": "`+cluster.Busybox+`", "command": ["/bin/busybox", "sh", "-c", "echo hello; ln -s busybox /bin/tar; mkdir -p /www; echo page >/www/index.html; exec httpd -f -p 8080 -h /www"]}]}}}}`)
-	i.must(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "web.yaml"))
-	i.must(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
-	for _, name := range []string{"websocket", "spdy"} { // it ends with what is attached to it
-		i.must(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "echo hello; exec cat")
-		i.must(i.caller, "-n", ns, "wait", "--for", "condition=Ready", "pod/cat-"+name, "--timeout", "1m")
+	i.mustKubectl(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "web.yaml"))
+	i.mustKubectl(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
+	for _, name := range []string{"websocket", "spdy"} { // each pod ends with the command attached to it
+		i.mustKubectl(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "echo hello; exec cat")
+		i.mustKubectl(i.caller, "-n", ns, "wait", "--for", "condition=Ready", "pod/cat-"+name, "--timeout", "1m")
 	}
-	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}} {
+	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false",
+		"KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}} {
 		t.Run(name, func(t *testing.T) {
 			i := i.in(t)
 			for _, test := range []struct {
@@ -328,7 +302,8 @@ func (i *installed) useKubectl(t *testing.T) {
 				}
 			}
 			i.attach(ns, "cat-"+strings.ToLower(name), env)
-			pod := strings.TrimPrefix(strings.TrimSpace(i.must(i.caller, "-n", ns, "get", "pods", "-l", "app=web", "-o", "name")), "pod/")
+			pod := strings.TrimPrefix(strings.TrimSpace(i.mustKubectl(i.caller, "-n", ns, "get", "pods", "-l", "app=web", "-o",
+				"name")), "pod/")
 			there, back := filepath.Join(filepath.Dir(i.dir), "there"), filepath.Join(filepath.Dir(i.dir), "back-"+name)
 			content := strings.Repeat("0123456789abcdef", 1<<16)
 			if err := os.WriteFile(there, []byte(content), 0o600); err != nil {
@@ -347,7 +322,8 @@ func (i *installed) useKubectl(t *testing.T) {
 	}
 }
 
-// attach types into a pod that has said hello and says what it is told, and ends. `logs -f` follows all of it.
+// attach attaches to a pod that has printed hello, sends it a line and expects it back, while `logs -f` follows all
+// of it.
 func (i *installed) attach(ns, pod string, env []string) {
 	t := i.t
 	t.Helper()
@@ -365,7 +341,8 @@ func (i *installed) attach(ns, pod string, env []string) {
 	if line, err := log.ReadString('\n'); err != nil || line != "hello\n" {
 		t.Errorf("logs -f: %q, %v", line, err)
 	}
-	if out, err := i.run(i.caller, "attached\n", env, "-n", ns, "attach", "-i", "--quiet", pod); err != nil || !strings.Contains(out, "attached\n") {
+	if out, err := i.run(i.caller, "attached\n", env, "-n", ns, "attach", "-i", "--quiet", pod); err != nil ||
+		!strings.Contains(out, "attached\n") {
 		t.Errorf("attach: %q, %v", out, err)
 	}
 	rest, err := io.ReadAll(log)
@@ -392,7 +369,8 @@ func (i *installed) portForward(ns string, env []string) {
 	eventually(t, func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
-		out, err := exec.CommandContext(ctx, "busybox", "wget", "-q", "-O", "-", fmt.Sprintf("http://127.0.0.1:%d/", port)).CombinedOutput()
+		out, err := exec.CommandContext(ctx, "busybox", "wget", "-q", "-O", "-",
+			fmt.Sprintf("http://127.0.0.1:%d/", port)).CombinedOutput()
 		if err == nil && string(out) != "page\n" {
 			err = fmt.Errorf("got %q", out)
 		}
@@ -400,7 +378,7 @@ func (i *installed) portForward(ns string, env []string) {
 	})
 }
 
-// restarts kills each container of the agent in turn: an informer that watches through the tunnel misses nothing.
+// restarts kills each container of the agent in turn. An informer that watches through the tunnel misses no event.
 func (i *installed) restarts(t *testing.T) {
 	i = i.in(t)
 	ns := namespace(t)
@@ -425,7 +403,8 @@ func (i *installed) restarts(t *testing.T) {
 		if out, err := node.Command(t.Context(), "pkill", "-KILL", "-x", name).CombinedOutput(); err != nil {
 			t.Fatalf("kill %s: %v: %s", name, err, out)
 		}
-		if _, err := node.Client.CoreV1().ConfigMaps(ns).Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+		if _, err := node.Client.CoreV1().ConfigMaps(ns).Create(t.Context(),
+			&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, func() error {
@@ -440,14 +419,14 @@ func (i *installed) restarts(t *testing.T) {
 	}
 }
 
-// frpsAway: without frps, and with one that is frozen, the pod is not ready. Nothing is restarted for it, frpc least of
-// all; it comes back by itself.
+// frpsAway checks that the pod is not ready while frps is stopped or frozen, that no container restarts because of
+// it, least of all frpc, and that the tunnel recovers by itself.
 func (i *installed) frpsAway(t *testing.T) {
 	i = i.in(t)
 	state := func(ready bool) (restarts string) {
 		t.Helper()
 		eventually(t, func() error {
-			out := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, frpc: {.status.initContainerStatuses[1].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}`)
+			out := i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, frpc: {.status.initContainerStatuses[1].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}`)
 			var found bool
 			if restarts, found = strings.CutPrefix(out, map[bool]string{true: "True ", false: "False "}[ready]); !found {
 				return fmt.Errorf("the pod is %s", out)
@@ -472,7 +451,7 @@ func (i *installed) frpsAway(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
 	state(false)
-	time.Sleep(45 * time.Second) // longer than bootstrap waits before it tries a login and requests a lease
+	time.Sleep(45 * time.Second) // longer than bootstrap waits before it checks the login and requests a lease
 	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}

@@ -17,17 +17,17 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// load is callers of the agent, who read, write and watch all the time.
+// load is a set of callers that read, write and watch all the time.
 type load struct {
 	calls  atomic.Int64
 	mu     sync.Mutex
 	errors []error
-	raw    []error // those that client-go tried again
+	raw    []error // those that client-go retried
 }
 
 func (l *load) failed(to *[]error, err error) {
@@ -36,8 +36,8 @@ func (l *load) failed(to *[]error, err error) {
 	*to = append(*to, err)
 }
 
-// startLoad runs until the test ends, or until stop, which returns when the watches have seen all that was written.
-// The caller must be able to write ConfigMaps.
+// startLoad starts callers that run until the test ends or until stop. stop returns when the watches have seen
+// everything that was written. The agent must be allowed to write ConfigMaps.
 func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -50,8 +50,9 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 		case r.Context().Err() != nil:
 		case err != nil:
 			l.failed(&l.raw, err)
-		// 503 with Retry-After is how the API server itself drains.
-		case resp.StatusCode >= 500 && (resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == ""):
+		// The API server, too, answers 503 with Retry-After while it drains.
+		case resp.StatusCode >= 500 && (resp.StatusCode != http.StatusServiceUnavailable ||
+			resp.Header.Get("Retry-After") == ""):
 			l.failed(&l.raw, fmt.Errorf("%s %s: %s", r.Method, r.URL.Path, resp.Status))
 		}
 	})
@@ -61,8 +62,9 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	}
 	maps := client.CoreV1().ConfigMaps(namespace(t))
 	var counter *corev1.ConfigMap
-	eventually(t, func() (err error) { // the right to may be new
-		counter, err = maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "counter"}}, metav1.CreateOptions{})
+	eventually(t, func() (err error) { // the RBAC rule may be new
+		counter, err = maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "counter"}},
+			metav1.CreateOptions{})
 		return err
 	})
 	var callers, watchers sync.WaitGroup
@@ -78,9 +80,10 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	}
 	written := 0
 	callers.Go(func() {
-		for calling.Err() == nil { // not cut at the end, so that it is known what was written
-			if _, err := maps.Patch(ctx, "counter", types.MergePatchType, fmt.Appendf(nil, `{"data": {"n": "%d"}}`, written+1), metav1.PatchOptions{}); err != nil {
-				// It may have been done, or not, and nobody can tell: client-go does not try again.
+		for calling.Err() == nil { // not cancelled at the end, so that every write's outcome is known
+			if _, err := maps.Patch(ctx, "counter", types.MergePatchType, fmt.Appendf(nil, `{"data": {"n": "%d"}}`, written+1),
+				metav1.PatchOptions{}); err != nil {
+				// The write may have been done: client-go does not retry it.
 				l.failed(&l.raw, err)
 				continue
 			}
@@ -140,10 +143,10 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 	return l, stop
 }
 
-// TestHighAvailability: on two nodes, callers notice nothing of a rolling update and of each of the nodes drained in
-// turn. What runs through a pod whose processes are killed breaks: client-go's callers read again, and their watches go
-// on where they were, and miss nothing.
-func TestHighAvailability(t *testing.T) {
+// TestHighAvailabilityLosesNoCall runs two replicas on two nodes. Callers see no error during a rolling update, nor
+// while each node is drained in turn. If a pod's processes are killed, its streams break: then client-go's callers
+// retry, and their watches resume where they were and miss nothing.
+func TestHighAvailabilityLosesNoCall(t *testing.T) {
 	worker, err := node.StartWorker(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -185,8 +188,8 @@ func TestHighAvailability(t *testing.T) {
 	}
 	drain := func(name string) func() {
 		return func() {
-			defer i.must(i.admin, "uncordon", name)
-			i.must(i.admin, "drain", name, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout", "3m")
+			defer i.mustKubectl(i.admin, "uncordon", name)
+			i.mustKubectl(i.admin, "drain", name, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout", "3m")
 			for _, pod := range ready() {
 				if pod.Spec.NodeName == name {
 					t.Errorf("%s is on the drained node %s", pod.Name, name)
@@ -196,11 +199,11 @@ func TestHighAvailability(t *testing.T) {
 	}
 	for _, event := range []struct {
 		name   string
-		breaks bool // what runs through the pod, so that client-go must try again
+		breaks bool // the pod's streams, so that client-go must retry
 		do     func()
 	}{
 		{"rolling update", false, func() {
-			i.must(i.admin, "-n", "pipeops-system", "rollout", "restart", "deployment/pipeops-agent")
+			i.mustKubectl(i.admin, "-n", "pipeops-system", "rollout", "restart", "deployment/pipeops-agent")
 			i.rollout()
 		}},
 		{"drained worker", false, drain(cluster.WorkerName)},
@@ -209,7 +212,8 @@ func TestHighAvailability(t *testing.T) {
 			victim := ready()[0]
 			for _, name := range []string{"frpc", "proxy"} {
 				const kill = `for p in $(pgrep -x "$1"); do if grep -q "$2" /proc/$p/mountinfo; then kill -9 "$p"; fi; done`
-				if out, err := machines[victim.Spec.NodeName].Command(t.Context(), "sh", "-c", kill, "sh", name, string(victim.UID)).CombinedOutput(); err != nil {
+				if out, err := machines[victim.Spec.NodeName].Command(t.Context(), "sh", "-c", kill, "sh", name,
+					string(victim.UID)).CombinedOutput(); err != nil {
 					t.Fatalf("kill %s: %v: %s", name, err, out)
 				}
 			}
@@ -220,7 +224,7 @@ func TestHighAvailability(t *testing.T) {
 				}
 				for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
 					if c.Name != "bootstrap" && c.RestartCount == 0 {
-						return fmt.Errorf("%s was not started again", c.Name)
+						return fmt.Errorf("%s was not restarted", c.Name)
 					}
 				}
 				return nil
@@ -236,7 +240,8 @@ func TestHighAvailability(t *testing.T) {
 			l.errors = append(l.errors, l.raw...)
 		}
 		if len(l.errors) > 0 || l.calls.Load() < 100 {
-			t.Errorf("%s: %d of %d calls and watches failed, such as: %v", event.name, len(l.errors), l.calls.Load(), errors.Join(l.errors[:min(5, len(l.errors))]...))
+			t.Errorf("%s: %d of %d calls and watches failed, such as: %v", event.name, len(l.errors), l.calls.Load(),
+				errors.Join(l.errors[:min(5, len(l.errors))]...))
 		}
 	}
 }

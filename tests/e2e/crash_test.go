@@ -14,8 +14,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // crash starts a node with a pod and waits to be killed.
@@ -38,7 +38,7 @@ func crash() int {
 	select {}
 }
 
-// TestNothingIsLeftAfterACrash kills a process that runs a node with a pod, as no handler of its own can notice.
+// TestNothingIsLeftAfterACrash kills a process that runs a node with a pod, with a signal that it cannot handle.
 func TestNothingIsLeftAfterACrash(t *testing.T) {
 	cmd, line, err := process.Crashing()
 	if err != nil {
@@ -50,7 +50,7 @@ func TestNothingIsLeftAfterACrash(t *testing.T) {
 	if len(ran) < 20 {
 		t.Errorf("%d processes run: not all of the node's are seen", len(ran))
 	}
-	if left(dir, hostIP) == nil {
+	if findLeftovers(dir, hostIP) == nil {
 		t.Error("nothing of the running node is seen")
 	}
 	if err := cmd.Process.Kill(); err != nil {
@@ -63,12 +63,12 @@ func TestNothingIsLeftAfterACrash(t *testing.T) {
 				return fmt.Errorf("process %d is still there", pid)
 			}
 		}
-		return left(dir, hostIP)
+		return findLeftovers(dir, hostIP)
 	})
 }
 
-// left looks for what a node leaves outside its namespaces.
-func left(dir, hostIP string) error {
+// findLeftovers returns an error that names what a node has left outside its namespaces.
+func findLeftovers(dir, hostIP string) error {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s is still there", dir)
 	}
@@ -96,11 +96,11 @@ func left(dir, hostIP string) error {
 	return nil
 }
 
-// descendants finds the processes below one.
+// descendants adds the processes below pid to found, and returns it.
 func descendants(pid int, found map[int]bool) map[int]bool {
 	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, path := range threads {
-		children, _ := os.ReadFile(path) // it may have ended
+		children, _ := os.ReadFile(path) // the process may have ended
 		for _, field := range strings.Fields(string(children)) {
 			child, _ := strconv.Atoi(field)
 			found[child] = true

@@ -10,11 +10,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// docker is podman under the name of docker, with a store of its own; and an operator's own frps for what it runs. It
-// runs in the node's namespaces: its ports are nobody else's, and what it starts ends with the node at the latest.
+// docker is podman under the name docker, with a store of its own, and an operator's own frps for its containers. It
+// runs in the node's namespaces: so its ports collide with nobody's, and what it starts ends with the node at the
+// latest.
 type docker struct {
 	*shell
 	*ownFrps
@@ -22,7 +24,7 @@ type docker struct {
 
 func startDocker(t *testing.T) *docker {
 	t.Helper()
-	group := newGroup(t)
+	group := harness.NewGroup(t)
 	dir := group.Dir()
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatal(err)
@@ -30,8 +32,10 @@ func startDocker(t *testing.T) *docker {
 	podman := fmt.Sprintf("podman --root %[1]s/store --runroot %[1]s/run --tmpdir %[1]s/tmp --storage-driver vfs --cgroup-manager cgroupfs --events-backend file", dir)
 	socket := "unix://" + filepath.Join(dir, "podman.sock")
 	settings := filepath.Join(dir, "containers.conf")
-	d := &docker{shell: newShell(t, dir, "CONTAINERS_CONF="+settings, "DOCKER_HOST="+socket, "KUBECONFIG="+node.Kubeconfig)}
-	// podman would raise the limits, for which some machines lack CAP_SYS_RESOURCE; and share its locks with all others.
+	d := &docker{shell: newShell(t, dir, "CONTAINERS_CONF="+settings, "DOCKER_HOST="+socket,
+		"KUBECONFIG="+node.Kubeconfig)}
+	// Otherwise podman would raise the limits, which fails without CAP_SYS_RESOURCE, and share its locks with other
+	// podmans.
 	if err := os.WriteFile(settings, []byte("[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n[engine]\nlock_type = \"file\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -47,8 +51,9 @@ func startDocker(t *testing.T) *docker {
 		if _, err := d.run("docker rm --all --force --time 1; docker volume rm --all --force; docker rmi --all --force"); err != nil {
 			t.Error(err)
 		}
-		// Its service; and the attendants of commands that `exec` ran, who would stay for five minutes more.
-		if out, err := node.Command(context.Background(), "pkill", "-KILL", "-f", dir+"/(podman.sock|run)").CombinedOutput(); err != nil {
+		// podman's service, and the monitors of `exec` commands, which would run for five minutes more.
+		if out, err := node.Command(context.Background(), "pkill", "-KILL", "-f",
+			dir+"/(podman.sock|run)").CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
 		}
 		if err := process.Poll(context.Background(), 10*time.Second, nil, func() error {
@@ -58,7 +63,8 @@ func startDocker(t *testing.T) *docker {
 			t.Error(err)
 		}
 	})
-	if _, err := group.Start("podman", d.env, filepath.Join(dir, "bin", "docker"), "system", "service", "--time", "0", socket); err != nil {
+	if _, err := group.Start("podman", d.env, filepath.Join(dir, "bin", "docker"), "system", "service", "--time", "0",
+		socket); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, func() error {
@@ -72,34 +78,35 @@ func startDocker(t *testing.T) *docker {
 	return d
 }
 
-// inNode is a script's line that runs a command, with the script's arguments, where the node is.
+// inNode returns a line of shell that runs a command, with the script's arguments, in the node's namespaces.
 func inNode(command string) string {
-	return "exec " + strings.Join(node.Command(context.Background(), "sh").Args, " ") + ` -c 'cd "$0" && exec ` + command + ` "$@"' "$PWD" "$@"`
+	return "exec " + strings.Join(node.Command(context.Background(), "sh").Args, " ") + ` -c 'cd "$0" && exec ` +
+		command + ` "$@"' "$PWD" "$@"`
 }
 
-// runByDocker runs the lines that need no Compose.
+// runByDocker runs the commands of the page that need no Compose.
 func runByDocker(t *testing.T, p *page) {
 	d := startDocker(t)
 	d.must("printf %s '" + d.settings + "PIPEOPS_AGENT_ID=agent-001\nPIPEOPS_AGENT_TOKEN=your-agent-token\n' >agent.env")
 	d.must("install -o 65532 -m 400 $KUBECONFIG kubeconfig")
 	d.must(p.block(t, "docker volume create"))
-	d.answers(t, "agent-001", "your-agent-token")
+	d.waitAnswering(t, "agent-001", "your-agent-token")
 	d.must(p.block(t, "docker rm --force"))
-	d.empty()
+	d.wantEmpty()
 }
 
-// empty checks that nothing is left of what was started.
-func (d *docker) empty() {
+// wantEmpty checks that no container and no volume is left.
+func (d *docker) wantEmpty() {
 	d.t.Helper()
 	if out := d.must("docker ps --all --quiet; docker volume ls --quiet"); out != "" {
 		d.t.Errorf("left: %s", out)
 	}
 }
 
-// runByCompose runs those that do, by Compose itself, which talks to podman in Docker's language.
+// runByCompose runs the commands of the page that need Compose: the real one, which speaks Docker's API to podman.
 func runByCompose(t *testing.T, p *page) {
 	d := startDocker(t)
-	d.must("mkdir manifests && cp -r " + filepath.Join(repository(t), "manifests", "docker") + " manifests")
+	d.must("mkdir manifests && cp -r " + filepath.Join(harness.Root(t), "manifests", "docker") + " manifests")
 	unpin(t, filepath.Join(d.dir, "manifests", "docker", "compose.yaml"))
 	files := p.block(t, "cd manifests/docker")
 	files, _, found := strings.Cut(files, p.command(t, "docker compose up -d"))
@@ -108,7 +115,7 @@ func runByCompose(t *testing.T, p *page) {
 	}
 	d.must(files + "printf %s '" + d.settings + "' >>agent.env")
 
-	// podman asks systemd to look after the containers' health. There is none here.
+	// podman has systemd run the health checks, and there is no systemd here.
 	ctx, cancel := context.WithCancel(t.Context())
 	var health sync.WaitGroup
 	defer health.Wait()
@@ -121,14 +128,14 @@ func runByCompose(t *testing.T, p *page) {
 	})
 	d.dir = filepath.Join(d.dir, "manifests", "docker")
 	d.must(p.command(t, "docker compose up -d"))
-	d.answers(t, "agent-001", "your-agent-token")
+	d.waitAnswering(t, "agent-001", "your-agent-token")
 	if out := d.must(p.command(t, "docker compose exec bootstrap")); strings.Contains(out, "failed") {
 		t.Errorf("doctor:\n%s", out)
 	}
 	// Another token.
 	d.must("sed -i 's/your-agent-token/another-$agent-token/' agent.env")
 	d.must(p.command(t, "docker compose up -d"))
-	d.answers(t, "agent-001", "another-$agent-token")
+	d.waitAnswering(t, "agent-001", "another-$agent-token")
 	d.must(p.command(t, "docker compose down --volumes"))
-	d.empty()
+	d.wantEmpty()
 }

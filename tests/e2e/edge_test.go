@@ -9,17 +9,18 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// ownFrps is that of an operator who has no control plane.
+// ownFrps is the frps of an operator who has no control plane.
 type ownFrps struct {
-	settings string // of an agent, one in each line
-	callers  string // where it takes them
+	settings string // of an agent, one per line
+	callers  string // URL for callers
 }
 
-// frpToken has what shells and Compose would replace.
+// frpToken holds a dollar sign, which shells and Compose would expand.
 const frpToken = "your-$frp-token"
 
 func startFrps(t *testing.T, group *process.Group) *ownFrps {
@@ -34,8 +35,8 @@ func startFrps(t *testing.T, group *process.Group) *ownFrps {
 	}
 }
 
-// answers waits until the node's API server answers an agent's callers.
-func (f *ownFrps) answers(t *testing.T, id, token string) {
+// waitAnswering waits until the API server answers callers of the agent with this id.
+func (f *ownFrps) waitAnswering(t *testing.T, id, token string) {
 	t.Helper()
 	client := &http.Client{Timeout: 5 * time.Second}
 	eventually(t, func() error {
@@ -57,10 +58,11 @@ func (f *ownFrps) answers(t *testing.T, id, token string) {
 	})
 }
 
-// TestEdge applies the overlay of a cluster without a control plane, twice: the second pod takes the tunnel of the first.
-func TestEdge(t *testing.T) {
+// TestEdgeOverlayNeedsNoControlPlane applies the overlay of a cluster without a control plane, twice: the second pod
+// takes over the tunnel of the first.
+func TestEdgeOverlayNeedsNoControlPlane(t *testing.T) {
 	i := prepare(t)
-	frps := startFrps(t, newGroup(t))
+	frps := startFrps(t, harness.NewGroup(t))
 	const overlay = "overlays/edge/kustomization.yaml"
 	data, err := os.ReadFile(filepath.Join(i.dir, overlay))
 	if err != nil {
@@ -76,8 +78,8 @@ func TestEdge(t *testing.T) {
 	i.write("overlays/edge/frp-token", frpToken+"\n")
 	for _, level := range []string{"warn", "info"} {
 		i.write(overlay, strings.Replace(yaml, "PIPEOPS_LOG_LEVEL=warn", "PIPEOPS_LOG_LEVEL="+level, 1))
-		i.must(i.admin, "apply", "-k", "manifests/overlays/edge")
+		i.mustKubectl(i.admin, "apply", "-k", "manifests/overlays/edge")
 		i.rollout()
-		frps.answers(t, "edge-7", "your-agent-token")
+		frps.waitAnswering(t, "edge-7", "your-agent-token")
 	}
 }

@@ -12,11 +12,12 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// node is what all tests share. They keep apart by their namespaces.
+// node is shared by all tests. Each test has a namespace of its own.
 var node *cluster.Node
 
 func TestMain(m *testing.M) {
@@ -41,7 +42,7 @@ func run(m *testing.M) int {
 	}
 	group.Close()
 	if err == nil {
-		err = process.Poll(ctx, 30*time.Second, nil, func() error { return left(group.Dir(), node.HostIP) })
+		err = process.Poll(ctx, 30*time.Second, nil, func() error { return findLeftovers(group.Dir(), node.HostIP) })
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -50,26 +51,27 @@ func run(m *testing.M) int {
 	return code
 }
 
-// namespace makes a namespace of the test's own, which goes with it. If the test fails, it says what became of
-// the pods.
+// namespace makes a namespace that is deleted when the test ends. If the test fails, it logs the state of the pods.
 func namespace(t *testing.T) string {
 	t.Helper()
 	namespaces := node.Client.CoreV1().Namespaces()
-	made, err := namespaces.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")) + "-"}}, metav1.CreateOptions{})
+	prefix := strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")) + "-"
+	made, err := namespaces.Create(t.Context(),
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: prefix}}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		ctx := context.Background() // the test's has ended
+		ctx := context.Background() // t.Context has ended
 		if t.Failed() {
 			report(ctx, t, made.Name)
 		}
-		// The controller takes 5 seconds before it begins: nobody waits for it.
+		// The test does not wait: the controller takes 5 seconds to begin.
 		if err := namespaces.Delete(ctx, made.Name, metav1.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 	})
-	// The controller makes its default ServiceAccount, without which the API server takes no pods.
+	// The API server admits no pods before the controller has made the default ServiceAccount.
 	eventually(t, func() error {
 		_, err := node.Client.CoreV1().ServiceAccounts(made.Name).Get(t.Context(), "default", metav1.GetOptions{})
 		return err
@@ -77,6 +79,7 @@ func namespace(t *testing.T) string {
 	return made.Name
 }
 
+// report logs the state of a namespace's pods, its events and the node's parts.
 func report(ctx context.Context, t *testing.T, namespace string) {
 	pods, err := node.Client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
 	if err != nil {
@@ -97,10 +100,8 @@ func report(ctx context.Context, t *testing.T, namespace string) {
 	t.Log(node.Report())
 }
 
-// eventually polls until ready returns nil.
+// eventually polls for a minute until ready returns nil.
 func eventually(t *testing.T, ready func() error) {
 	t.Helper()
-	if err := process.Poll(t.Context(), time.Minute, nil, ready); err != nil {
-		t.Fatal(err)
-	}
+	harness.Eventually(t, time.Minute, ready)
 }

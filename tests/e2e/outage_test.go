@@ -9,13 +9,13 @@ import (
 	"github.com/elazarl/goproxy"
 	corev1 "k8s.io/api/core/v1"
 
-	"github.com/pipeops/vm-agent/tests/process"
-	"github.com/pipeops/vm-agent/tests/relay"
+	"github.com/pipeops/vm-agent/tests/harness/process"
+	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// TestHangingFrpc: the HTTP proxy on the way to frps says nothing to frpc's first login, in which frpc then waits for
-// ever and cannot even be stopped. bootstrap notices, the kubelet restarts that one container, and the pod gets ready.
-func TestHangingFrpc(t *testing.T) {
+// TestHangingFrpcIsRestarted has the HTTP proxy before frps never answer frpc's first login. frpc then waits forever
+// and cannot be stopped. bootstrap reports it, the kubelet restarts that container alone, and the pod gets ready.
+func TestHangingFrpcIsRestarted(t *testing.T) {
 	i := prepare(t)
 	proxy := httptest.NewServer(goproxy.NewProxyHttpServer())
 	t.Cleanup(proxy.Close)
@@ -26,7 +26,7 @@ func TestHangingFrpc(t *testing.T) {
 	t.Cleanup(silent.Close)
 	i.setting("PIPEOPS_FRP_PROXY_URL=http://" + silent.Addr)
 	i.components()
-	i.must(i.admin, "apply", "-k", "manifests/overlays/test")
+	i.mustKubectl(i.admin, "apply", "-k", "manifests/overlays/test")
 	eventually(t, func() error {
 		if silent.Held() == 0 {
 			return fmt.Errorf("frpc has not asked the proxy")
@@ -39,7 +39,8 @@ func TestHangingFrpc(t *testing.T) {
 		status := i.pod().Status
 		for _, condition := range status.Conditions {
 			if condition.Type == corev1.PodReady && condition.Status == corev1.ConditionTrue {
-				restarts = [3]int32{status.InitContainerStatuses[0].RestartCount, status.InitContainerStatuses[1].RestartCount, status.ContainerStatuses[0].RestartCount}
+				restarts = [3]int32{status.InitContainerStatuses[0].RestartCount,
+					status.InitContainerStatuses[1].RestartCount, status.ContainerStatuses[0].RestartCount}
 				return nil
 			}
 		}

@@ -17,14 +17,15 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// page is manifests/README.md, whose commands tests run in the words in which they stand there.
+// page is manifests/README.md. The tests run its commands word for word.
 type page struct {
-	blocks [][]string // commands that stand beneath each other; those within a sentence are alone
+	blocks [][]string // consecutive commands; a command within a sentence is a block of its own
 
 	mu  sync.Mutex
 	ran map[string]bool // by command
@@ -38,18 +39,18 @@ func (p *page) run(commands ...string) {
 	}
 }
 
-// within finds the commands within sentences.
+// within matches the commands within sentences.
 var within = regexp.MustCompile("`((?:ctr|docker|kubectl|make) [^`]+)`")
 
 func readPage(t *testing.T) *page {
 	t.Helper()
-	data, err := os.ReadFile(filepath.Join(repository(t), "manifests", "README.md"))
+	data, err := os.ReadFile(filepath.Join(harness.Root(t), "manifests", "README.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &page{ran: map[string]bool{}}
 	var block []string
-	more := false // of the last command
+	more := false // whether the last command continues
 	for line := range strings.Lines(string(data) + "\n") {
 		code, indented := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "    ")
 		switch {
@@ -70,7 +71,7 @@ func readPage(t *testing.T) *page {
 	return p
 }
 
-// command is the page's command that is, or else begins, with some words.
+// command returns the page's command that equals words, or else the first that begins with them.
 func (p *page) command(t *testing.T, words string) string {
 	t.Helper()
 	all := slices.Concat(p.blocks...)
@@ -87,7 +88,7 @@ func (p *page) command(t *testing.T, words string) string {
 	return ""
 }
 
-// block is the commands of the page from one that begins with some words to the last beneath it.
+// block returns the commands of a block of the page, from the one that begins with words to the last.
 func (p *page) block(t *testing.T, words string) string {
 	t.Helper()
 	first := p.command(t, words)
@@ -100,7 +101,7 @@ func (p *page) block(t *testing.T, words string) string {
 	panic("a command in no block")
 }
 
-// shell runs commands in a directory, with programs of its own before all others.
+// shell runs commands in a directory, with programs of its own first in PATH.
 type shell struct {
 	t   *testing.T
 	dir string
@@ -110,10 +111,10 @@ type shell struct {
 func newShell(t *testing.T, dir string, env ...string) *shell {
 	t.Helper()
 	bin := filepath.Join(dir, "bin")
-	return &shell{t, dir, append([]string{"PATH=" + bin + ":" + filepath.Join(repository(t), ".build", "bin") + ":" + os.Getenv("PATH"), "HOME=" + dir}, env...)}
+	return &shell{t, dir, append([]string{"PATH=" + bin + ":" + filepath.Join(harness.Root(t), ".build", "bin") + ":" + os.Getenv("PATH"), "HOME=" + dir}, env...)}
 }
 
-// program puts a script under a name.
+// program adds a script under the given name to PATH.
 func (s *shell) program(name, script string) {
 	s.t.Helper()
 	path := filepath.Join(s.dir, "bin", name)
@@ -127,7 +128,7 @@ func (s *shell) program(name, script string) {
 }
 
 func (s *shell) run(command string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute) // cleaning up needs it after the test's end
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute) // t.Context has ended when the cleanup runs
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", "-ec", command)
 	cmd.Dir, cmd.Env = s.dir, s.env
@@ -149,13 +150,14 @@ func (s *shell) must(command string) string {
 	return out
 }
 
-// TestInstallPage: each command of the page that tells how to install the agent does what the page says.
-func TestInstallPage(t *testing.T) {
+// TestEveryCommandOfTheInstallPageWorks runs each command of the install page, and checks that it does what the page
+// says.
+func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 	p := readPage(t)
 	var ran atomic.Int32
 	parts := map[string]func(*testing.T, *page){
 		"cluster": installOnCluster, "registry": pushImages,
-		"docker": func(t *testing.T, p *page) { // one after the other: they have the same ports
+		"docker": func(t *testing.T, p *page) { // not in parallel: they use the same ports
 			t.Run("compose", func(t *testing.T) { runByCompose(t, p) })
 			t.Run("run", func(t *testing.T) { runByDocker(t, p) })
 		},
@@ -169,10 +171,10 @@ func TestInstallPage(t *testing.T) {
 			})
 		}
 	})
-	if !passed || int(ran.Load()) != len(parts) { // -run may have chosen some
+	if !passed || int(ran.Load()) != len(parts) { // -run may have selected some
 		return
 	}
-	// Those that make e2e itself, and .ci/run, have run.
+	// `make e2e` itself and .ci/run have run these.
 	for _, words := range []string{"make images", "make verify-images"} {
 		p.command(t, words)
 	}
@@ -183,8 +185,8 @@ func TestInstallPage(t *testing.T) {
 	}
 }
 
-// installOnCluster goes from nothing to a connected cluster, an upgrade, another token, an overlay with every
-// component, and to nothing again.
+// installOnCluster installs the agent, upgrades it, rotates its token, applies an overlay with every component, and
+// removes everything.
 func installOnCluster(t *testing.T, p *page) {
 	i := prepare(t)
 	sh := newShell(t, filepath.Dir(i.dir), "KUBECONFIG="+i.admin)
@@ -214,7 +216,7 @@ func installOnCluster(t *testing.T, p *page) {
 	do("(umask 077; echo your-agent-token")
 	i.cp.SetAgent(agentID, "your-agent-token")
 	do("kubectl apply -k manifests")
-	eventually(t, func() error { // the CA is not there
+	eventually(t, func() error { // the CA is missing
 		out := do("kubectl -n pipeops-system describe pods")
 		if !strings.Contains(out, "Exit Code:    2") || !strings.Contains(out, "/etc/pipeops/tls/ca.crt") {
 			return fmt.Errorf("describe pods: %s", out)
@@ -232,13 +234,15 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	callers("your-agent-token")
 
-	// An upgrade, and back.
+	// An upgrade, and its rollback.
 	mapOf := func() string {
-		return i.must(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent", "-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
+		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent", "-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
 	}
 	before := mapOf()
 	i.write("agent.env", settings+"PIPEOPS_LOG_LEVEL=debug\n")
-	i.must(i.admin, "create", "clusterrolebinding", "upgrade", "--clusterrole", "edit", "--serviceaccount", "pipeops-system:pipeops-agent") // the load writes
+	// The load writes.
+	i.mustKubectl(i.admin, "create", "clusterrolebinding", "upgrade", "--clusterrole", "edit",
+		"--serviceaccount", "pipeops-system:pipeops-agent")
 	t.Cleanup(func() {
 		_, _ = i.run(i.admin, "", nil, "delete", "clusterrolebinding", "upgrade", "--ignore-not-found")
 	})
@@ -261,9 +265,9 @@ func installOnCluster(t *testing.T, p *page) {
 	callers("your-agent-token")
 
 	pods := func() string { // with the restarts of their proxies
-		return i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
+		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
 	}
-	eventually(t, func() error { // those of before drain
+	eventually(t, func() error { // the previous pods drain
 		if before = pods(); strings.Count(before, "\n") != 1 {
 			return fmt.Errorf("there are %s", before)
 		}
@@ -271,7 +275,8 @@ func installOnCluster(t *testing.T, p *page) {
 	})
 	i.cp.SetAgent(agentID, "another-agent-token")
 	sh.must(p.block(t, "(umask 077; echo another-agent-token"))
-	// The kubelet looks for a changed Secret now and then. Not so the callers: who is refused too often waits a minute.
+	// The kubelet polls for changed Secrets. Callers must not poll: a caller that is refused too often is blocked for a
+	// minute.
 	if err := process.Poll(t.Context(), 2*time.Minute, nil, func() error {
 		log, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", "proxy")
 		if err == nil && !strings.Contains(log, "agent token changed") {
@@ -300,9 +305,9 @@ func installOnCluster(t *testing.T, p *page) {
 		t.Fatal(err)
 	}
 	objects := func() []string {
-		names := strings.Fields(i.must(i.admin, "-n", "pipeops-system", "get", "-o", "name", "-l", "app.kubernetes.io/part-of=pipeops",
+		names := strings.Fields(i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "name", "-l", "app.kubernetes.io/part-of=pipeops",
 			"clusterroles,clusterrolebindings,namespaces,roles,rolebindings,secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments"))
-		return slices.DeleteFunc(names, func(name string) bool { // settings, of now and before
+		return slices.DeleteFunc(names, func(name string) bool { // current and previous settings
 			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard"
 		})
 	}
@@ -312,7 +317,7 @@ func installOnCluster(t *testing.T, p *page) {
 	i.components("manage", "cluster-admin", "runners", "high-availability", "network-policy", "monitoring")
 	sh.must(strings.ReplaceAll(p.command(t, "kubectl apply -k manifests/overlays/NAME"), "NAME", "test"))
 	do(rollout)
-	if i.must(i.caller, "auth", "can-i", "create", "clusterroles") != "yes\n" {
+	if i.mustKubectl(i.caller, "auth", "can-i", "create", "clusterroles") != "yes\n" {
 		t.Error("cluster-admin grants nothing")
 	}
 	if with := objects(); len(with) != len(base)+10 {
@@ -326,7 +331,7 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 
 	sh.must(p.block(t, "kubectl delete clusterrole,clusterrolebinding -l"))
-	if out := i.must(i.admin, "get", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
+	if out := i.mustKubectl(i.admin, "get", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
 		t.Errorf("left: %s", out)
 	}
 	if out, err := i.run(i.caller, "", nil, "get", "--raw", "/version"); err == nil || !strings.Contains(err.Error(), "is not connected to the control plane") {
@@ -334,14 +339,14 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 }
 
-// runbooks runs the commands that the alerts' runbooks name, for a pod whose token was rotated a moment ago.
+// runbooks runs the commands of the alerts' runbooks, for a pod whose token was rotated a moment ago.
 func (i *installed) runbooks(sh *shell) {
 	i.t.Helper()
 	data, err := os.ReadFile(filepath.Join(i.dir, "components", "monitoring", "runbooks.md"))
 	if err != nil {
 		i.t.Fatal(err)
 	}
-	pod := i.must(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
+	pod := i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
 	var read, mend []string
 	for _, match := range within.FindAllStringSubmatch(string(data), -1) {
 		command := strings.NewReplacer("POD", pod, "NODE", cluster.NodeName, "CALLERS", i.caller).Replace(match[1])
@@ -358,12 +363,12 @@ func (i *installed) runbooks(sh *shell) {
 	if len(read) < 15 || len(mend) < 3 {
 		i.t.Fatalf("the runbooks have %d commands to read and %d to mend", len(read), len(mend))
 	}
-	// What finds nothing in an agent that is well.
+	// Commands that find nothing while the agent works.
 	nothing := regexp.MustCompile(`"status":5|authentication failed|grep -v True`)
-	// There is none, and that is too short.
+	// There is no previous container, and the timeout is too short.
 	expected := regexp.MustCompile(`previous terminated container|timed out waiting`)
 	for _, command := range slices.Concat(read, mend) {
-		if nothing.MatchString(command) { // but kubectl takes it
+		if nothing.MatchString(command) { // check that kubectl accepts it
 			command, _, _ = strings.Cut(command, "|")
 		}
 		eventually(i.t, func() error { // frpc's start may not be in the log yet

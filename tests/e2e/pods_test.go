@@ -20,11 +20,12 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/utils/ptr"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-func TestLogsExecAndDelete(t *testing.T) {
+func TestNodeRunsAPod(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	made := create(t, ns, pod("talks", "while echo talking; do sleep 0.1; done"), corev1.PodRunning)
@@ -43,13 +44,15 @@ func TestLogsExecAndDelete(t *testing.T) {
 	}
 
 	url := node.Client.CoreV1().RESTClient().Post().Namespace(ns).Resource("pods").Name(made.Name).SubResource("exec").
-		VersionedParams(&corev1.PodExecOptions{Command: []string{"/bin/busybox", "cat"}, Stdin: true, Stdout: true}, scheme.ParameterCodec).URL()
+		VersionedParams(&corev1.PodExecOptions{Command: []string{"/bin/busybox", "cat"}, Stdin: true, Stdout: true},
+			scheme.ParameterCodec).URL()
 	exec, err := remotecommand.NewWebSocketExecutor(node.Config, "GET", url.String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	var stdout bytes.Buffer
-	if err := exec.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdin: strings.NewReader("there and back"), Stdout: &stdout}); err != nil {
+	if err := exec.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdin: strings.NewReader("there and back"),
+		Stdout: &stdout}); err != nil {
 		t.Fatal(err)
 	}
 	if stdout.String() != "there and back" {
@@ -57,7 +60,7 @@ func TestLogsExecAndDelete(t *testing.T) {
 	}
 
 	uid := string(made.UID)
-	if traces(t, uid) == nil {
+	if findPodLeftovers(t, uid) == nil {
 		t.Error("nothing of the running pod is seen on the node")
 	}
 	if err := pods.Delete(t.Context(), made.Name, metav1.DeleteOptions{}); err != nil {
@@ -76,12 +79,13 @@ func TestLogsExecAndDelete(t *testing.T) {
 		case !apierrors.IsNotFound(err):
 			return err
 		}
-		return traces(t, uid)
+		return findPodLeftovers(t, uid)
 	})
 }
 
-// traces looks for what a pod has on the node while it runs. (Records of ended containers stay for a minute.)
-func traces(t *testing.T, uid string) error {
+// findPodLeftovers returns an error that names what a running pod has on the node. (Records of ended containers stay
+// for a minute.)
+func findPodLeftovers(t *testing.T, uid string) error {
 	t.Helper()
 	for _, look := range []string{
 		`! grep "$1" /proc/self/mountinfo`,
@@ -98,14 +102,11 @@ func traces(t *testing.T, uid string) error {
 	return nil
 }
 
-// A pod of an imported image, under the strictest Pod Security Standard, reaches the API server as its
-// ServiceAccount by the address that it finds in its environment, and verifies it.
-func TestServiceAccount(t *testing.T) {
+// TestNodePodReachesTheAPIServer runs a pod of an imported image under the strictest Pod Security Standard. It
+// reaches the API server as its ServiceAccount, at the address in its environment, and verifies the certificate.
+func TestNodePodReachesTheAPIServer(t *testing.T) {
 	t.Parallel()
-	binary, err := process.Binary("kubectl")
-	if err != nil {
-		t.Fatal(err)
-	}
+	binary := harness.Binary(t, "kubectl")
 	const image = "localhost/kubectl:test"
 	archive := filepath.Join(t.TempDir(), "kubectl.tar")
 	if err := cluster.WriteImage(archive, image, binary, "/kubectl"); err != nil {
@@ -120,7 +121,8 @@ func TestServiceAccount(t *testing.T) {
 		RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To(int64(65532)), SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 	}
 	p.Spec.Containers = []corev1.Container{{
-		Name: "kubectl", Image: image, Args: []string{"auth", "whoami", "-o", "jsonpath={.status.userInfo.username} at $(KUBERNETES_SERVICE_HOST)"},
+		Name: "kubectl", Image: image, Args: []string{"auth", "whoami", "-o",
+			"jsonpath={.status.userInfo.username} at $(KUBERNETES_SERVICE_HOST)"},
 		SecurityContext: &corev1.SecurityContext{
 			AllowPrivilegeEscalation: ptr.To(false), ReadOnlyRootFilesystem: ptr.To(true), Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
 		},
@@ -131,7 +133,7 @@ func TestServiceAccount(t *testing.T) {
 	}
 }
 
-func TestDeployment(t *testing.T) {
+func TestNodeServesADeployment(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	labels := map[string]string{"app": "web"}
@@ -152,7 +154,8 @@ func TestDeployment(t *testing.T) {
 	}
 	service := &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "web"},
-		Spec:       corev1.ServiceSpec{Selector: labels, Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080)}}},
+		Spec: corev1.ServiceSpec{Selector: labels,
+			Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080)}}},
 	}
 	service, err := node.Client.CoreV1().Services(ns).Create(t.Context(), service, metav1.CreateOptions{})
 	if err != nil {
@@ -165,7 +168,7 @@ func TestDeployment(t *testing.T) {
 		}
 		return err
 	})
-	// Both answer by the Service, to a pod beside them, from when kube-proxy has heard of both.
+	// Another pod reaches both through the Service as soon as kube-proxy knows both.
 	client := create(t, ns, pod("client", `
 		touch /heard
 		until [ "$(sort -u /heard | wc -l)" = 2 ]; do sleep 0.1; wget -q -O - "http://$0" >>/heard 2>/dev/null; done
@@ -179,18 +182,20 @@ func TestDeployment(t *testing.T) {
 	}
 }
 
-// A native sidecar is there before the main container starts and is ended after it.
-func TestNativeSidecar(t *testing.T) {
+// TestNodeOrdersNativeSidecars checks that a native sidecar starts before the main container and ends after it.
+func TestNodeOrdersNativeSidecars(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	p := pod("main", "ls /shared; echo bye >/shared/main")
 	shared := []corev1.VolumeMount{{Name: "shared", MountPath: "/shared"}}
-	p.Spec.Volumes = []corev1.Volume{{Name: "shared", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{Medium: corev1.StorageMediumMemory}}}}
+	p.Spec.Volumes = []corev1.Volume{{Name: "shared",
+		VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{Medium: corev1.StorageMediumMemory}}}}
 	p.Spec.Containers[0].VolumeMounts = shared
 	sidecar := pod("sidecar", "trap 'cat /shared/main; exit' TERM; sleep 0.5; touch /shared/sidecar; while :; do sleep 0.1; done").Spec.Containers[0]
 	sidecar.Name, sidecar.RestartPolicy, sidecar.VolumeMounts = "sidecar", ptr.To(corev1.ContainerRestartPolicyAlways), shared
 	sidecar.StartupProbe = &corev1.Probe{
-		PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/bin/busybox", "test", "-f", "/shared/sidecar"}}},
+		PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/bin/busybox",
+			"test", "-f", "/shared/sidecar"}}},
 	}
 	p.Spec.InitContainers = []corev1.Container{sidecar}
 	create(t, ns, p, corev1.PodSucceeded)
@@ -202,7 +207,7 @@ func TestNativeSidecar(t *testing.T) {
 	}
 }
 
-// pod is a pod that runs a busybox shell script, once.
+// pod returns a pod that runs a busybox shell script, once.
 func pod(name, script string, args ...string) *corev1.Pod {
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
@@ -244,7 +249,8 @@ func createPod(ctx context.Context, namespace string, pod *corev1.Pod, phase cor
 
 func logsOf(t *testing.T, namespace, pod, container string) string {
 	t.Helper()
-	log, err := node.Client.CoreV1().Pods(namespace).GetLogs(pod, &corev1.PodLogOptions{Container: container}).DoRaw(t.Context())
+	log, err := node.Client.CoreV1().Pods(namespace).GetLogs(pod,
+		&corev1.PodLogOptions{Container: container}).DoRaw(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,10 +10,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
-// openPorts is a patch for the control plane's ports, which are not the usual ones.
+// openPorts returns a patch that allows the control plane's ports, which are not the usual ones.
 func (i *installed) openPorts() string {
 	return fmt.Sprintf(`{target: {kind: NetworkPolicy}, patch: '[
 		{"op": "add", "path": "/spec/egress/1/ports/-", "value": {"port": %s}},
@@ -29,16 +29,18 @@ func port(t *testing.T, address string) string {
 	return u.Port()
 }
 
-// TestNetworkPolicy: the agent works behind the component network-policy, on a node that enforces it; nobody but
-// Prometheus comes in, and nothing goes out but what the agent needs.
-func TestNetworkPolicy(t *testing.T) {
+// TestNetworkPolicyAllowsOnlyWhatIsNeeded checks that the agent works with the component network-policy on a node
+// that enforces it, that only Prometheus can connect to the pod, and that the pod can connect only to what the agent
+// needs.
+func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
 	i := prepare(t)
 	api, gateway := port(t, i.cp.APIURL), port(t, i.cp.GatewayURL)
 	i.patches = i.openPorts()
 	i.components("network-policy")
 	i.apply()
-	i.must(i.caller, "get", "nodes")
-	agents, err := node.Client.CoreV1().Pods("pipeops-system").List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
+	i.mustKubectl(i.caller, "get", "nodes")
+	agents, err := node.Client.CoreV1().Pods("pipeops-system").List(t.Context(),
+		metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
 	if err != nil || len(agents.Items) != 1 {
 		t.Fatalf("%d pods, %v", len(agents.Items), err)
 	}
@@ -50,18 +52,22 @@ func TestNetworkPolicy(t *testing.T) {
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{label: value}},
 			Spec: corev1.PodSpec{
 				Containers: []corev1.Container{{
-					Name: "busybox", Image: cluster.Busybox, Command: []string{"/bin/busybox", "sh", "-c", "cd /tmp; echo page >index.html; exec /bin/busybox httpd -f -p 8443"},
-					SecurityContext: &corev1.SecurityContext{AllowPrivilegeEscalation: &no, Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}},
-					VolumeMounts:    []corev1.VolumeMount{{Name: "tmp", MountPath: "/tmp"}},
+					Name: "busybox", Image: cluster.Busybox, Command: []string{"/bin/busybox", "sh", "-c",
+						"cd /tmp; echo page >index.html; exec /bin/busybox httpd -f -p 8443"},
+					SecurityContext: &corev1.SecurityContext{AllowPrivilegeEscalation: &no,
+						Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}},
+					VolumeMounts: []corev1.VolumeMount{{Name: "tmp", MountPath: "/tmp"}},
 				}},
-				Volumes:                       []corev1.Volume{{Name: "tmp", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}},
-				SecurityContext:               &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &user, SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
+				Volumes: []corev1.Volume{{Name: "tmp",
+					VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}},
+				SecurityContext: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &user,
+					SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
 				TerminationGracePeriodSeconds: new(int64),
 			},
 		}, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		i.must(i.admin, "-n", ns, "wait", "--for", "condition=Ready", "pod/"+name, "--timeout", "1m")
+		i.mustKubectl(i.admin, "-n", ns, "wait", "--for", "condition=Ready", "pod/"+name, "--timeout", "1m")
 		made, err := node.Client.CoreV1().Pods(ns).Get(t.Context(), name, metav1.GetOptions{})
 		if err != nil {
 			t.Fatal(err)
@@ -98,13 +104,15 @@ func TestNetworkPolicy(t *testing.T) {
 		{likeAgent, node.HostIP, gateway, false, "the agent to another port of the control plane"},
 	} {
 		reaches := func() error {
-			out, err := i.run(i.admin, "", nil, "-n", test.from.Namespace, "exec", test.from.Name, "--", "/bin/busybox", "nc", "-w", "3", test.address, test.port, "-e", "/bin/busybox", "true")
+			out, err := i.run(i.admin, "", nil, "-n", test.from.Namespace, "exec", test.from.Name, "--", "/bin/busybox", "nc",
+				"-w", "3", test.address, test.port, "-e", "/bin/busybox", "true")
 			if err != nil && !strings.Contains(err.Error(), "command terminated with exit code 1") {
 				t.Fatal(out, err)
 			}
 			return err
 		}
-		// A new pod's rules come a moment after it. Whatever is refused has answered another before.
+		// The rules of a new pod apply a moment after its start. Each address that is refused has answered another pod
+		// before.
 		eventually(t, func() error {
 			if err := reaches(); (err == nil) != test.may {
 				return fmt.Errorf("%s: %s, answered: %t", test.sentence, net.JoinHostPort(test.address, test.port), err == nil)

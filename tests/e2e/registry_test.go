@@ -10,13 +10,14 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// pushImages pushes to a registry on this machine and asks it for the digest of frpc, as at Docker Hub.
+// pushImages pushes the images to a registry on this machine, and asks it for frpc's digest as if it were Docker Hub.
 func pushImages(t *testing.T, p *page) {
-	group := newGroup(t)
-	dir, root := group.Dir(), repository(t)
+	group := harness.NewGroup(t)
+	dir, root := group.Dir(), harness.Root(t)
 	port, err := process.FreePort()
 	if err != nil {
 		t.Fatal(err)
@@ -39,7 +40,8 @@ func pushImages(t *testing.T, p *page) {
 	write(".config/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = %[1]q\ninsecure = true\n[[registry]]\nprefix = \"docker.io\"\nlocation = %[1]q\ninsecure = true\n", registry))
 
 	push := strings.ReplaceAll(p.command(t, "make push"), "registry.example.com", registry)
-	pushed := regexp.MustCompile(regexp.QuoteMeta(registry) + `/pipeops/vm-agent:\S+@sha256:\S+`).FindString(sh.must("cd " + root + " && TLS_VERIFY=false " + push))
+	pushed := regexp.MustCompile(regexp.QuoteMeta(registry) +
+		`/pipeops/vm-agent:\S+@sha256:\S+`).FindString(sh.must("cd " + root + " && TLS_VERIFY=false " + push))
 	index := sh.must("skopeo inspect --raw docker://" + strings.SplitN(pushed, "@", 2)[0])
 	for _, arch := range []string{"amd64", "arm64"} {
 		if strings.Count(index, `"architecture":"`+arch+`"`) != 1 {
@@ -47,7 +49,7 @@ func pushImages(t *testing.T, p *page) {
 		}
 	}
 
-	// In a copy, as it writes into the manifests; and once more, as one does for a later version.
+	// In a copy, because it writes into the manifests; and twice, as for a later version.
 	sh.must(fmt.Sprintf("cp -r %[1]s/Makefile %[1]s/manifests .", root))
 	frpc := regexp.MustCompile(`fatedier/frpc:v[0-9.]+`).FindString(sh.must("cat manifests/docker/compose.yaml"))
 	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/%s", root, registry, frpc))

@@ -12,11 +12,11 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// raw is a client that touches nothing: no decompression, no headers of its own.
-func raw(t *testing.T, config *rest.Config) *http.Client {
+// rawClient returns a client that changes nothing: it neither decompresses answers nor adds headers of its own.
+func rawClient(t *testing.T, config *rest.Config) *http.Client {
 	t.Helper()
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true
@@ -27,18 +27,19 @@ func raw(t *testing.T, config *rest.Config) *http.Client {
 	return client
 }
 
-// TestAnswersAreUntouched compares answers byte for byte, with the headers that mean something to a client.
-func TestAnswersAreUntouched(t *testing.T) {
+// TestResponsesAreForwardedUnchanged compares answers byte for byte, with the headers that clients depend on.
+func TestResponsesAreForwardedUnchanged(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
-	for i := range 20 { // enough for the API server to compress the list
-		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)}, Data: map[string]string{"a": strings.Repeat("x", 16<<10)}}
+	for i := range 20 { // large enough that the API server compresses the list
+		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)},
+			Data: map[string]string{"a": strings.Repeat("x", 16<<10)}}
 		if _, err := api.Client.CoreV1().ConfigMaps(ns).Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	caller := agent.Caller(w.cp, agentID, agentToken)
-	direct, tunnel := raw(t, api.agent), raw(t, caller)
+	direct, tunnel := rawClient(t, api.agent), rawClient(t, caller)
 	list := "/api/v1/namespaces/" + ns + "/configmaps"
 	for _, test := range []struct {
 		name, path string
@@ -79,7 +80,7 @@ func TestAnswersAreUntouched(t *testing.T) {
 					got[i].Header[name] = resp.Header.Values(name)
 				}
 			}
-			if test.name == "warning" { // it asks etcd and the like on every call
+			if test.name == "warning" { // the body changes with every call
 				got[0].Body, got[1].Body = "", ""
 			}
 			if diff := cmp.Diff(got[0], got[1]); diff != "" {
@@ -92,8 +93,8 @@ func TestAnswersAreUntouched(t *testing.T) {
 	}
 }
 
-// TestProtobufClient is how controllers work: client-go with protobuf, lists in chunks, and a watch.
-func TestProtobufClient(t *testing.T) {
+// TestProtobufClientListsAndWatches works as controllers do: client-go with protobuf, lists in chunks, and a watch.
+func TestProtobufClientListsAndWatches(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	config := agent.Caller(w.cp, agentID, agentToken)
@@ -109,7 +110,8 @@ func TestProtobufClient(t *testing.T) {
 	}
 	defer watch.Stop()
 	for i := range 7 {
-		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)}, BinaryData: map[string][]byte{"a": {0, 0xff}}}
+		object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("c-%d", i)},
+			BinaryData: map[string][]byte{"a": {0, 0xff}}}
 		if _, err := configMaps.Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}

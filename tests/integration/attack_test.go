@@ -8,15 +8,15 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/attack"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/attack"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// TestAttack: under attacks on its memory from all sides at once, the proxy stays below the memory limit of its
-// container, honest callers notice nothing but time, and it returns what it took.
-func TestAttack(t *testing.T) {
-	// Four fifths of the limit, as the proxy makes of it in a container.
-	w, ns := withRunners(t, "PIPEOPS_FRP_TUNNEL_TYPE=https", "GOMEMLIMIT=204MiB")
+// TestAttacksStayBelowTheMemoryLimit attacks the proxy's memory from all sides at once. The proxy stays below its
+// container's memory limit, calls of honest callers succeed, if more slowly, and the memory is released.
+func TestAttacksStayBelowTheMemoryLimit(t *testing.T) {
+	// Four fifths of the limit, which the proxy sets itself in a container.
+	w, ns := connectedWithRunners(t, "PIPEOPS_FRP_TUNNEL_TYPE=https", "GOMEMLIMIT=204MiB")
 	if err := attack.Create(t.Context(), api.Client, ns); err != nil {
 		t.Fatal(err)
 	}
@@ -24,7 +24,8 @@ func TestAttack(t *testing.T) {
 	frps := attack.Target{Addr: addr, TLS: config, Host: config.ServerName, Prefix: "/api/k8s", Token: agentToken}
 	tunnel, operations := frps, attack.Target{Addr: strings.TrimPrefix(w.agent.Operations, "http://")}
 	tunnel.Addr = strings.TrimPrefix(w.agent.Tunnel, "https://")
-	for name, handler := range map[string]http.Handler{attack.Hostile: attack.HostileRunner(), attack.Loop: attack.LoopRunner(frps, attack.Loop)} {
+	for name, handler := range map[string]http.Handler{attack.Hostile: attack.HostileRunner(),
+		attack.Loop: attack.LoopRunner(frps, attack.Loop)} {
 		runner := httptest.NewServer(handler)
 		t.Cleanup(func() { runner.CloseClientConnections(); runner.Close() })
 		if err := frps.Assign(t.Context(), name, runner.URL); err != nil {
@@ -42,7 +43,7 @@ func TestAttack(t *testing.T) {
 	if err := victim.Attack(ctx, waves, t.Logf); err != nil {
 		t.Error(err)
 	}
-	// frpc holds what callers send until the proxy has read it, and its container has twice the limit.
+	// frpc buffers what callers send until the proxy has read it. Its container has twice the limit.
 	if peak, err := process.Memory(w.agent.Frpc.Pid(), "VmHWM"); err != nil || peak > 2*attack.Limit {
 		t.Errorf("frpc had %.0f MB, %v", peak, err)
 	}

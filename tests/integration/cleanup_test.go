@@ -10,8 +10,8 @@ import (
 	"strconv"
 	"testing"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // crash starts a cluster and waits to be killed.
@@ -28,7 +28,7 @@ func crash() int {
 	select {}
 }
 
-// TestNothingIsLeftAfterACrash kills a process that runs a cluster, as no handler of its own can notice.
+// TestNothingIsLeftAfterACrash kills a process that runs a cluster, with a signal that it cannot handle.
 func TestNothingIsLeftAfterACrash(t *testing.T) {
 	cmd, dir, err := process.Crashing()
 	if err != nil {

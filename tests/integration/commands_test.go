@@ -16,21 +16,16 @@ import (
 	"testing"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestRunCommand does what a new user does: make run, kubectl, curl, Ctrl-C. KUBECONFIG leads it to the tests'
-// cluster.
-func TestRunCommand(t *testing.T) {
-	w := &world{t: t}
-	var err error
-	if w.group, err = process.NewGroup(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.group.Close)
-	run, err := w.group.Start("run", []string{"KUBECONFIG=" + api.kubeconfig}, w.binary("run"))
+// TestRunCommandPrintsAWorkingKubeconfig does what a new user does: make run, kubectl, curl, Ctrl-C. KUBECONFIG names
+// the tests' cluster.
+func TestRunCommandPrintsAWorkingKubeconfig(t *testing.T) {
+	w := &world{t: t, group: harness.NewGroup(t)}
+	run, err := w.group.Start("run", []string{"KUBECONFIG=" + api.kubeconfig}, harness.Binary(t, "run"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,7 +38,7 @@ func TestRunCommand(t *testing.T) {
 		return nil
 	})
 	w.caller = found[1]
-	if got := w.must("get", "namespace", "kube-system", "-o", "name"); got != "namespace/kube-system\n" {
+	if got := w.mustKubectl("get", "namespace", "kube-system", "-o", "name"); got != "namespace/kube-system\n" {
 		t.Errorf("kubectl: got %q", got)
 	}
 	curl := regexp.MustCompile(`curl --cacert (\S+) -H "Authorization: Bearer \$\(cat (\S+)\)" (\S+)`).FindStringSubmatch(run.Log())
@@ -59,7 +54,9 @@ func TestRunCommand(t *testing.T) {
 	roots.AppendCertsFromPEM(ca)
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
 	defer client.CloseIdleConnections()
-	if resp, body := get(t, client, curl[3], http.Header{"Authorization": {"Bearer " + string(token)}}); resp.StatusCode != http.StatusOK || !strings.Contains(body, `"connected":true`) {
+	if resp, body := get(t, client, curl[3],
+		http.Header{"Authorization": {"Bearer " + string(token)}}); resp.StatusCode != http.StatusOK ||
+		!strings.Contains(body, `"connected":true`) {
 		t.Errorf("curl: %s %s", resp.Status, body)
 	}
 	if err := syscall.Kill(run.Pid(), syscall.SIGINT); err != nil {
@@ -73,14 +70,15 @@ func TestRunCommand(t *testing.T) {
 	}
 }
 
-// TestControlPlaneCommand connects an agent to the development control plane as a process of its own.
-func TestControlPlaneCommand(t *testing.T) {
+// TestControlPlaneCommandConnectsAnAgent connects an agent to the development control plane, which runs as a process
+// of its own.
+func TestControlPlaneCommandConnectsAnAgent(t *testing.T) {
 	w := newWorld(t)
 	agents := filepath.Join(w.group.Dir(), "agents")
 	if err := os.WriteFile(agents, []byte("agent-002=another-token\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p, err := w.group.Start("controlplane", nil, w.binary("controlplane"), "--agents", agents)
+	p, err := w.group.Start("controlplane", nil, harness.Binary(t, "controlplane"), "--agents", agents)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,20 +98,15 @@ func TestControlPlaneCommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := a.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	harness.StartAgent(t, a)
 	if err := agent.WriteCaller(w.caller, cp, "agent-002", "another-token"); err != nil {
 		t.Fatal(err)
 	}
-	w.must("get", "namespaces")
+	w.mustKubectl("get", "namespaces")
 }
 
-// TestFrpcAdmin speaks to the admin API of a stock frpc.
-func TestFrpcAdmin(t *testing.T) {
+// TestFrpcAdminAPIReportsStatusAndStops uses the client of package frpc with the admin API of a stock frpc.
+func TestFrpcAdminAPIReportsStatusAndStops(t *testing.T) {
 	w := connected(t)
 	lease, err := frpc.ReadLease(w.agent.RunDir)
 	if err != nil {
@@ -124,7 +117,8 @@ func TestFrpcAdmin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := frpc.ProxyStatus{Name: lease.Frpc.Tunnel.Name, Type: "https", Status: "running", RemoteAddr: proxies[0].RemoteAddr}
+	want := frpc.ProxyStatus{Name: lease.Frpc.Tunnel.Name, Type: "https", Status: "running",
+		RemoteAddr: proxies[0].RemoteAddr}
 	if len(proxies) != 1 || proxies[0] != want || !strings.HasPrefix(want.RemoteAddr, agentID+".") {
 		t.Errorf("got %+v, want %+v", proxies, want)
 	}
@@ -144,16 +138,10 @@ func TestFrpcAdmin(t *testing.T) {
 	}
 }
 
-// TestRunDirectoryIsPrivate: the files hold credentials.
+// TestRunDirectoryIsPrivate checks the modes of the files, because they hold credentials.
 func TestRunDirectoryIsPrivate(t *testing.T) {
 	w := newWorld(t)
-	bootstrap, err := w.agent.Once()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if bootstrap.ExitCode() != 0 {
-		t.Fatal(bootstrap.Failed())
-	}
+	w.bootstrapOnce()
 	files, err := os.ReadDir(w.agent.RunDir)
 	if err != nil {
 		t.Fatal(err)
@@ -179,8 +167,8 @@ func TestRunDirectoryIsPrivate(t *testing.T) {
 	}
 }
 
-// TestLogLevelChanges: SIGUSR1 shows what level debug does, the next one hides it again.
-func TestLogLevelChanges(t *testing.T) {
+// TestSIGUSR1ChangesTheLogLevel checks that SIGUSR1 turns the level debug on, and the next one off.
+func TestSIGUSR1ChangesTheLogLevel(t *testing.T) {
 	w := connected(t)
 	probes := func() int { return strings.Count(w.agent.Proxy.Log(), `"level":"DEBUG","msg":"request"`) }
 	probe := func() { _, _ = get(t, http.DefaultClient, w.agent.Operations+"/health", nil) }
@@ -199,7 +187,7 @@ func TestLogLevelChanges(t *testing.T) {
 		})
 		before := probes()
 		probe()
-		eventually(t, func() error { // a line is written after its answer
+		eventually(t, func() error { // a line is logged after its answer is sent
 			if shown := probes() > before; shown != (i == 0) {
 				return fmt.Errorf("level %s: probes are shown: %v", level, shown)
 			}

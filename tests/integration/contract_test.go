@@ -8,13 +8,13 @@ import (
 	"testing"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestNoAgentTakesAnothersTunnel: the control plane's plugin knows an agent by its own credential, and refuses it the
-// names of another, whatever its frpc.toml says.
-func TestNoAgentTakesAnothersTunnel(t *testing.T) {
+// TestAgentCannotTakeAnotherAgentsTunnel checks that the control plane's plugin identifies an agent by its
+// credential, and refuses it another agent's names, whatever its frpc.toml says.
+func TestAgentCannotTakeAnotherAgentsTunnel(t *testing.T) {
 	eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
 		const thief, token = "agent-002", "the-thiefs-token"
 		w := newWorld(t, method, func(o *controlplane.Options) { o.Agents[thief] = token })
@@ -22,13 +22,7 @@ func TestNoAgentTakesAnothersTunnel(t *testing.T) {
 		if w.agent, err = agent.New(w.group, w.cp, thief, token, api.kubeconfig); err != nil {
 			t.Fatal(err)
 		}
-		bootstrap, err := w.agent.Once()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if bootstrap.ExitCode() != 0 {
-			t.Fatal(bootstrap.Failed())
-		}
+		w.bootstrapOnce()
 		toml := strings.ReplaceAll(w.file(frpc.ConfigFile), thief, agentID)
 		if !strings.Contains(toml, "metadatas.") {
 			toml = fmt.Sprintf("metadatas.agent_id = %q\n%s", agentID, toml)
@@ -46,7 +40,8 @@ func TestNoAgentTakesAnothersTunnel(t *testing.T) {
 		eventually(t, func() error {
 			const want = `the lease of agent "` + thief + `" is not for this tunnel`
 			proxies, err := w.lease().Frpc.Admin.Status(t.Context())
-			if err == nil && (len(proxies) != 1 || proxies[0].Status != "start error" || !strings.Contains(proxies[0].Err, want)) {
+			if err == nil && (len(proxies) != 1 || proxies[0].Status != "start error" ||
+				!strings.Contains(proxies[0].Err, want)) {
 				err = fmt.Errorf("frpc's proxies are %+v, want %q", proxies, want)
 			}
 			return err

@@ -11,11 +11,13 @@ import (
 
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// TestCredentialsRotate: the agent's credential may change at any time, and no restart is needed.
-func TestCredentialsRotate(t *testing.T) {
-	t.Parallel() // client-go looks at a token file once a minute
+// TestKubernetesCredentialRotatesWithoutARestart changes the credential that the agent shows to the API server.
+func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
+	t.Parallel() // client-go reads a token file once a minute
 	for name, user := range map[string]func(token string) *clientcmdapi.AuthInfo{
 		"token file": func(token string) *clientcmdapi.AuthInfo { return &clientcmdapi.AuthInfo{TokenFile: token} },
 		"exec plugin": func(token string) *clientcmdapi.AuthInfo {
@@ -46,8 +48,9 @@ func TestCredentialsRotate(t *testing.T) {
 			}
 			answers := func(want int) {
 				t.Helper()
-				eventuallyWithin(t, rotation, func() error {
-					req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, w.agent.Tunnel+"/api/k8s/api/v1/namespaces", nil)
+				harness.Eventually(t, rotation, func() error {
+					req, err := http.NewRequestWithContext(t.Context(), http.MethodGet,
+						w.agent.Tunnel+"/api/k8s/api/v1/namespaces", nil)
 					if err != nil {
 						return err
 					}
@@ -72,24 +75,21 @@ func TestCredentialsRotate(t *testing.T) {
 	}
 }
 
-// TestAgentTokenRotates: callers may show the new token soon after its file has changed, and the one before for
-// a while.
-func TestAgentTokenRotates(t *testing.T) {
+// TestCallersMayUseTheOldAndTheNewToken checks that callers may show the new token soon after its file has changed,
+// and the old token for a while.
+func TestCallersMayUseTheOldAndTheNewToken(t *testing.T) {
 	w := newWorld(t)
 	file := filepath.Join(w.group.Dir(), "agent-token")
-	w.agent.Env = append(slices.DeleteFunc(w.agent.Env, func(v string) bool { return strings.HasPrefix(v, "PIPEOPS_AGENT_TOKEN=") }),
+	w.agent.Env = append(slices.DeleteFunc(w.agent.Env,
+		func(v string) bool { return strings.HasPrefix(v, "PIPEOPS_AGENT_TOKEN=") }),
 		"PIPEOPS_AGENT_TOKEN_FILE="+file)
 	if err := os.WriteFile(file, []byte(agentToken+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	code := func(token string) int {
-		resp, _ := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + token}})
+		resp, _ := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version",
+			http.Header{"Authorization": {"Bearer " + token}})
 		return resp.StatusCode
 	}
 	if old, next := code(agentToken), code("the-next-token"); old != http.StatusOK || next != http.StatusUnauthorized {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -20,7 +19,8 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
-	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
 // informer follows the ConfigMaps of a namespace through the tunnel.
@@ -36,7 +36,7 @@ func (i *informer) failed(err error) {
 	i.errors = append(i.errors, err)
 }
 
-// body tells of a watch that breaks: an informer calls its handler only for one that does not begin.
+// body reports a watch that breaks, because an informer calls its handler only for a watch that does not begin.
 type body struct {
 	io.ReadCloser
 	ctx    context.Context
@@ -82,7 +82,7 @@ func newInformer(t *testing.T, w *world, ns string) *informer {
 	return i
 }
 
-// create makes n ConfigMaps straight at the API server and returns their names.
+// create makes n ConfigMaps, directly at the API server, and returns their names.
 func create(t *testing.T, ns, prefix string, n int) []string {
 	t.Helper()
 	var names []string
@@ -96,8 +96,8 @@ func create(t *testing.T, ns, prefix string, n int) []string {
 	return names
 }
 
-// sees waits until the informer has seen all names.
-func (i *informer) sees(t *testing.T, names []string) {
+// waitSeen waits until the informer has seen all names.
+func (i *informer) waitSeen(t *testing.T, names []string) {
 	t.Helper()
 	eventually(t, func() error {
 		i.mu.Lock()
@@ -111,13 +111,13 @@ func (i *informer) sees(t *testing.T, names []string) {
 	})
 }
 
-// TestInformerNoticesNoDrain: a proxy that is stopped in order and started again costs an informer nothing,
-// not even an error in its log.
-func TestInformerNoticesNoDrain(t *testing.T) {
+// TestInformerSeesNoErrorDuringADrain stops the proxy gracefully and starts it again. The informer misses nothing and
+// logs no error.
+func TestInformerSeesNoErrorDuringADrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	i := newInformer(t, w, ns)
-	i.sees(t, create(t, ns, "before", 10))
+	i.waitSeen(t, create(t, ns, "before", 10))
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +128,7 @@ func TestInformerNoticesNoDrain(t *testing.T) {
 	if err := w.agent.StartProxy(); err != nil {
 		t.Fatal(err)
 	}
-	i.sees(t, append(names, create(t, ns, "after", 10)...))
+	i.waitSeen(t, append(names, create(t, ns, "after", 10)...))
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if len(i.errors) > 0 {
@@ -136,8 +136,8 @@ func TestInformerNoticesNoDrain(t *testing.T) {
 	}
 }
 
-// TestInformerMissesNothing: whatever hop is killed.
-func TestInformerMissesNothing(t *testing.T) {
+// TestInformerMissesNoEvent kills each hop in turn.
+func TestInformerMissesNoEvent(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	i := newInformer(t, w, ns)
@@ -146,11 +146,11 @@ func TestInformerMissesNothing(t *testing.T) {
 		"proxy": func() error { w.agent.Proxy.Kill(); return w.agent.StartProxy() },
 		"frps":  func() error { w.cp.StopFrps(); return w.cp.StartFrps(t.Context()) },
 	} {
-		i.sees(t, create(t, ns, hop+"-before", 5))
+		i.waitSeen(t, create(t, ns, hop+"-before", 5))
 		if err := kill(); err != nil {
 			t.Fatal(err)
 		}
-		i.sees(t, create(t, ns, hop+"-after", 5))
+		i.waitSeen(t, create(t, ns, hop+"-after", 5))
 	}
 }
 
@@ -163,8 +163,8 @@ type session struct {
 
 func startSession(t *testing.T, w *world, ns string) *session {
 	t.Helper()
-	s := &session{cmd: exec.CommandContext(t.Context(), w.binary("kubectl"), "exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "echo started; read line && echo got $line")}
-	s.cmd.Env = []string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + w.caller, "PATH=" + os.Getenv("PATH")}
+	s := &session{cmd: harness.Kubectl(t.Context(), t, w.group.Dir(), w.caller, nil,
+		"exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "echo started; read line && echo got $line")}
 	var err error
 	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
@@ -184,8 +184,8 @@ func startSession(t *testing.T, w *world, ns string) *session {
 	return s
 }
 
-// draining waits until the proxy, told to stop, says that it drains.
-func draining(t *testing.T, w *world) {
+// startDraining tells the proxy to stop, and waits until /ready reports that it drains.
+func startDraining(t *testing.T, w *world) {
 	t.Helper()
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
@@ -199,14 +199,15 @@ func draining(t *testing.T, w *world) {
 	})
 }
 
-// TestExecOutlivesTheDrain: what runs goes on; what is new is told to come again.
-func TestExecOutlivesTheDrain(t *testing.T) {
+// TestExecFinishesDuringADrain checks that running streams go on, and that new requests are told to retry.
+func TestExecFinishesDuringADrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	s := startSession(t, w, ns)
-	draining(t, w)
-	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + agentToken}})
+	startDraining(t, w)
+	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version",
+		http.Header{"Authorization": {"Bearer " + agentToken}})
 	if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
 		t.Errorf("a new request: %s %v %s", resp.Status, resp.Header, body)
 	}
@@ -224,16 +225,11 @@ func TestExecOutlivesTheDrain(t *testing.T) {
 	}
 }
 
-// TestDrainTimeout: streams that do not end are cut.
-func TestDrainTimeout(t *testing.T) {
+// TestDrainTimeoutCutsStreams checks that a stream that does not end is cut when the drain timeout expires.
+func TestDrainTimeoutCutsStreams(t *testing.T) {
 	w := newWorld(t)
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_DRAIN_TIMEOUT=100ms")
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	s := startSession(t, w, ns)
@@ -251,13 +247,13 @@ func TestDrainTimeout(t *testing.T) {
 	}
 }
 
-// TestSecondSignalEndsAtOnce: whoever asks twice does not wait for the drain.
-func TestSecondSignalEndsAtOnce(t *testing.T) {
+// TestSecondSignalSkipsTheDrain checks that a second SIGTERM ends the proxy at once.
+func TestSecondSignalSkipsTheDrain(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	startSession(t, w, ns)
-	draining(t, w)
+	startDraining(t, w)
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

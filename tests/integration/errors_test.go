@@ -17,14 +17,15 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
 var update = flag.Bool("update", false, "write testdata/errors.txt anew, to be looked at")
 
-// TestWhatAPersonSees keeps what kubectl prints for each kind of error: testdata/errors.txt is for reading.
-func TestWhatAPersonSees(t *testing.T) {
+// TestKubectlShowsWhatWentWrong records kubectl's output for each kind of error in testdata/errors.txt, for review.
+func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
@@ -40,9 +41,9 @@ func TestWhatAPersonSees(t *testing.T) {
 	}
 	protectedPod(t, w, ns)
 	away := newWorld(t) // its agent has never started
-	refused := leadingTo(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
-	unreachable := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + closedPort(t) })
-	silent := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + silence(t) })
+	refused := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
+	unreachable := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + harness.FreeAddr(t) })
+	silent := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + silentAddr(t) })
 	for _, other := range []*world{refused, unreachable, silent} {
 		wantTunnel(t, other)
 	}
@@ -53,8 +54,8 @@ func TestWhatAPersonSees(t *testing.T) {
 	}
 	wantTunnel(t, leaving)
 	startSession(t, leaving, ns)
-	draining(t, leaving)
-	eventually(t, func() error { // frpc withdraws the tunnel: until then it is the agent that says so
+	startDraining(t, leaving)
+	eventually(t, func() error { // until frpc withdraws the tunnel, the agent itself answers
 		if resp, _ := leaving.ask(http.MethodGet, "/health"); resp.StatusCode != http.StatusServiceUnavailable {
 			return errors.New("the tunnel is still up")
 		}
@@ -95,12 +96,12 @@ func TestWhatAPersonSees(t *testing.T) {
 	t.Run("kubectl", func(t *testing.T) {
 		for i, c := range cases {
 			t.Run(c.what, func(t *testing.T) {
-				t.Parallel() // kubectl tries ten times, a second apart
+				t.Parallel() // kubectl retries ten times, a second apart
 				kubeconfig := c.w.caller
 				if c.other != "" {
 					kubeconfig = c.other
 				}
-				// Without a cache of discovery, as for who asks for the first time.
+				// Without cached discovery, as in the first call of a user.
 				r := c.w.kubectl(kubeconfig, c.stdin, append(strings.Fields(c.args), "--cache-dir", t.TempDir())...)
 				if r.Code == 0 || r.Stdout != "" {
 					t.Errorf("no error: %+v", r)
@@ -133,14 +134,13 @@ func TestWhatAPersonSees(t *testing.T) {
 // viewer is a world whose agent may read, but no secrets.
 func viewer(t *testing.T) *world {
 	t.Helper()
-	config, err := api.ServiceAccount(t.Context(), "pipeops-system", "viewer", "system:aggregate-to-view") // no controller runs that would fill "view"
+	// No controller runs that would aggregate the rules of "view".
+	config, err := api.ServiceAccount(t.Context(), "pipeops-system", "viewer", "system:aggregate-to-view")
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := leadingTo(t, func(c *rest.Config) { *c = *config })
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w := startedWithAPIServer(t, func(c *rest.Config) { *c = *config })
+	w.waitReady()
 	return w
 }
 
@@ -149,12 +149,13 @@ func viewer(t *testing.T) *world {
 func protectedPod(t *testing.T, w *world, ns string) {
 	t.Helper()
 	runningPod(t, &kubelet{}, ns)
-	w.must("label", "pod", "pod", "-n", ns, "app=protected")
+	w.mustKubectl("label", "pod", "pod", "-n", ns, "app=protected")
 	none := intstr.FromInt32(0)
 	budgets := api.Client.PolicyV1().PodDisruptionBudgets(ns)
 	budget, err := budgets.Create(t.Context(), &policyv1.PodDisruptionBudget{
 		ObjectMeta: metav1.ObjectMeta{Name: "budget"},
-		Spec:       policyv1.PodDisruptionBudgetSpec{MaxUnavailable: &none, Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "protected"}}},
+		Spec: policyv1.PodDisruptionBudgetSpec{MaxUnavailable: &none,
+			Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "protected"}}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -165,8 +166,8 @@ func protectedPod(t *testing.T, w *world, ns string) {
 	}
 }
 
-// silence is the address of a listener that takes connections and says nothing.
-func silence(t *testing.T) string {
+// silentAddr returns the address of a listener that accepts connections and sends nothing.
+func silentAddr(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -176,7 +177,7 @@ func silence(t *testing.T) string {
 	return listener.Addr().String()
 }
 
-// wantTunnel waits until the tunnel is up, whatever else is wrong.
+// wantTunnel waits until the tunnel is up, whatever other checks fail.
 func wantTunnel(t *testing.T, w *world) {
 	t.Helper()
 	eventually(t, func() error {

@@ -13,26 +13,17 @@ import (
 
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// closedPort is an address that nobody listens on.
-func closedPort(t *testing.T) string {
-	t.Helper()
-	port, err := process.FreePort()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fmt.Sprintf("127.0.0.1:%d", port)
-}
-
-// TestBootstrapFailures: each failure gives its exit code and a last line that says hop, cause and next step.
-func TestBootstrapFailures(t *testing.T) {
+// TestBootstrapErrorsSayWhatToDo checks, for each failure, the exit code and a last line that names the hop, the
+// cause and the next step.
+func TestBootstrapErrorsSayWhatToDo(t *testing.T) {
 	w := newWorld(t)
-	closed := closedPort(t)
+	closed := harness.FreeAddr(t)
 	for _, test := range []struct {
 		name string
 		env  []string
@@ -75,9 +66,9 @@ func TestBootstrapFailures(t *testing.T) {
 	}
 }
 
-// TestTunnelFailures: what GET /ready says of a tunnel that does not come up. 503, and the tunnel check names
-// hop, cause and next step.
-func TestTunnelFailures(t *testing.T) {
+// TestReadyExplainsWhyTheTunnelIsDown checks that /ready answers 503 for a tunnel that does not come up, and names
+// the hop, the cause and the next step.
+func TestReadyExplainsWhyTheTunnelIsDown(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		prepare func(w *world) // after bootstrap, before frpc
@@ -94,13 +85,7 @@ func TestTunnelFailures(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			w := newWorld(t)
 			w.agent.Env = append(w.agent.Env, test.env...)
-			bootstrap, err := w.agent.Once()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if bootstrap.ExitCode() != 0 {
-				t.Fatal(bootstrap.Failed())
-			}
+			w.bootstrapOnce()
 			test.prepare(w)
 			if err := w.agent.StartFrpc(); err != nil {
 				t.Fatal(err)
@@ -113,18 +98,19 @@ func TestTunnelFailures(t *testing.T) {
 	}
 }
 
-// TestFrpsGoesAway: a tunnel that was up is not taken for one that still is.
-func TestFrpsGoesAway(t *testing.T) {
+// TestReadyReportsALostTunnel checks that a tunnel that was up is not reported as still up.
+func TestReadyReportsALostTunnel(t *testing.T) {
 	w := connected(t)
 	w.cp.StopFrps()
 	wantReady(t, w.agent, "tunnel", fmt.Sprintf("frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr (PIPEOPS_FRP_SERVER_ADDR) and frp.server_port (PIPEOPS_FRP_SERVER_PORT), and that the network allows TCP connections to it", w.cp.FrpsPort))
-	if r := w.kubectl(w.caller, "", "get", "namespaces"); r.Code == 0 || !strings.Contains(r.Stderr, "the gateway cannot reach frps: dial tcp") {
+	if r := w.kubectl(w.caller, "", "get", "namespaces"); r.Code == 0 ||
+		!strings.Contains(r.Stderr, "the gateway cannot reach frps: dial tcp") {
 		t.Errorf("kubectl: %+v", r)
 	}
 }
 
-// TestWrongFrpToken: frps's own check of the shared token, which needs no control plane.
-func TestWrongFrpToken(t *testing.T) {
+// TestWrongFrpTokenIsReported has frps itself refuse the shared token, without a control plane.
+func TestWrongFrpTokenIsReported(t *testing.T) {
 	w, addr := ownFrps(t, "wrong")
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
@@ -133,19 +119,16 @@ func TestWrongFrpToken(t *testing.T) {
 		"frps at "+addr+" refuses the login: token in login doesn't match token from configuration: check frp.token (PIPEOPS_FRP_TOKEN)")
 }
 
-// TestOwnFrpToken: with frp.token set nobody is asked, and the tunnel comes up at the operator's own frps.
-func TestOwnFrpToken(t *testing.T) {
+// TestFrpTokenNeedsNoControlPlane checks that with frp.token set the control plane is not asked, and that the tunnel
+// comes up at the operator's own frps.
+func TestFrpTokenNeedsNoControlPlane(t *testing.T) {
 	w, _ := ownFrps(t, "the-right-token")
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 }
 
-// TestFrpsIsVerified: by default no credential goes to a frps that shows a certificate of its own making.
-func TestFrpsIsVerified(t *testing.T) {
+// TestUnverifiedFrpsGetsNoCredential checks that by default no credential is sent to a frps with a self-signed
+// certificate.
+func TestUnverifiedFrpsGetsNoCredential(t *testing.T) {
 	w, addr := ownFrps(t, "the-right-token")
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=false")
 	if err := w.agent.Start(); err != nil {
@@ -177,13 +160,13 @@ func ownFrps(t *testing.T, token string) (w *world, addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+closedPort(t),
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
 		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=", "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true", "PIPEOPS_FRP_TUNNEL_TYPE=http")
 	return w, fmt.Sprintf("127.0.0.1:%d", port)
 }
 
-// leadingTo starts an agent whose kubeconfig change has spoilt.
-func leadingTo(t *testing.T, change func(*rest.Config)) *world {
+// startedWithAPIServer starts an agent after change has modified the configuration for its API server.
+func startedWithAPIServer(t *testing.T, change func(*rest.Config)) *world {
 	t.Helper()
 	w := newWorld(t)
 	config := rest.CopyConfig(api.agent)
@@ -199,25 +182,27 @@ func leadingTo(t *testing.T, change func(*rest.Config)) *world {
 	return w
 }
 
-// TestAPIServerRefusesTheAgent: the caller's token was right, so the caller must not be told that it was not.
-func TestAPIServerRefusesTheAgent(t *testing.T) {
-	w := leadingTo(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
+// TestAPIServer401BecomesA502 checks that a caller whose token was right is not told that it was wrong, when it is
+// the agent's own credential that the API server refuses.
+func TestAPIServer401BecomesA502(t *testing.T) {
+	w := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
 	const want = "the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted"
 	wantReady(t, w.agent, "kubernetes", want)
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
 }
 
-// TestAPIServerUnreachable: 502, and kubectl says which hop it was.
-func TestAPIServerUnreachable(t *testing.T) {
-	closed := closedPort(t)
-	w := leadingTo(t, func(config *rest.Config) { config.Host = "https://" + closed })
+// TestUnreachableAPIServerIsA502 checks that kubectl shows which hop failed.
+func TestUnreachableAPIServerIsA502(t *testing.T) {
+	closed := harness.FreeAddr(t)
+	w := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + closed })
 	want := "the agent cannot reach the Kubernetes API server at " + closed + ": dial tcp " + closed + ": connect: connection refused: check that it runs, and the agent's kubeconfig"
 	wantReady(t, w.agent, "kubernetes", want)
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
 }
 
-// TestCallersWithoutTheToken: the agent decides, and nothing of the request reaches the API server.
-func TestCallersWithoutTheToken(t *testing.T) {
+// TestCallersWithoutTheTokenAreRefused checks that the agent refuses them, and that no part of such a request reaches
+// the API server.
+func TestCallersWithoutTheTokenAreRefused(t *testing.T) {
 	w := connected(t)
 	wrong := filepath.Join(w.group.Dir(), "wrong-caller.kubeconfig")
 	if err := agent.WriteCaller(wrong, w.cp, agentID, "wrong"); err != nil {
@@ -234,7 +219,8 @@ func TestCallersWithoutTheToken(t *testing.T) {
 			t.Errorf("%s: got %s, want %d: %s", path, resp.Status, want, body)
 		}
 	}
-	if _, text := get(t, http.DefaultClient, w.agent.Operations+"/metrics", nil); strings.Contains(text, "pipeops_agent_kubernetes_requests_total{") {
+	if _, text := get(t, http.DefaultClient, w.agent.Operations+"/metrics", nil); strings.Contains(text,
+		"pipeops_agent_kubernetes_requests_total{") {
 		t.Errorf("a request went to the API server:\n%s", text)
 	}
 	for path, want := range map[string]int{
@@ -248,7 +234,7 @@ func TestCallersWithoutTheToken(t *testing.T) {
 	}
 }
 
-// wantReady waits until the named check of /ready fails with just this detail, and /ready with 503.
+// wantReady waits until /ready answers 503 and the named check fails with a detail that begins with the given text.
 func wantReady(t *testing.T, a *agent.Agent, check, detail string) {
 	t.Helper()
 	eventually(t, func() error {
@@ -260,8 +246,8 @@ func wantReady(t *testing.T, a *agent.Agent, check, detail string) {
 	})
 }
 
-// wantKubectl expects kubectl to fail and to show the message, once the tunnel is up: as a warning where it
-// starts with discovery, of which it shows no error, and as the error where it does not.
+// wantKubectl expects kubectl to fail and to show the message, once the tunnel is up: as the error of `get --raw`,
+// and as a warning of `get`, which begins with discovery and shows none of its errors.
 func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
 	t.Helper()
 	eventually(t, func() error {
@@ -277,21 +263,14 @@ func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
 	}
 }
 
-// TestStorageOfTheAPIServerStops: the API server still answers, and can do nothing; the agent says so.
-func TestStorageOfTheAPIServerStops(t *testing.T) {
-	group, err := process.NewGroup()
+// TestReadyReportsAStoppedEtcd stops the storage of the API server, which still answers but can do nothing.
+func TestReadyReportsAStoppedEtcd(t *testing.T) {
+	own, err := cluster.Start(t.Context(), harness.NewGroup(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(group.Close)
-	own, err := cluster.Start(t.Context(), group)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := leadingTo(t, func(config *rest.Config) { *config = *own.Config })
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w := startedWithAPIServer(t, func(config *rest.Config) { *config = *own.Config })
+	w.waitReady()
 	own.Etcd.Kill()
 	wantReady(t, w.agent, "kubernetes", "the Kubernetes API server at "+strings.TrimPrefix(own.Config.Host, "https://")+" answers GET /readyz: 500 Internal Server Error; [-]etcd failed")
 }

@@ -13,14 +13,15 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const configMap = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"thing"},"data":{"a":"%s"}}`
 
-// TestKubectlCannotTell compares what a person sees of kubectl through the tunnel and straight at the API
-// server, with the same rights.
-func TestKubectlCannotTell(t *testing.T) {
+// TestKubectlPrintsTheSameThroughTheTunnel compares kubectl's output through the tunnel with its output directly from
+// the API server, with the same rights.
+func TestKubectlPrintsTheSameThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	if r := w.kubectl(w.direct, fmt.Sprintf(configMap, "1"), "apply", "-n", ns, "-f", "-"); r.Code != 0 {
@@ -60,23 +61,24 @@ func TestKubectlCannotTell(t *testing.T) {
 	}
 }
 
-// TestWorkIsTheSame does the same work straight at the API server and through the tunnel, each in a namespace
-// of its own, and compares what a person sees.
-func TestWorkIsTheSame(t *testing.T) {
+// TestChangesWorkTheSameThroughTheTunnel makes the same changes directly and through the tunnel, each in a namespace
+// of its own, and compares kubectl's output.
+func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	const (
 		deployment = `{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"d"},"spec":{"replicas":%d,"selector":{"matchLabels":{"a":"b"}},
 			"template":{"metadata":{"labels":{"a":"b"}},"spec":{"containers":[{"name":"c","image":"i"}]}}}}`
 		odd = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"odd"},"data":{},"nonsense":1}`
 	)
-	big := fmt.Sprintf(`{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},"data":{"a":%q}}`, strings.Repeat("0123456789abcdef", 60<<10)) // 960 KiB
+	big := fmt.Sprintf(`{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},"data":{"a":%q}}`,
+		strings.Repeat("0123456789abcdef", 60<<10)) // 960 KiB
 	steps := []struct{ command, stdin string }{
 		{"apply --server-side -f -", fmt.Sprintf(deployment, 1)},
 		{"diff -f -", fmt.Sprintf(deployment, 2)},
 		{"apply --server-side --field-manager other -f -", fmt.Sprintf(deployment, 3)}, // a conflict
 		{"scale deployment d --replicas 5", ""},
 		{"wait --for=jsonpath={.spec.replicas}=5 deployment/d --timeout=5s", ""},
-		{"wait --for=condition=Available deployment/d --timeout=1s", ""}, // nobody makes it so
+		{"wait --for=condition=Available deployment/d --timeout=1s", ""}, // no controller makes it available
 		{"rollout history deployment d", ""},
 		{"set image deployment d c=other", ""},
 		{"patch deployment d --type json -p [{\"op\":\"remove\",\"path\":\"/spec/replicas\"}]", ""},
@@ -99,7 +101,7 @@ func TestWorkIsTheSame(t *testing.T) {
 		{"delete -f -", big}, // gone
 		{"get events", ""},
 	}
-	output := map[string][]result{}
+	output := map[string][]harness.Result{}
 	for _, kubeconfig := range []string{w.direct, w.caller} {
 		ns := w.namespace()
 		for _, step := range steps {
@@ -119,7 +121,7 @@ func TestWorkIsTheSame(t *testing.T) {
 			succeeded++
 		}
 	}
-	if want := len(steps) - 5; succeeded != want { // diff, the conflict, nobody makes it so, strict, gone
+	if want := len(steps) - 5; succeeded != want { // diff, the conflict, no controller makes it available, strict, gone
 		for i, step := range steps {
 			t.Logf("%s: %.300v", step.command, output[w.direct][i])
 		}
@@ -127,13 +129,10 @@ func TestWorkIsTheSame(t *testing.T) {
 	}
 }
 
-// TestKubectlProxyOnTop: a proxy of a proxy is still the API server.
-func TestKubectlProxyOnTop(t *testing.T) {
+// TestKubectlProxyWorksThroughTheTunnel runs kubectl proxy with the caller's kubeconfig.
+func TestKubectlProxyWorksThroughTheTunnel(t *testing.T) {
 	w := connected(t)
-	p, err := w.group.Start("kubectl-proxy", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"), "proxy", "--port=0", "--append-server-path")
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := w.startKubectl("kubectl-proxy", "proxy", "--port=0", "--append-server-path")
 	var found []string
 	eventually(t, func() error {
 		if found = regexp.MustCompile(`Starting to serve on (\S+)`).FindStringSubmatch(p.Log()); found == nil {
@@ -147,17 +146,19 @@ func TestKubectlProxyOnTop(t *testing.T) {
 	}
 }
 
-// withoutAges blanks the ages in a table, which go on between one command and the next.
-func withoutAges(r result) result {
+// withoutAges replaces the ages in a table, which change between two commands.
+func withoutAges(r harness.Result) harness.Result {
 	r.Stdout = regexp.MustCompile(`\s+(\d+[smhd])+\b`).ReplaceAllString(r.Stdout, " AGE")
 	return r
 }
 
-// TestVersionsAreTold: what is built from a module must be told its version, or clients see v0.0.0.
-func TestVersionsAreTold(t *testing.T) {
+// TestBuiltPartsReportTheirVersion checks that Kubernetes was built with its version. A build from a module reports
+// v0.0.0.
+func TestBuiltPartsReportTheirVersion(t *testing.T) {
 	w := connected(t)
 	var versions map[string]struct{ GitVersion, Major, Minor string }
-	_ = json.Unmarshal([]byte(w.must("version", "-o", "json")), &versions) // what is missing is told below
+	// The checks below report what is missing.
+	_ = json.Unmarshal([]byte(w.mustKubectl("version", "-o", "json")), &versions)
 	for _, part := range []string{"clientVersion", "serverVersion"} {
 		if v := versions[part]; v.Major == "" || !strings.HasPrefix(v.GitVersion, "v"+v.Major+"."+v.Minor+".") {
 			t.Errorf("%s is %+v", part, v)
@@ -165,15 +166,12 @@ func TestVersionsAreTold(t *testing.T) {
 	}
 }
 
-// TestApplyWatchDelete follows one object through its life with a watch that is open all the while.
-func TestApplyWatchDelete(t *testing.T) {
+// TestWatchShowsApplyAndDelete follows one object from its creation to its deletion with one watch.
+func TestWatchShowsApplyAndDelete(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
-	watch, err := w.group.Start("watch", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"),
-		"get", "configmap", "-n", ns, "-w", "--output-watch-events", "--no-headers", "-o", "jsonpath={.type} {.object.metadata.name} {.object.data.a}{\"\\n\"}")
-	if err != nil {
-		t.Fatal(err)
-	}
+	watch := w.startKubectl("watch", "get", "configmap", "-n", ns, "-w", "--output-watch-events", "--no-headers",
+		"-o", "jsonpath={.type} {.object.metadata.name} {.object.data.a}{\"\\n\"}")
 	seen := func(line string) {
 		t.Helper()
 		eventually(t, func() error {
@@ -194,7 +192,7 @@ func TestApplyWatchDelete(t *testing.T) {
 		}
 		seen(step.event)
 	}
-	w.must("delete", "configmap", "thing", "-n", ns)
+	w.mustKubectl("delete", "configmap", "thing", "-n", ns)
 	seen("DELETED thing 2")
 	if r := w.kubectl(w.direct, "", "get", "configmap", "thing", "-n", ns); r.Code == 0 {
 		t.Error("the object is still there")
@@ -206,8 +204,9 @@ func TestApplyWatchDelete(t *testing.T) {
 	}
 }
 
-// TestEveryHopRestarts kills one hop after the other. The same kubeconfig works again when it is back.
-func TestEveryHopRestarts(t *testing.T) {
+// TestTunnelRecoversFromEveryKilledHop kills one hop after the other. The same kubeconfig works again when the hop is
+// back.
+func TestTunnelRecoversFromEveryKilledHop(t *testing.T) {
 	w := connected(t)
 	frpsPid := w.cp.FrpsPid()
 	for _, hop := range []struct {
@@ -224,9 +223,9 @@ func TestEveryHopRestarts(t *testing.T) {
 			if err := p.Kill(); err != nil {
 				return err
 			}
-			return process.Poll(t.Context(), 10*time.Second, nil, func() error { // the control plane starts it again
+			return process.Poll(t.Context(), 10*time.Second, nil, func() error { // the control plane restarts it
 				if pid := w.cp.FrpsPid(); pid == 0 || pid == frpsPid {
-					return errors.New("frps has not been started again")
+					return errors.New("frps has not been restarted")
 				}
 				return nil
 			})
@@ -247,9 +246,9 @@ func TestEveryHopRestarts(t *testing.T) {
 	}
 }
 
-// TestAwayIsNotNotFound holds the gateway to its promise: frps answers 404 for an agent that is away, and
-// kubectl must not take that for an object that does not exist.
-func TestAwayIsNotNotFound(t *testing.T) {
+// TestAbsentAgentIsNotReportedAsNotFound checks the gateway. frps answers 404 for an agent that is not connected, and
+// kubectl would take that for an object that does not exist.
+func TestAbsentAgentIsNotReportedAsNotFound(t *testing.T) {
 	w := newWorld(t) // its agent has never started
 	for _, command := range []string{
 		"delete pod x --ignore-not-found",
@@ -257,7 +256,7 @@ func TestAwayIsNotNotFound(t *testing.T) {
 		"get pods",
 	} {
 		t.Run(command, func(t *testing.T) {
-			t.Parallel() // kubectl tries ten times, a second apart
+			t.Parallel() // kubectl retries ten times, a second apart
 			r := w.kubectl(w.caller, "", strings.Fields(command)...)
 			if r.Code == 0 || !strings.Contains(r.Stderr, `agent "agent-001" is not connected to the control plane: look at its pod's bootstrap and frpc logs`) {
 				t.Errorf("got %+v", r)

@@ -7,16 +7,18 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/ledger"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/ledger"
 )
 
-// TestNoWriteIsRepeated kills a hop in the middle of writes that client-go makes, which repeats what is answered with
-// Retry-After. What was acknowledged is there once, and nothing is there or missing that the ledger does not know of.
+// TestNoWriteIsLostOrRepeated kills a hop during writes of client-go, which retries a write that is answered with
+// Retry-After. Every acknowledged write is stored once, and nothing is stored or missing that the ledger does not
+// know.
 //
-// LEDGER_WRITES=1000 is how many writes each hop is killed in, and then it is killed three times; by default they are
+// LEDGER_WRITES=1000 sets the number of writes during which a hop is killed, three times then. By default there are
 // few enough for every run of the tests.
-func TestNoWriteIsRepeated(t *testing.T) {
+func TestNoWriteIsLostOrRepeated(t *testing.T) {
 	writes, kills := 240, 1
 	if value := os.Getenv("LEDGER_WRITES"); value != "" {
 		var err error
@@ -28,13 +30,13 @@ func TestNoWriteIsRepeated(t *testing.T) {
 	for _, tunnel := range []string{"https", "http"} {
 		t.Run(tunnel, func(t *testing.T) {
 			t.Parallel()
-			w := over(t, tunnel, api.agent)
+			w := connectedBy(t, tunnel, api.agent)
 			ns := w.namespace()
 			for _, hop := range []struct {
 				name string
 				kill func() error
 			}{
-				{"frps", func() error { return killed(w.cp.FrpsPid()) }}, // the control plane starts it again
+				{"frps", func() error { return kill(w.cp.FrpsPid()) }}, // the control plane restarts it
 				{"frpc", func() error { w.agent.Frpc.Kill(); return w.agent.StartFrpc() }},
 				{"proxy", func() error { w.agent.Proxy.Kill(); return w.agent.StartProxy() }},
 			} {
@@ -47,7 +49,7 @@ func TestNoWriteIsRepeated(t *testing.T) {
 					go func() { ended <- l.Write(t.Context(), api.Client, writes, 8) }()
 					for i := range kills {
 						after := (i + 1) * writes / (kills + 1)
-						eventuallyWithin(t, time.Minute, func() error {
+						harness.Eventually(t, time.Minute, func() error {
 							if done := l.Done(); done < after {
 								return fmt.Errorf("%d of %d writes are done", done, after)
 							}
@@ -71,14 +73,14 @@ func TestNoWriteIsRepeated(t *testing.T) {
 					if balance.Acknowledged < writes/2 {
 						t.Error("the tunnel has not come back: most writes were not done")
 					}
-					w.answers()
+					w.waitAnswering()
 				})
 			}
 		})
 	}
 }
 
-func killed(pid int) error {
+func kill(pid int) error {
 	p, err := os.FindProcess(pid)
 	if err != nil {
 		return err

@@ -3,15 +3,12 @@
 package integration
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -19,18 +16,19 @@ import (
 
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// api is the API server that all tests share. They keep apart by the names of their namespaces.
+// api is the API server that all tests share. Each test has a namespace of its own.
 var api struct {
 	*cluster.Cluster
 
 	agent      *rest.Config // the credential of the agents: a ServiceAccount with cluster-admin
-	kubeconfig string       // the same as a file
+	kubeconfig string       // the same in a file
 }
 
 func TestMain(m *testing.M) {
@@ -48,15 +46,12 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer group.Close()
-	// For tests of an agent's tunnel listener itself: each has another certificate. Whoever goes through the gateway
-	// or frps verifies it.
+	// Tests that call an agent's tunnel listener directly do not verify its certificate, because each agent has its own.
+	// Callers through the gateway or frps do verify it.
 	http.DefaultTransport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
 	if api.Cluster, err = cluster.Start(ctx, group); err == nil {
-		api.agent, err = api.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
-	}
-	if err == nil {
 		api.kubeconfig = filepath.Join(group.Dir(), "agent.kubeconfig")
-		err = cluster.WriteKubeconfig(api.kubeconfig, api.agent)
+		api.agent, err = api.WriteAgentKubeconfig(ctx, api.kubeconfig)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -65,10 +60,7 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-const (
-	agentID    = "agent-001"
-	agentToken = "the-agents-token"
-)
+const agentID, agentToken = harness.AgentID, harness.AgentToken
 
 // world is a control plane and one agent.
 type world struct {
@@ -76,90 +68,82 @@ type world struct {
 	group *process.Group
 	cp    *controlplane.ControlPlane
 	agent *agent.Agent
-	token string // of the caller of ask and begin
+	token string // the caller's, for ask and openStream
 
 	env    []string // of kubectl, beside the kubeconfig
-	direct string   // kubeconfig: the agent's credential, straight to the API server
-	caller string   // kubeconfig: the agent's token, through the gateway, frps, frpc and the proxy
+	direct string   // kubeconfig with the agent's credential for the API server
+	caller string   // kubeconfig with the agent's token for the gateway
 }
 
 // newWorld starts a control plane and prepares an agent, which is not started.
 func newWorld(t *testing.T, options ...func(*controlplane.Options)) *world {
 	t.Helper()
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	log, err := os.Create(filepath.Join(group.Dir(), "controlplane.log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = log.Close() })
-	w := &world{t: t, group: group, token: agentToken, direct: api.kubeconfig, caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
-	o := controlplane.Options{Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.NewTextHandler(log, nil))}
-	for _, option := range options {
-		option(&o)
-	}
-	w.cp, err = controlplane.Start(t.Context(), o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.cp.Close)
-	if w.agent, err = agent.New(group, w.cp, agentID, agentToken, api.kubeconfig); err != nil {
-		t.Fatal(err)
+	h := harness.NewWorld(t, api.kubeconfig, options...)
+	w := &world{
+		t: t, group: h.Group, cp: h.ControlPlane, agent: h.Agent, token: agentToken,
+		direct: api.kubeconfig, caller: filepath.Join(h.Group.Dir(), "caller.kubeconfig"),
 	}
 	if err := agent.WriteCaller(w.caller, w.cp, agentID, agentToken); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if !t.Failed() {
-			return
-		}
-		logs, _ := filepath.Glob(filepath.Join(group.Dir(), "*.log"))
-		for _, name := range logs {
-			data, _ := os.ReadFile(name)
-			lines := strings.Split(string(data), "\n")
-			t.Logf("%s:\n%s", filepath.Base(name), strings.Join(lines[max(0, len(lines)-15):], "\n"))
-		}
-	})
 	return w
 }
 
-// connected is a world whose agent is ready.
+// connected returns a world whose agent is ready.
 func connected(t *testing.T) *world {
 	t.Helper()
 	w := newWorld(t)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	return w
 }
 
-// result is what a person sees of a command.
-type result struct {
-	Stdout, Stderr string
-	Code           int
+// startAgent starts the agent and waits until it is ready.
+func (w *world) startAgent() {
+	w.t.Helper()
+	harness.StartAgent(w.t, w.agent)
 }
 
-// kubectl runs the real one.
-func (w *world) kubectl(kubeconfig, stdin string, args ...string) result {
+// waitReady waits until the agent, which runs already, is ready.
+func (w *world) waitReady() {
+	w.t.Helper()
+	if err := w.agent.WaitReady(w.t.Context()); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// bootstrapOnce runs bootstrap --once, which writes frpc's files, and expects success.
+func (w *world) bootstrapOnce() {
+	w.t.Helper()
+	bootstrap, err := w.agent.Once()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if bootstrap.ExitCode() != 0 {
+		w.t.Fatal(bootstrap.Failed())
+	}
+}
+
+// kubectl runs the real kubectl to its end.
+func (w *world) kubectl(kubeconfig, stdin string, args ...string) harness.Result {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, w.binary("kubectl"), args...)
-	cmd.Env = append([]string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + kubeconfig, "PATH=" + os.Getenv("PATH")}, w.env...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
-	_ = cmd.Run() // the exit code tells
-	return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
+	result, _ := harness.Run(harness.Kubectl(ctx, w.t, w.group.Dir(), kubeconfig, w.env, args...), stdin)
+	return result
 }
 
-// must runs kubectl through the tunnel and expects success.
-func (w *world) must(args ...string) string {
+// startKubectl starts kubectl as a caller of the tunnel. It ends with the test at the latest.
+func (w *world) startKubectl(name string, args ...string) *process.Process {
+	w.t.Helper()
+	p, err := w.group.Start(name, append(w.env, "KUBECONFIG="+w.caller), harness.Binary(w.t, "kubectl"), args...)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return p
+}
+
+// mustKubectl runs kubectl through the tunnel and expects success.
+func (w *world) mustKubectl(args ...string) string {
 	w.t.Helper()
 	r := w.kubectl(w.caller, "", args...)
 	if r.Code != 0 {
@@ -168,41 +152,27 @@ func (w *world) must(args ...string) string {
 	return r.Stdout
 }
 
-func (w *world) binary(name string) string {
-	w.t.Helper()
-	path, err := process.Binary(name)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return path
-}
-
-// namespace makes a namespace of the test's own. No controller runs that could remove it; the API server
-// ends with the tests.
+// namespace makes a namespace for the test. No controller runs that could remove it: the API server ends with the
+// tests.
 func (w *world) namespace() string {
 	w.t.Helper()
-	name := "test-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(w.t.Name())) + fmt.Sprintf("-%d", time.Now().UnixNano()%1e6)
+	name := "test-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(w.t.Name())) +
+		fmt.Sprintf("-%d", time.Now().UnixNano()%1e6)
 	if r := w.kubectl(w.direct, "", "create", "namespace", name); r.Code != 0 {
 		w.t.Fatal(r.Stderr)
 	}
 	return name
 }
 
-// eventually polls until ready returns nil.
+// eventually polls for half a minute until ready returns nil.
 func eventually(t *testing.T, ready func() error) {
 	t.Helper()
-	eventuallyWithin(t, 30*time.Second, ready)
+	harness.Eventually(t, 30*time.Second, ready)
 }
 
-// rotation is how long client-go may go on with a token from a file that has changed: it looks once a minute.
+// rotation bounds how long client-go may use the old token of a file that has changed: it reads the file once a
+// minute.
 const rotation = 90 * time.Second
-
-func eventuallyWithin(t *testing.T, timeout time.Duration, ready func() error) {
-	t.Helper()
-	if err := process.Poll(t.Context(), timeout, nil, ready); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // get sends a GET and returns the answer with its body.
 func get(t *testing.T, client *http.Client, url string, header http.Header) (*http.Response, string) {
@@ -210,11 +180,12 @@ func get(t *testing.T, client *http.Client, url string, header http.Header) (*ht
 	return exchange(t, client, http.MethodGet, url, header, "")
 }
 
-// asItIs takes redirects for answers.
+// asItIs returns redirects as answers, instead of following them.
 var asItIs = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 
 // exchange sends a request and returns the answer with its body.
-func exchange(t *testing.T, client *http.Client, method, url string, header http.Header, body string) (*http.Response, string) {
+func exchange(t *testing.T, client *http.Client, method, url string, header http.Header,
+	body string) (*http.Response, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
 	if err != nil {

@@ -24,7 +24,7 @@ func scrape(t *testing.T, url string) map[string]*dto.MetricFamily {
 	return families
 }
 
-// value is a counter's or gauge's, or a histogram's count, of all series that have the labels.
+// value returns the sum over all series with the labels: of a counter or gauge its value, of a histogram its count.
 func value(families map[string]*dto.MetricFamily, name string, labels map[string]string) float64 {
 	var sum float64
 	for _, m := range families["pipeops_agent_"+name].GetMetric() {
@@ -40,10 +40,11 @@ func value(families map[string]*dto.MetricFamily, name string, labels map[string
 	return sum
 }
 
-// TestMetricsAfterTraffic: what was done is what is counted.
-func TestMetricsAfterTraffic(t *testing.T) {
-	w, ns := withRunners(t)
-	tell(t, w.agent, "1", "runner_assigned", assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)
+// TestMetricsCountTheTraffic makes a known number of requests, and compares it with the metrics.
+func TestMetricsCountTheTraffic(t *testing.T) {
+	w, ns := connectedWithRunners(t)
+	sendMessage(t, w.agent, "1", "runner_assigned",
+		assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)
 	if resp, body := post(t, w.agent, "/api/runners/r/command", "{}"); resp.StatusCode != http.StatusOK {
 		t.Fatal(resp.Status, body)
 	}
@@ -53,11 +54,12 @@ func TestMetricsAfterTraffic(t *testing.T) {
 	}
 	_, _ = get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/api/v1/namespaces/"+ns+"/pods/none", token)
 	_, _ = get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", http.Header{"Authorization": {"Bearer wrong"}})
-	for range 2 { // one reading
+	for range 2 { // the second answer is cached
 		_, _ = get(t, http.DefaultClient, w.agent.Tunnel+"/api/agent/status", token)
 	}
 	_, _ = post(t, w.agent, "/api/agent/heartbeat", "")
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, w.agent.Tunnel+"/api/k8s/api/v1/pods?watch=true", nil)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet,
+		w.agent.Tunnel+"/api/k8s/api/v1/pods?watch=true", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

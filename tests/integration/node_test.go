@@ -27,10 +27,12 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	utilexec "k8s.io/utils/exec"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// kubelet stands in for a node: a kubelet needs root. Its streaming is the kubelet's own code
-// (k8s.io/cri-streaming); only the container is a process of this machine. The e2e tests have a real node.
+// kubelet stands in for a real node, because a kubelet needs root. Its streaming is the kubelet's own code
+// (k8s.io/cri-streaming). Only the container is a process of this machine. The e2e tests have a real node.
 type kubelet struct{ lines chan string }
 
 func (k *kubelet) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -64,21 +66,24 @@ func (k *kubelet) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			remotecommand.ServeAttach(w, r, k, parts[2], "", parts[3], options, time.Minute, 10*time.Second, protocols)
 			return
 		}
-		remotecommand.ServeExec(w, r, k, parts[2], "", parts[3], r.URL.Query()["command"], options, time.Minute, 10*time.Second, protocols)
+		remotecommand.ServeExec(w, r, k, parts[2], "", parts[3], r.URL.Query()["command"], options, time.Minute,
+			10*time.Second, protocols)
 	case "portForward":
 		options, err := portforward.NewV4Options(r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		portforward.ServePortForward(w, r, k, parts[2], "", options, time.Minute, 10*time.Second, portforward.SupportedProtocols)
+		portforward.ServePortForward(w, r, k, parts[2], "", options, time.Minute, 10*time.Second,
+			portforward.SupportedProtocols)
 	default:
 		http.NotFound(w, r)
 	}
 }
 
 // ExecInContainer implements remotecommand.Executor.
-func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command []string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
+func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command []string, in io.Reader,
+	out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	if tty {
 		return inTerminal(cmd, in, out, resize)
@@ -97,8 +102,8 @@ func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command [
 	return exitCode(cmd.Run())
 }
 
-// inTerminal does as a container runtime does: the process gets a terminal of its own, which follows the
-// caller's size.
+// inTerminal does the work of a container runtime: the process gets a terminal of its own, which follows the size of
+// the caller's.
 func inTerminal(cmd *exec.Cmd, in io.Reader, out io.Writer, resize <-chan remotecommand.TerminalSize) error {
 	terminal, err := pty.Start(cmd)
 	if err != nil {
@@ -111,11 +116,11 @@ func inTerminal(cmd *exec.Cmd, in io.Reader, out io.Writer, resize <-chan remote
 		}
 	}()
 	go func() { _, _ = io.Copy(terminal, in) }()
-	_, _ = io.Copy(out, terminal) // ends with an error when the process has closed its end
+	_, _ = io.Copy(out, terminal) // returns an error when the process has closed its end
 	return exitCode(cmd.Wait())
 }
 
-// exitCode puts a process's exit code where the kubelet looks for it.
+// exitCode converts a process's exit code to the error that the kubelet expects.
 func exitCode(err error) error {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -124,12 +129,13 @@ func exitCode(err error) error {
 	return err
 }
 
-// AttachContainer implements remotecommand.Attacher: the container is a cat that is already running.
-func (k *kubelet) AttachContainer(ctx context.Context, _, _, _ string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
+// AttachContainer implements remotecommand.Attacher. The container is a running cat.
+func (k *kubelet) AttachContainer(ctx context.Context, _, _, _ string, in io.Reader,
+	out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
 	return k.ExecInContainer(ctx, "", "", "", []string{"cat"}, in, out, errOut, tty, resize, 0)
 }
 
-// PortForward implements portforward.PortForwarder: the pod's ports are this machine's.
+// PortForward implements portforward.PortForwarder. The pod's ports are this machine's.
 func (k *kubelet) PortForward(ctx context.Context, _, _ string, port int32, stream io.ReadWriteCloser) error {
 	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(port))))
 	if err != nil {
@@ -144,7 +150,7 @@ func (k *kubelet) PortForward(ctx context.Context, _, _ string, port int32, stre
 	return err
 }
 
-// runningPod registers a node with the kubelet and a running pod on it.
+// runningPod registers a node with the kubelet, and a running pod on it.
 func runningPod(t *testing.T, k *kubelet, ns string) {
 	t.Helper()
 	server := httptest.NewTLSServer(k)
@@ -163,7 +169,8 @@ func runningPod(t *testing.T, k *kubelet, ns string) {
 		t.Fatal(err)
 	}
 	status := fmt.Sprintf(`{"status":{"addresses":[{"type":"InternalIP","address":"127.0.0.1"}],"daemonEndpoints":{"kubeletEndpoint":{"Port":%d}}}}`, n)
-	if _, err := api.Client.CoreV1().Nodes().Patch(ctx, node.Name, types.StrategicMergePatchType, []byte(status), metav1.PatchOptions{}, "status"); err != nil {
+	if _, err := api.Client.CoreV1().Nodes().Patch(ctx, node.Name, types.StrategicMergePatchType, []byte(status),
+		metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
 	}
 	pod := &corev1.Pod{
@@ -173,30 +180,29 @@ func runningPod(t *testing.T, k *kubelet, ns string) {
 	if _, err := api.Client.CoreV1().Pods(ns).Create(ctx, pod, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { // no kubelet that would
+	t.Cleanup(func() { // because no kubelet does
 		now := int64(0)
-		_ = api.Client.CoreV1().Pods(ns).Delete(context.Background(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: &now})
+		_ = api.Client.CoreV1().Pods(ns).Delete(context.Background(), pod.Name,
+			metav1.DeleteOptions{GracePeriodSeconds: &now})
 		_ = api.Client.CoreV1().Nodes().Delete(context.Background(), node.Name, metav1.DeleteOptions{})
 	})
 	status = `{"status":{"phase":"Running","containerStatuses":[{"name":"c","image":"none","imageID":"","ready":true,"restartCount":0,"state":{"running":{}}}]}}`
-	if _, err := api.Client.CoreV1().Pods(ns).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(status), metav1.PatchOptions{}, "status"); err != nil {
+	if _, err := api.Client.CoreV1().Pods(ns).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(status),
+		metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func TestLogs(t *testing.T) {
+func TestLogsFollowLineByLine(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	k := &kubelet{lines: make(chan string)}
 	runningPod(t, k, ns)
-	if got := w.must("logs", "pod", "-n", ns); got != "first line\n" {
+	if got := w.mustKubectl("logs", "pod", "-n", ns); got != "first line\n" {
 		t.Errorf("logs: got %q", got)
 	}
-	follow, err := w.group.Start("follow", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"), "logs", "-f", "pod", "-n", ns)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Each line must arrive before the next is written: nothing on the way may hold it back.
+	follow := w.startKubectl("follow", "logs", "-f", "pod", "-n", ns)
+	// Each line must arrive before the next is written: no hop may buffer it.
 	want := "first line\n"
 	for i := range 3 {
 		eventually(t, func() error {
@@ -215,24 +221,25 @@ func TestLogs(t *testing.T) {
 	}
 }
 
-// protocols are the two that kubectl speaks; the variables choose, and upgrade is what it then logs.
+// protocols are the two that kubectl speaks. The variable selects one, and kubectl then logs upgrade.
 var protocols = []struct{ name, websockets, upgrade string }{
 	{"websocket", "true", "Sec-Websocket-Protocol"},
 	{"SPDY", "false", "X-Stream-Protocol-Version"},
 }
 
-// eachProtocol runs test with kubectl set to one protocol after the other.
+// eachProtocol runs test once with each protocol.
 func eachProtocol(t *testing.T, w *world, test func(t *testing.T)) {
 	t.Helper()
 	for _, p := range protocols {
 		t.Run(p.name, func(t *testing.T) {
-			w.env = []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=" + p.websockets, "KUBECTL_PORT_FORWARD_WEBSOCKETS=" + p.websockets}
+			w.env = []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=" + p.websockets,
+				"KUBECTL_PORT_FORWARD_WEBSOCKETS=" + p.websockets}
 			test(t)
 		})
 	}
 }
 
-func TestExec(t *testing.T) {
+func TestExecForwardsStreamsAndExitCode(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -245,15 +252,15 @@ func TestExec(t *testing.T) {
 	})
 }
 
-// TestTerminal: a shell in a terminal, which follows the size of the caller's, passes Ctrl-C on and tells its
-// exit code.
-func TestTerminal(t *testing.T) {
+// TestTerminalIsInteractive runs a shell in a terminal, which follows the size of the caller's terminal, forwards
+// Ctrl-C, and returns the shell's exit code.
+func TestTerminalIsInteractive(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	eachProtocol(t, w, func(t *testing.T) {
-		cmd := exec.CommandContext(t.Context(), w.binary("kubectl"), "exec", "-it", "pod", "-n", ns, "--", "sh")
-		cmd.Env = append([]string{"HOME=" + w.group.Dir(), "KUBECONFIG=" + w.caller, "PATH=" + os.Getenv("PATH"), "TERM=dumb"}, w.env...)
+		cmd := harness.Kubectl(t.Context(), t, w.group.Dir(), w.caller, append(w.env, "TERM=dumb"),
+			"exec", "-it", "pod", "-n", ns, "--", "sh")
 		terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: 80})
 		if err != nil {
 			t.Fatal(err)
@@ -265,8 +272,8 @@ func TestTerminal(t *testing.T) {
 			defer close(shown)
 			_, _ = io.Copy(screen, terminal)
 		}()
-		// Typed again until it shows: a new size takes a moment to arrive, and so does the shell. The size is changed
-		// again too: kubectl shows the first before it listens for the signal of the next.
+		// Type again until the text shows, because a new size and the shell take a moment to arrive. Change the size again
+		// too, because kubectl shows the first size before it listens for the signal of the next.
 		see := func(typed, want string, rows, cols uint16) {
 			t.Helper()
 			eventually(t, func() error {
@@ -284,7 +291,7 @@ func TestTerminal(t *testing.T) {
 		}
 		see("stty size\n", "\n24 80\r\n", 24, 80)
 		see("stty size\n", "\n50 132\r\n", 50, 132)
-		if _, err := io.WriteString(terminal, "sleep 1000\n"); err != nil { // once: another would sleep again
+		if _, err := io.WriteString(terminal, "sleep 1000\n"); err != nil { // only once: a second would sleep again
 			t.Fatal(err)
 		}
 		see("", "sleep 1000", 50, 132)
@@ -301,7 +308,7 @@ func TestTerminal(t *testing.T) {
 	})
 }
 
-// screen is what a terminal has shown.
+// screen records what a terminal shows.
 type screen struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -319,8 +326,9 @@ func (s *screen) String() string {
 	return s.text.String()
 }
 
-// TestExecProtocols: the test above would be half of one if kubectl did not do as it is told.
-func TestExecProtocols(t *testing.T) {
+// TestKubectlUsesTheChosenProtocol checks that kubectl speaks the protocol that eachProtocol has set: otherwise these
+// tests would cover one of them only.
+func TestKubectlUsesTheChosenProtocol(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -334,7 +342,7 @@ func TestExecProtocols(t *testing.T) {
 	})
 }
 
-func TestAttach(t *testing.T) {
+func TestAttachForwardsStreams(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -346,7 +354,7 @@ func TestAttach(t *testing.T) {
 	})
 }
 
-func TestCopy(t *testing.T) {
+func TestCopyLosesNothing(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -361,8 +369,8 @@ func TestCopy(t *testing.T) {
 		if err := os.Mkdir(filepath.Dir(inPod), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		w.must("cp", local, ns+"/pod:"+inPod)
-		w.must("cp", ns+"/pod:"+inPod, back)
+		w.mustKubectl("cp", local, ns+"/pod:"+inPod)
+		w.mustKubectl("cp", ns+"/pod:"+inPod, back)
 		for _, path := range []string{inPod, back} {
 			if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, data) {
 				t.Errorf("%s holds %d bytes, %v, want %d", filepath.Base(path), len(got), err, len(data))
@@ -371,7 +379,7 @@ func TestCopy(t *testing.T) {
 	})
 }
 
-func TestPortForward(t *testing.T) {
+func TestPortForwardServesConnections(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -383,11 +391,7 @@ func TestPortForward(t *testing.T) {
 		t.Fatal(err)
 	}
 	eachProtocol(t, w, func(t *testing.T) {
-		forward, err := w.group.Start("forward-"+filepath.Base(t.Name()), append(w.env, "KUBECONFIG="+w.caller), w.binary("kubectl"),
-			"port-forward", "pod/pod", "-n", ns, ":"+port)
-		if err != nil {
-			t.Fatal(err)
-		}
+		forward := w.startKubectl("forward-"+filepath.Base(t.Name()), "port-forward", "pod/pod", "-n", ns, ":"+port)
 		var local []string
 		eventually(t, func() error {
 			if local = regexp.MustCompile(`Forwarding from (127\.0\.0\.1:\d+) ->`).FindStringSubmatch(forward.Log()); local == nil {
@@ -396,7 +400,8 @@ func TestPortForward(t *testing.T) {
 			return nil
 		})
 		for range 3 { // one connection after the other, over one forward
-			if resp, body := get(t, &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, "http://"+local[1], nil); resp.StatusCode != http.StatusOK || body != page {
+			if resp, body := get(t, &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, "http://"+local[1],
+				nil); resp.StatusCode != http.StatusOK || body != page {
 				t.Errorf("%s, %d bytes of %d; %s", resp.Status, len(body), len(page), forward.Log())
 			}
 		}

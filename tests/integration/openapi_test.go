@@ -11,15 +11,17 @@ import (
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"sigs.k8s.io/yaml"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// openAPI is the page that the agent serves.
+// openAPI is the OpenAPI description that the agent serves.
 type openAPI struct {
 	schemas *jsonschema.Compiler
 	paths   map[string]any
 }
 
-// resolve follows a reference within the page.
+// resolve follows a reference within the description.
 func (o *openAPI) resolve(t *testing.T, page map[string]any, v any) map[string]any {
 	t.Helper()
 	node, _ := v.(map[string]any)
@@ -34,10 +36,10 @@ func (o *openAPI) resolve(t *testing.T, page map[string]any, v any) map[string]a
 	return o.resolve(t, page, found)
 }
 
-// TestOpenAPI holds the page to the agent: its examples fit its schemas, every route answers as it says, and it
-// says nothing that no request here has shown.
-func TestOpenAPI(t *testing.T) {
-	w, runnersNS := withRunners(t)
+// TestOpenAPIDescribesEveryResponse compares the description with the agent: the examples match the schemas, every
+// route answers as described, and every described response is shown by a request here.
+func TestOpenAPIDescribesEveryResponse(t *testing.T) {
+	w, runnersNS := connectedWithRunners(t)
 	resp, text := get(t, http.DefaultClient, w.agent.Tunnel+"/openapi.yaml", nil)
 	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "application/yaml" {
 		t.Fatal(resp.Status, resp.Header)
@@ -74,7 +76,7 @@ func TestOpenAPI(t *testing.T) {
 		}
 	}
 
-	// What the page says: route and code, with the content.
+	// What the description says: the content by route and code.
 	said := map[string]map[string]any{}
 	for path, item := range api.paths {
 		for method, operation := range item.(map[string]any) {
@@ -101,7 +103,7 @@ func TestOpenAPI(t *testing.T) {
 		}
 	}
 
-	// What the agent does.
+	// What the agent answers.
 	const command = "/api/runners/{runner_id}/command"
 	shown := map[string]bool{}
 	try := func(method, path, actual, token, body string) {
@@ -150,7 +152,7 @@ func TestOpenAPI(t *testing.T) {
 	for _, body := range []string{`{"id":"1","type":"ping"}`, `{`, strings.Repeat("x", 1<<20), "plain", `{"id":"1","type":"x"}`} {
 		try(http.MethodPost, messages, messages, agentToken, body)
 	}
-	// The agent takes what fits the page's Message, and refuses the rest with 422.
+	// The agent accepts what matches the schema Message, and refuses the rest with 422.
 	for _, body := range []string{
 		`{"id":"m","type":"ping","data":[5]}`, `{"id":"m","type":"ping","timestamp":null}`, `{"id":"m","type":"ping","timestamp":"now"}`,
 		`{"id":"","type":"ping"}`, `{"id":"` + strings.Repeat("m", 129) + `","type":"ping"}`, `{"id":"ü","type":"ping"}`, `{"id":"m","type":"ping","more":1}`, `{"id":"m"}`,
@@ -164,16 +166,17 @@ func TestOpenAPI(t *testing.T) {
 			t.Fatal(err)
 		}
 		err = fits("#/components/schemas/Message", value)
-		if resp, answer := post(t, w.agent, messages, body); resp.StatusCode != map[bool]int{true: http.StatusOK, false: http.StatusUnprocessableEntity}[err == nil] {
+		if resp, answer := post(t, w.agent, messages, body); resp.StatusCode != map[bool]int{true: http.StatusOK,
+			false: http.StatusUnprocessableEntity}[err == nil] {
 			t.Errorf("%s: answered %s %s, but the page says %v", body, resp.Status, answer, err)
 		}
 	}
-	tell(t, w.agent, "gone", "runner_assigned", assignment("gone", "http://"+closedPort(t)), false)
+	sendMessage(t, w.agent, "gone", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)), false)
 	for runner, body := range map[string]string{"_": "", "none": "", "gone": ""} {
 		try(http.MethodPost, command, "/api/runners/"+runner+"/command", agentToken, body)
 	}
 	sink := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
-	tell(t, w.agent, "sink", "runner_assigned", assignment("sink", serve(t, sink)), false)
+	sendMessage(t, w.agent, "sink", "runner_assigned", assignment("sink", serve(t, sink)), false)
 	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, strings.Repeat("x", 11<<20))
 	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, "loop")
 	fillRegistry(t, runnersNS)
@@ -200,14 +203,15 @@ func TestOpenAPI(t *testing.T) {
 	ns := leaving.namespace()
 	runningPod(t, &kubelet{}, ns)
 	startSession(t, leaving, ns)
-	draining(t, leaving)
+	startDraining(t, leaving)
 	w.agent = leaving.agent
 	try(http.MethodGet, "/ready", "/ready", "", "")
 	try(http.MethodPost, command, "/api/runners/r/command", agentToken, "")
 
 	for key := range said {
-		// The runner's own answers are anything; slowness is in TestRunners, and in the proxy's own tests.
-		if !shown[key] && key != "POST "+command+" default" && !strings.HasSuffix(key, " 408") && !strings.HasSuffix(key, " 504") {
+		// A runner may answer anything. TestCommandsReachTheRunner and the proxy's unit tests cover timeouts.
+		if !shown[key] && key != "POST "+command+" default" && !strings.HasSuffix(key, " 408") &&
+			!strings.HasSuffix(key, " 504") {
 			t.Errorf("no request here shows %s", key)
 		}
 	}

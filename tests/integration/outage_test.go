@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,13 +14,14 @@ import (
 
 	"github.com/elazarl/goproxy"
 
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/relay"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// TestFrpsAway: frps is frozen or killed for a while. frpc is never restarted, few leases are requested, and the tunnel
-// is back soon after frps is. OUTAGES="1s 20s 2m 10m" says how long; by default the first two.
-func TestFrpsAway(t *testing.T) {
+// TestFrpsOutageRestartsNothing freezes or kills frps for a while. frpc is never restarted, few leases are requested,
+// and the tunnel is back soon after frps. OUTAGES="1s 20s 2m 10m" sets the durations, by default the first two.
+func TestFrpsOutageRestartsNothing(t *testing.T) {
 	for outage := range strings.FieldsSeq(cmp.Or(os.Getenv("OUTAGES"), "1s 20s")) {
 		duration, err := time.ParseDuration(outage)
 		if err != nil {
@@ -30,8 +30,8 @@ func TestFrpsAway(t *testing.T) {
 		for _, fault := range []string{"frozen", "killed"} {
 			t.Run(fault+" for "+outage, func(t *testing.T) {
 				t.Parallel()
-				w := renewing(t, controlplane.Terms{Life: time.Hour})
-				leases := w.leasesGiven()
+				w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour})
+				leases := w.cp.LeasesGiven()
 				pid := w.cp.FrpsPid()
 				if fault == "frozen" {
 					if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
@@ -54,13 +54,14 @@ func TestFrpsAway(t *testing.T) {
 				}
 				back := time.Now()
 				// frpc tries every 20 s, and each try may take 10.
-				eventuallyWithin(t, 45*time.Second, func() error {
+				harness.Eventually(t, 45*time.Second, func() error {
 					if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
 						return fmt.Errorf("%s: %s", resp.Status, body)
 					}
 					return nil
 				})
-				t.Logf("%s for %s: back after %.1f s; %d requests for leases", fault, outage, time.Since(back).Seconds(), w.leasesGiven()-leases)
+				t.Logf("%s for %s: back after %.1f s; %d requests for leases", fault, outage, time.Since(back).Seconds(),
+					w.cp.LeasesGiven()-leases)
 				if n := w.agent.FrpcRestarts(); n > 0 {
 					t.Errorf("frpc was restarted %d times:\n%s", n, w.agent.Bootstrap.Log())
 				}
@@ -69,17 +70,7 @@ func TestFrpsAway(t *testing.T) {
 	}
 }
 
-// leasesGiven counts the leases that the control plane has given.
-func (w *world) leasesGiven() int {
-	w.t.Helper()
-	log, err := os.ReadFile(filepath.Join(w.group.Dir(), "controlplane.log"))
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return strings.Count(string(log), `msg="lease given"`)
-}
-
-// newRelay starts a relay before a server.
+// newRelay starts a relay in front of a server.
 func newRelay(t *testing.T, server string, after int64) *relay.Relay {
 	t.Helper()
 	r, err := relay.Start(t.Context(), "127.0.0.1", server, after)
@@ -90,16 +81,16 @@ func newRelay(t *testing.T, server string, after int64) *relay.Relay {
 	return r
 }
 
-// TestSilence: what stands before frps, or frps itself, falls silent in the middle of frpc's login, and later answers
-// again. Where frpc waits for ever, it is restarted; with the kubelet's help where it does not even stop.
-func TestSilence(t *testing.T) {
+// TestFrpcRecoversFromASilentLogin has a hop before frps, or frps itself, fall silent during frpc's login, and answer
+// again later. Where frpc would wait forever it is restarted, with the kubelet's help if it does not even stop.
+func TestFrpcRecoversFromASilentLogin(t *testing.T) {
 	for _, test := range []struct {
 		name     string
 		protocol string
-		proxy    bool  // the silence is that of an HTTP proxy
+		proxy    bool  // an HTTP proxy falls silent
 		after    int64 // bytes
 		second   bool  // it is not the first login
-		hangs    bool  // frpc waits for ever
+		hangs    bool  // frpc waits forever
 	}{
 		{"HTTP proxy, before it connects", "tcp", true, 0, false, true},
 		{"HTTP proxy, before it connects, at a second login", "tcp", true, 0, true, true},
@@ -115,7 +106,8 @@ func TestSilence(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			server := newOwnServer(t, w, true, "")
-			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token",
+				"PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
 				"PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test", "PIPEOPS_FRP_PROTOCOL="+test.protocol)
 			frps := fmt.Sprintf("127.0.0.1:%d", server.bind)
 			var silent *relay.Relay
@@ -123,7 +115,8 @@ func TestSilence(t *testing.T) {
 				proxy := httptest.NewServer(goproxy.NewProxyHttpServer())
 				t.Cleanup(proxy.Close)
 				silent = newRelay(t, proxy.Listener.Addr().String(), test.after)
-				w.agent.Env = append(w.agent.Env, fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_FRP_PROXY_URL=http://"+silent.Addr)
+				w.agent.Env = append(w.agent.Env, fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind),
+					"PIPEOPS_FRP_PROXY_URL=http://"+silent.Addr)
 			} else {
 				silent = newRelay(t, frps, test.after)
 				_, port, _ := net.SplitHostPort(silent.Addr)
@@ -135,9 +128,7 @@ func TestSilence(t *testing.T) {
 			}
 			w.agent.RestartFrpc(t.Context())
 			if test.second {
-				if err := w.agent.WaitReady(t.Context()); err != nil {
-					t.Fatal(err)
-				}
+				w.waitReady()
 				silent.Silent.Store(true)
 				silent.Cut()
 			}
@@ -150,7 +141,7 @@ func TestSilence(t *testing.T) {
 			})
 			silent.Silent.Store(false)
 			begin := time.Now()
-			eventuallyWithin(t, 5*time.Minute, func() error {
+			harness.Eventually(t, 5*time.Minute, func() error {
 				code, answer, err := w.agent.Ready(t.Context())
 				if err == nil && code != http.StatusOK {
 					err = fmt.Errorf("/ready: %+v", answer)
@@ -165,21 +156,16 @@ func TestSilence(t *testing.T) {
 	}
 }
 
-// TestHeartbeats: a frps that drops agents without heartbeats keeps this one.
-func TestHeartbeats(t *testing.T) {
+// TestHeartbeatsKeepTheTunnelOpen uses a frps that drops agents without heartbeats.
+func TestHeartbeatsKeepTheTunnelOpen(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	server := newOwnServer(t, w, true, "")
-	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t),
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
 		fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", server.bind), "PIPEOPS_LOG_LEVEL=debug")
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	select {
-	case <-time.After(80 * time.Second): // more than twice what it allows
+	case <-time.After(80 * time.Second): // more than twice frps's timeout
 	case <-w.agent.Frpc.Done():
 	}
 	if n := strings.Count(w.agent.Frpc.Log(), "login to server success"); n != 1 {

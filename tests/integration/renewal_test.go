@@ -18,22 +18,19 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// renewing is a connected agent with leases of the given life, whose frpc is started again as a kubelet does.
-func renewing(t *testing.T, terms controlplane.Terms, options ...func(*controlplane.Options)) *world {
+// connectedWithLeases returns a world whose agent is ready and has leases with these terms. frpc is restarted as by a
+// kubelet.
+func connectedWithLeases(t *testing.T, terms controlplane.Terms, options ...func(*controlplane.Options)) *world {
 	t.Helper()
 	w := newWorld(t, options...)
 	w.cp.SetTerms(terms)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	w.agent.RestartFrpc(t.Context())
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	return w
 }
 
@@ -46,11 +43,11 @@ func (w *world) lease() *frpc.Lease {
 	return lease
 }
 
-// renewed waits until there is another lease than the one before.
-func (w *world) renewed(before *frpc.Lease) *frpc.Lease {
+// waitRenewed waits until there is another lease than before.
+func (w *world) waitRenewed(before *frpc.Lease) *frpc.Lease {
 	w.t.Helper()
 	var now *frpc.Lease
-	eventuallyWithin(w.t, time.Minute, func() error {
+	harness.Eventually(w.t, time.Minute, func() error {
 		if now = w.lease(); now.ExpiresAt.Equal(before.ExpiresAt) {
 			return fmt.Errorf("the lease until %s is not renewed", before.ExpiresAt)
 		}
@@ -59,8 +56,8 @@ func (w *world) renewed(before *frpc.Lease) *frpc.Lease {
 	return now
 }
 
-// answers asks through the tunnel until there is an answer.
-func (w *world) answers() {
+// waitAnswering waits until a request through the tunnel succeeds.
+func (w *world) waitAnswering() {
 	w.t.Helper()
 	eventually(w.t, func() error {
 		if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
@@ -70,11 +67,11 @@ func (w *world) answers() {
 	})
 }
 
-// stream opens a watch through the tunnel, and says when it ends.
+// stream opens a watch through the tunnel, and returns a channel that is closed when the watch ends.
 func (w *world) stream() <-chan struct{} {
 	w.t.Helper()
 	ended := make(chan struct{})
-	watch := w.begin("/api/k8s/api/v1/namespaces/default/configmaps?watch=true")
+	watch := w.openStream("/api/k8s/api/v1/namespaces/default/configmaps?watch=true")
 	go func() {
 		defer close(ended)
 		buffer := make([]byte, 4096)
@@ -100,10 +97,11 @@ func runs(ended <-chan struct{}) bool {
 // sharedToken has the control plane give leases with frp's shared token.
 func sharedToken(o *controlplane.Options) { o.Token = true }
 
-// eachMethod runs test with both kinds of credentials that frp has.
+// eachMethod runs test with both authentication methods of frp.
 func eachMethod(t *testing.T, test func(t *testing.T, method func(*controlplane.Options))) {
 	t.Helper()
-	for name, method := range map[string]func(*controlplane.Options){"oidc": func(*controlplane.Options) {}, "token": sharedToken} {
+	for name, method := range map[string]func(*controlplane.Options){"oidc": func(*controlplane.Options) {},
+		"token": sharedToken} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			test(t, method)
@@ -111,16 +109,16 @@ func eachMethod(t *testing.T, test func(t *testing.T, method func(*controlplane.
 	}
 }
 
-// TestRenewalWaitsForStreams: with method token frpc reads its credential once, so it is restarted with the new one
-// when nothing runs through the tunnel, and else when the old one ends.
-func TestRenewalWaitsForStreams(t *testing.T) {
+// TestTokenRenewalWaitsForStreams uses method token. frpc reads its credential once, so it is restarted with the new
+// one: when no stream runs through the tunnel, or else just before the old credential expires.
+func TestTokenRenewalWaitsForStreams(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 40 * time.Second}, sharedToken)
+	w := connectedWithLeases(t, controlplane.Terms{Life: 40 * time.Second}, sharedToken)
 	first := w.lease()
 	watch := w.stream()
-	second := w.renewed(first)
+	second := w.waitRenewed(first)
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || time.Now().After(first.ExpiresAt) {
-		t.Fatalf("the watch was cut by the renewal; frpc was started again %d times", w.agent.FrpcRestarts())
+		t.Fatalf("the watch was cut by the renewal; frpc was restarted %d times", w.agent.FrpcRestarts())
 	}
 	if first.Frpc.Admin.Password != second.Frpc.Admin.Password {
 		t.Error("frpc, which still runs, has another password than lease.json says")
@@ -129,33 +127,33 @@ func TestRenewalWaitsForStreams(t *testing.T) {
 	if left := time.Until(first.ExpiresAt); left > 10*time.Second {
 		t.Errorf("the watch was cut %s before the old credential ends", left)
 	}
-	w.answers()
-	// Without a stream it is at once.
-	third := w.renewed(second)
+	w.waitAnswering()
+	// Without a stream frpc is restarted at once.
+	third := w.waitRenewed(second)
 	eventually(t, func() error {
 		if w.agent.FrpcRestarts() < 2 {
-			return fmt.Errorf("frpc was started again %d times", w.agent.FrpcRestarts())
+			return fmt.Errorf("frpc was restarted %d times", w.agent.FrpcRestarts())
 		}
 		return nil
 	})
 	if time.Now().After(second.ExpiresAt.Add(-6*time.Second)) || third.Renewal != nil {
-		t.Errorf("frpc was started again late: the lease before ends at %s", second.ExpiresAt)
+		t.Errorf("frpc was restarted late: the lease before ends at %s", second.ExpiresAt)
 	}
-	w.answers()
+	w.waitAnswering()
 }
 
-// TestRenewalWithOpenIDConnect: frpc reads the token at every login, so nothing is ever cut. The tunnel is of type
-// https, and its certificate changes too.
-func TestRenewalWithOpenIDConnect(t *testing.T) {
+// TestOIDCRenewalCutsNothing uses method oidc. frpc reads the token at every login, so nothing is ever cut. The
+// tunnel is of type https, and its certificate changes too.
+func TestOIDCRenewalCutsNothing(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
 	first := w.lease()
 	certificate := w.file(frpc.CertFile)
 	token := w.file(frpc.TokenFile)
 	watch := w.stream()
-	second := w.renewed(w.renewed(first))
+	second := w.waitRenewed(w.waitRenewed(first))
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || time.Now().Before(first.ExpiresAt) {
-		t.Fatalf("the watch was cut, frpc was started again %d times", w.agent.FrpcRestarts())
+		t.Fatalf("the watch was cut, frpc was restarted %d times", w.agent.FrpcRestarts())
 	}
 	if w.file(frpc.CertFile) == certificate || w.file(frpc.TokenFile) == token {
 		t.Error("the certificate or the token is still the first")
@@ -163,36 +161,34 @@ func TestRenewalWithOpenIDConnect(t *testing.T) {
 	if code, results, details := w.doctor(); code != 0 {
 		t.Errorf("doctor: %v %v", results, details)
 	}
-	// The first token has ended, and doctor has asked for a lease; frpc logs in again by itself, with the one that now stands in the file.
+	// The first token has expired, and doctor has requested a lease. frpc logs in again by itself, with the token that is
+	// in the file now.
 	w.cp.StopFrps()
 	if err := w.cp.StartFrps(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	w.answers()
+	w.waitAnswering()
 	if w.agent.FrpcRestarts() != 0 || second.Frpc.AuthMethod != "oidc" {
-		t.Errorf("frpc was started again %d times", w.agent.FrpcRestarts())
+		t.Errorf("frpc was restarted %d times", w.agent.FrpcRestarts())
 	}
 }
 
-// TestManyRenewalsCutNothing: one instance, whose lease and certificate are renewed again and again while callers list,
-// over connections that stay and over new ones, and a watch, an exec and a log stream run from the first lease to the
-// last. No call fails, no stream ends, and frpc is never restarted. RENEWALS is how many, about 14 s each.
+// TestManyRenewalsCutNothing renews the lease and certificate of one instance many times, while callers list over
+// kept and over new connections, and a watch, an exec and a log stream run from the first lease to the last. No call
+// fails, no stream ends, and frpc is never restarted. RENEWALS sets the number, about 14 s each.
 func TestManyRenewalsCutNothing(t *testing.T) {
 	t.Parallel()
 	renewals, err := strconv.Atoi(cmp.Or(os.Getenv("RENEWALS"), "3"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
 	ns := w.namespace()
 	k := &kubelet{lines: make(chan string)}
 	runningPod(t, k, ns)
-	t.Cleanup(func() { close(k.lines) }) // ends the log stream, for which the kubelet's server would wait
+	t.Cleanup(func() { close(k.lines) }) // ends the log stream, or the kubelet's server would wait for it
 	watch, exec := w.stream(), startSession(t, w, ns)
-	follow, err := w.group.Start("follow", []string{"KUBECONFIG=" + w.caller}, w.binary("kubectl"), "logs", "-f", "pod", "-n", ns)
-	if err != nil {
-		t.Fatal(err)
-	}
+	follow := w.startKubectl("follow", "logs", "-f", "pod", "-n", ns)
 	wantLog := "first line\n"
 	logged := func() error {
 		if got := follow.Log(); got != wantLog {
@@ -204,9 +200,10 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 
 	gateway, base := w.client()
 	addr, config := w.cp.Direct(agentID)
-	direct := &http.Client{Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
-	}}}
+	direct := &http.Client{Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+		}}}
 	var calls, failures atomic.Int32
 	stop := make(chan struct{})
 	var callers sync.WaitGroup
@@ -233,7 +230,7 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	started := time.Now()
 	first := w.lease()
 	for last, i := first, 1; i <= renewals; i++ {
-		last = w.renewed(last)
+		last = w.waitRenewed(last)
 		line := fmt.Sprintf("renewal %d", i)
 		wantLog += line + "\n"
 		select {
@@ -261,7 +258,7 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	t.Logf("%d renewals in %s: %d calls, %d failed; watch, exec and log stream uncut; frpc's pid is still %d", renewals, took.Round(time.Second), calls.Load(), failures.Load(), w.agent.Frpc.Pid())
 }
 
-// list asks for a list, and reads all of it.
+// list requests a list, and reads all of it.
 func list(ctx context.Context, client *http.Client, url string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -289,11 +286,12 @@ func (w *world) file(name string) string {
 	return string(data)
 }
 
-// TestRunDirectoryIsRepaired: bootstrap restores each of its files within seconds, and frpc, which still runs, keeps
-// its admin password. A second bootstrap on the same directory is refused, for it would change both.
+// TestRunDirectoryIsRepaired checks that bootstrap restores each of its files within seconds, and that frpc, which
+// still runs, keeps its admin password. A second bootstrap on the same directory is refused, because it would change
+// both.
 func TestRunDirectoryIsRepaired(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"})
+	w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour, TunnelType: "https"})
 	for _, args := range [][]string{{"--once"}, nil} {
 		second, err := w.agent.Command(args...)
 		if err != nil {
@@ -334,7 +332,7 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	if err := w.agent.WaitReady(t.Context()); err != nil {
 		t.Error(err)
 	}
-	// bootstrap restarts with a broken lease.json: frpc still runs with the password of before.
+	// bootstrap restarts with a broken lease.json, and frpc still runs with the previous password.
 	w.agent.Bootstrap.Stop()
 	if err := os.WriteFile(filepath.Join(w.agent.RunDir, frpc.LeaseFile), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
@@ -350,47 +348,50 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	}
 }
 
-// TestTunnelIsReloaded: a lease that changes the tunnel alone, here its type, is applied by the stock frpc without a
-// restart. What runs goes on.
-func TestTunnelIsReloaded(t *testing.T) {
+// TestChangedTunnelIsReloadedWithoutARestart changes only the tunnel of the lease, here its type. The stock frpc
+// reloads it, and streams go on.
+func TestChangedTunnelIsReloadedWithoutARestart(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 30 * time.Second})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 30 * time.Second})
 	watch := w.stream()
 	pid := w.agent.FrpcPid()
 	w.cp.SetTerms(controlplane.Terms{Life: time.Hour, TunnelType: "http"})
-	eventuallyWithin(t, time.Minute, func() error {
+	harness.Eventually(t, time.Minute, func() error {
 		proxies, err := w.lease().Frpc.Admin.Status(t.Context())
 		if err == nil && (len(proxies) != 1 || proxies[0].Type != "http" || proxies[0].Status != "running") {
 			err = fmt.Errorf("frpc's proxies are %+v", proxies)
 		}
 		return err
 	})
-	w.answers()
+	w.waitAnswering()
 	if !runs(watch) || w.agent.FrpcRestarts() != 0 || w.agent.FrpcPid() != pid {
-		t.Errorf("the watch runs: %v; frpc was restarted %d times:\n%s", runs(watch), w.agent.FrpcRestarts(), w.agent.Bootstrap.Log())
+		t.Errorf("the watch runs: %v; frpc was restarted %d times:\n%s", runs(watch), w.agent.FrpcRestarts(),
+			w.agent.Bootstrap.Log())
 	}
 	if !strings.Contains(w.agent.Bootstrap.Log(), "frpc reloaded its configuration") {
 		t.Errorf("bootstrap says:\n%s", w.agent.Bootstrap.Log())
 	}
 }
 
-// TestControlPlaneAway: the tunnel stays, /ready and status say why the lease is not renewed, and it comes back by
-// itself.
-func TestControlPlaneAway(t *testing.T) {
+// TestTunnelSurvivesAControlPlaneOutage checks that the tunnel stays up, that /ready and the status say why the lease
+// is not renewed, and that the renewal recovers by itself.
+func TestTunnelSurvivesAControlPlaneOutage(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 40 * time.Second})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 40 * time.Second})
 	w.cp.Fail(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
 	watch := w.stream()
 	first := w.lease()
 	want := "the renewal of the lease has failed since "
-	eventuallyWithin(t, time.Minute, func() error {
+	harness.Eventually(t, time.Minute, func() error {
 		code, ready, err := w.agent.Ready(t.Context())
-		if err == nil && (code != http.StatusOK || !strings.HasPrefix(ready.Checks["tunnel"].Detail, want) || time.Now().Before(first.ExpiresAt)) {
+		if err == nil && (code != http.StatusOK || !strings.HasPrefix(ready.Checks["tunnel"].Detail, want) ||
+			time.Now().Before(first.ExpiresAt)) {
 			err = fmt.Errorf("/ready answers %d %+v", code, ready)
 		}
 		return err
 	})
-	if status := w.status(); !strings.HasPrefix(status.Tunnel.LeaseProblem, want) || !strings.Contains(status.Tunnel.LeaseProblem, "503 Service Unavailable") {
+	if status := w.status(); !strings.HasPrefix(status.Tunnel.LeaseProblem, want) ||
+		!strings.Contains(status.Tunnel.LeaseProblem, "503 Service Unavailable") {
 		t.Errorf("status: %+v", status.Tunnel)
 	}
 	wantMetric(t, w.agent, "pipeops_agent_tunnel_lease_renewal_failing 1")
@@ -398,21 +399,21 @@ func TestControlPlaneAway(t *testing.T) {
 		t.Error("the watch was cut")
 	}
 	w.cp.Fail(nil)
-	w.renewed(first)
+	w.waitRenewed(first)
 	eventually(t, func() error {
 		if _, ready, err := w.agent.Ready(t.Context()); err != nil || strings.HasPrefix(ready.Checks["tunnel"].Detail, want) {
 			return fmt.Errorf("%+v, %w", ready, err)
 		}
 		return nil
 	})
-	w.answers()
+	w.waitAnswering()
 }
 
-// TestSomethingOnTheWayRefuses: a middlebox that answers 403 with a page of its own closes no tunnel before the lease
-// ends.
-func TestSomethingOnTheWayRefuses(t *testing.T) {
+// TestMiddlebox403ClosesNoTunnel has a middlebox answer 403 with a page of its own. The tunnel stays open until the
+// lease expires.
+func TestMiddlebox403ClosesNoTunnel(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: 20 * time.Second})
+	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second})
 	blocked := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html")
 		w.WriteHeader(http.StatusForbidden)
@@ -422,7 +423,8 @@ func TestSomethingOnTheWayRefuses(t *testing.T) {
 		t.Helper()
 		eventually(t, func() error {
 			const want = "or something on the way to it, refuses the request (403 Forbidden, text/html): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; unless the next attempts succeed, the tunnel is closed when the lease ends"
-			if code, ready, err := w.agent.Ready(t.Context()); err != nil || code != http.StatusOK || !strings.Contains(ready.Checks["tunnel"].Detail, want) {
+			if code, ready, err := w.agent.Ready(t.Context()); err != nil || code != http.StatusOK ||
+				!strings.Contains(ready.Checks["tunnel"].Detail, want) {
 				return fmt.Errorf("/ready answers %d %+v, %w", code, ready, err)
 			}
 			return nil
@@ -436,10 +438,11 @@ func TestSomethingOnTheWayRefuses(t *testing.T) {
 		t.Error("the watch was cut")
 	}
 	w.cp.Fail(nil)
-	second := w.renewed(first)
+	second := w.waitRenewed(first)
 	w.cp.Fail(blocked)
 	wantProblem()
-	if code := w.agent.Bootstrap.ExitCode(); code != 1 || !strings.Contains(w.agent.Bootstrap.Log(), "on the way; the tunnel is closed") {
+	if code := w.agent.Bootstrap.ExitCode(); code != 1 ||
+		!strings.Contains(w.agent.Bootstrap.Log(), "on the way; the tunnel is closed") {
 		t.Errorf("bootstrap ends with %d:\n%s", code, w.agent.Bootstrap.Log())
 	}
 	if early := time.Until(second.ExpiresAt); early > 0 {
@@ -452,23 +455,25 @@ func TestSomethingOnTheWayRefuses(t *testing.T) {
 	if err := w.agent.StartBootstrap(); err != nil {
 		t.Fatal(err)
 	}
-	w.answers()
+	w.waitAnswering()
 }
 
-// TestRevokedAgent: when the control plane has said so twice its tunnel is closed, and bootstrap ends with the reason.
-// Let in again, it comes back.
-func TestRevokedAgent(t *testing.T) {
+// TestRevokedAgentLosesItsTunnel checks that the tunnel is closed after the control plane has said twice that the
+// agent is revoked, that bootstrap ends with the reason, and that the agent connects again when it is no longer
+// revoked.
+func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 	t.Parallel()
-	w := renewing(t, controlplane.Terms{Life: time.Hour})
+	w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour})
 	watch := w.stream()
 	w.cp.Revoke(agentID, true)
 	w.agent.Bootstrap.Stop()
-	if err := w.agent.StartBootstrap(); err != nil { // it asks at once
+	if err := w.agent.StartBootstrap(); err != nil { // it requests a lease at once
 		t.Fatal(err)
 	}
 	wantMetric(t, w.agent, "pipeops_agent_tunnel_lease_renewal_failing 1")
 	first := w.lease().Renewal
-	if !runs(watch) || first == nil || !strings.HasSuffix(first.Error, "; the tunnel is closed if the next answer is the same") {
+	if !runs(watch) || first == nil || !strings.HasSuffix(first.Error,
+		"; the tunnel is closed if the next answer is the same") {
 		t.Errorf("after the first answer: the watch runs: %v, lease.json says %+v", runs(watch), first)
 	}
 	if code := w.agent.Bootstrap.ExitCode(); code != 1 {
@@ -496,8 +501,8 @@ func TestRevokedAgent(t *testing.T) {
 	if err := w.agent.StartBootstrap(); err != nil {
 		t.Fatal(err)
 	}
-	w.answers()
-	// bootstrap was killed when frpc.toml was gone and frpc still ran: the next one ends it.
+	w.waitAnswering()
+	// bootstrap is killed after it removed frpc.toml and before it stopped frpc: the next one stops it.
 	w.cp.Revoke(agentID, true)
 	w.agent.Bootstrap.Kill()
 	if err := os.Remove(filepath.Join(w.agent.RunDir, frpc.ConfigFile)); err != nil {
@@ -515,9 +520,9 @@ func TestRevokedAgent(t *testing.T) {
 	}
 }
 
-// TestLeaseIsRefused: a control plane that has forgotten its leases, or has moved frps, does not strand the agent
-// until its lease ends.
-func TestLeaseIsRefused(t *testing.T) {
+// TestRefusedLeaseIsReplaced has the control plane forget its leases, or move frps. The agent does not wait until its
+// lease expires.
+func TestRefusedLeaseIsReplaced(t *testing.T) {
 	for name, happen := range map[string]func(w *world) error{
 		"leases forgotten": func(w *world) error {
 			w.cp.RevokeLeases()
@@ -528,11 +533,11 @@ func TestLeaseIsRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
-				w := renewing(t, controlplane.Terms{Life: time.Hour}, method)
+				w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour}, method)
 				if err := happen(w); err != nil {
 					t.Fatal(err)
 				}
-				eventuallyWithin(t, time.Minute, func() error {
+				harness.Eventually(t, time.Minute, func() error {
 					if resp, body := w.ask(http.MethodGet, "/version"); resp.StatusCode != http.StatusOK {
 						return fmt.Errorf("%s: %s", resp.Status, body)
 					}
@@ -543,8 +548,9 @@ func TestLeaseIsRefused(t *testing.T) {
 	}
 }
 
-// TestOddLeases: leases that have ended before they come, or end at once, or never, and a tunnel that becomes another.
-func TestOddLeases(t *testing.T) {
+// TestExpiredLeasesAreReplaced gives leases that have expired when they arrive or expire at once, and a lease with
+// another type of tunnel.
+func TestExpiredLeasesAreReplaced(t *testing.T) {
 	for name, life := range map[string]time.Duration{"past": -time.Hour, "one second": time.Second} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -554,7 +560,7 @@ func TestOddLeases(t *testing.T) {
 				t.Fatal(err)
 			}
 			first := w.lease()
-			if next := w.renewed(first); next.IssuedAt.Sub(first.IssuedAt) < 10*time.Second {
+			if next := w.waitRenewed(first); next.IssuedAt.Sub(first.IssuedAt) < 10*time.Second {
 				t.Errorf("the control plane is asked again after %s", next.IssuedAt.Sub(first.IssuedAt))
 			}
 			if !strings.Contains(w.agent.Bootstrap.Log(), "the lease has already expired") {
@@ -564,21 +570,23 @@ func TestOddLeases(t *testing.T) {
 	}
 	t.Run("http becomes https", func(t *testing.T) {
 		t.Parallel()
-		w := renewing(t, controlplane.Terms{Life: 15 * time.Second, TunnelType: "http"})
+		w := connectedWithLeases(t, controlplane.Terms{Life: 15 * time.Second, TunnelType: "http"})
 		w.cp.SetTerms(controlplane.Terms{Life: time.Hour, TunnelType: "https"})
-		w.renewed(w.lease())
+		w.waitRenewed(w.lease())
 		eventually(t, func() error {
-			if resp, body := w.ask(http.MethodGet, "/api/agent/status"); resp.StatusCode != http.StatusOK || !strings.Contains(body, `"type":"https"`) {
+			if resp, body := w.ask(http.MethodGet, "/api/agent/status"); resp.StatusCode != http.StatusOK ||
+				!strings.Contains(body, `"type":"https"`) {
 				return fmt.Errorf("%s: %s", resp.Status, body)
 			}
 			return nil
 		})
-		w.answers()
+		w.waitAnswering()
 	})
 }
 
-// TestTokenIsRotated: the agent's token changes in its file; the next lease comes at once, and callers get in with it.
-func TestTokenIsRotated(t *testing.T) {
+// TestRotatedTokenIsUsedAtOnce changes the agent's token in its file. The lease is renewed at once, and callers may
+// use the new token.
+func TestRotatedTokenIsUsedAtOnce(t *testing.T) {
 	eachMethod(t, tokenIsRotated)
 }
 
@@ -597,27 +605,23 @@ func tokenIsRotated(t *testing.T, method func(*controlplane.Options)) {
 	}
 	write(agentToken)
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_AGENT_TOKEN=", "PIPEOPS_AGENT_TOKEN_FILE="+file)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	w.agent.RestartFrpc(t.Context())
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	first := w.lease()
 	watch := w.stream()
 	w.cp.SetAgent(agentID, "another-token")
 	write("another-token")
-	w.renewed(first)
+	w.waitRenewed(first)
 	if !runs(watch) {
 		t.Error("the watch was cut")
 	}
 	w.token = "another-token"
-	w.answers()
+	w.waitAnswering()
 }
 
-// TestBootstrapStops: SIGTERM ends it at once, whatever it waits for, and what the next one finds is whole.
-func TestBootstrapStops(t *testing.T) {
+// TestBootstrapStopsOnSIGTERM checks that bootstrap ends at once, whatever it waits for, and leaves complete files
+// for the next one.
+func TestBootstrapStopsOnSIGTERM(t *testing.T) {
 	w := newWorld(t)
 	asked := make(chan struct{}, 1)
 	w.cp.Fail(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {

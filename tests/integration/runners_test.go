@@ -14,26 +14,28 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// post sends a body of JSON to the proxy of an agent.
+// post sends a JSON body to an agent's proxy.
 func post(t *testing.T, a *agent.Agent, path, body string) (*http.Response, string) {
 	t.Helper()
 	header := http.Header{"Authorization": {"Bearer " + agentToken}, "Content-Type": {"application/json"}}
 	return exchange(t, asItIs, http.MethodPost, a.Tunnel+path, header, body)
 }
 
-// tell sends a message and expects it to be acknowledged.
-func tell(t *testing.T, a *agent.Agent, id, kind, data string, duplicate bool) {
+// sendMessage sends a control plane's message and expects it to be acknowledged.
+func sendMessage(t *testing.T, a *agent.Agent, id, kind, data string, duplicate bool) {
 	t.Helper()
-	resp, body := post(t, a, "/api/control-plane/message", fmt.Sprintf(`{"id":%q,"type":%q,"timestamp":"2026-01-02T03:04:05Z","data":%s}`, id, kind, data))
+	resp, body := post(t, a, "/api/control-plane/message",
+		fmt.Sprintf(`{"id":%q,"type":%q,"timestamp":"2026-01-02T03:04:05Z","data":%s}`, id, kind, data))
 	var answer struct {
 		Status    string
 		Duplicate bool
 	}
-	if err := json.Unmarshal([]byte(body), &answer); err != nil || resp.StatusCode != http.StatusOK || answer.Status != "acknowledged" || answer.Duplicate != duplicate {
+	if err := json.Unmarshal([]byte(body), &answer); err != nil || resp.StatusCode != http.StatusOK ||
+		answer.Status != "acknowledged" || answer.Duplicate != duplicate {
 		t.Fatalf("message %s %s: %s %s", id, kind, resp.Status, body)
 	}
 }
@@ -42,19 +44,15 @@ func assignment(runner, endpoint string) string {
 	return fmt.Sprintf(`{"runner_id":%q,"runner_endpoint":%q,"runner_token":"token-of-%[1]s","assigned_at":"2026-01-02T03:04:05Z"}`, runner, endpoint)
 }
 
-// withRunners is a world whose agent keeps its registry in a namespace of its own and may relay to this machine.
-func withRunners(t *testing.T, env ...string) (*world, string) {
+// connectedWithRunners returns a world whose agent is ready, keeps its registry in a namespace of its own, and may
+// relay commands to this machine.
+func connectedWithRunners(t *testing.T, env ...string) (*world, string) {
 	t.Helper()
 	w := newWorld(t)
 	ns := w.namespace()
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_NAMESPACE="+ns, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc")
 	w.agent.Env = append(w.agent.Env, env...)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	return w, ns
 }
 
@@ -66,11 +64,12 @@ func serve(t *testing.T, handler http.Handler) string {
 	return server.URL
 }
 
-// TestRunners: a command gets to the runner with the runner's token and back as it is; the registry outlives
-// the proxy; what was unassigned stays so when an old message comes again.
-func TestRunners(t *testing.T) {
-	t.Parallel() // a runner that says nothing takes half a minute
-	w, _ := withRunners(t)
+// TestCommandsReachTheRunner checks that a command reaches the runner with the runner's token, and that the answer
+// comes back unchanged. The registry survives a restart of the proxy. A repeated old message does not bring back an
+// unassigned runner.
+func TestCommandsReachTheRunner(t *testing.T) {
+	t.Parallel() // a runner that does not answer takes half a minute
+	w, _ := connectedWithRunners(t)
 	lines, hung := make(chan string), make(chan struct{})
 	runner := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -99,8 +98,8 @@ func TestRunners(t *testing.T) {
 	}
 	const command = "/api/runners/r1/command"
 	want(command, "{}", http.StatusNotFound, `no runner \"r1\" is assigned`)
-	tell(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), false)
-	tell(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), true)
+	sendMessage(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), false)
+	sendMessage(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL+"/run?x=y"), true)
 	echoed := `POST /run?x=y ["Bearer token-of-r1"] [] {"do":"it"}`
 	want(command, `{"do":"it"}`, http.StatusTeapot, echoed)
 	want(command+"?a=b", "", http.StatusTeapot, "POST /run?x=y&a=b ")
@@ -109,7 +108,8 @@ func TestRunners(t *testing.T) {
 	want("/api/runners/R1/command", "{}", http.StatusNotFound, "no runner")
 
 	// Each line must arrive before the next is written.
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, w.agent.Tunnel+command, strings.NewReader("stream"))
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, w.agent.Tunnel+command,
+		strings.NewReader("stream"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +131,7 @@ func TestRunners(t *testing.T) {
 	}
 	close(lines)
 
-	tell(t, w.agent, "m2", "runner_assigned", assignment("gone", "http://"+closedPort(t)+"/"), false)
+	sendMessage(t, w.agent, "m2", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)+"/"), false)
 	want("/api/runners/gone/command", "{}", http.StatusBadGateway, "cannot be reached: dial tcp 127.0.0.1:")
 	want(command, "hang", http.StatusGatewayTimeout, "does not answer")
 
@@ -139,12 +139,10 @@ func TestRunners(t *testing.T) {
 	if err := w.agent.StartProxy(); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.waitReady()
 	want(command, `{"do":"it"}`, http.StatusTeapot, echoed)
-	tell(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
-	tell(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL), true)
+	sendMessage(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
+	sendMessage(t, w.agent, "m1", "runner_assigned", assignment("r1", runner.URL), true)
 	want(command, "{}", http.StatusNotFound, "no runner")
 	for _, secret := range []string{"token-of-", agentToken} {
 		if strings.Contains(w.agent.Proxy.Log(), secret) {
@@ -153,17 +151,13 @@ func TestRunners(t *testing.T) {
 	}
 }
 
-// TestReplicasShareTheRegistry: two of them change it at once, and nothing is lost.
+// TestReplicasShareTheRegistry has two replicas change the registry at the same time. No change is lost.
 func TestReplicasShareTheRegistry(t *testing.T) {
-	w, ns := withRunners(t)
+	w, ns := connectedWithRunners(t)
 	second := *w.agent
 	second.Env = slices.Clone(w.agent.Env)
 	for i, variable := range []string{"PIPEOPS_LISTEN_ADDR", "PIPEOPS_METRICS_ADDR"} {
-		port, err := process.FreePort()
-		if err != nil {
-			t.Fatal(err)
-		}
-		addr := fmt.Sprintf("127.0.0.1:%d", port)
+		addr := harness.FreeAddr(t)
 		second.Env = append(second.Env, variable+"="+addr)
 		if i == 0 {
 			second.Tunnel = "https://" + addr
@@ -183,7 +177,7 @@ func TestReplicasShareTheRegistry(t *testing.T) {
 		for n := range each {
 			group.Go(func() {
 				name := fmt.Sprintf("r-%d-%d", i, n)
-				tell(t, a, name, "runner_assigned", assignment(name, "http://runner.a.svc/"), false)
+				sendMessage(t, a, name, "runner_assigned", assignment(name, "http://runner.a.svc/"), false)
 			})
 		}
 	}
@@ -198,7 +192,7 @@ func TestReplicasShareTheRegistry(t *testing.T) {
 	}
 }
 
-// fillRegistry leaves the registry 1,000 bytes.
+// fillRegistry leaves 1,000 bytes free in the registry.
 func fillRegistry(t *testing.T, ns string) {
 	t.Helper()
 	secrets := api.Client.CoreV1().Secrets(ns)
@@ -216,24 +210,28 @@ func fillRegistry(t *testing.T, ns string) {
 	}
 }
 
-// TestFullRegistry: who assigns one runner too many is told so, and others can still be taken out.
-func TestFullRegistry(t *testing.T) {
-	w, ns := withRunners(t)
+// TestFullRegistryIsReported checks that an assignment beyond the registry's size is refused, and that runners can
+// still be unassigned.
+func TestFullRegistryIsReported(t *testing.T) {
+	w, ns := connectedWithRunners(t)
 	large := assignment("r1", "http://r.a.svc/"+strings.Repeat("x", 2000))
-	tell(t, w.agent, "m1", "runner_assigned", large, false)
+	sendMessage(t, w.agent, "m1", "runner_assigned", large, false)
 	fillRegistry(t, ns)
-	resp, body := post(t, w.agent, "/api/control-plane/message", `{"id":"m2","type":"runner_assigned","data":`+strings.Replace(large, "r1", "r2", 1)+`}`)
+	resp, body := post(t, w.agent, "/api/control-plane/message",
+		`{"id":"m2","type":"runner_assigned","data":`+strings.Replace(large, "r1", "r2", 1)+`}`)
 	if resp.StatusCode != http.StatusInsufficientStorage || !strings.Contains(body, "the registry of runners is full") {
 		t.Errorf("%s %s", resp.Status, body)
 	}
-	tell(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
-	tell(t, w.agent, "m2", "runner_assigned", strings.Replace(large, "r1", "r2", 1), false)
+	sendMessage(t, w.agent, "m3", "runner_unassigned", `{"runner_id":"r1"}`, false)
+	sendMessage(t, w.agent, "m2", "runner_assigned", strings.Replace(large, "r1", "r2", 1), false)
 }
 
-// TestRegistryNeedsARight: without it nothing is acknowledged.
-func TestRegistryNeedsARight(t *testing.T) {
+// TestRegistryWithoutPermissionIsReported checks that nothing is acknowledged if RBAC forbids the agent to write the
+// registry.
+func TestRegistryWithoutPermissionIsReported(t *testing.T) {
 	w := viewer(t)
-	resp, body := post(t, w.agent, "/api/control-plane/message", `{"id":"1","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/")+`}`)
+	resp, body := post(t, w.agent, "/api/control-plane/message",
+		`{"id":"1","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/")+`}`)
 	if resp.StatusCode != http.StatusBadGateway || !strings.Contains(body, `cannot get resource \"secrets\"`) {
 		t.Errorf("%s %s", resp.Status, body)
 	}

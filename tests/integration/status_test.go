@@ -10,10 +10,10 @@ import (
 
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// agentStatus is what the tests read of GET /api/agent/status.
+// agentStatus is the part of GET /api/agent/status that the tests read.
 type agentStatus struct {
 	Agent        struct{ ID, Instance, Version string }
 	ControlPlane struct {
@@ -39,15 +39,15 @@ type agentStatus struct {
 	}
 }
 
-// ask sends a request to the agent's API by way of the gateway.
+// ask sends a request to the agent's API through the gateway.
 func (w *world) ask(method, path string) (*http.Response, string) {
 	w.t.Helper()
 	client, base := w.client()
 	return exchange(w.t, client, method, base+path, nil, "")
 }
 
-// begin does too, and returns when the answer begins.
-func (w *world) begin(path string) *http.Response {
+// openStream does too, and returns when the headers of the answer have arrived.
+func (w *world) openStream(path string) *http.Response {
 	w.t.Helper()
 	client, base := w.client()
 	req, err := http.NewRequestWithContext(w.t.Context(), http.MethodGet, base+path, nil)
@@ -81,22 +81,24 @@ func (w *world) status() agentStatus {
 	return s
 }
 
-// TestStatus: the control plane sees of the cluster what kubectl shows, and of the tunnel what happened to it.
-func TestStatus(t *testing.T) {
+// TestStatusMatchesTheCluster compares the status with kubectl's output, and with what was done to the tunnel.
+func TestStatusMatchesTheCluster(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
-	w.must("create", "deployment", "d", "--image=none", "-n", ns)
+	w.mustKubectl("create", "deployment", "d", "--image=none", "-n", ns)
 	count := func(kind string) int {
-		return len(strings.Fields(w.must("get", kind, "-A", "-o", "name")))
+		return len(strings.Fields(w.mustKubectl("get", kind, "-A", "-o", "name")))
 	}
 	s := w.status()
-	if c := s.Cluster; !c.Reachable || c.Version == nil || !strings.Contains(w.must("version"), "Server Version: "+*c.Version) || len(c.Unavailable) > 0 ||
+	if c := s.Cluster; !c.Reachable || c.Version == nil ||
+		!strings.Contains(w.mustKubectl("version"), "Server Version: "+*c.Version) || len(c.Unavailable) > 0 ||
 		*c.Namespaces != count("namespaces") || *c.Deployments != count("deployments") || *c.Services != count("services") ||
 		*c.Pods != count("pods") || c.Nodes.Total != count("nodes") {
 		t.Errorf("cluster: %+v", c)
 	}
-	if s.Agent.ID != agentID || s.Agent.Version == "" || !s.Tunnel.Connected || s.Tunnel.Since == nil || len(s.Tunnel.Proxies) != 1 || s.Tunnel.LeaseExpires == nil {
+	if s.Agent.ID != agentID || s.Agent.Version == "" || !s.Tunnel.Connected || s.Tunnel.Since == nil ||
+		len(s.Tunnel.Proxies) != 1 || s.Tunnel.LeaseExpires == nil {
 		t.Errorf("agent: %+v, tunnel: %+v", s.Agent, s.Tunnel)
 	}
 	if s.ControlPlane.Heartbeats != 0 || s.ControlPlane.LastHeartbeat != nil {
@@ -108,11 +110,13 @@ func TestStatus(t *testing.T) {
 			Status   string
 			Sequence int
 		}
-		if err := json.Unmarshal([]byte(body), &alive); err != nil || resp.StatusCode != http.StatusOK || alive.Status != "alive" || alive.Sequence != want {
+		if err := json.Unmarshal([]byte(body), &alive); err != nil || resp.StatusCode != http.StatusOK ||
+			alive.Status != "alive" || alive.Sequence != want {
 			t.Errorf("heartbeat %d: %s %s", want, resp.Status, body)
 		}
 	}
-	if again := w.status().ControlPlane; again.Heartbeats != 2 || again.LastHeartbeat == nil || time.Since(*again.LastHeartbeat) > time.Minute {
+	if again := w.status().ControlPlane; again.Heartbeats != 2 || again.LastHeartbeat == nil ||
+		time.Since(*again.LastHeartbeat) > time.Minute {
 		t.Errorf("after two heartbeats: %+v", again)
 	}
 
@@ -129,8 +133,9 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// TestStatusOfWhatMayBeRead: what RBAC keeps from the agent is null, with the API server's reason.
-func TestStatusOfWhatMayBeRead(t *testing.T) {
+// TestStatusOmitsWhatRBACForbids checks that a value that RBAC forbids the agent to read is null, with the API
+// server's reason.
+func TestStatusOmitsWhatRBACForbids(t *testing.T) {
 	w := viewer(t)
 	c := w.status().Cluster
 	if c.Nodes != nil || !strings.Contains(c.Unavailable["nodes"], `nodes is forbidden: User "system:serviceaccount:pipeops-system:viewer" cannot list resource "nodes"`) ||

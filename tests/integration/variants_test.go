@@ -21,21 +21,23 @@ import (
 	"github.com/elazarl/goproxy"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// ownServer is a stock frps of the operator's own, with all its ways in.
+// ownServer is a stock frps that an operator runs, with all its protocols.
 type ownServer struct {
 	bind, kcp, quic, http, https, tcp int // ports; tcp is for a tunnel of that type
 	caFile, certFile, keyFile         string
 }
 
-// newOwnServer runs one, which asks for heartbeats and for a credential with everything. It asks for a client certificate
-// if clientCA is set, and speaks TLS alone if force is.
+// newOwnServer starts a frps that requires heartbeats, and a credential with every message. It requires a client
+// certificate if clientCA is set, and TLS if force is set.
 func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer {
 	t.Helper()
 	dir := filepath.Dir(w.cp.CAFile)
-	s := ownServer{caFile: w.cp.CAFile, certFile: filepath.Join(dir, "server.crt"), keyFile: filepath.Join(dir, "server.key")}
+	s := ownServer{caFile: w.cp.CAFile, certFile: filepath.Join(dir, "server.crt"),
+		keyFile: filepath.Join(dir, "server.key")}
 	for _, port := range []*int{&s.bind, &s.kcp, &s.quic, &s.http, &s.https, &s.tcp} {
 		var err error
 		if *port, err = process.FreePort(); err != nil {
@@ -59,16 +61,16 @@ func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer
 	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.group.Start("own-frps", nil, w.binary("frps"), "-c", path); err != nil {
+	if _, err := w.group.Start("own-frps", nil, harness.Binary(t, "frps"), "-c", path); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, func() error { return process.Listening(fmt.Sprintf("127.0.0.1:%d", s.bind)) })
 	return s
 }
 
-// TestEveryWayToFrps: each protocol, what may stand between, and each type of tunnel, with the stock frpc and frps, and
-// a request to the API server through all of it.
-func TestEveryWayToFrps(t *testing.T) {
+// TestEveryProtocolReachesFrps sends a request to the API server through the stock frpc and frps: with each protocol,
+// with the hops that may stand between, and with each type of tunnel.
+func TestEveryProtocolReachesFrps(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		prepare func(t *testing.T, w *world) (s ownServer, env []string)
@@ -90,8 +92,9 @@ func TestEveryWayToFrps(t *testing.T) {
 			return newOwnServer(t, w, true, ""), []string{"PIPEOPS_FRP_PROTOCOL=websocket"}
 		}, ""},
 		{"wss to a web server before frps", func(t *testing.T, w *world) (ownServer, []string) {
-			s := newOwnServer(t, w, false, "") // it sees no TLS: the web server has taken it off
-			front := httptest.NewUnstartedServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: fmt.Sprintf("127.0.0.1:%d", s.bind)}))
+			s := newOwnServer(t, w, false, "") // the web server terminates TLS
+			front := httptest.NewUnstartedServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http",
+				Host: fmt.Sprintf("127.0.0.1:%d", s.bind)}))
 			certificate, err := tls.LoadX509KeyPair(s.certFile, s.keyFile)
 			if err != nil {
 				t.Fatal(err)
@@ -124,7 +127,8 @@ func TestEveryWayToFrps(t *testing.T) {
 			return s, []string{"PIPEOPS_FRP_PROXY_URL=http://agent:hunter2@" + server.Listener.Addr().String()}
 		}, ""},
 		{"a tunnel of type https", func(t *testing.T, w *world) (ownServer, []string) {
-			return newOwnServer(t, w, true, ""), []string{"PIPEOPS_FRP_TUNNEL_TYPE=https", "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test"}
+			return newOwnServer(t, w, true, ""), []string{"PIPEOPS_FRP_TUNNEL_TYPE=https",
+				"PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=agent.example.test"}
 		}, "https"},
 		{"a tunnel of type tcp", func(t *testing.T, w *world) (ownServer, []string) {
 			s := newOwnServer(t, w, true, "")
@@ -135,15 +139,11 @@ func TestEveryWayToFrps(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			s, env := test.prepare(t, w)
-			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token", "PIPEOPS_API_URL=https://"+closedPort(t), "PIPEOPS_FRP_TUNNEL_TYPE=http",
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN=the-right-token",
+				"PIPEOPS_API_URL=https://"+harness.FreeAddr(t), "PIPEOPS_FRP_TUNNEL_TYPE=http",
 				"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", s.bind))
 			w.agent.Env = append(w.agent.Env, env...)
-			if err := w.agent.Start(); err != nil {
-				t.Fatal(err)
-			}
-			if err := w.agent.WaitReady(t.Context()); err != nil {
-				t.Fatal(err)
-			}
+			w.startAgent()
 			transport := &http.Transport{}
 			t.Cleanup(transport.CloseIdleConnections)
 			base := "http://" + agentID + ".example.internal"
@@ -160,8 +160,10 @@ func TestEveryWayToFrps(t *testing.T) {
 			transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 				return (&net.Dialer{}).DialContext(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", port))
 			}
-			resp, body := exchange(t, &http.Client{Transport: transport}, http.MethodGet, base+"/api/k8s/version", http.Header{"Authorization": {"Bearer " + agentToken}}, "")
-			if resp.StatusCode != http.StatusOK || !strings.Contains(body, "gitVersion") || resp.Header.Get("Pipeops-Agent") != agentID {
+			resp, body := exchange(t, &http.Client{Transport: transport}, http.MethodGet, base+"/api/k8s/version",
+				http.Header{"Authorization": {"Bearer " + agentToken}}, "")
+			if resp.StatusCode != http.StatusOK || !strings.Contains(body, "gitVersion") ||
+				resp.Header.Get("Pipeops-Agent") != agentID {
 				t.Errorf("%s: %s", resp.Status, body)
 			}
 			doctor, err := w.agent.Command("doctor")
@@ -180,8 +182,9 @@ func TestEveryWayToFrps(t *testing.T) {
 	}
 }
 
-// TestVolumes: a run directory that is full, read-only or another's. The error says so, and no file is half-written.
-func TestVolumes(t *testing.T) {
+// TestUnwritableRunDirectoryIsReported uses a run directory that is full, read-only or another user's. The error says
+// so, and no file is half written.
+func TestUnwritableRunDirectoryIsReported(t *testing.T) {
 	w := newWorld(t)
 	for name, test := range map[string]struct{ prepare, want string }{
 		"full":      {`mount -t tmpfs -o size=4k tmpfs "$PIPEOPS_RUN_DIR"`, "no space left on device"},
@@ -190,12 +193,14 @@ func TestVolumes(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			const script = ` && { "$@"; code=$?; for f in "$PIPEOPS_RUN_DIR"/* "$PIPEOPS_RUN_DIR"/.??*; do [ -e "$f" ] && echo "left: $f"; done; exit $code; }`
-			p, err := w.group.Start("volume-"+name, append(w.agent.Env, "PIPEOPS_RUN_DIR="+t.TempDir()), "unshare", "--user", "--map-root-user", "--mount",
-				"sh", "-c", test.prepare+script, "sh", w.binary("bootstrap"), "--once")
+			p, err := w.group.Start("volume-"+name, append(w.agent.Env, "PIPEOPS_RUN_DIR="+t.TempDir()), "unshare", "--user",
+				"--map-root-user", "--mount",
+				"sh", "-c", test.prepare+script, "sh", harness.Binary(t, "bootstrap"), "--once")
 			if err != nil {
 				t.Fatal(err)
 			}
-			if code := p.ExitCode(); code != 1 || !strings.Contains(p.Log(), "write the run directory: ") || !strings.Contains(p.Log(), test.want) {
+			if code := p.ExitCode(); code != 1 || !strings.Contains(p.Log(), "write the run directory: ") ||
+				!strings.Contains(p.Log(), test.want) {
 				t.Errorf("exit code %d, want 1 and %q:\n%s", code, test.want, p.Log())
 			}
 			if strings.Contains(p.Log(), "left: ") && (name != "full" || strings.Contains(p.Log(), "/"+frpc.ConfigFile+"\n")) {

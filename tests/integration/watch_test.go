@@ -7,13 +7,13 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 
-	"github.com/pipeops/vm-agent/tests/agent"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
 )
 
-// TestSilentWatch: the longest timeout on the way is 120 s (frps's wait for headers, the proxy's for idle
-// connections). A watch that is silent for longer gets its next event. A day of silence at the proxy alone is
-// in its unit tests.
-func TestSilentWatch(t *testing.T) {
+// TestSilentWatchIsNotCut keeps a watch silent for longer than the longest timeout on the way, 120 s (frps's wait for
+// headers, and the proxy's for idle connections). The watch then gets its next event. The proxy's unit tests cover a
+// day of silence.
+func TestSilentWatchIsNotCut(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()

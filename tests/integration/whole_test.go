@@ -23,16 +23,18 @@ import (
 
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// TestNoAnswerIsLost sends writes of 4 to 100 KB, eight at a time, while all cores are busy, and expects each answer
-// whole and each write done once. Go's transport loses such answers where it reads a body that net/http closes.
+// TestNoResponseToAWriteIsLost sends writes of 4 to 100 KB, eight at a time, while all cores are busy, and expects
+// each answer complete and each write done once. Go's transport loses such answers where it reads a body that
+// net/http closes.
 //
-// LOST_WRITES=20000 is how many go each way to a server that counts (and 1500 more to an API server). By default they
-// are 400, which is enough for every run of the tests, and not enough to prove anything by one.
-func TestNoAnswerIsLost(t *testing.T) {
+// LOST_WRITES=20000 sets the number of writes each way to a server that counts them; a fortieth of that goes to an
+// API server, three requests each. The default, 400, is short enough for every run of the tests, but too few for one
+// run to prove anything.
+func TestNoResponseToAWriteIsLost(t *testing.T) {
 	count := 400
 	if value := os.Getenv("LOST_WRITES"); value != "" {
 		var err error
@@ -46,16 +48,17 @@ func TestNoAnswerIsLost(t *testing.T) {
 	server.StartTLS()
 	t.Cleanup(server.Close)
 	for _, tunnel := range []string{"https", "http"} {
-		counted := over(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
-		stored := over(t, tunnel, api.agent)
+		counted := connectedBy(t, tunnel, &rest.Config{Host: server.URL, BearerToken: "any",
+			TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
+		stored := connectedBy(t, tunnel, api.agent)
 		ns := stored.namespace()
 		for _, way := range []string{"the gateway over HTTP1", "the gateway over HTTP2", "frps alone"} {
 			if tunnel == "http" && way == "frps alone" {
-				continue // it loses answers, and nothing of ours is there to prevent it
+				continue // frps itself loses answers, and our code cannot prevent it
 			}
 			t.Run(tunnel+" by "+way, func(t *testing.T) {
-				busy(t, counted)
-				client, base := by(t, way, counted)
+				keepCoresBusy(t, counted)
+				client, base := clientVia(t, way, counted)
 				lost := inParallel(count, func(i int) error {
 					path, body := fmt.Sprintf("/api/k8s/%s/%d", t.Name(), i), payload(i)
 					answer, err := write(t.Context(), client, http.MethodPut, base+path, "text/plain", body)
@@ -69,19 +72,20 @@ func TestNoAnswerIsLost(t *testing.T) {
 						t.Errorf("write %d was done %d times", i, n)
 					}
 				}
-				report(t, lost, count)
-				client, base = by(t, way, stored)
+				reportLost(t, lost, count)
+				client, base = clientVia(t, way, stored)
 				prefix := strings.ToLower(strings.NewReplacer("/", "-", " ", "-", ".", "-", "_", "-").Replace(way))
-				report(t, inParallel(count/40, func(i int) error {
-					return threeWrites(t.Context(), client, base+"/api/k8s/api/v1/namespaces/"+ns+"/configmaps", fmt.Sprintf("%s-%d", prefix, i), string(payload(i)))
+				reportLost(t, inParallel(count/40, func(i int) error {
+					return threeWrites(t.Context(), client, base+"/api/k8s/api/v1/namespaces/"+ns+"/configmaps",
+						fmt.Sprintf("%s-%d", prefix, i), string(payload(i)))
 				}), count/40)
 			})
 		}
 	}
 }
 
-// over is a world whose agent is ready, has a tunnel of this type and is led to the API server of config.
-func over(t *testing.T, tunnel string, config *rest.Config, options ...func(*controlplane.Options)) *world {
+// connectedBy returns a world whose agent is ready, has a tunnel of this type and uses the API server of config.
+func connectedBy(t *testing.T, tunnel string, config *rest.Config, options ...func(*controlplane.Options)) *world {
 	t.Helper()
 	w := newWorld(t, options...)
 	kubeconfig := filepath.Join(w.group.Dir(), "agent.kubeconfig")
@@ -89,16 +93,11 @@ func over(t *testing.T, tunnel string, config *rest.Config, options ...func(*con
 		t.Fatal(err)
 	}
 	w.agent.Env = append(w.agent.Env, "KUBECONFIG="+kubeconfig, "PIPEOPS_FRP_TUNNEL_TYPE="+tunnel)
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.startAgent()
 	return w
 }
 
-// counter is an API server that counts what it does, and answers each write with its body.
+// counter is an API server that counts the writes, and answers each with its body.
 type counter struct {
 	mu     sync.Mutex
 	writes map[string]int
@@ -125,7 +124,7 @@ func (c *counter) count(path string) int {
 	return c.writes[path]
 }
 
-// threeWrites creates, updates and patches a ConfigMap. Each of them fails where it is done a second time.
+// threeWrites creates, updates and patches a ConfigMap. Each of these fails if it is done a second time.
 func threeWrites(ctx context.Context, client *http.Client, list, name, padding string) error {
 	type object struct {
 		Metadata map[string]any    `json:"metadata"`
@@ -162,12 +161,12 @@ func threeWrites(ctx context.Context, client *http.Client, list, name, padding s
 	return nil
 }
 
-// payload is a body of 4 to 100 KB.
+// payload returns a body of 4 to 100 KB.
 func payload(i int) []byte {
 	return bytes.Repeat(fmt.Appendf(nil, "%015d\n", i), 256+(i*7919)%(6*1024))
 }
 
-// write sends a body and returns the whole answer, if it is a 2xx.
+// write sends a body and returns the answer. A status other than 2xx is an error.
 func write(ctx context.Context, client *http.Client, method, url, contentType string, body []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
 	if err != nil {
@@ -186,8 +185,8 @@ func write(ctx context.Context, client *http.Client, method, url, contentType st
 	return answer, err
 }
 
-// by returns a client that goes one way to an agent, and the URL of the agent for it.
-func by(t *testing.T, way string, w *world) (*http.Client, string) {
+// clientVia returns a client for one way to an agent, and the agent's URL on that way.
+func clientVia(t *testing.T, way string, w *world) (*http.Client, string) {
 	t.Helper()
 	transport := &http.Transport{MaxIdleConnsPerHost: 100}
 	t.Cleanup(transport.CloseIdleConnections)
@@ -207,7 +206,7 @@ func by(t *testing.T, way string, w *world) (*http.Client, string) {
 	return client, w.cp.GatewayURL + "/agents/" + agentID
 }
 
-// inParallel does something n times, eight at a time, and returns the errors.
+// inParallel calls do n times, eight at a time, and returns the errors.
 func inParallel(n int, do func(i int) error) (failed []error) {
 	var mu sync.Mutex
 	var next atomic.Int64
@@ -227,7 +226,7 @@ func inParallel(n int, do func(i int) error) (failed []error) {
 	return failed
 }
 
-func report(t *testing.T, lost []error, of int) {
+func reportLost(t *testing.T, lost []error, of int) {
 	t.Helper()
 	t.Logf("%d of %d lost", len(lost), of)
 	if len(lost) > 0 {
@@ -235,8 +234,8 @@ func report(t *testing.T, lost []error, of int) {
 	}
 }
 
-// busy keeps all cores so busy, until the test ends, that each hop is interrupted wherever it can be.
-func busy(t *testing.T, w *world) {
+// keepCoresBusy loads all cores until the test ends, so that each hop is interrupted wherever it can be.
+func keepCoresBusy(t *testing.T, w *world) {
 	t.Helper()
 	for i := range 4 * runtime.NumCPU() {
 		p, err := w.group.Start(fmt.Sprintf("busy-%d", i), nil, "sh", "-c", "while :; do :; done")

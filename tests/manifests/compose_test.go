@@ -16,10 +16,10 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 )
 
-// TestCompose: Compose's own loader takes the file, and it runs the same as the pod.
-func TestCompose(t *testing.T) {
+// TestComposeRunsTheSameAsThePod loads the file with Compose's own loader, and compares it with the pod.
+func TestComposeRunsTheSameAsThePod(t *testing.T) {
 	dir := installation(t)
-	// Compose has this; its loader leaves it to its user.
+	// Compose sets this variable, but its loader does not.
 	dotenv.RegisterFormat("raw", func(r io.Reader, _ string, vars map[string]string, _ func(string) (string, bool)) error {
 		data, err := io.ReadAll(r)
 		for line := range strings.Lines(string(data)) {
@@ -45,7 +45,7 @@ func TestCompose(t *testing.T) {
 	for name, s := range project.Services {
 		args := append([]string(s.Entrypoint), s.Command...)
 		if name == "bootstrap" {
-			args = []string{"/bootstrap"} // the image's own
+			args = []string{"/bootstrap"} // the image's default
 		}
 		got[name] = part{s.Image, int64(s.MemLimit), args}
 		if !s.ReadOnly || s.User != "65532:65532" || len(s.CapDrop) != 1 || s.CapDrop[0] != "ALL" || s.Restart != "always" {
@@ -73,7 +73,8 @@ func TestCompose(t *testing.T) {
 	if err := os.Remove(filepath.Join(dir, "docker", "agent.env")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := options.LoadProject(t.Context()); err == nil || !regexp.MustCompile(`env file .*/docker/agent\.env not found`).MatchString(err.Error()) {
+	if _, err := options.LoadProject(t.Context()); err == nil ||
+		!regexp.MustCompile(`env file .*/docker/agent\.env not found`).MatchString(err.Error()) {
 		t.Errorf("without agent.env: %v", err)
 	}
 	readme := string(read(t, filepath.Join(source, "README.md")))
@@ -84,8 +85,8 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// TestVersionOfFrp: the image is of the version that the tests have been run with.
-func TestVersionOfFrp(t *testing.T) {
+// TestFrpImageHasTheTestedVersion compares the version of the frpc image with the version that the tests run.
+func TestFrpImageHasTheTestedVersion(t *testing.T) {
 	data, err := os.ReadFile("../tools/frp/go.mod")
 	if err != nil {
 		t.Fatal(err)

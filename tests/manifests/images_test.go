@@ -15,15 +15,13 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
-// TestImages looks at what `make images` has built, before that is built a second time by `make verify-images`.
-func TestImages(t *testing.T) {
-	root, err := process.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
+// TestImagesHoldOnlyWhatTheyNeed inspects the images of `make images`. `make verify-images` runs it before the second
+// build.
+func TestImagesHoldOnlyWhatTheyNeed(t *testing.T) {
+	root := harness.Root(t)
 	images := filepath.Join(root, ".build", "images")
 	pod := deployments(t, build(t, filepath.Join(installation(t), "base")))[0].Spec.Template.Spec
 	for _, arch := range []string{"amd64", "arm64"} {
@@ -46,7 +44,8 @@ func TestImages(t *testing.T) {
 			}
 		}
 		decode(t, archive[manifest[0].Config], &image)
-		if image.Architecture != arch || image.OS != "linux" || image.Config.User != "65532:65532" || !slices.Equal(image.Config.Entrypoint, []string{"/bootstrap"}) {
+		if image.Architecture != arch || image.OS != "linux" || image.Config.User != "65532:65532" ||
+			!slices.Equal(image.Config.Entrypoint, []string{"/bootstrap"}) {
 			t.Errorf("%s: %+v", arch, image)
 		}
 		for _, label := range []string{"title", "description", "source", "licenses", "version", "revision", "created"} {
@@ -77,13 +76,14 @@ func TestImages(t *testing.T) {
 				programs = append(programs, c.Name)
 			}
 		}
-		if diff := cmp.Diff([]string{"github.com/pipeops/vm-agent/bootstrap", "github.com/pipeops/vm-agent/proxy"}, programs); diff != "" || len(list.Components) < 10 {
+		if diff := cmp.Diff([]string{"github.com/pipeops/vm-agent/bootstrap", "github.com/pipeops/vm-agent/proxy"},
+			programs); diff != "" || len(list.Components) < 10 {
 			t.Errorf("%s: the list of what is in it: %d components (-want +got)\n%s", arch, len(list.Components), diff)
 		}
 	}
 }
 
-// untar returns the files, by name.
+// untar returns the contents of the files by name.
 func untar(t *testing.T, data []byte) map[string][]byte {
 	t.Helper()
 	files := map[string][]byte{}

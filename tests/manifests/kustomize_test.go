@@ -16,18 +16,18 @@ import (
 	"k8s.io/pod-security-admission/policy"
 	"sigs.k8s.io/yaml"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
-// build is what `kubectl apply -k` would send.
+// build returns what `kubectl apply -k` would send.
 func build(t *testing.T, dir string) string {
 	t.Helper()
-	return must(t, "", "kustomize", dir)
+	return mustKubectl(t, "", "kustomize", dir)
 }
 
 var rendered map[string]string
 
-// variants are all that a person may apply: each kustomization, and each component on top of the base.
+// variants renders everything that can be applied: each kustomization, and each component on top of the base.
 func variants(t *testing.T) map[string]string {
 	t.Helper()
 	if rendered != nil {
@@ -50,15 +50,17 @@ func documents(rendering string) []string {
 	return strings.Split(strings.TrimSpace(rendering), "\n---\n")
 }
 
-// TestRenderings: each is as it was when somebody last looked at it; of components, what they add to the base.
-func TestRenderings(t *testing.T) {
+// TestManifestsRenderAsReviewed compares each rendering with testdata, which somebody has reviewed. For a component
+// it compares what the component adds to the base.
+func TestManifestsRenderAsReviewed(t *testing.T) {
 	all := variants(t)
 	base := documents(all["base"])
 	for path, got := range all {
 		t.Run(path, func(t *testing.T) {
 			if strings.HasPrefix(path, "components/") {
 				got = strings.Join(slices.DeleteFunc(documents(got), func(d string) bool {
-					return slices.Contains(base, d) || strings.Contains(d, "\n  pipeops-agent.json: |") // the dashboard, a copy of its file
+					// without the dashboard, which is a copy of its file
+					return slices.Contains(base, d) || strings.Contains(d, "\n  pipeops-agent.json: |")
 				}), "\n---\n") + "\n"
 			}
 			name := "root"
@@ -77,7 +79,7 @@ func TestRenderings(t *testing.T) {
 	}
 }
 
-// deployments decodes the Deployments of a rendering, without mercy for fields that there are not.
+// deployments decodes the Deployments of a rendering. An unknown field is an error.
 func deployments(t *testing.T, rendering string) []appsv1.Deployment {
 	t.Helper()
 	var found []appsv1.Deployment
@@ -103,7 +105,7 @@ func containers(spec corev1.PodSpec) []corev1.Container {
 
 var pinned = regexp.MustCompile(`^[a-z0-9.-]+\.[a-z]+/[^:@]+:v\d+\.\d+\.\d+(@sha256:[0-9a-f]{64})?$`)
 
-func TestPods(t *testing.T) {
+func TestPodsFollowTheSecurityRules(t *testing.T) {
 	evaluator, err := policy.NewEvaluator(policy.DefaultChecks(), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -116,17 +118,20 @@ func TestPods(t *testing.T) {
 			}
 			pod := found[0].Spec.Template
 			restricted := psa.LevelVersion{Level: psa.LevelRestricted, Version: psa.LatestVersion()}
-			if result := policy.AggregateCheckResults(evaluator.EvaluatePod(restricted, &pod.ObjectMeta, &pod.Spec)); !result.Allowed {
+			if result := policy.AggregateCheckResults(evaluator.EvaluatePod(restricted, &pod.ObjectMeta,
+				&pod.Spec)); !result.Allowed {
 				t.Errorf("not restricted: %s", result.ForbiddenDetail())
 			}
 			if pod.Spec.AutomountServiceAccountToken == nil || *pod.Spec.AutomountServiceAccountToken {
 				t.Error("every container gets the API token")
 			}
 			for _, c := range containers(pod.Spec) {
-				if c.SecurityContext == nil || c.SecurityContext.ReadOnlyRootFilesystem == nil || !*c.SecurityContext.ReadOnlyRootFilesystem {
+				if c.SecurityContext == nil || c.SecurityContext.ReadOnlyRootFilesystem == nil ||
+					!*c.SecurityContext.ReadOnlyRootFilesystem {
 					t.Errorf("%s may write to its file system", c.Name)
 				}
-				if c.Resources.Requests.Cpu().IsZero() || c.Resources.Requests.Memory().IsZero() || c.Resources.Limits.Memory().IsZero() {
+				if c.Resources.Requests.Cpu().IsZero() || c.Resources.Requests.Memory().IsZero() ||
+					c.Resources.Limits.Memory().IsZero() {
 					t.Errorf("%s lacks requests or a memory limit", c.Name)
 				}
 				if !pinned.MatchString(c.Image) {
@@ -153,16 +158,16 @@ func TestPods(t *testing.T) {
 	}
 }
 
-// TestAPIServerTakesThem: by server-side dry run, which validates and warns; and a pod of each Deployment, in the
-// namespace that enforces the restricted standard.
-func TestAPIServerTakesThem(t *testing.T) {
+// TestAPIServerAdmitsTheManifests applies them by server-side dry run, which validates and warns. It also creates a
+// pod of each Deployment in the namespace that enforces the restricted standard.
+func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	all := variants(t)
-	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not make it
+	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not create it
 	apply(t, cluster.PrometheusOperatorKinds)
-	must(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
+	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	for path, rendering := range all {
 		t.Run(path, func(t *testing.T) {
-			must(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
+			mustKubectl(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
 			for _, d := range deployments(t, rendering) {
 				pod := corev1.Pod{
 					TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
@@ -172,24 +177,27 @@ func TestAPIServerTakesThem(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				must(t, string(data), "create", "--dry-run=server", "-f", "-")
-				// The standard is enforced: this is no empty victory.
+				mustKubectl(t, string(data), "create", "--dry-run=server", "-f", "-")
+				// Check that the standard is enforced at all.
 				pod.Spec.Containers[0].SecurityContext = nil
 				if data, err = yaml.Marshal(pod); err != nil {
 					t.Fatal(err)
 				}
-				if _, stderr, err := kubectl(t, string(data), "create", "--dry-run=server", "-f", "-"); err == nil || !strings.Contains(stderr, `violates PodSecurity "restricted:latest"`) {
-					t.Errorf("a pod that breaks the standard: %v\n%s", err, stderr)
+				result, err := kubectl(t, string(data), "create", "--dry-run=server", "-f", "-")
+				if err == nil || !strings.Contains(result.Stderr, `violates PodSecurity "restricted:latest"`) {
+					t.Errorf("a pod that breaks the standard: %v\n%s", err, result.Stderr)
 				}
 			}
 		})
 	}
 }
 
-func apply(t *testing.T, rendering string) { must(t, rendering, "apply", "--server-side", "-f", "-") }
+func apply(t *testing.T, rendering string) {
+	mustKubectl(t, rendering, "apply", "--server-side", "-f", "-")
+}
 
-// TestForgottenFiles: the message names the file.
-func TestForgottenFiles(t *testing.T) {
+// TestMissingFileIsNamed removes each file that the user must write. The error names the file.
+func TestMissingFileIsNamed(t *testing.T) {
 	for path, names := range map[string][]string{
 		".": {"agent.env", "agent-token"}, "overlays/production": {"agent-token", "frps-ca.crt"}, "overlays/edge": {"agent-token", "frp-token"},
 	} {
@@ -199,15 +207,17 @@ func TestForgottenFiles(t *testing.T) {
 			if err := os.Remove(file); err != nil {
 				t.Fatal(err)
 			}
-			if _, stderr, err := kubectl(t, "", "kustomize", filepath.Join(dir, path)); err == nil || !strings.Contains(stderr, file+": no such file or directory") {
-				t.Errorf("%s without %s: %v: %s", path, name, err, stderr)
+			result, err := kubectl(t, "", "kustomize", filepath.Join(dir, path))
+			if err == nil || !strings.Contains(result.Stderr, file+": no such file or directory") {
+				t.Errorf("%s without %s: %v: %s", path, name, err, result.Stderr)
 			}
 		}
 	}
 }
 
-// TestChangesRollThePods: settings do; a token does not, because it is read anew.
-func TestChangesRollThePods(t *testing.T) {
+// TestChangedSettingsRollThePods checks that changed settings roll the pods. A changed token does not, because the
+// agent reloads it.
+func TestChangedSettingsRollThePods(t *testing.T) {
 	dir := installation(t)
 	template := func() corev1.PodTemplateSpec { return deployments(t, build(t, dir))[0].Spec.Template }
 	before := template()
@@ -221,8 +231,9 @@ func TestChangesRollThePods(t *testing.T) {
 	}
 }
 
-// TestAnotherNamespace: an overlay's namespace is that of all there is, the subjects of bindings too.
-func TestAnotherNamespace(t *testing.T) {
+// TestNamespaceCanBeChanged checks that an overlay's namespace applies to every object, and to the subjects of
+// bindings.
+func TestNamespaceCanBeChanged(t *testing.T) {
 	dir := installation(t)
 	overlay := "namespace: other\nresources: [../../base]\ncomponents:\n"
 	for _, path := range kustomizations(t, dir, "Component") {

@@ -2,13 +2,11 @@
 package manifests
 
 import (
-	"bytes"
 	"context"
 	"flag"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,15 +14,16 @@ import (
 
 	"sigs.k8s.io/yaml"
 
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const source = "../../manifests"
 
 var update = flag.Bool("update", false, "write testdata anew, to be looked at")
 
-// api is the API server that all tests share, and a kubeconfig of its administrator.
+// api is the API server that all tests share, and the kubeconfig of its administrator.
 var api struct {
 	*cluster.Cluster
 
@@ -52,37 +51,30 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// kubectl runs the real one and returns what it prints.
-func kubectl(t *testing.T, stdin string, args ...string) (stdout, stderr string, err error) {
+// kubectl runs the real kubectl to its end.
+func kubectl(t *testing.T, stdin string, args ...string) (harness.Result, error) {
 	t.Helper()
-	binary, err := process.Binary("kubectl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), binary, args...)
-	cmd.Env = []string{"KUBECONFIG=" + api.kubeconfig, "HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}
-	var out, complaints bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &complaints
-	err = cmd.Run()
-	return out.String(), complaints.String(), err
+	// t.Context has ended when the cleanup runs.
+	ctx := context.WithoutCancel(t.Context())
+	return harness.Run(harness.Kubectl(ctx, t, t.TempDir(), api.kubeconfig, nil, args...), stdin)
 }
 
-// must runs kubectl and expects success without a word on stderr: warnings count as failures.
-func must(t *testing.T, stdin string, args ...string) string {
+// mustKubectl runs kubectl and expects success and nothing on stderr: a warning is a failure.
+func mustKubectl(t *testing.T, stdin string, args ...string) string {
 	t.Helper()
-	stdout, stderr, err := kubectl(t, stdin, args...)
-	if err != nil || stderr != "" {
-		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, stderr)
+	result, err := kubectl(t, stdin, args...)
+	if err != nil || result.Stderr != "" {
+		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, result.Stderr)
 	}
-	return stdout
+	return result.Stdout
 }
 
-// yours are the files that a person writes beside a kustomization.
-var yours = map[string]string{
+// userFiles are the files that a user writes beside a kustomization.
+var userFiles = map[string]string{
 	"agent.env": "PIPEOPS_AGENT_ID=agent-001\n", "agent-token": "your-agent-token\n", "frp-token": "your-frp-token\n", "frps-ca.crt": "a certificate\n",
 }
 
-// installation is a copy of manifests/ with all of yours beside each kustomization.
+// installation copies manifests/ to a temporary directory, with userFiles beside each kustomization.
 func installation(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -92,7 +84,7 @@ func installation(t *testing.T) string {
 	}
 	defer func() { _ = tree.Close() }()
 	err = fs.WalkDir(tree.FS(), ".", func(path string, d fs.DirEntry, err error) error {
-		if err != nil || yours[d.Name()] != "" {
+		if err != nil || userFiles[d.Name()] != "" {
 			return err
 		}
 		if d.IsDir() {
@@ -108,7 +100,7 @@ func installation(t *testing.T) string {
 		t.Fatal(err)
 	}
 	for _, path := range append(kustomizations(t, dir, "Kustomization"), "docker") {
-		for name, content := range yours {
+		for name, content := range userFiles {
 			write(t, filepath.Join(dir, path, name), content)
 		}
 	}
@@ -134,7 +126,7 @@ func read(t *testing.T, path string) []byte {
 	return data
 }
 
-// kustomizations finds those of a kind, Kustomization or Component.
+// kustomizations returns the directories that hold a kustomization of the kind, Kustomization or Component.
 func kustomizations(t *testing.T, dir, kind string) []string {
 	t.Helper()
 	var found []string

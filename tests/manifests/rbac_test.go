@@ -16,16 +16,17 @@ import (
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const account = "system:serviceaccount:pipeops-system:pipeops-agent"
 
-// TestPermissions asks a real API server what the agent may do with each component on top of the base.
-func TestPermissions(t *testing.T) {
+// TestComponentsGrantWhatTheySay asks a real API server what the agent may do with each component on top of the base.
+func TestComponentsGrantWhatTheySay(t *testing.T) {
 	aggregate(t)
 	all := variants(t)
 	apply(t, all["base"])
@@ -35,23 +36,29 @@ func TestPermissions(t *testing.T) {
 	}{
 		{
 			variant: "base",
-			may: []string{"list pods -A", "watch deployments.apps -A", "get pods/log -n default", "get nodes", "watch nodes", "list namespaces",
+			may: []string{"list pods -A", "watch deployments.apps -A", "get pods/log -n default", "get nodes", "watch nodes",
+				"list namespaces",
 				"get configmaps -n default"},
-			not: []string{"get secrets -n default", "list secrets -A", "get secret/pipeops-agent -n pipeops-system", "create pods/exec -n default",
+			not: []string{"get secrets -n default", "list secrets -A", "get secret/pipeops-agent -n pipeops-system",
+				"create pods/exec -n default",
 				"delete pods -n default", "create deployments.apps -n default", "update nodes", "create secrets -n pipeops-system",
 				"get secret/pipeops-agent-runners -n pipeops-system", "create serviceaccounts/token -n pipeops-system"},
 		},
 		{
 			variant: "components/manage",
-			may: []string{"create deployments.apps -n default", "delete pods -n default", "create pods/exec -n default", "get secrets -n default",
+			may: []string{"create deployments.apps -n default", "delete pods -n default", "create pods/exec -n default",
+				"get secrets -n default",
 				"impersonate serviceaccounts -n default"}, // which the agent refuses
-			not: []string{"update nodes", "delete namespaces", "create clusterrolebindings.rbac.authorization.k8s.io", "create rolebindings.rbac.authorization.k8s.io -n default",
+			not: []string{"update nodes", "delete namespaces", "create clusterrolebindings.rbac.authorization.k8s.io",
+				"create rolebindings.rbac.authorization.k8s.io -n default",
 				"create clusterroles.rbac.authorization.k8s.io"},
 		},
 		{
 			variant: "components/runners",
-			may:     []string{"get secret/pipeops-agent-runners -n pipeops-system", "update secret/pipeops-agent-runners -n pipeops-system"},
-			not: []string{"get secret/pipeops-agent -n pipeops-system", "list secrets -n pipeops-system", "create secrets -n pipeops-system",
+			may: []string{"get secret/pipeops-agent-runners -n pipeops-system",
+				"update secret/pipeops-agent-runners -n pipeops-system"},
+			not: []string{"get secret/pipeops-agent -n pipeops-system", "list secrets -n pipeops-system",
+				"create secrets -n pipeops-system",
 				"delete secret/pipeops-agent-runners -n pipeops-system", "get secret/pipeops-agent-runners -n default"},
 		},
 		{
@@ -69,12 +76,12 @@ func TestPermissions(t *testing.T) {
 				test.not = append(test.not, "impersonate users", "impersonate groups")
 			}
 			for _, question := range test.may {
-				if !may(t, question) {
+				if !canI(t, question) {
 					t.Errorf("may not %s", question)
 				}
 			}
 			for _, question := range test.not {
-				if may(t, question) {
+				if canI(t, question) {
 					t.Errorf("may %s", question)
 				}
 			}
@@ -82,24 +89,21 @@ func TestPermissions(t *testing.T) {
 	}
 }
 
-// TestAgentWorksWithThem: a real proxy with the agent's ServiceAccount reads all of a status, and keeps runners in the
-// Secret that the component brings.
-func TestAgentWorksWithThem(t *testing.T) {
+// TestAgentWorksWithItsPermissions runs a real proxy with the agent's ServiceAccount. It reads a complete status, and
+// keeps runners in the component's Secret.
+func TestAgentWorksWithItsPermissions(t *testing.T) {
 	aggregate(t)
 	apply(t, variants(t)["components/runners"])
 	t.Cleanup(func() { removeAdded(t, variants(t)["base"], variants(t)["components/runners"]) })
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
+	group := harness.NewGroup(t)
 	config := rest.CopyConfig(api.Config)
-	config.BearerToken = strings.TrimSpace(must(t, "", "create", "token", "pipeops-agent", "-n", "pipeops-system"))
+	config.BearerToken = strings.TrimSpace(mustKubectl(t, "", "create", "token", "pipeops-agent", "-n", "pipeops-system"))
 	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		t.Fatal(err)
 	}
-	a, err := agent.New(group, &controlplane.ControlPlane{APIURL: "https://none.invalid"}, "agent-001", "a-token", kubeconfig)
+	a, err := agent.New(group, &controlplane.ControlPlane{APIURL: "https://none.invalid"}, "agent-001",
+		"a-token", kubeconfig)
 	if err == nil {
 		err = a.StartProxy()
 	}
@@ -130,36 +134,39 @@ func TestAgentWorksWithThem(t *testing.T) {
 		}
 		return answer
 	}
-	if status := call("GET", "/api/agent/status", ""); !strings.Contains(status, `"reachable":true`) || strings.Contains(status, `"unavailable":{"`) {
+	if status := call("GET", "/api/agent/status", ""); !strings.Contains(status, `"reachable":true`) ||
+		strings.Contains(status, `"unavailable":{"`) {
 		t.Errorf("a part of the status is missing: %s", status)
 	}
 	call("POST", "/api/control-plane/message", `{"id":"1","type":"runner_assigned","timestamp":"2026-01-01T00:00:00Z","data":`+
 		`{"runner_id":"r-1","runner_endpoint":"http://r.default.svc:1","runner_token":"t","assigned_at":"2026-01-01T00:00:00Z"}}`)
-	apply(t, variants(t)["components/runners"]) // once more, as an upgrade does
-	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners", metav1.GetOptions{})
+	apply(t, variants(t)["components/runners"]) // again, as an upgrade does
+	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners",
+		metav1.GetOptions{})
 	if err != nil || secret.Data["r-1"] == nil {
 		t.Errorf("the runner is not in the registry: %v, %v", secret, err)
 	}
 }
 
-func may(t *testing.T, question string) bool {
+// canI asks `kubectl auth can-i` as the agent's ServiceAccount.
+func canI(t *testing.T, question string) bool {
 	t.Helper()
 	args := append([]string{"auth", "can-i", "--as", account}, strings.Fields(question)...)
-	// Of many, RESOURCE/NAME; of these, RESOURCE/SUBRESOURCE.
+	// These are RESOURCE/SUBRESOURCE, all others RESOURCE/NAME.
 	for i, a := range args {
 		if resource, sub, _ := strings.Cut(a, "/"); slices.Contains([]string{"proxy", "log", "exec", "token"}, sub) {
 			args[i] = resource
 			args = append(args, "--subresource", sub)
 		}
 	}
-	stdout, stderr, _ := kubectl(t, "", args...) // exits with 1 for no
-	switch strings.TrimSpace(stdout) {
+	result, _ := kubectl(t, "", args...) // exits with 1 for no
+	switch strings.TrimSpace(result.Stdout) {
 	case "yes":
 		return true
 	case "no":
 		return false
 	}
-	t.Fatalf("%s: %s%s", question, stdout, stderr)
+	t.Fatalf("%s: %+v", question, result)
 	return false
 }
 
@@ -169,13 +176,13 @@ func removeAdded(t *testing.T, base, variant string) {
 	present := documents(base)
 	for _, doc := range documents(variant) {
 		if !slices.Contains(present, doc) {
-			must(t, doc, "delete", "--ignore-not-found", "-f", "-")
+			mustKubectl(t, doc, "delete", "--ignore-not-found", "-f", "-")
 		}
 	}
 }
 
-// aggregate does what the controller manager would: the rules of view and edit are those of the ClusterRoles that
-// they select.
+// aggregate does the controller manager's work: it gives view and edit the rules of the ClusterRoles that they
+// select.
 func aggregate(t *testing.T) {
 	t.Helper()
 	roles := api.Client.RbacV1().ClusterRoles()
@@ -206,8 +213,8 @@ func aggregate(t *testing.T) {
 	}
 }
 
-// TestRules: what no question to the API server would find, in the rules of every variant.
-func TestRules(t *testing.T) {
+// TestNoRuleGrantsTooMuch reads the rules of every variant for what `can-i` would not find.
+func TestNoRuleGrantsTooMuch(t *testing.T) {
 	known := []string{"view", "edit", "cluster-admin", "pipeops-agent-view-cluster", "pipeops-agent-runners"}
 	for path, rendering := range variants(t) {
 		for _, doc := range documents(rendering) {

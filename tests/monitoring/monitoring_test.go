@@ -17,26 +17,23 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 const component = "../../manifests/components/monitoring"
 
-// manifests is what kustomize makes of the component.
+// manifests is what kustomize renders from the component.
 type manifests struct {
 	monitor   monitoringv1.PodMonitor
 	rules     monitoringv1.PrometheusRule
 	dashboard dashboard
 }
 
-// render runs kustomize. What it yields must be of the operator's own types: a misspelled field is an error.
+// render runs kustomize, and decodes the output strictly into the operator's own types, so that a misspelled field is
+// an error.
 func render(t *testing.T) manifests {
 	t.Helper()
-	kubectl, err := process.Binary("kubectl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := exec.Command(kubectl, "kustomize", component).CombinedOutput()
+	out, err := exec.Command(harness.Binary(t, "kubectl"), "kustomize", component).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -69,7 +66,7 @@ func render(t *testing.T) manifests {
 	return m
 }
 
-// dashboard is the part of Grafana's model that says what is asked and how it is shown.
+// dashboard is the part of Grafana's model that says what is queried and how it is shown.
 type dashboard struct {
 	Panels []panel `json:"panels"`
 }
@@ -95,12 +92,12 @@ type panel struct {
 	} `json:"targets"`
 }
 
-// resolve puts values in the place of Grafana's variables.
+// resolve replaces Grafana's variables with values.
 func resolve(expr string) string {
 	return strings.NewReplacer("$__rate_interval", "10s", "$namespace", ".*").Replace(expr)
 }
 
-// installed is the path of a program of Debian's package prometheus.
+// installed returns the path of a program of Debian's package prometheus.
 func installed(t *testing.T, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -110,8 +107,8 @@ func installed(t *testing.T, name string) string {
 	return path
 }
 
-// TestDashboard: every panel has an id of its own, a place of its own, a description and a query.
-func TestDashboard(t *testing.T) {
+// TestDashboardPanelsAreComplete checks that every panel has an id and a place of its own, a description and a query.
+func TestDashboardPanelsAreComplete(t *testing.T) {
 	ids := map[int]bool{}
 	taken := map[[2]int]string{}
 	for _, p := range render(t).dashboard.Panels {
@@ -133,8 +130,8 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// TestMonitorFindsTheAgent: the pods of the base have the label and the port that the PodMonitor asks for.
-func TestMonitorFindsTheAgent(t *testing.T) {
+// TestPodMonitorSelectsTheAgent checks that the base's pods have the labels and the port that the PodMonitor selects.
+func TestPodMonitorSelectsTheAgent(t *testing.T) {
 	data, err := os.ReadFile("../../manifests/base/deployment.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -144,7 +141,7 @@ func TestMonitorFindsTheAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	monitor := render(t).monitor
-	// The API server holds the pods' labels to this selector.
+	// The API server checks the pods' labels against this selector.
 	if diff := cmp.Diff(monitor.Spec.Selector.MatchLabels, deployment.Spec.Selector.MatchLabels); diff != "" {
 		t.Errorf("the selectors differ (-PodMonitor +Deployment):\n%s", diff)
 	}

@@ -42,8 +42,8 @@ var (
 	}
 )
 
-// drawDashboard draws every panel from what p has, into dashboard.png. It is not Grafana, and shows what Grafana
-// would: the same queries at the same places.
+// drawDashboard draws every panel, from what p has stored, into dashboard.png. It is not Grafana, but shows the same
+// queries at the same places.
 func drawDashboard(t *testing.T, d dashboard, p *prometheus, from, to time.Time) {
 	t.Helper()
 	height := 0
@@ -84,7 +84,8 @@ func drawDashboard(t *testing.T, d dashboard, p *prometheus, from, to time.Time)
 	}
 }
 
-// reduce leaves the colours that are drawn with, and a few steps from each to white: a third of the size.
+// reduce keeps only the colours that are drawn with, and a few steps from each to white. The file is then a third of
+// the size.
 func reduce(full image.Image) image.Image {
 	colors := color.Palette{background}
 	for _, c := range append([]color.RGBA{ink, grid}, lines...) {
@@ -99,7 +100,8 @@ func reduce(full image.Image) image.Image {
 }
 
 func style(size vg.Length, align text.XAlignment) text.Style {
-	return text.Style{Color: ink, Font: font.From(font.Font{Typeface: "Liberation", Variant: "Sans"}, size), XAlign: align, YAlign: text.YCenter, Handler: plot.DefaultTextHandler}
+	return text.Style{Color: ink, Font: font.From(font.Font{Typeface: "Liberation", Variant: "Sans"}, size),
+		XAlign: align, YAlign: text.YCenter, Handler: plot.DefaultTextHandler}
 }
 
 func write(c draw.Canvas, s string, size vg.Length, at vg.Point, align text.XAlignment) {
@@ -178,7 +180,7 @@ func drawSeries(t *testing.T, c draw.Canvas, panel panel, p *prometheus, from, t
 				points = nil
 			}
 			for _, v := range s.Values {
-				if math.IsNaN(v.value) || len(points) > 0 && v.at-points[len(points)-1].X > 2 { // nothing between
+				if math.IsNaN(v.value) || len(points) > 0 && v.at-points[len(points)-1].X > 2 { // a gap
 					flush()
 				}
 				if !math.IsNaN(v.value) {
@@ -225,7 +227,7 @@ func drawSeries(t *testing.T, c draw.Canvas, panel panel, p *prometheus, from, t
 	plotted.Draw(draw.Crop(c, gap, -gap-4, first-c.Min.Y+lineHeight/2+2, -26))
 }
 
-// ticks are at round numbers, in the unit of the panel.
+// ticks returns ticks at round numbers in the panel's unit.
 func ticks(panel panel, low, high float64) (marks []plot.Tick) {
 	scale := 1.0
 	if panel.FieldConfig.Defaults.Unit == "bytes" {
@@ -250,7 +252,7 @@ func legend(format string, s series) string {
 	return legendLabel.ReplaceAllStringFunc(format, func(name string) string { return s.Metric[name[2:len(name)-2]] })
 }
 
-// unit writes a value as Grafana does, or nearly.
+// unit formats a value much as Grafana does.
 func unit(panel panel, v float64) string {
 	short := func(v, base float64, units ...string) string {
 		for len(units) > 1 && math.Abs(v) >= base {

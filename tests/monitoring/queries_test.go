@@ -7,7 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
 	"net/http"
 	"net/http/httptest"
@@ -27,25 +26,25 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const (
-	agentID    = "agent-001"
-	agentToken = "the-agents-token"
-	namespace  = "pipeops-system"
+	agentID, agentToken = harness.AgentID, harness.AgentToken
+	namespace           = "pipeops-system"
 )
 
 var pictureOf = flag.Duration("picture", 0, "make calls for so long, then draw the dashboard to dashboard.png")
 
-// TestQueries asks a real Prometheus every query of the dashboard and the rules, after a real agent has had traffic.
-func TestQueries(t *testing.T) {
+// TestEveryQueryFindsItsMetrics asks a real Prometheus every query of the dashboard and the rules, after a real agent
+// has had traffic.
+func TestEveryQueryFindsItsMetrics(t *testing.T) {
 	m := render(t)
 	w := newWorld(t)
-	// A Prometheus that takes native histograms takes no classic ones, and the other way round.
+	// Prometheus stores either native or classic histograms.
 	classic := w.prometheus(t, m, "classic")
 	native := w.prometheus(t, m, "native", "--enable-feature=native-histograms")
 	both := []*prometheus{classic, native}
@@ -54,12 +53,12 @@ func TestQueries(t *testing.T) {
 	for _, p := range m.dashboard.Panels {
 		for _, target := range p.Targets {
 			for _, prometheus := range both {
-				poll(t, func() error {
+				eventually(t, func() error {
 					found, err := prometheus.query(resolve(target.Expr))
 					if err != nil {
 						return fmt.Errorf("panel %q: %w", p.Title, err)
 					}
-					return shows(found, target.Expr, target.LegendFormat)
+					return checkVisible(found, target.Expr, target.LegendFormat)
 				})
 			}
 			w.checkLabels(t, resolve(target.Expr), both)
@@ -68,7 +67,7 @@ func TestQueries(t *testing.T) {
 	for _, rule := range m.rules.Spec.Groups[0].Rules {
 		w.checkLabels(t, rule.Expr.String(), both)
 	}
-	// Of the alerts, these two speak of what callers meet, and the traffic is full of it. The rest find nothing wrong.
+	// These two alerts match errors that callers see, and the traffic causes many. No other alert may fire.
 	noisy := []string{"PipeOpsAgentAuthenticationFailures", "PipeOpsAgentKubernetesErrors"}
 	wantAlerts(t, m, classic, noisy...)
 	if *pictureOf > 0 {
@@ -85,10 +84,10 @@ func TestQueries(t *testing.T) {
 	}
 	stop()
 
-	// What can be broken for real, is.
+	// Break what can be broken for real.
 	wait := func(name string) {
 		t.Helper()
-		poll(t, func() error {
+		eventually(t, func() error {
 			if fires, err := classic.query(expr(t, m, name)); err != nil || len(fires) == 0 {
 				return fmt.Errorf("%s does not notice: %w", name, err)
 			}
@@ -97,68 +96,45 @@ func TestQueries(t *testing.T) {
 	}
 	w.cluster.APIServer.Stop()
 	wait("PipeOpsAgentKubernetesUnreachable")
-	w.cp.StopFrps()
+	w.ControlPlane.StopFrps()
 	wait("PipeOpsAgentTunnelDown")
-	w.agent.Proxy.Kill()
+	w.Agent.Proxy.Kill()
 	wait("PipeOpsAgentDown")
 }
 
 // world is a cluster, a control plane and an agent.
 type world struct {
-	group   *process.Group
+	*harness.World
+
 	cluster *cluster.Cluster
-	cp      *controlplane.ControlPlane
-	agent   *agent.Agent
 }
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	group, err := process.NewGroup()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(group.Close)
-	w := &world{group: group}
-	if w.cluster, err = cluster.Start(t.Context(), group); err != nil {
-		t.Fatal(err)
-	}
-	account, err := w.cluster.ServiceAccount(t.Context(), namespace, "pipeops-agent", "cluster-admin")
+	group := harness.NewGroup(t)
+	c, err := cluster.Start(t.Context(), group)
 	if err != nil {
 		t.Fatal(err)
 	}
 	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
-	if err := cluster.WriteKubeconfig(kubeconfig, account); err != nil {
+	if _, err := c.WriteAgentKubeconfig(t.Context(), kubeconfig); err != nil {
 		t.Fatal(err)
 	}
-	w.cp, err = controlplane.Start(t.Context(), controlplane.Options{
-		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.cp.Close)
-	if w.agent, err = agent.New(group, w.cp, agentID, agentToken, kubeconfig); err != nil {
-		t.Fatal(err)
-	}
-	w.agent.Env = append(w.agent.Env, "PIPEOPS_NAMESPACE="+namespace, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1")
-	if err := w.agent.Start(); err != nil {
-		t.Fatal(err)
-	}
-	w.agent.RestartFrpc(t.Context())
-	if err := w.agent.WaitReady(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w := &world{harness.NewWorld(t, kubeconfig), c}
+	w.Agent.Env = append(w.Agent.Env, "PIPEOPS_NAMESPACE="+namespace, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1")
+	harness.StartAgent(t, w.Agent)
+	w.Agent.RestartFrpc(t.Context())
 	return w
 }
 
-// prometheus is a running one.
+// prometheus is a running Prometheus.
 type prometheus struct{ url string }
 
-// prometheus starts one that scrapes the agent, with the labels that the operator makes of a PodMonitor.
+// prometheus starts a Prometheus that scrapes the agent, with the labels that the operator derives from a PodMonitor.
 func (w *world) prometheus(t *testing.T, m manifests, name string, flags ...string) *prometheus {
 	t.Helper()
 	binary := installed(t, "prometheus")
-	dir, err := w.group.Mkdir("prometheus-" + name)
+	dir, err := w.Group.Mkdir("prometheus-" + name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -174,28 +150,26 @@ scrape_configs:
     static_configs:
       - targets: [%q]
         labels: {namespace: %s, pod: pipeops-agent-7d9f, container: proxy, endpoint: %s}
-`, job, endpoint.Path, strings.TrimPrefix(w.agent.Operations, "http://"), namespace, *endpoint.Port)
+`, job, endpoint.Path, strings.TrimPrefix(w.Agent.Operations, "http://"), namespace, *endpoint.Port)
 	if err := os.WriteFile(filepath.Join(dir, "prometheus.yaml"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	port, err := process.FreePort()
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := fmt.Sprintf("127.0.0.1:%d", port)
-	p, err := w.group.Start("prometheus-"+name, nil, binary, append([]string{"--config.file=" + filepath.Join(dir, "prometheus.yaml"),
-		"--storage.tsdb.path=" + filepath.Join(dir, "data"), "--web.listen-address=" + addr}, flags...)...)
+	addr := harness.FreeAddr(t)
+	p, err := w.Group.Start("prometheus-"+name, nil, binary,
+		append([]string{"--config.file=" + filepath.Join(dir, "prometheus.yaml"),
+			"--storage.tsdb.path=" + filepath.Join(dir, "data"), "--web.listen-address=" + addr}, flags...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	started := &prometheus{url: "http://" + addr}
-	if err := process.Poll(t.Context(), time.Minute, p.Done(), func() error { return started.get("/api/v1/labels", nil, new([]string)) }); err != nil {
+	if err := process.Poll(t.Context(), time.Minute, p.Done(),
+		func() error { return started.get("/api/v1/labels", nil, new([]string)) }); err != nil {
 		t.Fatalf("%v\n%s", err, p.Log())
 	}
 	return started
 }
 
-// get asks the HTTP API.
+// get calls Prometheus's HTTP API.
 func (p *prometheus) get(path string, query url.Values, into any) error {
 	resp, err := http.Get(p.url + path + "?" + query.Encode())
 	if err != nil {
@@ -215,7 +189,7 @@ func (p *prometheus) get(path string, query url.Values, into any) error {
 	return nil
 }
 
-// series is one of an answer.
+// series is one series of an answer.
 type series struct {
 	Metric map[string]string
 	Value  sample   // of query, but for native histograms
@@ -238,11 +212,11 @@ func (p *prometheus) query(expr string) ([]series, error) {
 	return answer.Result, p.get("/api/v1/query", url.Values{"query": {expr}}, &answer)
 }
 
-// legendLabel finds the labels in a legend.
+// legendLabel matches the labels in a legend.
 var legendLabel = regexp.MustCompile(`\{\{(\w+)\}\}`)
 
-// shows checks that there is something to see: a number, and the labels of the legend.
-func shows(found []series, expr, legend string) error {
+// checkVisible returns an error unless the series hold a number, and the labels of the legend.
+func checkVisible(found []series, expr, legend string) error {
 	for _, s := range found {
 		for _, name := range legendLabel.FindAllStringSubmatch(legend, -1) {
 			if s.Metric[name[1]] == "" {
@@ -256,8 +230,8 @@ func shows(found []series, expr, legend string) error {
 	return nil
 }
 
-// checkLabels looks at every selector of an expression: it must find series, and each label that the expression names
-// must be one of theirs. So a query that rightly finds nothing, as an alert's, is known to look at something.
+// checkLabels checks every selector of an expression: it must find series, and these must have each label that the
+// expression names. So a query that rightly finds nothing, such as an alert's, is known to select something.
 func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 	t.Helper()
 	parsed, err := metricsql.Parse(expr)
@@ -275,14 +249,14 @@ func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 			selector := string(e.AppendString(nil))
 			if strings.HasPrefix(selector, "ALERTS{") {
 				have["namespace"] = true
-				return // Prometheus's own, and nothing fires here
+				return // Prometheus's own metric, and no alert fires here
 			}
 			for _, filter := range e.LabelFilterss[0] {
 				named = append(named, filter.Label)
 			}
-			// One of the two servers has it: those of a histogram are here classic, there native.
+			// One of the two servers has it, because one stores classic histograms and the other native ones.
 			var found []map[string]string
-			poll(t, func() error {
+			eventually(t, func() error {
 				for _, server := range servers {
 					var some []map[string]string
 					if err := server.get("/api/v1/series", url.Values{"match[]": {selector}}, &some); err != nil {
@@ -309,10 +283,10 @@ func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 	}
 }
 
-// wantAlerts evaluates all rules and expects those of the names to find something, and no other.
+// wantAlerts evaluates all rules, and expects exactly those with the given names to find something.
 func wantAlerts(t *testing.T, m manifests, p *prometheus, names ...string) {
 	t.Helper()
-	poll(t, func() error {
+	eventually(t, func() error {
 		var loaded struct {
 			Groups []struct {
 				Rules []struct{ Name, Health, LastError string }
@@ -351,23 +325,22 @@ func expr(t *testing.T, m manifests, alert string) string {
 	return ""
 }
 
-func poll(t *testing.T, ready func() error) {
+// eventually polls for a minute until ready returns nil.
+func eventually(t *testing.T, ready func() error) {
 	t.Helper()
-	if err := process.Poll(t.Context(), time.Minute, nil, ready); err != nil {
-		t.Fatal(err)
-	}
+	harness.Eventually(t, time.Minute, ready)
 }
 
 // traffic makes calls of every kind that is counted, through the tunnel, until stop is called.
 func (w *world) traffic(t *testing.T) (stop func()) {
 	t.Helper()
-	caller := agent.Caller(w.cp, agentID, agentToken)
+	caller := agent.Caller(w.ControlPlane, agentID, agentToken)
 	caller.QPS = -1
 	client, err := kubernetes.NewForConfig(caller)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// An extension of the API whose server is away: the API server answers 503 for it.
+	// An APIService whose server does not exist: the API server answers 503 for it.
 	const away = `{"apiVersion":"apiregistration.k8s.io/v1","kind":"APIService","metadata":{"name":"v1.away.example"},
 		"spec":{"group":"away.example","version":"v1","groupPriorityMinimum":1,"versionPriority":1,"insecureSkipTLSVerify":true,
 		"service":{"name":"away","namespace":"default"}}}`
@@ -383,9 +356,9 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 		_, _ = io.Copy(w, r.Body)
 	}))
 	t.Cleanup(runner.Close)
-	base := w.cp.GatewayURL + "/agents/" + agentID
+	base := w.ControlPlane.GatewayURL + "/agents/" + agentID
 	send := func(token, method, path, body string) {
-		client, err := rest.HTTPClientFor(agent.Caller(w.cp, agentID, token))
+		client, err := rest.HTTPClientFor(agent.Caller(w.ControlPlane, agentID, token))
 		if err != nil {
 			t.Error(err)
 			return
@@ -407,7 +380,7 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var group sync.WaitGroup
 	start := time.Now()
-	// every runs do again and again; busier and calmer by turns, so that there is something to see.
+	// every repeats do, alternately faster and slower, so that the graphs show something.
 	every := func(pause time.Duration, do func()) {
 		group.Go(func() {
 			for ctx.Err() == nil {
@@ -452,7 +425,7 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	if *pictureOf > 0 {
 		group.Go(func() {
 			for _, step := range []func() error{
-				func() error { w.cp.StopFrps(); return nil }, func() error { return w.cp.StartFrps(t.Context()) },
+				func() error { w.ControlPlane.StopFrps(); return nil }, func() error { return w.ControlPlane.StartFrps(t.Context()) },
 			} {
 				select {
 				case <-time.After(*pictureOf / 3):
@@ -470,9 +443,9 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	return stop
 }
 
-// upgrade watches over a WebSocket, as browsers do, for a while.
+// upgrade watches over a WebSocket for a while, as browsers do.
 func (w *world) upgrade(ctx context.Context) error {
-	config := agent.Caller(w.cp, agentID, agentToken)
+	config := agent.Caller(w.ControlPlane, agentID, agentToken)
 	config.NextProtos = []string{"http/1.1"}
 	client, err := rest.HTTPClientFor(config)
 	if err != nil {
@@ -484,7 +457,8 @@ func (w *world) upgrade(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	req.Header = http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"}, "Sec-Websocket-Key": {"dGhlIHNhbXBsZSBub25jZQ=="}, "Origin": {"http://127.0.0.1"}}
+	req.Header = http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key": {"dGhlIHNhbXBsZSBub25jZQ=="}, "Origin": {"http://127.0.0.1"}}
 	resp, err := client.Do(req)
 	if err != nil {
 		return err

@@ -13,7 +13,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// writeRules writes the rules as Prometheus reads them, without the operator.
+// writeRules writes the rules in Prometheus's own format, without the operator's envelope.
 func writeRules(t *testing.T, spec monitoringv1.PrometheusRuleSpec, path string) {
 	t.Helper()
 	data, err := yaml.Marshal(spec)
@@ -25,8 +25,8 @@ func writeRules(t *testing.T, spec monitoringv1.PrometheusRuleSpec, path string)
 	}
 }
 
-// TestAlerts runs rules_test.yaml.
-func TestAlerts(t *testing.T) {
+// TestAlertsFireAsExpected runs rules_test.yaml with promtool.
+func TestAlertsFireAsExpected(t *testing.T) {
 	promtool := installed(t, "promtool")
 	dir := t.TempDir()
 	writeRules(t, render(t).rules.Spec, filepath.Join(dir, "rules.yaml"))
@@ -46,9 +46,9 @@ func TestAlerts(t *testing.T) {
 	}
 }
 
-// TestAlertsSayWhatToDo: each is seen firing in rules_test.yaml with the labels that its text uses, and has a section
-// in the runbooks; no section is left over.
-func TestAlertsSayWhatToDo(t *testing.T) {
+// TestEveryAlertHasATestAndARunbook checks that rules_test.yaml shows each alert firing, with the labels that its
+// text uses, and that each alert has a section in the runbooks, and each section an alert.
+func TestEveryAlertHasATestAndARunbook(t *testing.T) {
 	tests, err := os.ReadFile("rules_test.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +87,8 @@ func TestAlertsSayWhatToDo(t *testing.T) {
 				t.Errorf("the text of %s uses the label %q, which it has not", rule.Alert, name[1])
 			}
 		}
-		if want := "manifests/components/monitoring/runbooks.md#" + strings.ToLower(rule.Alert); rule.Annotations["runbook_url"] != want {
+		if want := "manifests/components/monitoring/runbooks.md#" +
+			strings.ToLower(rule.Alert); rule.Annotations["runbook_url"] != want {
 			t.Errorf("the runbook of %s is %s, want %s", rule.Alert, rule.Annotations["runbook_url"], want)
 		}
 		for _, part := range []string{"**Meaning**", "**Impact**", "**Fix**", "\n1. "} {

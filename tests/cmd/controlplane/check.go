@@ -26,7 +26,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
-// checker holds a control plane to the contract of bootstrap/CONTROL-PLANE.md.
+// checker checks a control plane against the contract of bootstrap/CONTROL-PLANE.md.
 type checker struct {
 	api, id, token, revokedID, revokedToken, frps, gateway, away string
 	client                                                       *http.Client
@@ -38,7 +38,7 @@ Holds the control plane at URL (the agents' agent.api_url) to the contract, and 
 
 `
 
-// check does what usage says.
+// check runs the checks that usage describes.
 func check(ctx context.Context, args []string, stdout io.Writer) error {
 	c := &checker{}
 	flags := flag.NewFlagSet("controlplane check", flag.ContinueOnError)
@@ -65,14 +65,18 @@ func check(ctx context.Context, args []string, stdout io.Writer) error {
 	if flags.NArg() != 1 || c.id == "" || c.token == "" {
 		return errors.New("check needs --agent-id, --token-file, and one URL behind the flags")
 	}
-	c.api, c.gateway, c.away = strings.TrimRight(flags.Arg(0), "/"), strings.TrimRight(c.gateway, "/"), strings.TrimRight(c.away, "/")
-	transport := &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, MaxIdleConnsPerHost: 8} // HTTP/1.1, which can be upgraded
+	c.api = strings.TrimRight(flags.Arg(0), "/")
+	c.gateway = strings.TrimRight(c.gateway, "/")
+	c.away = strings.TrimRight(c.away, "/")
+	// HTTP/1.1, which can be upgraded
+	transport := &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, MaxIdleConnsPerHost: 8}
 	if authorities != "" {
 		transport.TLSClientConfig.RootCAs = x509.NewCertPool()
 		transport.TLSClientConfig.RootCAs.AppendCertsFromPEM([]byte(authorities))
 	}
 	defer transport.CloseIdleConnections()
-	c.client = &http.Client{Transport: transport, Timeout: 30 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	c.client = &http.Client{Transport: transport, Timeout: 30 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	failures := 0
 	for _, rule := range c.rules() {
 		result, detail := "skipped", rule.unless
@@ -119,7 +123,8 @@ func (c *checker) rules() []rule {
 			return c.refused(ctx, c.revokedID, c.revokedToken, true)
 		}},
 		{"agent", "200 with the agent's Pipeops-Agent", gateway, func(ctx context.Context) (string, error) {
-			return c.call(ctx, http.MethodGet, c.gateway+"/version", c.token, "", func(a answer) bool { return a.code == http.StatusOK && a.by(c.id) })
+			return c.call(ctx, http.MethodGet, c.gateway+"/version", c.token, "",
+				func(a answer) bool { return a.code == http.StatusOK && a.by(c.id) })
 		}},
 		{"refusal", "the agent's 401, untouched: a Status, Pipeops-Agent, WWW-Authenticate", gateway, func(ctx context.Context) (string, error) {
 			return c.call(ctx, http.MethodPost, c.gateway+review, "wrong-"+rand.Text(), reviewOf(0), func(a answer) bool {
@@ -128,9 +133,11 @@ func (c *checker) rules() []rule {
 		}},
 		{"bodies", "each of 200 writes of 100 KB, 8 at a time, is answered whole, and comes to the agent once", gateway, c.bodies},
 		{"upgrade", "101 for a WebSocket", gateway, func(ctx context.Context) (string, error) {
-			return c.call(ctx, http.MethodGet, c.gateway+"/api/k8s/api/v1/namespaces?watch=true&timeoutSeconds=1", c.token, "", func(a answer) bool {
-				return a.code == http.StatusSwitchingProtocols || a.code == http.StatusForbidden && a.by(c.id) // the agent may not watch
-			}, "Origin", c.gateway, "Connection", "Upgrade", "Upgrade", "websocket", "Sec-Websocket-Version", "13", "Sec-Websocket-Key", "AAAAAAAAAAAAAAAAAAAAAA==")
+			return c.call(ctx, http.MethodGet, c.gateway+"/api/k8s/api/v1/namespaces?watch=true&timeoutSeconds=1", c.token, "",
+				func(a answer) bool {
+					// 403: RBAC forbids the agent to watch.
+					return a.code == http.StatusSwitchingProtocols || a.code == http.StatusForbidden && a.by(c.id)
+				}, "Origin", c.gateway, "Connection", "Upgrade", "Upgrade", "websocket", "Sec-Websocket-Version", "13", "Sec-Websocket-Key", "AAAAAAAAAAAAAAAAAAAAAA==")
 		}},
 		{"large headers", "431 or 400 for headers of 200 KB", gateway, func(ctx context.Context) (string, error) {
 			return c.call(ctx, http.MethodGet, c.gateway+"/api/k8s/version", c.token, "", func(a answer) bool {
@@ -144,7 +151,8 @@ func (c *checker) rules() []rule {
 		}},
 		{"away, writing", "503 with Retry-After, or 502 without if the agent may have got it, and a Status; no 404, which kubectl takes for an object that is gone", away, func(ctx context.Context) (string, error) {
 			return c.call(ctx, http.MethodPost, c.away+review, c.token, reviewOf(0), func(a answer) bool {
-				return a.isStatus() && (a.code == http.StatusServiceUnavailable && a.again() || a.code == http.StatusBadGateway && !a.again())
+				return a.isStatus() && (a.code == http.StatusServiceUnavailable && a.again() ||
+					a.code == http.StatusBadGateway && !a.again())
 			})
 		}},
 	}
@@ -166,7 +174,8 @@ func (a answer) isJSON() bool {
 
 func (a answer) isStatus() bool {
 	var status metav1.Status
-	return a.isJSON() && json.Unmarshal([]byte(a.body), &status) == nil && status.Kind == "Status" && int(status.Code) == a.code
+	return a.isJSON() && json.Unmarshal([]byte(a.body), &status) == nil && status.Kind == "Status" &&
+		int(status.Code) == a.code
 }
 
 func (a answer) String() string {
@@ -203,8 +212,9 @@ func (c *checker) send(ctx context.Context, method, url, token, body string, hea
 	return a, err
 }
 
-// call sends a request, and expects an answer that is right.
-func (c *checker) call(ctx context.Context, method, url, token, body string, right func(answer) bool, header ...string) (string, error) {
+// call sends a request, and returns an error unless the answer is right.
+func (c *checker) call(ctx context.Context, method, url, token, body string, right func(answer) bool,
+	header ...string) (string, error) {
 	a, err := c.send(ctx, method, url, token, body, header...)
 	if err == nil && !right(a) {
 		err = fmt.Errorf("the answer is %s: %.200q", a, a.body)
@@ -212,19 +222,21 @@ func (c *checker) call(ctx context.Context, method, url, token, body string, rig
 	return a.String(), err
 }
 
-// ask asks for a lease, as an agent does.
+// ask requests a lease, as an agent does.
 func (c *checker) ask(ctx context.Context, id, token string) (answer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return answer{}, err
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{id}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{id},
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		return answer{}, err
 	}
 	certificate := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
-	body, err := json.Marshal(map[string]string{"agent_id": id, "agent_name": id, "cluster_name": id, "instance": "check", "version": "check", "tls_certificate": certificate})
+	body, err := json.Marshal(map[string]string{"agent_id": id, "agent_name": id, "cluster_name": id, "instance": "check",
+		"version": "check", "tls_certificate": certificate})
 	if err != nil {
 		return answer{}, err
 	}
@@ -261,15 +273,19 @@ func (c *checker) lease(ctx context.Context) (string, error) {
 	case !slices.Contains([]string{"", "token", "oidc"}, lease.AuthMethod):
 		err = fmt.Errorf("auth_method is %q", lease.AuthMethod)
 	case lease.ServerAddr != c.frps && (strings.HasSuffix("."+strings.ToLower(lease.ServerAddr), ".localhost") ||
-		ip != nil && (ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast())), lease.ServerPort < 0, lease.ServerPort > 65535:
+		ip != nil && (ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast())),
+		lease.ServerPort < 0, lease.ServerPort > 65535:
 		err = fmt.Errorf("frps is %s:%d", lease.ServerAddr, lease.ServerPort)
-	case !slices.Contains([]string{"", "http", "https", "tcp"}, lease.Tunnel.Type), lease.Tunnel.Subdomain != "" && badName(lease.Tunnel.Subdomain), slices.ContainsFunc(lease.Tunnel.CustomDomains, badName):
+	case !slices.Contains([]string{"", "http", "https", "tcp"}, lease.Tunnel.Type),
+		lease.Tunnel.Subdomain != "" && badName(lease.Tunnel.Subdomain),
+		slices.ContainsFunc(lease.Tunnel.CustomDomains, badName):
 		err = fmt.Errorf("the tunnel is %+v", lease.Tunnel)
 	}
-	return fmt.Sprintf("frps at %q, tunnel of type %q, auth_method %q, until %v", lease.ServerAddr, lease.Tunnel.Type, lease.AuthMethod, lease.ExpiresAt), err
+	return fmt.Sprintf("frps at %q, tunnel of type %q, auth_method %q, until %v", lease.ServerAddr, lease.Tunnel.Type,
+		lease.AuthMethod, lease.ExpiresAt), err
 }
 
-// refused expects that an agent gets no lease.
+// refused returns an error if an agent gets a lease.
 func (c *checker) refused(ctx context.Context, id, token string, revoked bool) (string, error) {
 	a, err := c.ask(ctx, id, token)
 	if err != nil {
@@ -286,6 +302,7 @@ func (c *checker) refused(ctx context.Context, id, token string, revoked bool) (
 // review is a write that everybody may make and that changes nothing. Its answer repeats what was asked.
 const review = "/api/k8s/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
+// reviewOf returns a write that every user may make and that changes nothing. Its answer repeats the request.
 func reviewOf(size int) string {
 	return `{"apiVersion":"authorization.k8s.io/v1","kind":"SelfSubjectAccessReview","spec":{"resourceAttributes":{"resource":"pods","verb":"get","name":"` + strings.Repeat("x", size) + `"}}}`
 }
@@ -324,7 +341,8 @@ func (c *checker) bodies(ctx context.Context) (string, error) {
 func (c *checker) counted(ctx context.Context) (sum int) {
 	a, _ := c.send(ctx, http.MethodGet, c.gateway+"/metrics", c.token, "")
 	for line := range strings.Lines(a.body) {
-		if n := 0; strings.HasPrefix(line, "pipeops_agent_kubernetes_requests_total{") && strings.Contains(line, `verb="create"`) {
+		if n := 0; strings.HasPrefix(line, "pipeops_agent_kubernetes_requests_total{") &&
+			strings.Contains(line, `verb="create"`) {
 			_, _ = fmt.Sscan(line[strings.LastIndexByte(line, ' ')+1:], &n)
 			sum += n
 		}

@@ -16,8 +16,9 @@ import (
 	"testing"
 )
 
-// TestABrokenControlPlaneFails: each mistake fails the rule that it breaks, and no other.
-func TestABrokenControlPlaneFails(t *testing.T) {
+// TestCheckFindsEachBrokenRule checks that each mistake of a control plane fails the rule that it breaks, and no
+// other.
+func TestCheckFindsEachBrokenRule(t *testing.T) {
 	token := filepath.Join(t.TempDir(), "token")
 	if err := os.WriteFile(token, []byte("the-token\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -59,9 +60,11 @@ func TestABrokenControlPlaneFails(t *testing.T) {
 				t.Fatal(err)
 			}
 			var out bytes.Buffer
-			err := check(t.Context(), []string{"--agent-id", "a", "--token-file", token, "--revoked-id", "r", "--revoked-token-file", token,
+			err := check(t.Context(), []string{"--agent-id", "a", "--token-file", token, "--revoked-id", "r",
+				"--revoked-token-file", token,
 				"--ca-file", ca, "--gateway", server.URL + "/a", "--away", server.URL + "/away", server.URL}, &out)
-			if strings.Count(out.String(), "\n") != 11 || strings.Count(out.String(), "ok ") != 11-len(s.faults) || (err != nil) != (len(s.faults) > 0) {
+			if strings.Count(out.String(), "\n") != 11 || strings.Count(out.String(), "ok ") != 11-len(s.faults) ||
+				(err != nil) != (len(s.faults) > 0) {
 				t.Errorf("%v:\n%s", err, &out)
 			}
 			for rule := range s.faults {
@@ -81,7 +84,7 @@ func pemOf(server *httptest.Server) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
 }
 
-// says answers with JSON, unless the headers, each a name and a value, say otherwise.
+// says returns a handler that answers with JSON. The headers, each a name and a value, may set another Content-Type.
 func says(code int, body string, header ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
@@ -100,7 +103,7 @@ func status(code int, retryAfter string, header ...string) http.HandlerFunc {
 	return says(code, fmt.Sprintf(`{"kind":"Status","code":%d}`, code), header...)
 }
 
-// echo answers a write with its body, and counts it as so many.
+// echo returns a handler that answers a write with its body, and counts the write the given number of times.
 func (s *stub) echo(times int64) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -110,7 +113,7 @@ func (s *stub) echo(times int64) http.HandlerFunc {
 	}
 }
 
-// stub is a control plane that keeps the contract but for its faults.
+// stub is a control plane that keeps the contract except for its faults.
 type stub struct {
 	faults map[string]http.HandlerFunc // by the rule that they break
 	came   atomic.Int64

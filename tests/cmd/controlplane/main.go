@@ -1,5 +1,5 @@
-// Command controlplane runs the development control plane with a stock frps until Ctrl-C. It prints where its
-// parts are as one line of JSON. `controlplane check` holds another control plane to the contract.
+// Command controlplane runs the development control plane with a stock frps until Ctrl-C. It prints the addresses of
+// its parts as one line of JSON. `controlplane check` checks another control plane against the contract.
 package main
 
 import (
@@ -16,8 +16,8 @@ import (
 
 	"k8s.io/apimachinery/pkg/util/validation"
 
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 func main() {
@@ -63,7 +63,8 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer group.Close()
-	cp, err := controlplane.Start(ctx, controlplane.Options{Group: group, Agents: agents, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	cp, err := controlplane.Start(ctx, controlplane.Options{Group: group, Agents: agents,
+		Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	if err != nil {
 		return err
 	}

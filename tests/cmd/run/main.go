@@ -1,5 +1,5 @@
-// Command run is `make run`: the whole path from kubectl to a Kubernetes API server, on this machine, until
-// Ctrl-C. With KUBECONFIG set it leads to that cluster; else it starts an API server of its own.
+// Command run is `make run`. It runs the whole path from kubectl to a Kubernetes API server on this machine, until
+// Ctrl-C. With KUBECONFIG set it uses that cluster, otherwise it starts an API server of its own.
 package main
 
 import (
@@ -17,10 +17,10 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/agent"
-	"github.com/pipeops/vm-agent/tests/cluster"
-	"github.com/pipeops/vm-agent/tests/controlplane"
-	"github.com/pipeops/vm-agent/tests/process"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 const agentID = "agent-001"
@@ -48,7 +48,7 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	defer group.Close()
 
 	own := kubeconfig == ""
-	var etcdDone, apiServerDone <-chan struct{} // nil, and so never ready, for another's cluster
+	var etcdDone, apiServerDone <-chan struct{} // nil, which is never ready, for a cluster that was not started here
 	var c *cluster.Cluster
 	if !own {
 		say("cluster        KUBECONFIG is set: leading to the cluster of %s (unset it for one of our own)", kubeconfig)
@@ -58,12 +58,8 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 			return err
 		}
 		etcdDone, apiServerDone = c.Etcd.Done(), c.APIServer.Done()
-		config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
-		if err != nil {
-			return err
-		}
 		kubeconfig = filepath.Join(group.Dir(), "agent.kubeconfig")
-		if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+		if _, err := c.WriteAgentKubeconfig(ctx, kubeconfig); err != nil {
 			return err
 		}
 	}
@@ -86,7 +82,8 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	a.Env = append(a.Env, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc,*.svc.cluster.local") // runners of the user's own, to try
+	// Allows runners that the user starts to try them.
+	a.Env = append(a.Env, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1,*.svc,*.svc.cluster.local")
 	if err := a.Start(); err != nil {
 		return err
 	}
@@ -140,20 +137,20 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 		case <-apiServerDone:
 			return c.APIServer.Failed()
 		case <-a.Frpc.Done():
-			say("frpc has ended; starting it again, as a kubelet would")
+			say("frpc has ended: restarting it, as a kubelet would")
 			err = a.StartFrpc()
 		case <-a.Bootstrap.Done():
-			say("bootstrap has ended; starting it again, as a kubelet would")
+			say("bootstrap has ended: restarting it, as a kubelet would")
 			err = a.StartBootstrap()
 		case <-a.Proxy.Done():
-			say("the proxy has ended; starting it again, as a kubelet would")
+			say("the proxy has ended: restarting it, as a kubelet would")
 			err = a.StartProxy()
 		}
 		if err != nil {
 			return err
 		}
 		select {
-		case <-time.After(time.Second): // it may end at once, again and again
+		case <-time.After(time.Second): // avoids a tight loop if it ends at once
 		case <-ctx.Done():
 		}
 	}

@@ -1,4 +1,4 @@
-// Package frp holds the stock frp for the tests, and the proof that frp reads what package frpc writes.
+// Package frp pins the stock frp for the tests, and proves that frp reads what package frpc writes.
 package frp
 
 import (
@@ -40,7 +40,7 @@ var hostile = map[string]string{
 	"env":        "$HOME ${HOME} %(x)s",
 }
 
-// with gives a configuration that has value in every text.
+// with returns a configuration that has value in every text.
 func with(value string) frpc.Config {
 	return frpc.Config{
 		ServerAddr: value, ServerPort: 7000, User: value, ClientID: value, Protocol: "tcp", AuthMethod: "token",
@@ -55,7 +55,7 @@ func with(value string) frpc.Config {
 	}
 }
 
-// readBack is what frp's own loader makes of c.
+// readBack returns what frp's own loader reads from c's file.
 func readBack(t *testing.T, c frpc.Config) (*v1.ClientConfig, error) {
 	t.Helper()
 	toml, err := c.TOML()
@@ -76,7 +76,7 @@ func readBack(t *testing.T, c frpc.Config) (*v1.ClientConfig, error) {
 	return got, nil
 }
 
-// want is c, said in frp's own types.
+// want returns c in frp's own types.
 func want(c frpc.Config) *v1.ClientConfig {
 	no := false
 	metadatas := map[string]string{}
@@ -88,7 +88,8 @@ func want(c frpc.Config) *v1.ClientConfig {
 		Log:       v1.LogConfig{Level: c.LogLevel, DisablePrintColor: true},
 		Auth:      v1.AuthClientConfig{Method: "token", Token: c.Token.Reveal()},
 		Metadatas: metadatas,
-		WebServer: v1.WebServerConfig{Addr: "127.0.0.1", Port: c.Admin.Port, User: c.Admin.User, Password: c.Admin.Password.Reveal()},
+		WebServer: v1.WebServerConfig{Addr: "127.0.0.1", Port: c.Admin.Port, User: c.Admin.User,
+			Password: c.Admin.Password.Reveal()},
 	}}
 	if c.AuthMethod == "oidc" {
 		w.Auth = v1.AuthClientConfig{Method: "oidc", OIDC: v1.AuthOIDCClientConfig{
@@ -134,7 +135,7 @@ func want(c frpc.Config) *v1.ClientConfig {
 	return w
 }
 
-// check holds what frp reads against what was meant.
+// check compares what frp reads with c.
 func check(t *testing.T, c frpc.Config) {
 	t.Helper()
 	got, err := readBack(t, c)
@@ -146,7 +147,7 @@ func check(t *testing.T, c frpc.Config) {
 	}
 }
 
-func TestFrpReadsBackWhatWasMeant(t *testing.T) {
+func TestFrpReadsWhatTheAgentWrites(t *testing.T) {
 	for name, value := range hostile {
 		t.Run(name, func(t *testing.T) { check(t, with(value)) })
 	}
@@ -162,27 +163,27 @@ func TestFrpReadsBackWhatWasMeant(t *testing.T) {
 	})
 }
 
-func TestTextThatIsNotUTF8IsRefused(t *testing.T) {
+func TestInvalidUTF8IsRefused(t *testing.T) {
 	_, err := with("a\xffb").TOML()
 	if err == nil || !strings.Contains(err.Error(), `"serverAddr" is not valid UTF-8`) {
 		t.Errorf("got error %v", err)
 	}
 }
 
-func FuzzFrpReadsBackWhatWasMeant(f *testing.F) {
+func FuzzFrpReadsWhatTheAgentWrites(f *testing.F) {
 	for _, value := range hostile {
 		f.Add(value)
 	}
 	f.Fuzz(func(t *testing.T, value string) {
 		if value == "" || !utf8.ValidString(value) {
-			return // left to frp's default; refused
+			return // empty: frp's default applies; invalid: refused
 		}
 		check(t, with(value))
 	})
 }
 
-// TestStockFrpcVerifies holds the file against the validation of the binary that users run.
-func TestStockFrpcVerifies(t *testing.T) {
+// TestStockFrpcAcceptsTheConfiguration runs the validation of the binary that users run.
+func TestStockFrpcAcceptsTheConfiguration(t *testing.T) {
 	binary := filepath.Join("..", "..", "..", ".build", "bin", "frpc")
 	if _, err := os.Stat(binary); err != nil {
 		t.Fatalf("%v: make tools builds it", err)

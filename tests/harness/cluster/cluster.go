@@ -1,0 +1,247 @@
+// Package cluster runs a real Kubernetes: etcd and kube-apiserver as processes on loopback, without root; or a whole
+// node in namespaces of its own, with root.
+package cluster
+
+import (
+	"context"
+	"crypto/rand"
+	_ "embed"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"k8s.io/client-go/util/keyutil"
+
+	"github.com/pipeops/vm-agent/tests/harness/process"
+)
+
+// serviceRange is the range of Service addresses. The first is the API server's own.
+const serviceRange = "10.96.0.0/16"
+
+// Files in the directory of a cluster.
+const (
+	serviceAccountKey = "service-account.key"
+	serverCertificate = "certs/apiserver.crt" // the API server makes it
+)
+
+// PrometheusOperatorKinds are manifests of the custom resources that manifests/components/monitoring uses.
+//
+//go:embed prometheus-operator.yaml
+var PrometheusOperatorKinds string
+
+// Cluster is a running API server.
+type Cluster struct {
+	Config *rest.Config // as an administrator
+	Client kubernetes.Interface
+
+	Etcd, APIServer *process.Process
+}
+
+// Start starts etcd and the API server in the group and waits until they are ready.
+func Start(ctx context.Context, group *process.Group) (*Cluster, error) {
+	dir, err := group.Mkdir("cluster")
+	if err != nil {
+		return nil, err
+	}
+	serverURL, err := freeURL("https")
+	if err != nil {
+		return nil, err
+	}
+	s := &site{group: group, dir: dir, serverURL: serverURL}
+	return s.startCluster(ctx,
+		"--endpoint-reconciler-type", "none", // there is no Service to keep for a server on loopback
+		// No controller makes ServiceAccounts for namespaces: pods must do without.
+		"--disable-admission-plugins", "ServiceAccount")
+}
+
+// site is the place where the processes of a cluster run.
+type site struct {
+	group     *process.Group
+	dir       string
+	prefix    string   // of the names of its processes
+	serverURL string   // of the API server
+	enter     []string // the command that leads there, unless it is here
+	tokens    []string // the lines of the API server's token file
+	parts     []part   // all that was started
+}
+
+type part struct {
+	name string
+	*process.Process
+}
+
+// start starts a program that make has built.
+func (s *site) start(name string, args ...string) (*process.Process, error) {
+	binary, err := process.Binary(name)
+	if err != nil {
+		return nil, err
+	}
+	return s.run(name, binary, args...)
+}
+
+// run starts any program.
+func (s *site) run(name, binary string, args ...string) (*process.Process, error) {
+	command := slices.Concat(s.enter, []string{binary}, args)
+	p, err := s.group.Start(s.prefix+name, nil, command[0], command[1:]...)
+	if err == nil {
+		s.parts = append(s.parts, part{s.prefix + name, p})
+	}
+	return p, err
+}
+
+// user adds a user, before the API server starts, and returns its token.
+func (s *site) user(name string, group ...string) string {
+	token := rand.Text()
+	s.tokens = append(s.tokens, strings.Join(append([]string{token, name, name}, group...), ","))
+	return token
+}
+
+func (s *site) startCluster(ctx context.Context, serverArgs ...string) (*Cluster, error) {
+	etcd, etcdURL, err := s.startEtcd()
+	if err != nil {
+		return nil, err
+	}
+	c, err := s.startAPIServer(ctx, append(serverArgs, "--etcd-servers", etcdURL))
+	if err != nil {
+		return nil, err
+	}
+	c.Etcd = etcd
+	return c, nil
+}
+
+func (s *site) startEtcd() (*process.Process, string, error) {
+	clientURL, err := freeURL("http")
+	if err != nil {
+		return nil, "", err
+	}
+	peerURL, err := freeURL("http")
+	if err != nil {
+		return nil, "", err
+	}
+	etcd, err := s.start("etcd",
+		"--data-dir", filepath.Join(s.dir, "etcd"),
+		"--listen-client-urls", clientURL, "--advertise-client-urls", clientURL,
+		"--listen-peer-urls", peerURL, "--initial-advertise-peer-urls", peerURL, "--initial-cluster", "default="+peerURL,
+		"--unsafe-no-fsync", "--log-level", "warn")
+	return etcd, clientURL, err
+}
+
+func (s *site) startAPIServer(ctx context.Context, args []string) (*Cluster, error) {
+	host, port, err := net.SplitHostPort(strings.TrimPrefix(s.serverURL, "https://"))
+	if err != nil {
+		return nil, err
+	}
+	key := filepath.Join(s.dir, serviceAccountKey)
+	if _, _, err := keyutil.LoadOrGenerateKeyFile(key); err != nil {
+		return nil, err
+	}
+	token := s.user("admin", "system:masters")
+	tokens := filepath.Join(s.dir, "tokens.csv")
+	if err := os.WriteFile(tokens, []byte(strings.Join(s.tokens, "\n")), 0o600); err != nil {
+		return nil, err
+	}
+	certificate := filepath.Join(s.dir, serverCertificate)
+	server, err := s.start("kube-apiserver", append(args,
+		"--bind-address", host, "--advertise-address", host, "--secure-port", port,
+		"--cert-dir", filepath.Dir(certificate),
+		"--token-auth-file", tokens, "--authorization-mode", "Node,RBAC",
+		"--service-account-issuer", "https://kubernetes.default.svc",
+		"--service-account-key-file", key, "--service-account-signing-key-file", key,
+		"--service-cluster-ip-range", serviceRange, "--allow-privileged",
+		"--kubelet-preferred-address-types", "InternalIP")...)
+	if err != nil {
+		return nil, err
+	}
+	c := &Cluster{APIServer: server, Config: &rest.Config{Host: s.serverURL, BearerToken: token, QPS: -1}}
+	err = process.Poll(ctx, time.Minute, server.Done(), func() (err error) {
+		// Read anew each time: the API server makes it while it starts, and it may not be whole yet.
+		if c.Config.CAData, err = os.ReadFile(certificate); err != nil {
+			return err
+		}
+		if c.Client, err = kubernetes.NewForConfig(c.Config); err != nil {
+			return err
+		}
+		return c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error()
+	})
+	if err != nil {
+		select {
+		case <-server.Done():
+			return nil, server.Failed()
+		default:
+			return nil, fmt.Errorf("kube-apiserver is not ready: %w", err)
+		}
+	}
+	return c, nil
+}
+
+// ServiceAccount makes a ServiceAccount with a cluster role, and returns a configuration that acts as it, with a
+// token from the API server.
+func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRole string) (*rest.Config, error) {
+	_, err := c.Client.CoreV1().Namespaces().Create(ctx,
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
+	if err != nil && !apierrors.IsAlreadyExists(err) {
+		return nil, err
+	}
+	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	if _, err := c.Client.CoreV1().ServiceAccounts(namespace).Create(ctx, account, metav1.CreateOptions{}); err != nil &&
+		!apierrors.IsAlreadyExists(err) {
+		return nil, err
+	}
+	binding := &rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: namespace + "-" + name},
+		Subjects:   []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: namespace, Name: name}},
+		RoleRef:    rbacv1.RoleRef{APIGroup: "rbac.authorization.k8s.io", Kind: "ClusterRole", Name: clusterRole},
+	}
+	if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil &&
+		!apierrors.IsAlreadyExists(err) {
+		return nil, err
+	}
+	day := int64(24 * 60 * 60)
+	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &day}}
+	answer, err := c.Client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, name, request, metav1.CreateOptions{})
+	if err != nil {
+		return nil, err
+	}
+	config := rest.CopyConfig(c.Config)
+	config.BearerToken = answer.Status.Token
+	return config, nil
+}
+
+// WriteAgentKubeconfig writes the agent's kubeconfig and returns the same as a configuration. The agent acts as a
+// ServiceAccount with cluster-admin.
+func (c *Cluster) WriteAgentKubeconfig(ctx context.Context, path string) (*rest.Config, error) {
+	config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
+	if err != nil {
+		return nil, err
+	}
+	return config, WriteKubeconfig(path, config)
+}
+
+// WriteKubeconfig writes config as a kubeconfig.
+func WriteKubeconfig(path string, config *rest.Config) error {
+	k := clientcmdapi.NewConfig()
+	k.Clusters["cluster"] = &clientcmdapi.Cluster{Server: config.Host, CertificateAuthorityData: config.CAData,
+		InsecureSkipTLSVerify: config.Insecure}
+	k.AuthInfos["user"] = &clientcmdapi.AuthInfo{Token: config.BearerToken}
+	k.Contexts["context"] = &clientcmdapi.Context{Cluster: "cluster", AuthInfo: "user"}
+	k.CurrentContext = "context"
+	return clientcmd.WriteToFile(*k, path)
+}
+
+func freeURL(scheme string) (string, error) {
+	addr, err := process.FreeAddr()
+	return scheme + "://" + addr, err
+}

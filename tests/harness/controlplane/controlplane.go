@@ -1,0 +1,299 @@
+// Package controlplane is a small real control plane for development and tests: the authentication endpoint, a stock
+// frps with a plugin that checks each agent's own credential, and an HTTPS gateway for callers. It keeps everything
+// in memory.
+package controlplane
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/subtle"
+	"crypto/tls"
+	"encoding/json"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
+	"github.com/pipeops/vm-agent/tests/harness/process"
+)
+
+// Options configure a control plane.
+type Options struct {
+	Group  *process.Group
+	Agents map[string]string // token by agent id
+	Log    *slog.Logger
+	Token  bool   // leases hold frp's shared token, which frpc reads once, instead of a token of OpenID Connect
+	IP     string // this machine's, to listen on and for agents to find it at; default: 127.0.0.1
+}
+
+// Terms are the terms of the leases that are given from now on.
+type Terms struct {
+	Life       time.Duration // how long an agent may log in; 0: forever
+	TunnelType string        // http or https; empty: what the agent wants
+}
+
+// ControlPlane is a running control plane. All its addresses are on one IP.
+type ControlPlane struct {
+	APIURL     string `json:"api_url"`     // where agents authenticate
+	GatewayURL string `json:"gateway_url"` // where callers reach agents, below /agents/{id}
+	CAFile     string `json:"ca_file"`     // PEM: signs the certificates of all three servers
+	CA         []byte `json:"-"`           // the same
+	FrpsPort   int    `json:"frps_port"`
+
+	options      Options
+	frpToken     string  // frp's shared token
+	issuer       *issuer // nil: leases hold frp's shared token
+	dir          string
+	pluginURL    string
+	vhostPort    int // of tunnels of type http
+	vhostTLSPort int // https
+	frpsArgs     []string
+	servers      []*http.Server
+
+	mu       sync.Mutex
+	agents   map[string]string
+	revoked  map[string]bool
+	terms    Terms
+	leases   map[string]lease   // by the id that stands in an agent's token or metadatas
+	given    int                // how many leases were given
+	tunnels  map[string]string  // by agent id: the type of the tunnel that frps was last let to open
+	refusals map[string]refusal // by agent id: why frps was last told to refuse it
+	fault    http.Handler       // answers instead of the authentication endpoint, for tests
+	frps     *process.Process
+}
+
+// lease is the lease of one instance of an agent.
+type lease struct {
+	agentID     string
+	given       time.Time
+	groupKey    string
+	expires     time.Time // zero: never
+	tunnel      frpc.Tunnel
+	certificate string // PEM: what the agent shows to callers of a tunnel of type https
+}
+
+// latest returns an agent's most recent lease.
+func (c *ControlPlane) latest(agentID string) (latest lease, ok bool) {
+	for _, l := range c.leases {
+		if l.agentID == agentID && !l.given.Before(latest.given) {
+			latest, ok = l, true
+		}
+	}
+	return latest, ok
+}
+
+func (l lease) ended() bool { return !l.expires.IsZero() && time.Now().After(l.expires) }
+
+type refusal struct {
+	at     time.Time
+	reason string
+}
+
+// Start runs a control plane until Close, or until ctx ends.
+func Start(ctx context.Context, options Options) (*ControlPlane, error) {
+	options.IP = cmp.Or(options.IP, "127.0.0.1")
+	dir, err := options.Group.Mkdir("controlplane")
+	if err != nil {
+		return nil, err
+	}
+	c := &ControlPlane{
+		CAFile: filepath.Join(dir, "ca.crt"), options: options, frpToken: rand.Text(), dir: dir,
+		agents: maps.Clone(options.Agents), revoked: map[string]bool{}, terms: Terms{Life: 24 * time.Hour},
+		leases: map[string]lease{}, tunnels: map[string]string{}, refusals: map[string]refusal{},
+	}
+	cert, err := writeCertificates(dir, net.ParseIP(options.IP))
+	if err != nil {
+		return nil, err
+	}
+	if c.CA, err = os.ReadFile(c.CAFile); err != nil {
+		return nil, err
+	}
+	tlsConfig := &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+
+	api := http.NewServeMux()
+	api.HandleFunc("POST /auth/frp-token", c.authenticate)
+	if c.APIURL, err = c.serve(ctx, api, tlsConfig); err != nil {
+		return nil, err
+	}
+	if c.pluginURL, err = c.serve(ctx, http.HandlerFunc(c.plugin), nil); err != nil {
+		return nil, err
+	}
+	if !options.Token {
+		if c.issuer, err = newIssuer(); err != nil {
+			return nil, err
+		}
+		if c.issuer.url, err = c.serve(ctx, c.issuer, nil); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.MoveFrps(ctx); err != nil {
+		return nil, err
+	}
+	if c.GatewayURL, err = c.serve(ctx, c.gateway(), tlsConfig); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// serve runs a server on a free port of loopback and returns its URL.
+func (c *ControlPlane) serve(ctx context.Context, handler http.Handler, tlsConfig *tls.Config) (string, error) {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(c.options.IP, "0"))
+	if err != nil {
+		return "", err
+	}
+	server := &http.Server{
+		Handler: handler, ReadHeaderTimeout: 30 * time.Second,
+		ErrorLog: slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
+	}
+	c.servers = append(c.servers, server)
+	if tlsConfig == nil {
+		go func() { _ = server.Serve(listener) }()
+		return "http://" + listener.Addr().String(), nil
+	}
+	server.TLSConfig = tlsConfig.Clone() // the server changes it
+	go func() { _ = server.ServeTLS(listener, "", "") }()
+	return "https://" + listener.Addr().String(), nil
+}
+
+// Close stops the control plane and its frps.
+func (c *ControlPlane) Close() {
+	for _, s := range c.servers {
+		_ = s.Close()
+	}
+	c.StopFrps()
+}
+
+// SetAgent lets an agent authenticate with a token. Its previous token is invalid from then on.
+func (c *ControlPlane) SetAgent(id, token string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.agents[id] = token
+}
+
+// Revoke revokes an agent, or accepts it again if revoked is false.
+func (c *ControlPlane) Revoke(id string, revoked bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.revoked[id] = revoked
+}
+
+// SetTerms sets the terms of the next leases.
+func (c *ControlPlane) SetTerms(terms Terms) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.terms = terms
+}
+
+// RevokeLeases makes frps refuse every lease that has been given.
+func (c *ControlPlane) RevokeLeases() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear(c.leases)
+}
+
+// LeasesGiven returns how many leases have been given.
+func (c *ControlPlane) LeasesGiven() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.given
+}
+
+// Fail makes handler answer in place of the authentication endpoint, until Fail(nil).
+func (c *ControlPlane) Fail(handler http.Handler) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.fault = handler
+}
+
+// authenticate exchanges an agent's token for a lease.
+func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
+	c.mu.Lock()
+	fault := c.fault
+	c.mu.Unlock()
+	if fault != nil {
+		fault.ServeHTTP(w, r)
+		return
+	}
+	var request struct {
+		AgentID     string `json:"agent_id"`
+		Instance    string `json:"instance"`
+		Certificate string `json:"tls_certificate"`
+	}
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<20)).Decode(&request); err != nil {
+		writeJSON(w, http.StatusBadRequest, map[string]string{"error": err.Error()})
+		return
+	}
+	shown, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	token := c.agents[request.AgentID]
+	if token == "" || subtle.ConstantTimeCompare([]byte(shown), []byte(token)) != 1 {
+		// Not revoked: the right token may be on its way to the agent.
+		c.options.Log.Warn("agent refused", "agent_id", request.AgentID)
+		writeJSON(w, http.StatusUnauthorized, map[string]string{"error": "unknown agent or wrong token"})
+		return
+	}
+	if c.revoked[request.AgentID] {
+		writeJSON(w, http.StatusForbidden, map[string]any{"error": "the agent was revoked", "revoked": true})
+		return
+	}
+	id := rand.Text()
+	l := lease{agentID: request.AgentID, given: time.Now(), groupKey: rand.Text(), certificate: request.Certificate}
+	if before, ok := c.latest(l.agentID); ok {
+		l.groupKey = before.groupKey // the instances of one agent share the key of their group
+	}
+	if c.terms.Life != 0 {
+		l.expires = time.Now().Add(c.terms.Life).UTC().Truncate(time.Second)
+	}
+	l.tunnel = frpc.Tunnel{Type: c.terms.TunnelType, Group: l.agentID, GroupKey: secret.Secret(l.groupKey)}
+	if l.tunnel.Type == "" {
+		l.tunnel.Type = "http"
+		if l.certificate != "" {
+			l.tunnel.Type = "https"
+		}
+	}
+	if l.tunnel.Type == "https" {
+		l.tunnel.CustomDomains = []string{l.agentID + "." + tlsDomain}
+	} else {
+		l.tunnel.Subdomain = l.agentID
+	}
+	answer := map[string]any{"server_addr": c.options.IP, "server_port": c.FrpsPort, "tunnel": l.tunnel}
+	if !l.expires.IsZero() {
+		answer["expires_at"] = l.expires
+	}
+	if c.issuer == nil {
+		answer["auth_method"], answer["frp_token"], answer["metadatas"] = "token", c.frpToken, metadatas(l.agentID, id)
+	} else {
+		token, err := c.issuer.token(l.agentID, id, l.expires)
+		if err != nil {
+			writeJSON(w, http.StatusInternalServerError, map[string]string{"error": err.Error()})
+			return
+		}
+		// No metadatas: the plugin takes them from the token, so that frpc.toml stays as it is.
+		answer["auth_method"], answer["frp_token"] = "oidc", token
+	}
+	c.leases[id] = l
+	c.given++
+	c.options.Log.Info("lease given", "agent_id", request.AgentID, "instance", request.Instance, "expires_at", l.expires,
+		"tunnel_type", l.tunnel.Type)
+	writeJSON(w, http.StatusOK, answer)
+}
+
+// metadatas identify an agent and its lease to the plugin.
+func metadatas(agentID, lease string) map[string]string {
+	return map[string]string{"agent_id": agentID, "lease": lease}
+}
+
+func writeJSON(w http.ResponseWriter, code int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(body)
+}

@@ -1,0 +1,226 @@
+package controlplane
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// agentHeader is the header of every answer that an agent gives.
+const agentHeader = "Pipeops-Agent"
+
+// gateway forwards /agents/{id}/… to the agent with this id, through frps's vhost port. It is HTTPS, because kubectl
+// sends no token over http, and leaves authentication to the agent. If the tunnel is of type https, it speaks TLS
+// with the agent itself, and trusts only the certificate that the agent has sent to the authentication endpoint.
+func (c *ControlPlane) gateway() http.Handler {
+	rp := &httputil.ReverseProxy{
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			id, path, _ := cutAgent(pr.In.URL.Path)
+			_, rawPath, _ := cutAgent(pr.In.URL.EscapedPath())
+			pr.Out.URL.Scheme, pr.Out.URL.Host, pr.Out.Host = "http", id+"."+domain, id+"."+domain
+			if c.tunnelType(id) == "https" {
+				pr.Out.URL.Scheme, pr.Out.URL.Host = "https", id+"."+tlsDomain
+			}
+			pr.Out.URL.Path, pr.Out.URL.RawPath = path, rawPath
+			pr.Out.URL.RawQuery = pr.In.URL.RawQuery
+			// frps forwards tunnels of type http with a ReverseProxy of its own, which loses answers to bodies that come
+			// with their length: see whole. It cannot be told to do otherwise, but chunks it forwards whole.
+			if pr.Out.URL.Scheme == "http" && pr.Out.ContentLength > 0 {
+				pr.Out.ContentLength = -1
+			}
+			// The gateway tells callers to continue; a second 100 from behind would race with its own.
+			pr.Out.Header.Del("Expect")
+			// Else frps's transport asks for gzip on its own, has the API server compress, and unpacks it again.
+			if pr.In.Header.Get("Accept-Encoding") == "" {
+				pr.Out.Header.Set("Accept-Encoding", "identity")
+			}
+		},
+		ModifyResponse: func(resp *http.Response) error {
+			id, _, _ := strings.Cut(resp.Request.Host, ".")
+			bare := resp.StatusCode == http.StatusBadRequest || resp.StatusCode == http.StatusRequestHeaderFieldsTooLarge
+			if resp.Header.Get(agentHeader) != id && !bare { // net/http says these by itself, and so does an agent's
+				return errNoAgent
+			}
+			return nil
+		},
+		BufferPool:   &buffers{sync.Pool{New: func() any { return new([32 << 10]byte) }}},
+		ErrorHandler: c.unavailable,
+		ErrorLog:     slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
+		Transport: &http.Transport{
+			MaxIdleConnsPerHost: 100, DisableCompression: true, IdleConnTimeout: 50 * time.Second,
+			DialContext: c.dial, DialTLSContext: c.dialAgent,
+		},
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, _, ok := cutAgent(r.URL.Path)
+		c.mu.Lock()
+		_, known := c.agents[id]
+		c.mu.Unlock()
+		if !ok || !known {
+			kube.WriteStatus(w, r, http.StatusNotFound,
+				fmt.Sprintf("the control plane knows no agent %.100q: the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
+			return
+		}
+		whole(rp, w, r)
+	})
+}
+
+// whole keeps net/http from closing the body of an HTTP/1.1 request when its answer begins. The transport may still
+// read from the body then: an answer may come before the end of the body, and if the length is known, the transport
+// reads once more after the last byte. It would take a closed body for a failure, and close the connection before the
+// rest of the answer.
+func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
+	if r.Body == http.NoBody {
+		next.ServeHTTP(w, r)
+		return
+	}
+	control := http.NewResponseController(w)
+	_ = control.EnableFullDuplex()
+	next.ServeHTTP(w, r)
+	// What is left of the body must be read here: net/http panics if it is left to it (Go 1.26, finishRequest). What does
+	// not come soon must not be taken for the next request.
+	_ = control.Flush()
+	_ = control.SetReadDeadline(time.Now().Add(2 * time.Second))
+	if r.Body.Close() != nil {
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// buffers holds the buffers with which ReverseProxy copies answers. Without it every answer, however small, allocates
+// 32 KiB.
+type buffers struct{ pool sync.Pool }
+
+func (b *buffers) Get() []byte { return b.pool.Get().(*[32 << 10]byte)[:] }
+
+func (b *buffers) Put(buffer []byte) { b.pool.Put((*[32 << 10]byte)(buffer)) }
+
+func (c *ControlPlane) tunnelType(id string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.tunnels[id]
+}
+
+// dial connects to frps's port for tunnels of type http, if frps was ever allowed to open one for the agent.
+func (c *ControlPlane) dial(ctx context.Context, _, addr string) (net.Conn, error) {
+	if id, _, _ := strings.Cut(addr, "."); c.tunnelType(id) == "" {
+		return nil, notDelivered{errNoAgent}
+	}
+	c.mu.Lock()
+	addr = net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostPort))
+	c.mu.Unlock()
+	return dialFrps(ctx, addr)
+}
+
+func dialFrps(ctx context.Context, addr string) (net.Conn, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, notDelivered{err}
+	}
+	return conn, nil
+}
+
+// Direct returns the address at which frps accepts an agent's callers, for a tunnel of type https, and the
+// configuration with which they speak TLS with the agent itself. It trusts the certificates that the agent's leases
+// were requested with.
+func (c *ControlPlane) Direct(id string) (addr string, config *tls.Config) {
+	config = &tls.Config{ServerName: id + "." + tlsDomain, MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}
+	config.VerifyConnection = func(state tls.ConnectionState) error {
+		trusted := x509.NewCertPool()
+		c.mu.Lock()
+		for _, l := range c.leases {
+			if l.agentID == id { // the certificates expire some minutes after their lease
+				trusted.AppendCertsFromPEM([]byte(l.certificate))
+			}
+		}
+		c.mu.Unlock()
+		_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{DNSName: config.ServerName, Roots: trusted})
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostTLSPort)), config
+}
+
+// dialAgent opens a TLS connection to an agent. frps finds the agent by the name in the handshake.
+func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn, error) {
+	name, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	id, _ := strings.CutSuffix(name, "."+tlsDomain)
+	addr, config := c.Direct(id)
+	conn, err := dialFrps(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	tlsConn := tls.Client(conn, config)
+	if err := tlsConn.HandshakeContext(ctx); err != nil {
+		_ = conn.Close()
+		return nil, notDelivered{fmt.Errorf("%w: %w", errNoAgent, err)}
+	}
+	return tlsConn, nil
+}
+
+// errNoAgent stands for an answer that no agent gave. frps answers 404 for a tunnel that is not up, which kubectl
+// would take for an object that does not exist. It also answers 404 if the connection to an agent breaks that has
+// received the request.
+var errNoAgent = errors.New("no agent is connected")
+
+// notDelivered is a failure before any part of the request was sent to the agent.
+type notDelivered struct{ error }
+
+func (e notDelivered) Unwrap() error { return e.error }
+
+// unavailable answers for an agent that did not. r is the request as rewritten.
+//
+// If a retry is safe, it answers 503 with Retry-After. client-go retries ten times, so that kubectl survives the
+// restart of a hop. But client-go would also retry a write, so a write that may have been done is answered with 502,
+// and its caller must look.
+func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err error) {
+	if errors.Is(err, context.Canceled) {
+		panic(http.ErrAbortHandler) // the caller has gone; returning would answer 200
+	}
+	id, _, _ := strings.Cut(r.Host, ".")
+	var message string
+	undelivered := errors.As(err, &notDelivered{})
+	switch {
+	case errors.Is(err, errNoAgent):
+		message = fmt.Sprintf("agent %q is not connected to the control plane: look at its pod's bootstrap and frpc logs, and at GET /ready on its port 9090", id)
+		c.mu.Lock()
+		refused, ok := c.refusals[id]
+		c.mu.Unlock()
+		if ok {
+			message += fmt.Sprintf("; frps refused its tunnel at %s: %s", refused.at.UTC().Format(time.RFC3339), refused.reason)
+		}
+	case undelivered:
+		message = fmt.Sprintf("the gateway cannot reach frps: %v: check that the control plane's frps runs", err)
+	default:
+		message = fmt.Sprintf("the connection to agent %q broke before it answered: %v", id, err)
+	}
+	// Upgrade excludes exec, which is a GET.
+	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == ""
+	if undelivered || reads {
+		kube.WriteStatus(w, r, http.StatusServiceUnavailable, message, 1)
+		return
+	}
+	kube.WriteStatus(w, r, http.StatusBadGateway, "the request may have reached the agent: check whether the request took effect; "+message, 0)
+}
+
+// cutAgent splits /agents/{id}/rest into id and /rest. It accepts encoded and decoded paths.
+func cutAgent(path string) (id, rest string, ok bool) {
+	path, ok = strings.CutPrefix(path, "/agents/")
+	id, rest, _ = strings.Cut(path, "/")
+	return id, "/" + rest, ok
+}
