@@ -30,8 +30,8 @@ import (
 const (
 	exitOK     = 0
 	exitFailed = 1
-	exitUsage  = 2   // the configuration or the command line is wrong
-	exitKilled = 143 // a second signal came before the drain was over
+	exitUsage  = 2   // the configuration or the command line is invalid
+	exitKilled = 143 // a second signal came during the drain
 )
 
 func main() {
@@ -42,19 +42,19 @@ func main() {
 	go func() {
 		<-signals
 		drain()
-		<-signals // ends the process at once
+		<-signals
 		exit(exitKilled)
 	}()
 	exit(run(ctx, os.Args[1:], config.Environ(), os.Stdout, os.Stderr))
 }
 
-// exit ends the process, and with it a credential plugin that still runs: client-go would leave it behind.
+// exit ends the process, and a credential plugin that still runs: client-go would leave it behind.
 func exit(code int) {
 	killChildren(os.Getpid())
 	os.Exit(code)
 }
 
-// killChildren kills the children of a process, and theirs.
+// killChildren kills all descendants of a process.
 func killChildren(pid int) {
 	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, list := range lists {
@@ -72,10 +72,11 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() {
-		_, _ = fmt.Fprint(stderr, "proxy serves the agent's HTTP API and the Kubernetes API under /api/k8s/.\n\nUsage: proxy [flags]\n\n")
+		_, _ = fmt.Fprint(stderr, "proxy serves the agent's HTTP API and the Kubernetes API under /api/k8s/.\n\n"+
+			"Usage: proxy [flags]\n\n")
 		flags.PrintDefaults()
 	}
-	configPath := flags.String("config", "", "YAML configuration `file` (default "+config.DefaultPath+", which may be absent)")
+	configPath := flags.String("config", "", "YAML configuration `file` (default "+config.DefaultPath+", if it exists)")
 	showVersion := flags.Bool("version", false, "print the version as JSON and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return exitOK
@@ -117,7 +118,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	return exitOK
 }
 
-// changeLevel sets the log level to debug at SIGUSR1, and back to what was configured at the next.
+// changeLevel sets the log level to debug on SIGUSR1, and back to the configured level on the next. It never returns.
 func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
 	configured := level.Level()
 	signals := make(chan os.Signal, 1)
@@ -127,7 +128,7 @@ func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
 		if level.Level() == slog.LevelDebug {
 			next = configured
 		}
-		// At the level that lets more through.
+		// At the higher level, which both settings log.
 		log.Log(ctx, max(level.Level(), next), "log level changed", "level", next.String())
 		level.Set(next)
 	}

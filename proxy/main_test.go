@@ -15,7 +15,7 @@ import (
 
 const token = "hunter2"
 
-func TestCommandLine(t *testing.T) {
+func TestExitCodesOfTheCommandLine(t *testing.T) {
 	for _, test := range []struct {
 		args []string
 		env  map[string]string
@@ -36,8 +36,8 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
-// TestKillChildren: a plugin, and what it has started, end with the proxy.
-func TestKillChildren(t *testing.T) {
+// TestKillChildrenKillsGrandchildren: a credential plugin, and the processes it has started, end with the proxy.
+func TestKillChildrenKillsGrandchildren(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "pids")
 	parent := exec.Command("sh", "-c", `sh -c 'sleep 1000 & echo $$ $! >'"$0"'.new; mv "$0".new "$0"; wait' "$0"; exit 0`, file)
 	if err := parent.Start(); err != nil {
@@ -65,7 +65,7 @@ func TestKillChildren(t *testing.T) {
 	}
 }
 
-// eventually waits until a condition holds.
+// eventually waits up to 10 s until a condition holds.
 func eventually(t *testing.T, holds func() bool) {
 	t.Helper()
 	for end := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {

@@ -21,8 +21,8 @@ const signature = "\r\n\r\n\x00\r\nQUIT\n"
 // maxProxyHeader limits in bytes what may follow the first 16: addresses, ports, and further fields.
 const maxProxyHeader = 512
 
-// hello reads the PROXY header, if there is one, and does the TLS handshake if the next byte begins one. Else the caller
-// speaks plain HTTP: frpc's health check always does, and a lease may change the tunnel's type.
+// hello reads the PROXY header, if there is one, and does the TLS handshake if the next byte begins one. Else the
+// caller speaks plain HTTP: frpc's health check always does, and a lease may change the tunnel's type.
 func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 	first, err := c.peek()
 	if err == nil && first == signature[0] {

@@ -1,5 +1,5 @@
-// Package inbound accepts connections within limits: on their number, and on the memory for unfinished headers. Beyond a
-// limit it closes a connection. It never leaves one unread, because frpc would have to buffer the data.
+// Package inbound limits the number of connections, and the memory for unfinished headers. Beyond a limit it closes a
+// connection. It never leaves one unread, because frpc would have to buffer the data.
 package inbound
 
 import (
@@ -14,12 +14,11 @@ import (
 	"time"
 )
 
-// handshakeCost and headerCost are how many bytes of memory a byte that is read may cost. Measured with the shortest
-// headers.
+// handshakeCost and headerCost are the bytes of memory per byte read, at most. Measured with the shortest headers.
 const handshakeCost, headerCost = 2, 20
 
-// readBuffer and writeBuffer are the bytes that the kernel buffers for a connection; it uses twice the memory. Its default
-// is several MiB of the pod's memory for a caller who does not read. With less than 48 KiB to read, loopback has 8 MB/s.
+// readBuffer and writeBuffer are the bytes that the kernel buffers for a connection; it uses twice the memory. By
+// default a caller who does not read uses several MiB. With less than 48 KiB to read, loopback has 8 MB/s.
 const readBuffer, writeBuffer = 64 << 10, 32 << 10
 
 // Why a connection was closed.

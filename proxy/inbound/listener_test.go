@@ -36,7 +36,8 @@ func start(t *testing.T, config Config) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{addr: socket.Addr().String(), entered: make(chan *Conn, 10), release: make(chan struct{}), closed: map[string]int{}}
+	w := &world{addr: socket.Addr().String(), entered: make(chan *Conn, 10), release: make(chan struct{}),
+		closed: map[string]int{}}
 	config.Closed = func(reason string, _ net.Addr, _ error) {
 		w.mu.Lock()
 		defer w.mu.Unlock()
@@ -114,13 +115,13 @@ func answer(conn net.Conn) (string, error) {
 	return string(body), err
 }
 
-// isClosed reports that the other end has closed a connection, and has not merely kept silent.
+// isClosed reports whether the other end has closed a connection, and is not merely silent.
 func isClosed(conn net.Conn) bool {
 	_, err := conn.Read(make([]byte, 1))
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-func TestOldestIdleConnectionMakesRoom(t *testing.T) {
+func TestOldestIdleConnectionIsEvicted(t *testing.T) {
 	w := start(t, Config{Connections: 3, HeaderMemory: 1 << 20})
 	var conns []net.Conn
 	for range 4 {
@@ -146,7 +147,7 @@ func TestOldestIdleConnectionMakesRoom(t *testing.T) {
 	}
 }
 
-func TestAuthenticatedRequestsKeepTheirConnections(t *testing.T) {
+func TestConnectionsOfAuthenticatedRequestsAreNotEvicted(t *testing.T) {
 	w := start(t, Config{Connections: 2, HeaderMemory: 1 << 20})
 	hold := strings.Replace(get, "/", "/hold", 1)
 	held := []net.Conn{w.dial(t, hold), w.dial(t, hold)}
@@ -162,7 +163,7 @@ func TestAuthenticatedRequestsKeepTheirConnections(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	// Answered, they are idle, and make room.
+	// After the answers they are idle, and can be evicted.
 	if _, err := answer(w.dial(t, get)); err != nil {
 		t.Error(err)
 	}
@@ -183,9 +184,9 @@ func TestAbortEndsARequest(t *testing.T) {
 	}
 }
 
-// TestSlowHeadersDoNotLockOut: many callers with unfinished headers, however small, do not keep out whole requests, even
-// such as are larger.
-func TestSlowHeadersDoNotLockOut(t *testing.T) {
+// TestManyUnfinishedHeadersDoNotBlockOthers: however small they are, they do not block whole requests, even larger
+// ones.
+func TestManyUnfinishedHeadersDoNotBlockOthers(t *testing.T) {
 	const memory = 200 << 10
 	w := start(t, Config{Connections: 1000, HeaderMemory: memory})
 	unfinished := "GET / HTTP/1.1\r\nHost: a\r\nA: " + strings.Repeat("b", 70)
@@ -200,8 +201,8 @@ func TestSlowHeadersDoNotLockOut(t *testing.T) {
 	}
 }
 
-// TestUnfinishedHeadersAreBounded: a few callers with large unfinished headers do not keep out those with small ones.
-func TestUnfinishedHeadersAreBounded(t *testing.T) {
+// TestLargeUnfinishedHeadersDoNotBlockOthers: nor use more than the memory for headers.
+func TestLargeUnfinishedHeadersDoNotBlockOthers(t *testing.T) {
 	const memory = 100 << 10
 	w := start(t, Config{Connections: 1000, HeaderMemory: memory})
 	var floods []net.Conn
@@ -239,7 +240,8 @@ func TestHeaderMemoryIsReturned(t *testing.T) {
 	w := start(t, Config{Connections: 10, HeaderMemory: 1 << 20})
 	conn := w.dial(t, "")
 	for range 100 { // together more than the memory
-		if _, err := io.WriteString(conn, strings.Replace(get, "\r\n\r\n", "\r\nA: "+strings.Repeat("b", 2000)+"\r\n\r\n", 1)); err != nil {
+		if _, err := io.WriteString(conn, strings.Replace(get, "\r\n\r\n", "\r\nA: "+strings.Repeat("b", 2000)+"\r\n\r\n",
+			1)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := answer(conn); err != nil {
@@ -248,12 +250,13 @@ func TestHeaderMemoryIsReturned(t *testing.T) {
 	}
 }
 
-// proxyHeader is a PROXY header for 192.0.2.7:4711.
+// proxyHeader returns a PROXY header of version 2.
 func proxyHeader(command, family byte, addresses []byte) string {
-	return signature + string([]byte{command, family}) + string(binary.BigEndian.AppendUint16(nil, uint16(len(addresses)))) + string(addresses)
+	length := binary.BigEndian.AppendUint16(nil, uint16(len(addresses)))
+	return signature + string([]byte{command, family}) + string(length) + string(addresses)
 }
 
-func TestProxyHeader(t *testing.T) {
+func TestPROXYHeaderSetsTheCaller(t *testing.T) {
 	servers := httptest.NewUnstartedServer(nil)
 	servers.StartTLS()
 	servers.Close()
@@ -277,7 +280,8 @@ func TestProxyHeader(t *testing.T) {
 		"an empty line in front": {"\r\n", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if body, _ := answer(w.dial(t, test.header+get)); test.want == "" && strings.HasPrefix(body, "plain") || test.want != "" && !strings.HasPrefix(body, "plain "+test.want) {
+			if body, _ := answer(w.dial(t, test.header+get)); test.want == "" && strings.HasPrefix(body, "plain") ||
+				test.want != "" && !strings.HasPrefix(body, "plain "+test.want) {
 				t.Errorf("plain: answered %q, want %q", body, test.want)
 			}
 			conn := tls.Client(w.dial(t, test.header), &tls.Config{InsecureSkipVerify: true})
@@ -293,9 +297,10 @@ func TestProxyHeader(t *testing.T) {
 	}
 }
 
-// TestHelloTimeout: whoever does not say what they want is cut off, whatever they have said so far.
-func TestHelloTimeout(t *testing.T) {
-	w := start(t, Config{Connections: 10, HeaderMemory: 1 << 20, HelloTimeout: 50 * time.Millisecond, TLS: &tls.Config{MinVersion: tls.VersionTLS12}})
+// TestIncompleteHelloTimesOut: whatever part of it was sent.
+func TestIncompleteHelloTimesOut(t *testing.T) {
+	w := start(t, Config{Connections: 10, HeaderMemory: 1 << 20, HelloTimeout: 50 * time.Millisecond,
+		TLS: &tls.Config{MinVersion: tls.VersionTLS12}})
 	for _, said := range []string{"", signature[:5], signature, "\x16", "\x16\x03\x01\x02\x00"} {
 		if !isClosed(w.dial(t, said)) {
 			t.Errorf("%q: the connection is open", said)
@@ -306,7 +311,7 @@ func TestHelloTimeout(t *testing.T) {
 	}
 }
 
-func TestNilConn(t *testing.T) {
+func TestNilConnDoesNothing(t *testing.T) {
 	c := From(context.Background())
 	c.HeadersRead()
 	c.Authenticated()

@@ -140,7 +140,8 @@ func (b *Body) late() bool {
 func writeBodyError(w http.ResponseWriter, r *http.Request, err error) {
 	w.Header().Set("Connection", "close")
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request did not arrive in time: nothing came for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
+		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request did not arrive in time: nothing came "+
+			"for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
 		return
 	}
 	WriteStatus(w, r, http.StatusBadRequest,

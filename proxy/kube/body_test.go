@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// TestAnswersToLargeBodiesAreWhole: bodies that are too large to be kept are read while they are sent, from a caller
-// of HTTP/1.1, whose body net/http would close when the answer begins. The API server may answer before it has read
-// all, as a backend behind services/proxy does that knows enough.
-func TestAnswersToLargeBodiesAreWhole(t *testing.T) {
+// TestAnswersToLargeBodiesAreComplete: a body that is too large to be kept is sent while it arrives, but net/http
+// would close an HTTP/1.1 caller's body when the answer begins. The API server, or a backend behind services/proxy,
+// may answer before it has read all of it.
+func TestAnswersToLargeBodiesAreComplete(t *testing.T) {
 	const padding = 64 << 10 // of an answer: more than comes with its headers
 	answer := func(body []byte) []byte { return append(bytes.Repeat(body[:16], padding/16), body[:16]...) }
 	for _, protocol := range []string{"HTTP/1.1", "HTTP/2"} {
@@ -83,7 +83,7 @@ func TestAnswersToLargeBodiesAreWhole(t *testing.T) {
 	}
 }
 
-// TestAnswerBeginsBeforeTheBodyEnds: a caller who waits for the answer with the last of the body gets it.
+// TestAnswerBeginsBeforeTheBodyEnds: a caller may wait for the answer's headers before it sends the end of the body.
 func TestAnswerBeginsBeforeTheBodyEnds(t *testing.T) {
 	upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.ReadFull(r.Body, make([]byte, 16))

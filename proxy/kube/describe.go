@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// Description says what a request below Prefix asks for, in the terms of RBAC. It leaves out objects' names: they may be
+// Description says what a request below Prefix asks for, in the terms of RBAC, without objects' names: they may be
 // secret, and are too many for labels.
 type Description struct {
 	Verb        string // get, list, watch, create, update, patch, delete, deletecollection; connect for upgrades

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-func TestDescribe(t *testing.T) {
+func TestRequestsAreDescribedAsInRBAC(t *testing.T) {
 	for _, test := range []struct {
 		method, target string
 		want           Description

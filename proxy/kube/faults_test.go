@@ -24,7 +24,7 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// before is a proxy to an API server that is handler.
+// before returns a proxy to an API server that answers with handler.
 func before(t *testing.T, handler http.HandlerFunc) *Proxy {
 	t.Helper()
 	api := httptest.NewServer(handler)
@@ -32,7 +32,7 @@ func before(t *testing.T, handler http.HandlerFunc) *Proxy {
 	return proxyTo(t, &rest.Config{Host: api.URL})
 }
 
-// TestShutdownIsNotSuccess: a caller whose request is cut must not take that for an answer.
+// TestShutdownIsNotSuccess: a caller whose request is cut must not take that for success.
 func TestShutdownIsNotSuccess(t *testing.T) {
 	arrived := make(chan struct{})
 	proxy := before(t, func(_ http.ResponseWriter, r *http.Request) {
@@ -45,15 +45,17 @@ func TestShutdownIsNotSuccess(t *testing.T) {
 		cut(ErrShutdown)
 	}()
 	w := httptest.NewRecorder()
-	proxy.ServeHTTP(w, httptest.NewRequest(http.MethodDelete, Prefix+"/api/v1/namespaces/a/configmaps/c", nil).WithContext(ctx))
+	r := httptest.NewRequest(http.MethodDelete, Prefix+"/api/v1/namespaces/a/configmaps/c", nil)
+	proxy.ServeHTTP(w, r.WithContext(ctx))
 	var status metav1.Status
-	if err := json.Unmarshal(w.Body.Bytes(), &status); err != nil || w.Code != http.StatusGatewayTimeout || w.Header().Get("Retry-After") != "" ||
+	if err := json.Unmarshal(w.Body.Bytes(), &status); err != nil || w.Code != http.StatusGatewayTimeout ||
+		w.Header().Get("Retry-After") != "" ||
 		!strings.Contains(status.Message, "the agent has stopped before") {
 		t.Errorf("answered %d %v %s", w.Code, w.Header(), w.Body)
 	}
 }
 
-// TestCallerWhoLeavesGetsNoAnswer: a return would answer 200 to whoever still reads.
+// TestCallerWhoLeavesGetsNoAnswer: to return would answer 200.
 func TestCallerWhoLeavesGetsNoAnswer(t *testing.T) {
 	arrived := make(chan struct{})
 	proxy := before(t, func(_ http.ResponseWriter, r *http.Request) {
@@ -74,8 +76,8 @@ func TestCallerWhoLeavesGetsNoAnswer(t *testing.T) {
 	t.Error("it answered")
 }
 
-// TestAnothersRefusalGoesThrough: below a subresource the 401 may be a backend's, with a challenge of its own.
-func TestAnothersRefusalGoesThrough(t *testing.T) {
+// TestBackend401IsForwarded: below a subresource the 401 may be a backend's, with its own challenge.
+func TestBackend401IsForwarded(t *testing.T) {
 	proxy := before(t, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("WWW-Authenticate", "Basic")
 		w.WriteHeader(http.StatusUnauthorized)
@@ -92,17 +94,18 @@ func TestAnothersRefusalGoesThrough(t *testing.T) {
 	}
 }
 
-func TestBrokenBodyIsTheCallersFault(t *testing.T) {
+func TestBrokenBodyGets400(t *testing.T) {
 	proxy := before(t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
 	server := httptest.NewServer(proxy)
 	defer server.Close()
 	resp := send(t, server, "POST "+Prefix+"/api/v1/namespaces HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
-	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusBadRequest || !strings.Contains(string(body), "the body of the request cannot be read") {
+	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusBadRequest ||
+		!strings.Contains(string(body), "the body of the request cannot be read") {
 		t.Errorf("answered %s: %s", resp.Status, body)
 	}
 }
 
-func TestBrokenAnswerIsNotUnreachable(t *testing.T) {
+func TestBrokenAnswerIsNotReportedAsUnreachable(t *testing.T) {
 	proxy := before(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
 	w := httptest.NewRecorder()
 	proxy.ServeHTTP(w, httptest.NewRequest(http.MethodPost, Prefix+"/api/v1/namespaces", nil))
@@ -111,8 +114,8 @@ func TestBrokenAnswerIsNotUnreachable(t *testing.T) {
 	}
 }
 
-// TestBodiesAreNotTouched: Go would ask for gzip and unpack it, where client-go hands out its default transport.
-func TestBodiesAreNotTouched(t *testing.T) {
+// TestBodiesAreNotDecompressed: Go's default transport would request gzip and unpack it.
+func TestBodiesAreNotDecompressed(t *testing.T) {
 	var asked []string
 	proxy := before(t, func(w http.ResponseWriter, r *http.Request) {
 		asked = r.Header["Accept-Encoding"]
@@ -126,8 +129,8 @@ func TestBodiesAreNotTouched(t *testing.T) {
 	}
 }
 
-// TestEmptyKubeconfigIsNoServiceAccount: whoever names a file must not get another credential.
-func TestEmptyKubeconfigIsNoServiceAccount(t *testing.T) {
+// TestEmptyKubeconfigDoesNotFallBackToTheServiceAccount: a configured file must not yield another credential.
+func TestEmptyKubeconfigDoesNotFallBackToTheServiceAccount(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
 	t.Setenv("KUBERNETES_SERVICE_PORT", "443")
 	empty := filepath.Join(t.TempDir(), "empty")
@@ -135,15 +138,16 @@ func TestEmptyKubeconfigIsNoServiceAccount(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, kubeconfig := range []string{empty, "/none1:/none2"} {
-		if config, err := RESTConfig(kubeconfig, false); err == nil || !strings.Contains(err.Error(), "kubernetes.kubeconfig") {
+		if config, err := RESTConfig(kubeconfig, false); err == nil ||
+			!strings.Contains(err.Error(), "kubernetes.kubeconfig") {
 			t.Errorf("%s: got %v, %v", kubeconfig, config, err)
 		}
 	}
 }
 
-// TestTurnedAway: an API server that closes a connection in order (GOAWAY) has not looked at the requests that it
-// turns away. They are sent again, with their bodies.
-func TestTurnedAway(t *testing.T) {
+// TestRequestsAreRepeatedAfterGOAWAY: an API server that closes a connection in order has not read the requests that it
+// rejects. They are repeated, with their bodies.
+func TestRequestsAreRepeatedAfterGOAWAY(t *testing.T) {
 	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		if rand.IntN(20) == 0 { // as kube-apiserver does with --goaway-chance
@@ -176,9 +180,8 @@ func TestTurnedAway(t *testing.T) {
 	group.Wait()
 }
 
-// TestThrottlingGoesThrough: the API server's 429 is the caller's to wait for. It is neither retried here nor
-// changed.
-func TestThrottlingGoesThrough(t *testing.T) {
+// TestThrottlingIsForwarded: the API server's 429 is neither retried here nor changed; the caller must wait.
+func TestThrottlingIsForwarded(t *testing.T) {
 	var calls atomic.Int32
 	proxy := before(t, func(w http.ResponseWriter, _ *http.Request) {
 		calls.Add(1)
@@ -189,15 +192,16 @@ func TestThrottlingGoesThrough(t *testing.T) {
 	})
 	w := httptest.NewRecorder()
 	proxy.ServeHTTP(w, httptest.NewRequest(http.MethodGet, Prefix+"/api/v1/pods", nil))
-	if w.Code != http.StatusTooManyRequests || w.Header().Get("Retry-After") != "7" || w.Header().Get("X-Kubernetes-Pf-Flowschema-Uid") != "u" ||
+	if w.Code != http.StatusTooManyRequests || w.Header().Get("Retry-After") != "7" ||
+		w.Header().Get("X-Kubernetes-Pf-Flowschema-Uid") != "u" ||
 		w.Body.String() != "slow down" || calls.Load() != 1 {
 		t.Errorf("after %d calls answered %d %v %s", calls.Load(), w.Code, w.Header(), w.Body)
 	}
 }
 
-// TestEarlyAnswersAndTrailersGoThrough: 1xx before the answer, trailers behind it, and a body that the caller
-// sends only when told to continue.
-func TestEarlyAnswersAndTrailersGoThrough(t *testing.T) {
+// TestEarlyAnswersAndTrailersAreForwarded: 1xx before the answer, trailers after it, and 100 for a caller that waits
+// for it with its body.
+func TestEarlyAnswersAndTrailersAreForwarded(t *testing.T) {
 	proxy := before(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Link", "</early>")
 		w.WriteHeader(http.StatusEarlyHints)
@@ -213,7 +217,8 @@ func TestEarlyAnswersAndTrailersGoThrough(t *testing.T) {
 		early = append(early, code)
 		return nil
 	}}
-	req, err := http.NewRequestWithContext(httptrace.WithClientTrace(t.Context(), trace), http.MethodPost, server.URL+Prefix+"/api/v1/pods", strings.NewReader("the body"))
+	req, err := http.NewRequestWithContext(httptrace.WithClientTrace(t.Context(), trace), http.MethodPost,
+		server.URL+Prefix+"/api/v1/pods", strings.NewReader("the body"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,13 +230,14 @@ func TestEarlyAnswersAndTrailersGoThrough(t *testing.T) {
 	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(resp.Body)
-	if err != nil || string(body) != "the body" || resp.Trailer.Get("X-Sum") != "42" || !slices.Contains(early, http.StatusEarlyHints) {
+	if err != nil || string(body) != "the body" || resp.Trailer.Get("X-Sum") != "42" ||
+		!slices.Contains(early, http.StatusEarlyHints) {
 		t.Errorf("%s %q, %v; trailers %v; 1xx %v", resp.Status, body, err, resp.Trailer, early)
 	}
 }
 
-// TestWatchesBeforeAnHTTP1Server: those that begin before it is known that nothing can be shared all get their answers.
-func TestWatchesBeforeAnHTTP1Server(t *testing.T) {
+// TestWatchesOfAnHTTP1ServerAllBegin: also those that begin before the agent knows that connections cannot be shared.
+func TestWatchesOfAnHTTP1ServerAllBegin(t *testing.T) {
 	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_ = http.NewResponseController(w).Flush()
 		<-r.Context().Done()

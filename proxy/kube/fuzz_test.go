@@ -11,7 +11,7 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// capture is a transport that remembers what would go upstream.
+// capture is a transport that records the request that would be sent.
 type capture struct{ sent *http.Request }
 
 func (c *capture) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -19,9 +19,8 @@ func (c *capture) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: http.NoBody, Request: r}, nil
 }
 
-// FuzzRequest: for any request that net/http's server would hand over, what goes upstream carries the agent's
-// credential and no other, and the path and query are the caller's byte for byte; or the request is refused.
-// The corpus is in testdata/fuzz.
+// FuzzRequest: any request that net/http accepts is refused, or forwarded with the agent's credential and no other, and
+// with the caller's path and query byte for byte. The corpus is in testdata/fuzz.
 func FuzzRequest(f *testing.F) {
 	for _, seed := range []string{
 		"GET /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer callers\r\nImpersonate-User: x\r\n\r\n",
@@ -57,7 +56,8 @@ func FuzzRequest(f *testing.F) {
 		proxy.ServeHTTP(answer, r)
 		sent := upstream.sent
 		if sent == nil {
-			if answer.Code != http.StatusBadRequest && answer.Code != http.StatusForbidden && answer.Code != http.StatusMethodNotAllowed {
+			if answer.Code != http.StatusBadRequest && answer.Code != http.StatusForbidden &&
+				answer.Code != http.StatusMethodNotAllowed {
 				t.Fatalf("not sent, and answered %d", answer.Code)
 			}
 			return
@@ -69,7 +69,8 @@ func FuzzRequest(f *testing.F) {
 		if hasQuery && query != "" {
 			want += "?" + query
 		}
-		if got := strings.TrimSuffix(sent.URL.RequestURI(), "?"); got != want || sent.URL.Host != "api.internal" || sent.Host != "" && sent.Host != "api.internal" {
+		if got := strings.TrimSuffix(sent.URL.RequestURI(), "?"); got != want || sent.URL.Host != "api.internal" ||
+			sent.Host != "" && sent.Host != "api.internal" {
 			t.Errorf("sent to %s (host %q): %q, want %q", sent.URL.Host, sent.Host, got, want)
 		}
 		if got := sent.Header["Authorization"]; !reflect.DeepEqual(got, []string{"Bearer agents-own"}) {
@@ -80,12 +81,15 @@ func FuzzRequest(f *testing.F) {
 		}
 		for name, values := range sent.Header {
 			lower := strings.ToLower(name)
-			if strings.HasPrefix(lower, "impersonate-") || strings.HasPrefix(lower, "x-remote-") || lower == "cookie" || strings.HasPrefix(lower, "x-forwarded-") ||
-				strings.Contains(strings.ToLower(strings.Join(values, ",")), "base64url.bearer.authorization.k8s.io.") && lower == "sec-websocket-protocol" {
+			if strings.HasPrefix(lower, "impersonate-") || strings.HasPrefix(lower, "x-remote-") || lower == "cookie" ||
+				strings.HasPrefix(lower, "x-forwarded-") ||
+				strings.Contains(strings.ToLower(strings.Join(values, ",")), "base64url.bearer.authorization.k8s.io.") &&
+					lower == "sec-websocket-protocol" {
 				t.Errorf("sent with %s: %q", name, values)
 			}
 		}
-		if got := strings.ToLower(strings.Join(sent.Header["Upgrade"], ",")); got != "" && got != "websocket" && got != "spdy/3.1" {
+		if got := strings.ToLower(strings.Join(sent.Header["Upgrade"], ",")); got != "" && got != "websocket" &&
+			got != "spdy/3.1" {
 			t.Errorf("sent with Upgrade %q", got)
 		}
 		for segment := range strings.SplitSeq(sent.URL.Path, "/") {

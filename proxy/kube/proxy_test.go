@@ -17,7 +17,7 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// upstream is an API server that remembers the last request; the real one is in the integration tests.
+// upstream is an API server that records the last request; the real one is in the integration tests.
 type upstream struct {
 	*httptest.Server
 
@@ -59,7 +59,7 @@ func proxyTo(t testing.TB, config *rest.Config) *Proxy {
 	return NewProxy(client, slog.New(slog.DiscardHandler))
 }
 
-// front serves a proxy to the API server at host over plain HTTP, as frpc sees it.
+// front serves a proxy to the API server at host over plain HTTP.
 func front(t *testing.T, host string) *httptest.Server {
 	t.Helper()
 	server := httptest.NewServer(proxyTo(t, &rest.Config{
@@ -69,7 +69,7 @@ func front(t *testing.T, host string) *httptest.Server {
 	return server
 }
 
-// send writes a request as it is, which net/http's client would not, and reads the answer.
+// send writes a request unchanged, which net/http's client would not, and reads the answer.
 func send(t *testing.T, server *httptest.Server, request string) *http.Response {
 	t.Helper()
 	conn, err := net.Dial("tcp", server.Listener.Addr().String())
@@ -92,7 +92,7 @@ func send(t *testing.T, server *httptest.Server, request string) *http.Response 
 	return resp
 }
 
-func TestPathsGoThroughByteForByteOrNotAtAll(t *testing.T) {
+func TestPathsAreForwardedByteForByteOrRefused(t *testing.T) {
 	u := newUpstream(t)
 	server := front(t, u.URL+"/base/")
 	for _, test := range []struct {
@@ -119,19 +119,22 @@ func TestPathsGoThroughByteForByteOrNotAtAll(t *testing.T) {
 		if u.requestURI != test.want {
 			t.Errorf("%q: the API server saw %q, want %q", test.target, u.requestURI, test.want)
 		}
-		if refused := resp.StatusCode == http.StatusBadRequest || resp.StatusCode == http.StatusForbidden; refused != (test.want == "") {
+		refused := resp.StatusCode == http.StatusBadRequest || resp.StatusCode == http.StatusForbidden
+		if refused != (test.want == "") {
 			t.Errorf("%q: answered %s", test.target, resp.Status)
 		}
 	}
-	for _, line := range []string{"GET http://other.example" + Prefix + "/x HTTP/1.1", "CONNECT other.example:443 HTTP/1.1"} {
+	for _, line := range []string{"GET http://other.example" + Prefix +
+		"/x HTTP/1.1", "CONNECT other.example:443 HTTP/1.1"} {
 		u.requestURI = ""
-		if resp := send(t, server, line+"\r\nHost: a\r\n\r\n"); resp.StatusCode != http.StatusBadRequest || u.requestURI != "" {
+		if resp := send(t, server, line+"\r\nHost: a\r\n\r\n"); resp.StatusCode != http.StatusBadRequest ||
+			u.requestURI != "" {
 			t.Errorf("%q: answered %s, the API server saw %q", line, resp.Status, u.requestURI)
 		}
 	}
 }
 
-func TestOnlyTheAgentsCredentialGoesUpstream(t *testing.T) {
+func TestOnlyTheAgentsCredentialIsForwarded(t *testing.T) {
 	u := newUpstream(t)
 	server := front(t, u.URL)
 	for name, sent := range map[string]string{
@@ -142,7 +145,8 @@ func TestOnlyTheAgentsCredentialGoesUpstream(t *testing.T) {
 		"protocols": "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-Websocket-Protocol: base64url.bearer.authorization.k8s.io.Y2FsbGVycw, v4.channel.k8s.io\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
-			resp := send(t, server, "GET "+Prefix+"/version HTTP/1.1\r\nHost: a\r\nX-Request-Id: the-request\r\nAccept: text/x\r\nConnection: close\r\n"+sent+"\r\n")
+			resp := send(t, server, "GET "+Prefix+"/version HTTP/1.1\r\nHost: a\r\nX-Request-Id: the-request\r\n"+
+				"Accept: text/x\r\nConnection: close\r\n"+sent+"\r\n")
 			if resp.StatusCode != http.StatusOK {
 				t.Fatal(resp.Status)
 			}
@@ -177,15 +181,16 @@ func TestOtherUpgradesAreRefused(t *testing.T) {
 	u := newUpstream(t)
 	server := front(t, u.URL)
 	for _, protocol := range []string{"h2c", "TLS/1.0", "websocket, h2c", "SPDY/3.1\r\nUpgrade: h2c", "SPDY/2"} {
-		resp := send(t, server, "GET "+Prefix+"/version HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: "+protocol+"\r\n\r\n")
+		resp := send(t, server, "GET "+Prefix+"/version HTTP/1.1\r\nHost: a\r\n"+
+			"Connection: Upgrade\r\nUpgrade: "+protocol+"\r\n\r\n")
 		if resp.StatusCode != http.StatusBadRequest || u.header != nil {
 			t.Errorf("%q: answered %s, the API server saw %v", protocol, resp.Status, u.header)
 		}
 	}
 }
 
-// TestUpgradesHaveTheirOwnLane: HTTP/2 has no upgrades, and every other request should use it.
-func TestUpgradesHaveTheirOwnLane(t *testing.T) {
+// TestOnlyUpgradesUseHTTP1: HTTP/2 has no upgrades.
+func TestOnlyUpgradesUseHTTP1(t *testing.T) {
 	var protocol string
 	u := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { protocol = r.Proto }))
 	u.EnableHTTP2 = true
@@ -201,7 +206,9 @@ func TestUpgradesHaveTheirOwnLane(t *testing.T) {
 }
 
 func TestErrorsAreStatuses(t *testing.T) {
-	refusing := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusUnauthorized) }))
+	refusing := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusUnauthorized)
+	}))
 	defer refusing.Close()
 	gone := httptest.NewTLSServer(nil)
 	gone.Close()
@@ -221,7 +228,8 @@ func TestErrorsAreStatuses(t *testing.T) {
 				if err := json.NewDecoder(resp.Body).Decode(&status); err != nil {
 					t.Fatal(err)
 				}
-				if resp.StatusCode != test.code || resp.Header.Get("Content-Type") != "application/json" || status.Kind != "Status" ||
+				if resp.StatusCode != test.code || resp.Header.Get("Content-Type") != "application/json" ||
+					status.Kind != "Status" ||
 					status.Code != int32(test.code) || status.Reason == "" || !strings.HasPrefix(status.Message, test.want) {
 					t.Errorf("answered %s, %+v", resp.Status, status)
 				}
@@ -233,17 +241,18 @@ func TestErrorsAreStatuses(t *testing.T) {
 	}
 }
 
-func TestRESTConfig(t *testing.T) {
+func TestMissingCredentialsAreExplained(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	if _, err := RESTConfig("", true); err == nil || !strings.Contains(err.Error(), "kubernetes.in_cluster") {
 		t.Errorf("in cluster, outside a pod: %v", err)
 	}
-	if _, err := RESTConfig("/nonexistent", false); err == nil || !strings.Contains(err.Error(), "kubernetes.kubeconfig (KUBECONFIG) /nonexistent") {
+	if _, err := RESTConfig("/nonexistent", false); err == nil ||
+		!strings.Contains(err.Error(), "kubernetes.kubeconfig (KUBECONFIG) /nonexistent") {
 		t.Errorf("missing kubeconfig: %v", err)
 	}
 }
 
-// Example of what a caller sends and what the API server gets.
+// Example shows a caller's request as the API server gets it.
 func Example() {
 	api := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		fmt.Println(r.Method, r.RequestURI, r.Header.Get("Authorization"))

@@ -179,7 +179,7 @@ func forbidden(path string) string {
 	case core && parts[2] == "nodes" && parts[4] == "proxy":
 		return "nodes/proxy reaches every pod on the node past RBAC and audit: use pods/exec, pods/log or pods/portforward"
 	case core && len(parts) >= 7 && parts[2] == "namespaces" && parts[4] == "serviceaccounts" && parts[6] == "token":
-		return "serviceaccounts/token makes a credential that outlives the agent and its owner's control over it: create tokens in the cluster"
+		return "serviceaccounts/token makes a credential that outlives the agent: create tokens in the cluster"
 	case len(parts) >= 1 && slices.Contains([]string{"metrics", "debug", "logs", "flagz", "statusz"}, parts[0]):
 		return "/" + parts[0] + " is the API server's own: read it in the cluster"
 	}

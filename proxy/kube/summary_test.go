@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// TestSummaryOfALargeCluster: nodes in pages, everything else in one small request each; what is forbidden is
+// TestSummaryOfALargeClusterTakesFewRequests: nodes in pages, all else in one small request each. What is forbidden is
 // null, with the API server's reason.
-func TestSummaryOfALargeCluster(t *testing.T) {
+func TestSummaryOfALargeClusterTakesFewRequests(t *testing.T) {
 	const nodes = 1200
 	var requests atomic.Int32
 	proxy := before(t, func(w http.ResponseWriter, r *http.Request) {
@@ -41,14 +41,17 @@ func TestSummaryOfALargeCluster(t *testing.T) {
 					"capacity":{"cpu":"2","memory":"4Gi","pods":"110"},"allocatable":{"cpu":"1500m","memory":"3Gi"},"nodeInfo":{"kubeletVersion":"v1.%d.0"}}}`,
 					i, map[bool]string{true: "True", false: "Unknown"}[i%3 > 0], 35+i%2))
 			}
-			_, _ = fmt.Fprintf(w, `{"kind":"NodeList","metadata":{"continue":%q},"items":[%s],"more":[1]}`, next, strings.Join(items, ","))
+			_, _ = fmt.Fprintf(w, `{"kind":"NodeList","metadata":{"continue":%q},"items":[%s],"more":[1]}`, next,
+				strings.Join(items, ","))
 		}
 	})
 	s := proxy.client.Summarize(t.Context())
-	if !s.Reachable || s.Version == nil || *s.Version != "v1.36.3" || *s.Platform != "linux/amd64" || *s.Pods != 50_000 || *s.Services != 1 {
+	if !s.Reachable || s.Version == nil || *s.Version != "v1.36.3" || *s.Platform != "linux/amd64" ||
+		*s.Pods != 50_000 || *s.Services != 1 {
 		t.Errorf("got %+v", s)
 	}
-	if n := s.Nodes; n == nil || n.Total != nodes || n.Ready != 800 || n.Versions["v1.35.0"] != 600 || n.Versions["v1.36.0"] != 600 ||
+	if n := s.Nodes; n == nil || n.Total != nodes || n.Ready != 800 || n.Versions["v1.35.0"] != 600 ||
+		n.Versions["v1.36.0"] != 600 ||
 		n.Capacity != (Resources{CPU: 2000 * nodes, Memory: 4 << 30 * nodes}) || n.Allocatable != (Resources{CPU: 1500 * nodes, Memory: 3 << 30 * nodes}) {
 		t.Errorf("got nodes %+v", n)
 	}
@@ -61,15 +64,16 @@ func TestSummaryOfALargeCluster(t *testing.T) {
 	}
 }
 
-// TestSummaryWithoutAnAPIServer: everything is null, for one reason, which is found out once.
-func TestSummaryWithoutAnAPIServer(t *testing.T) {
+// TestSummaryWithoutAnAPIServerIsNull: for one reason, which costs one request.
+func TestSummaryWithoutAnAPIServerIsNull(t *testing.T) {
 	var requests atomic.Int32
 	proxy := before(t, func(http.ResponseWriter, *http.Request) {
 		requests.Add(1)
 		panic(http.ErrAbortHandler)
 	})
 	s := proxy.client.Summarize(t.Context())
-	if s.Reachable || s.Version != nil || s.Pods != nil || s.Nodes != nil || len(s.Unavailable) != 7 || !strings.Contains(s.Unavailable["pods"], "broke off") {
+	if s.Reachable || s.Version != nil || s.Pods != nil || s.Nodes != nil || len(s.Unavailable) != 7 ||
+		!strings.Contains(s.Unavailable["pods"], "broke off") {
 		t.Errorf("got %+v", s)
 	}
 	if n := requests.Load(); n > 2 { // one, and once more on a new connection
@@ -77,9 +81,10 @@ func TestSummaryWithoutAnAPIServer(t *testing.T) {
 	}
 }
 
-// TestBrokenNodes: half a list is not taken for a small one.
-func TestBrokenNodes(t *testing.T) {
-	for _, body := range []string{``, `[]`, `{"items":[{"status":{}}`, `{"items":{}}`, `{"items":[{"status":{"capacity":{"cpu":"x"}}}]}`, `{"items":[1]}`, `{"metadata":1}`, `{"items":[]`} {
+// TestIncompleteListOfNodesIsAnError: it must not be taken for a short list.
+func TestIncompleteListOfNodesIsAnError(t *testing.T) {
+	for _, body := range []string{``, `[]`, `{"items":[{"status":{}}`, `{"items":{}}`,
+		`{"items":[{"status":{"capacity":{"cpu":"x"}}}]}`, `{"items":[1]}`, `{"metadata":1}`, `{"items":[]`} {
 		get := func(_, _ string, read reader) error { return read(strings.NewReader(body)) }
 		if n, err := readNodes(get); err == nil {
 			t.Errorf("%q: got %+v", body, n)

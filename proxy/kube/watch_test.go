@@ -19,7 +19,7 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// watching is a watch through a proxy: what is written to events goes to the caller.
+// watching is a watch through a proxy. The API server sends what is written to events.
 type watching struct {
 	proxy  *Proxy
 	events chan string // closed: the API server ends the watch
@@ -58,7 +58,7 @@ func watch(t *testing.T, target, contentType string) *watching {
 	return w
 }
 
-// sent writes a part and waits until the caller has it.
+// sent sends a part and waits until the caller has read it.
 func (w *watching) sent(t *testing.T, part string) {
 	t.Helper()
 	w.events <- part
@@ -68,7 +68,7 @@ func (w *watching) sent(t *testing.T, part string) {
 	}
 }
 
-// ends expects a clean end, before which the caller gets no more than rest.
+// ends expects that the caller reads rest and a clean end.
 func (w *watching) ends(t *testing.T, rest string) {
 	t.Helper()
 	got, err := io.ReadAll(w.body)
@@ -78,7 +78,8 @@ func (w *watching) ends(t *testing.T, rest string) {
 }
 
 func TestIdleWatchEndsAtOnce(t *testing.T) {
-	for _, contentType := range []string{"application/json", "application/json;stream=watch", "application/vnd.kubernetes.protobuf;stream=watch"} {
+	for _, contentType := range []string{"application/json", "application/json;stream=watch",
+		"application/vnd.kubernetes.protobuf;stream=watch"} {
 		w := watch(t, "pods?watch=true", contentType)
 		w.proxy.Drain() // before the first event
 		w.ends(t, "")
@@ -93,7 +94,7 @@ func TestIdleWatchEndsAtOnce(t *testing.T) {
 	w.ends(t, "")
 }
 
-func TestWatchEndsAfterTheEventThatIsUnderWay(t *testing.T) {
+func TestWatchEndsAfterTheCurrentEvent(t *testing.T) {
 	w := watch(t, "pods?watch", "application/json")
 	w.sent(t, `{"type":"ADDED","object"`)
 	w.proxy.Drain()
@@ -114,8 +115,9 @@ func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
 	}
 }
 
-func TestOtherAnswersOutliveTheDrain(t *testing.T) {
-	for query, contentType := range map[string]string{"pods?follow=true": "text/plain", "pods?watch=false": "application/json", "pods?watch=0": "application/json", "pods/p?watch=true": "application/json", "pods?watch=true": "application/cbor-seq"} {
+func TestOnlyWatchesEndWithTheDrain(t *testing.T) {
+	for query, contentType := range map[string]string{"pods?follow=true": "text/plain",
+		"pods?watch=false": "application/json", "pods?watch=0": "application/json", "pods/p?watch=true": "application/json", "pods?watch=true": "application/cbor-seq"} {
 		w := watch(t, query, contentType)
 		w.sent(t, "first\n")
 		w.proxy.Drain()
@@ -125,7 +127,7 @@ func TestOtherAnswersOutliveTheDrain(t *testing.T) {
 	}
 }
 
-func TestEndedWatchesAreForgotten(t *testing.T) {
+func TestClosedWatchesAreReleased(t *testing.T) {
 	w := watch(t, "pods?watch=true", "application/json")
 	resp := &http.Response{Header: http.Header{"Content-Type": {"application/json"}}, Body: http.NoBody}
 	w.proxy.endOnDrain(resp)
@@ -157,9 +159,8 @@ func FuzzFramedEvents(f *testing.F) {
 	})
 }
 
-// TestManyWatchesFewConnections: watches share connections to the API server, as many as it allows on each, and
-// leave nothing behind.
-func TestManyWatchesFewConnections(t *testing.T) {
+// TestWatchesShareConnections: as many as the API server allows on each. When they end, no goroutine is left.
+func TestWatchesShareConnections(t *testing.T) {
 	const watches, perConnection = 2000, 100
 	var connections atomic.Int32
 	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -197,13 +198,13 @@ func TestManyWatchesFewConnections(t *testing.T) {
 		})
 	}
 	group.Wait()
-	// Some dials are begun at the same time, and not all of them are needed in the end.
+	// Some connections are dialled at the same time, and not all of them are needed.
 	if n := connections.Load(); n < watches/perConnection || n > 2*watches/perConnection {
 		t.Errorf("%d watches use %d connections", watches, n)
 	}
 	cancel()
 	for deadline := time.Now().Add(30 * time.Second); ; runtime.Gosched() {
-		// What is left are the ends of the connections that are kept for the next.
+		// Idle connections keep their goroutines.
 		left := runtime.NumGoroutine() - before
 		if left < 5*int(connections.Load()) {
 			break

@@ -58,7 +58,7 @@ func isIP(text string, ip netip.Addr) bool {
 	return err == nil && addr.Unmap() == ip.Unmap()
 }
 
-var errForbiddenAddress = errors.New("its name resolves to loopback, a link-local address or a cloud's metadata service")
+var errForbiddenAddress = errors.New("its name resolves to loopback, a link-local address or a cloud's metadata")
 
 // metadataAddrs are where clouds give machines their credentials, beside the link-local 169.254.169.254.
 var metadataAddrs = []string{

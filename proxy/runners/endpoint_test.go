@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestRunnersDoNotLeadInside: a name is allowed, and what it resolves to is not.
-func TestRunnersDoNotLeadInside(t *testing.T) {
+// TestInternalAddressesAreNotDialled: an allowed name may resolve to one.
+func TestInternalAddressesAreNotDialled(t *testing.T) {
 	r := New(nil, Config{AllowedHosts: []string{"*.svc", "127.0.0.2", "fd00:ec2::254"}})
 	for address, allowed := range map[string]bool{
 		"127.0.0.1:80": false, "127.0.0.2:80": true, "[::1]:80": false, "[::ffff:127.0.0.1]:80": false, "[::ffff:127.0.0.2]:80": true,
@@ -20,7 +20,7 @@ func TestRunnersDoNotLeadInside(t *testing.T) {
 			t.Errorf("%s: %v", address, err)
 		}
 	}
-	// The dialer asks, and its answer reaches the caller.
+	// The dialer checks addresses, and its error is returned.
 	runner := httptest.NewServer(http.NotFoundHandler())
 	defer runner.Close()
 	req := httptest.NewRequest(http.MethodGet, runner.URL, nil)
@@ -30,8 +30,8 @@ func TestRunnersDoNotLeadInside(t *testing.T) {
 	}
 }
 
-// TestAllowedEndpoints: only hosts of the list, and nothing that the dialer could take for another host.
-func TestAllowedEndpoints(t *testing.T) {
+// TestOnlyAllowedEndpointsAreAccepted: and none that the dialer could take for another host.
+func TestOnlyAllowedEndpointsAreAccepted(t *testing.T) {
 	r := New(nil, Config{AllowedHosts: []string{"*.svc", "runner", "10.1.2.3", "::1", "*.3"}})
 	for endpoint, want := range map[string]bool{
 		"http://r.a.svc/":            true,

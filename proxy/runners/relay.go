@@ -19,7 +19,7 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// What a command may cost.
+// Limits of a command.
 const (
 	HeaderTimeout  = 30 * time.Second // from the command's last byte to the answer's headers
 	CommandTimeout = 5 * time.Minute  // from the command's headers to the end of the answer
@@ -118,10 +118,12 @@ func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
 	var timeout net.Error
 	late := errors.As(err, &timeout) && timeout.Timeout()
 	cause, unread := context.Cause(out.Context()), c.body.Failure()
-	code, what, do := http.StatusBadGateway, "broke off or gave no valid answer", "it may have done the command: look at its log"
+	code := http.StatusBadGateway
+	what, do := "broke off or gave no valid answer", "it may have done the command: check its log"
 	switch {
 	case errors.As(err, &tooLarge):
-		answer.WriteProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the command is larger than %d bytes", tooLarge.Limit))
+		why := fmt.Sprintf("the command is larger than %d bytes", tooLarge.Limit)
+		answer.WriteProblem(w, http.StatusRequestEntityTooLarge, why)
 		return
 	case errors.Is(cause, context.Canceled) && !errors.Is(unread, os.ErrDeadlineExceeded):
 		panic(http.ErrAbortHandler) // the caller has gone

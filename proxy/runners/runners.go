@@ -152,8 +152,8 @@ func (r *Runners) change(ctx context.Context, messageID string, apply kube.Chang
 
 func (r *Runners) name() string { return r.config.Namespace + "/" + registryName }
 
-// find reads a runner from the registry, and reports whether it is there. It reads the Secret each time, because another
-// replica may have changed it.
+// find reads a runner from the registry, and reports whether it is there. It keeps no copy, because another replica may
+// change the Secret.
 func (r *Runners) find(ctx context.Context, id string) (found runner, known bool, err error) {
 	registry, err := r.secrets.ReadSecret(ctx, r.config.Namespace, registryName)
 	if err != nil {

@@ -29,8 +29,8 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	s.logRequest(sc, r, l, code)
 }
 
-// logRequest logs a request without its query, headers and body, and below the Kubernetes API without its path: objects'
-// names may be secret.
+// logRequest logs a request without its query, headers and body, and without its path below the Kubernetes API:
+// objects' names may be secret.
 func (s *Server) logRequest(sc *scope, r *http.Request, l listener, code int) {
 	level := slog.LevelInfo
 	if l == operations || !sc.authenticated { // probes and scrapes; and callers who could fill the log

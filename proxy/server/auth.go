@@ -99,8 +99,8 @@ type refusal struct {
 	why    string // for the caller
 }
 
-// check returns nil for a request with the agent's token. It compares hashes in constant time, so that neither the token
-// nor its length can be measured.
+// check returns nil for a request with the agent's token. It compares hashes in constant time, so that neither the
+// token nor its length can be measured.
 func (a *authenticator) check(r *http.Request) *refusal {
 	values := r.Header["Authorization"]
 	if len(values) == 0 {

@@ -28,8 +28,8 @@ func bearer(token string) *http.Request {
 
 const tokenOverlap = 5 * time.Minute
 
-// TestTokenWithoutOverlap: the token before is worth nothing as soon as there is another.
-func TestTokenWithoutOverlap(t *testing.T) {
+// TestPreviousTokenIsRefusedWithoutOverlap: without an overlap, a new token revokes the previous one at once.
+func TestPreviousTokenIsRefusedWithoutOverlap(t *testing.T) {
 	a := newAuthenticator("first", 0, newMetrics(), slog.New(slog.DiscardHandler))
 	a.setToken("second")
 	if a.check(bearer("first")) == nil || a.check(bearer("second")) != nil {
@@ -37,9 +37,10 @@ func TestTokenWithoutOverlap(t *testing.T) {
 	}
 }
 
-// TestTokenChanges: a new token counts soon, the one before for a while more, whether anybody asks meanwhile or
-// not; a file that cannot be read changes nothing, and one that is empty or gone lets nobody in.
-func TestTokenChanges(t *testing.T) {
+// TestTokenFileIsReloaded: a new token is accepted within seconds, and the previous one for the overlap, whether
+// requests come meanwhile or not. A file that cannot be read changes nothing; if it is empty or missing, all callers
+// are refused.
+func TestTokenFileIsReloaded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
@@ -83,7 +84,7 @@ func TestTokenChanges(t *testing.T) {
 		time.Sleep(tokenOverlap)
 		want("third")
 		write("fourth", nil)
-		time.Sleep(tokenInterval + tokenOverlap) // and nobody asks
+		time.Sleep(tokenInterval + tokenOverlap) // without a request
 		want("fourth")
 		write("", fmt.Errorf("%w: the file is empty", config.ErrNoSecret))
 		time.Sleep(tokenInterval + 1)
@@ -91,15 +92,16 @@ func TestTokenChanges(t *testing.T) {
 		write("first", nil)
 		time.Sleep(tokenInterval + 1)
 		want("first")
-		if n := strings.Count(log.String(), "reading the agent token failed"); n != 1 || strings.Contains(log.String(), "second") {
+		if n := strings.Count(log.String(), "reading the agent token failed"); n != 1 ||
+			strings.Contains(log.String(), "second") {
 			t.Errorf("the log says %d times that the file cannot be read:\n%s", n, log)
 		}
 	})
 }
 
-// TestFailuresAreLimited: whoever fails too often is told to wait and fills no log; others are not told, and the
-// right token is always let in.
-func TestFailuresAreLimited(t *testing.T) {
+// TestCallerThatFailsTooOftenGets429: its failures do not fill the log, other callers are not affected, and the right
+// token is always accepted.
+func TestCallerThatFailsTooOftenGets429(t *testing.T) {
 	s, log, _ := newTest(t, token)
 	s.log = slog.New(slog.NewJSONHandler(log, nil)) // as in production: level info
 	s.auth.log = s.log
@@ -127,7 +129,8 @@ func TestFailuresAreLimited(t *testing.T) {
 	if w := from("192.0.2.2", "wrong"); w.Code != http.StatusUnauthorized {
 		t.Errorf("another source: answered %d", w.Code)
 	}
-	if n := strings.Count(log.String(), "authentication failed"); n != 2 || strings.Count(log.String(), "\n") != 3 || strings.Contains(log.String(), "wrong-") {
+	if n := strings.Count(log.String(), "authentication failed"); n != 2 || strings.Count(log.String(), "\n") != 3 ||
+		strings.Contains(log.String(), "wrong-") {
 		t.Errorf("%d refusals are logged:\n%s", n, log)
 	}
 	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != 101 {

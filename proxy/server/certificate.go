@@ -11,7 +11,7 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 )
 
-// newTLSConfig returns a configuration with the certificate from the run directory, reloaded when bootstrap replaces it.
+// newTLSConfig returns a configuration with the run directory's certificate, reloaded when bootstrap replaces it.
 func newTLSConfig(runDir string, log *slog.Logger) *tls.Config {
 	r := &certReloader{
 		cert: filepath.Join(runDir, frpc.CertFile), key: filepath.Join(runDir, frpc.KeyFile), log: log,
@@ -43,7 +43,7 @@ func (r *certReloader) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		}
 	}
 	if r.last == nil {
-		r.log.Debug("no certificate for the tunnel: check that the tunnel is of type https, and bootstrap's log", "error", err)
+		r.log.Debug("no certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
 		return nil, err
 	}
 	return r.last, nil

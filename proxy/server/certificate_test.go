@@ -58,9 +58,9 @@ func writeCertificate(t *testing.T, dir string, serial int64) *x509.Certificate 
 	return certificate
 }
 
-// TestTunnelListenerSpeaksBoth: TLS with who begins with it, plain HTTP with the others, and a new certificate for new
-// connections while those that are open go on.
-func TestTunnelListenerSpeaksBoth(t *testing.T) {
+// TestTunnelListenerServesTLSAndPlainHTTP: the first byte decides. New connections get a new certificate, and open ones
+// continue.
+func TestTunnelListenerServesTLSAndPlainHTTP(t *testing.T) {
 	dir := t.TempDir()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -122,7 +122,7 @@ func TestTunnelListenerSpeaksBoth(t *testing.T) {
 	if err := say(caller(first), "https://agent-001"); err == nil {
 		t.Error("new connections get the old certificate")
 	}
-	// Half of what bootstrap writes: the key is not the certificate's.
+	// While bootstrap writes both files, the key does not match the certificate.
 	if err := os.WriteFile(filepath.Join(dir, frpc.CertFile), []byte("half"), 0o600); err != nil {
 		t.Fatal(err)
 	}

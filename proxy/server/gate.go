@@ -11,7 +11,7 @@ import (
 // shuttingDown is the answer to requests that arrive while the gate is closed.
 const shuttingDown = "this instance of the agent is shutting down: try again, the next one will answer"
 
-// gate admits authenticated requests within the limits, none once it is closed, and ends those that are stalled. Safe for
+// gate admits authenticated requests within the limits, none once it is closed, and ends stalled ones. Safe for
 // concurrent use.
 type gate struct {
 	limits  limits
@@ -132,7 +132,7 @@ const (
 	callTimeout   = time.Minute            // a call is ended once its caller reads or sends nothing for so long
 )
 
-// endStalled ends stalled requests: calls after callTimeout; and where more calls, reads or streams are stalled than the
+// endStalled ends stalled requests: calls after callTimeout; and if more calls, reads or streams are stalled than the
 // limits allow, those that have been stalled longest.
 func (g *gate) endStalled(now time.Time) {
 	g.mu.Lock()

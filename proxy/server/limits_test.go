@@ -20,7 +20,7 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// listening serves a server's tunnel listener, and returns its address.
+// listening serves the tunnel listener of s, and returns its address.
 func listening(t *testing.T, s *Server) string {
 	t.Helper()
 	socket, err := net.Listen("tcp", "127.0.0.1:0")
@@ -35,7 +35,7 @@ func listening(t *testing.T, s *Server) string {
 	return socket.Addr().String()
 }
 
-// withLimits is a server with limits before an API server.
+// withLimits returns a server with changed limits, and an API server that answers with api.
 func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *Server {
 	t.Helper()
 	upstream := httptest.NewUnstartedServer(api)
@@ -47,15 +47,15 @@ func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *Serve
 	})
 	l := newLimits(defaultMemory)
 	change(&l)
-	return serverWithin(t, &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, token, l, slog.New(slog.DiscardHandler))
+	config := &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
+	return serverWithin(t, config, token, l, slog.New(slog.DiscardHandler))
 }
 
 func refused(s *Server, limit string) float64 {
 	return testutil.ToFloat64(s.metrics.refused.WithLabelValues(limit))
 }
 
-// call sends a request with the token over a connection of its own, and returns it when the answer's headers have
-// come; whoever wants the rest reads it.
+// call sends a request with the token over a new connection, and returns when the answer's headers have arrived.
 func call(t *testing.T, addr, request string) (net.Conn, *http.Response, error) {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
@@ -77,7 +77,7 @@ func silent(w http.ResponseWriter, r *http.Request) {
 	<-r.Context().Done()
 }
 
-func TestRequestsInFlightAreBounded(t *testing.T) {
+func TestRequestsInFlightAreLimited(t *testing.T) {
 	s := withLimits(t, func(l *limits) { l.requests, l.caller = 3, 2 }, silent)
 	addr := listening(t, s)
 	watch := func(from string, want int) net.Conn {
@@ -88,7 +88,8 @@ func TestRequestsInFlightAreBounded(t *testing.T) {
 		}
 		if want == http.StatusTooManyRequests {
 			body, _ := io.ReadAll(resp.Body)
-			if resp.Header.Get("Retry-After") != "1" || !strings.Contains(string(body), "try again") || !strings.Contains(string(body), `"TooManyRequests"`) {
+			if resp.Header.Get("Retry-After") != "1" || !strings.Contains(string(body), "try again") ||
+				!strings.Contains(string(body), `"TooManyRequests"`) {
 				t.Errorf("answered %v %s", resp.Header, body)
 			}
 		}
@@ -112,17 +113,17 @@ func inUse(s *Server) int {
 	return n
 }
 
-// eventually waits until a condition holds.
+// eventually waits up to 10 s until a condition holds.
 func eventually(t *testing.T, holds func() bool) {
 	t.Helper()
 	for end := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("it does not come to be")
+			t.Fatal("the condition does not hold after 10 s")
 		}
 	}
 }
 
-// flood answers without end, as fast as it is read.
+// flood sends an endless answer, as fast as it is read.
 func flood(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	chunk := []byte(strings.Repeat("x", 32<<10))
@@ -133,9 +134,9 @@ func flood(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// TestStalledRequestsMakeRoom: of those who do not read, the longest stalled are ended when there are too many, each
-// kind for itself; those who read are left alone.
-func TestStalledRequestsMakeRoom(t *testing.T) {
+// TestTooManyStalledRequestsAreEnded: calls and streams have separate limits, and those stalled longest end first. A
+// caller that reads is not affected.
+func TestTooManyStalledRequestsAreEnded(t *testing.T) {
 	s := withLimits(t, func(l *limits) { l.stalledReads, l.stalledStreams = 1, 2 }, flood)
 	addr := listening(t, s)
 	stall := func(path string, n int) (conns []net.Conn) {
@@ -191,15 +192,17 @@ func TestStalledRequestsMakeRoom(t *testing.T) {
 	eventually(t, func() bool { return read.Load() > now })
 }
 
-// stalledNow returns those that wait for their callers at this moment.
+// stalledNow returns the requests that wait for their callers at this moment.
 func (g *gate) stalledNow() []*scope {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.stalled(time.Now().Add(stallGrace), func(sc *scope) bool { return sc.stalledSince() < time.Now().Add(-100*time.Millisecond).UnixNano() })
+	return g.stalled(time.Now().Add(stallGrace), func(sc *scope) bool {
+		return sc.stalledSince() < time.Now().Add(-100*time.Millisecond).UnixNano()
+	})
 }
 
-// TestStalledUploadsMakeRoom: each holds one of the API server's seats, which others wait for.
-func TestStalledUploadsMakeRoom(t *testing.T) {
+// TestTooManyStalledUploadsAreEnded: each holds one of the API server's seats, which other requests wait for.
+func TestTooManyStalledUploadsAreEnded(t *testing.T) {
 	s := withLimits(t, func(l *limits) { l.stalledCalls = 1 }, func(_ http.ResponseWriter, r *http.Request) {
 		if _, err := io.Copy(io.Discard, r.Body); err != nil {
 			panic(http.ErrAbortHandler)
@@ -213,7 +216,8 @@ func TestStalledUploadsMakeRoom(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = conn.Close() })
-		_, _ = fmt.Fprintf(conn, "POST /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n%s", auth, size, strings.Repeat("x", size-1))
+		_, _ = fmt.Fprintf(conn, "POST /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n%s", auth,
+			size, strings.Repeat("x", size-1))
 		conns = append(conns, conn)
 		eventually(t, func() bool { return len(s.gate.stalledNow()) == len(conns) })
 	}
@@ -230,8 +234,8 @@ func TestStalledUploadsMakeRoom(t *testing.T) {
 	}
 }
 
-// TestStalledCallEnds: a call is ended after a minute although there is room; a watch and a log are not.
-func TestStalledCallEnds(t *testing.T) {
+// TestStalledCallEndsAfterAMinute: within the limits too. A watch and a log do not end.
+func TestStalledCallEndsAfterAMinute(t *testing.T) {
 	s := withLimits(t, func(*limits) {}, flood)
 	addr := listening(t, s)
 	for _, path := range []string{"pods", "pods?watch=1", "namespaces/a/pods/p/log"} {
@@ -251,8 +255,8 @@ func TestStalledCallEnds(t *testing.T) {
 	}
 }
 
-// TestSlowReaderIsNotRead: the agent takes no more of an answer than its windows hold for a caller who does not read.
-func TestSlowReaderIsNotRead(t *testing.T) {
+// TestUnreadAnswersAreNotBuffered: for a caller who does not read, the agent reads no more than its windows hold.
+func TestUnreadAnswersAreNotBuffered(t *testing.T) {
 	var sent atomic.Int64
 	s := withLimits(t, func(*limits) {}, func(w http.ResponseWriter, r *http.Request) {
 		chunk := []byte(strings.Repeat("x", 32<<10))
@@ -266,15 +270,15 @@ func TestSlowReaderIsNotRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, func() bool { return len(s.gate.stalledNow()) == 1 })
-	// The agent's windows, both sockets of the caller's connection, and what the API server has yet to send. By
-	// default Go and Linux hold more than 4 MiB of it here.
+	// The agent's windows, both sockets of the caller's connection, and what the API server has not sent yet. By
+	// default Go and Linux buffer more than 4 MiB here.
 	if held := sent.Load(); held > 2<<20 {
 		t.Errorf("%d bytes are held for a caller who reads nothing", held)
 	}
 }
 
-// TestBodiesAreKeptWithinMemory: where memory is short, small bodies are passed on as they come.
-func TestBodiesAreKeptWithinMemory(t *testing.T) {
+// TestSmallBodiesAreStreamedWhenMemoryIsShort: else they are kept, to be repeated.
+func TestSmallBodiesAreStreamedWhenMemoryIsShort(t *testing.T) {
 	lengths := make(chan int64, 10)
 	s := withLimits(t, func(l *limits) { l.requestMemory = 500 << 10 }, func(_ http.ResponseWriter, r *http.Request) {
 		n, _ := io.Copy(io.Discard, r.Body)
@@ -287,7 +291,8 @@ func TestBodiesAreKeptWithinMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = conn.Close() })
-		_, _ = fmt.Fprintf(conn, "POST /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n%s", auth, size, strings.Repeat("x", size-1))
+		_, _ = fmt.Fprintf(conn, "POST /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n%s", auth,
+			size, strings.Repeat("x", size-1))
 		return conn
 	}
 	kept := post(200 << 10)
@@ -306,7 +311,7 @@ func TestBodiesAreKeptWithinMemory(t *testing.T) {
 	eventually(t, func() bool { return memoryInUse(s) == 0 })
 }
 
-// TestOneCallerLeavesMemoryForOthers: messages that do not come to their end take no more than a share, and are ended.
+// TestOneCallerLeavesMemoryForOthers: unfinished messages of one caller use no more than its share, and are ended.
 func TestOneCallerLeavesMemoryForOthers(t *testing.T) {
 	s := withLimits(t, func(l *limits) { l.requestMemory, l.stalledCalls = 400<<10, 2 }, silent)
 	addr := listening(t, s)
@@ -319,7 +324,8 @@ func TestOneCallerLeavesMemoryForOthers(t *testing.T) {
 		_, _ = io.WriteString(conn, "POST /api/control-plane/message HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.1\r\nContent-Type: application/json\r\n"+auth+"Content-Length: 100\r\n\r\n{")
 	}
 	eventually(t, func() bool { return refused(s, "request_memory") > 0 })
-	if _, resp, err := call(t, addr, "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\nX-Forwarded-For: 192.0.2.2\r\nX-Rest:"); err != nil || resp.StatusCode != http.StatusOK {
+	watch := "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\nX-Forwarded-For: 192.0.2.2\r\nX-Rest:"
+	if _, resp, err := call(t, addr, watch); err != nil || resp.StatusCode != http.StatusOK {
 		t.Errorf("another caller is answered %v, %v", resp, err)
 	}
 	eventually(t, func() bool {
@@ -328,8 +334,8 @@ func TestOneCallerLeavesMemoryForOthers(t *testing.T) {
 	})
 }
 
-// TestSlowCheckHoldsNobody: while a check of /ready runs, other callers get its outcome before.
-func TestSlowCheckHoldsNobody(t *testing.T) {
+// TestSlowCheckBlocksNoOtherCaller: while a check of /ready runs, other callers get its previous result.
+func TestSlowCheckBlocksNoOtherCaller(t *testing.T) {
 	begun, end := make(chan struct{}), make(chan struct{})
 	c := &check{passed: prometheus.NewGauge(prometheus.GaugeOpts{}), run: func(context.Context) error {
 		close(begun)
@@ -348,8 +354,8 @@ func TestSlowCheckHoldsNobody(t *testing.T) {
 	}
 }
 
-// TestLargeHeadersOfRequestsAreCounted: also while their requests run.
-func TestLargeHeadersOfRequestsAreCounted(t *testing.T) {
+// TestHeadersOfRunningRequestsAreCounted: large headers use memory until their request is answered.
+func TestHeadersOfRunningRequestsAreCounted(t *testing.T) {
 	s := withLimits(t, func(l *limits) { l.requestMemory = 300 << 10 }, silent)
 	addr := listening(t, s)
 	large := "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\n" + strings.Repeat("a:b\r\n", 2000) + "X-Rest:"
@@ -366,8 +372,9 @@ func TestLargeHeadersOfRequestsAreCounted(t *testing.T) {
 	t.Errorf("no request is refused; %d bytes are counted", memoryInUse(s))
 }
 
-// TestHeadersOfAnswersAreBounded: of an API server that speaks HTTP/2, of one that speaks HTTP/1.1, and of an upgrade.
-func TestHeadersOfAnswersAreBounded(t *testing.T) {
+// TestHeadersOfAnswersAreLimited: from an API server that speaks HTTP/2, from one that speaks HTTP/1.1, and of
+// upgrades.
+func TestHeadersOfAnswersAreLimited(t *testing.T) {
 	huge := func(w http.ResponseWriter, _ *http.Request) {
 		for i := range 10_000 {
 			w.Header()[fmt.Sprintf("A%d", i)] = []string{"b"}
@@ -378,7 +385,8 @@ func TestHeadersOfAnswersAreBounded(t *testing.T) {
 		upstream.EnableHTTP2 = http2
 		upstream.StartTLS()
 		t.Cleanup(upstream.Close)
-		s := serverBefore(t, &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}, token, slog.New(slog.DiscardHandler))
+		config := &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
+		s := serverBefore(t, config, token, slog.New(slog.DiscardHandler))
 		addr := listening(t, s)
 		for kind, request := range map[string]string{
 			"call": "GET /api/k8s/api/v1/pods", "upgrade": "GET /api/k8s/x HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nX-Rest:",
@@ -390,8 +398,8 @@ func TestHeadersOfAnswersAreBounded(t *testing.T) {
 	}
 }
 
-// TestOddStatusCodes: what is no status of HTTP is a 502, and what a backend makes up gets no label of its own.
-func TestOddStatusCodes(t *testing.T) {
+// TestInvalidStatusBecomes502: and a valid status that HTTP does not define gets the label "other".
+func TestInvalidStatusBecomes502(t *testing.T) {
 	for code, want := range map[int]struct {
 		answer int
 		label  string
@@ -422,8 +430,8 @@ func TestOddStatusCodes(t *testing.T) {
 	}
 }
 
-// TestSilentAPIServer: one that speaks HTTP/1.1 and says nothing is given up.
-func TestSilentAPIServer(t *testing.T) {
+// TestSilentAPIServerTimesOut: one that speaks HTTP/1.1 and never answers.
+func TestSilentAPIServerTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, silentAPI := serverBeforeSilence(t)
 		w := httptest.NewRecorder()
@@ -438,7 +446,7 @@ func TestSilentAPIServer(t *testing.T) {
 	})
 }
 
-// serverBeforeSilence is a server before an API server that speaks plain HTTP, and nothing at all.
+// serverBeforeSilence returns a server, and an API server of plain HTTP that never answers.
 func serverBeforeSilence(t *testing.T) (*Server, *pipes) {
 	t.Helper()
 	toAPI := newPipes()
@@ -451,31 +459,35 @@ func serverBeforeSilence(t *testing.T) (*Server, *pipes) {
 			go func() { _, _ = io.Copy(io.Discard, conn) }()
 		}
 	}()
-	return serverBefore(t, &rest.Config{Host: "http://api.example", Dial: toAPI.DialContext}, token, slog.New(slog.DiscardHandler)), toAPI
+	config := &rest.Config{Host: "http://api.example", Dial: toAPI.DialContext}
+	return serverBefore(t, config, token, slog.New(slog.DiscardHandler)), toAPI
 }
 
-// TestGuessesAtReadyAreCounted: like those anywhere else.
-func TestGuessesAtReadyAreCounted(t *testing.T) {
+// TestWrongTokensAtReadyAreLimited: as on every other route.
+func TestWrongTokensAtReadyAreLimited(t *testing.T) {
 	s, _, handlers := newTest(t, token)
 	for range maxFailures {
-		if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code == http.StatusTooManyRequests || strings.Contains(w.Body.String(), "detail") {
+		if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code == http.StatusTooManyRequests ||
+			strings.Contains(w.Body.String(), "detail") {
 			t.Fatalf("answered %d %s", w.Code, w.Body)
 		}
 	}
-	if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code != http.StatusTooManyRequests || w.Header().Get("Retry-After") == "" {
+	if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code != http.StatusTooManyRequests ||
+		w.Header().Get("Retry-After") == "" {
 		t.Errorf("answered %d %v", w.Code, w.Header())
 	}
 	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != maxFailures+1 {
 		t.Errorf("counted %v", n)
 	}
-	for _, right := range [][]string{nil, {"Bearer " + token}} { // frpc asks without; the right one is let in
-		if w := do(handlers[tunnel], "GET", "/ready", right...); w.Code == http.StatusTooManyRequests || strings.Contains(w.Body.String(), "detail") != (right != nil) {
+	for _, right := range [][]string{nil, {"Bearer " + token}} { // frpc sends none; the right one is accepted
+		if w := do(handlers[tunnel], "GET", "/ready", right...); w.Code == http.StatusTooManyRequests ||
+			strings.Contains(w.Body.String(), "detail") != (right != nil) {
 			t.Errorf("%v: answered %d %s", right, w.Code, w.Body)
 		}
 	}
 }
 
-// TestAnonymousRequestsDoNotFillTheLog: they are counted, and logged for those who look closely.
+// TestAnonymousRequestsDoNotFillTheLog: they are counted, and logged at level debug.
 func TestAnonymousRequestsDoNotFillTheLog(t *testing.T) {
 	var log strings.Builder
 	s := serverBefore(t, &rest.Config{Host: "http://127.0.0.1:1"}, token, slog.New(slog.NewJSONHandler(&log, nil)))
@@ -493,8 +505,8 @@ func TestAnonymousRequestsDoNotFillTheLog(t *testing.T) {
 	}
 }
 
-// TestPlainHTTPBesideHTTPS: while the tunnel is of type https, plain HTTP is for frpc's health check.
-func TestPlainHTTPBesideHTTPS(t *testing.T) {
+// TestPlainHTTPGets421WhileTheTunnelIsHTTPS: except frpc's health check.
+func TestPlainHTTPGets421WhileTheTunnelIsHTTPS(t *testing.T) {
 	s, _, handlers := newTest(t, token)
 	s.ready.tunnel.https.Store(true)
 	for path, want := range map[string]int{
@@ -509,7 +521,7 @@ func TestPlainHTTPBesideHTTPS(t *testing.T) {
 	}
 }
 
-func TestMethodsOfTheKubernetesAPI(t *testing.T) {
+func TestOnlyMethodsOfTheKubernetesAPIAreForwarded(t *testing.T) {
 	_, _, handlers := newTest(t, token)
 	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} {
 		if w := do(handlers[tunnel], method, "/api/k8s/x", "Bearer "+token); w.Code != 200 {
@@ -523,17 +535,19 @@ func TestMethodsOfTheKubernetesAPI(t *testing.T) {
 	}
 }
 
-// TestCallerOfATunnelIsTheOneWhoDialled: a PROXY header says who asks, and X-Forwarded-For does not.
-func TestCallerOfATunnelIsTheOneWhoDialled(t *testing.T) {
+// TestCallerComesFromThePROXYHeader: not from X-Forwarded-For, which the caller can set.
+func TestCallerComesFromThePROXYHeader(t *testing.T) {
 	var log strings.Builder
 	api := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	t.Cleanup(api.Close)
 	s := serverBefore(t, &rest.Config{Host: api.URL}, token, slog.New(slog.NewJSONHandler(&log, nil)))
 	header := "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + "\xc0\x00\x02\x07\xc0\x00\x02\x08\x12\x67\x01\xbb"
-	if _, resp, err := call(t, listening(t, s), header+"GET /api/k8s/version HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Rest:"); err != nil || resp.StatusCode != http.StatusOK {
+	request := header + "GET /api/k8s/version HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Rest:"
+	if _, resp, err := call(t, listening(t, s), request); err != nil || resp.StatusCode != http.StatusOK {
 		t.Fatalf("answered %v, %v", resp, err)
 	}
-	if !strings.Contains(log.String(), `"caller":"192.0.2.7"`) || !strings.Contains(log.String(), `"forwarded_for":"198.51.100.9"`) {
+	if !strings.Contains(log.String(), `"caller":"192.0.2.7"`) ||
+		!strings.Contains(log.String(), `"forwarded_for":"198.51.100.9"`) {
 		t.Errorf("logged %s", &log)
 	}
 }
@@ -542,7 +556,8 @@ func TestLimitsFitTheMemory(t *testing.T) {
 	for _, memory := range []int64{64 << 20, 205 << 20, 1 << 30} {
 		l := newLimits(memory)
 		const idle, request, base = 40 << 10, 70 << 10, 25 << 20 // measured: tests/bench/README.md
-		sum := int64(base) + int64(l.requests)*request + int64(l.connections-l.requests)*idle + l.headerMemory*5/4 + l.requestMemory + int64(l.stalledStreams+l.stalledCalls)*stalledMemory
+		sum := int64(base) + int64(l.requests)*request + int64(l.connections-l.requests)*idle + l.headerMemory*5/4 +
+			l.requestMemory + int64(l.stalledStreams+l.stalledCalls)*stalledMemory
 		if sum > memory*5/4 {
 			t.Errorf("%d MiB: the limits allow %d MiB", memory>>20, sum>>20)
 		}

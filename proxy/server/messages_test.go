@@ -27,9 +27,9 @@ func assigned(data string) string {
 	return `{"id":"1","type":"runner_assigned","timestamp":"2026-01-02T03:04:05Z","data":` + data + `}`
 }
 
-// TestBadMessages: each is answered with what is wrong, and nothing is asked of the API server, which would
-// answer 502 here.
-func TestBadMessages(t *testing.T) {
+// TestInvalidMessagesAreExplained: each answer says what is invalid. None reads the registry, which would be a 502
+// here.
+func TestInvalidMessagesAreExplained(t *testing.T) {
 	_, log, handlers := newTest(t, token)
 	const good = `"runner_id":"r","runner_endpoint":"http://r.a.svc/","runner_token":"s3cret"`
 	for name, test := range map[string]struct {
@@ -83,7 +83,8 @@ func TestBadMessages(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := post(handlers[tunnel], messagePath, test.contentType, test.body)
 			var p answer.Problem
-			if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil || w.Code != test.code || p.Status != test.code || !strings.Contains(w.Body.String(), test.want) ||
+			if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil || w.Code != test.code || p.Status != test.code ||
+				!strings.Contains(w.Body.String(), test.want) ||
 				w.Header().Get("Content-Type") != "application/problem+json" {
 				t.Errorf("answered %d %v %.300s, want %d %q", w.Code, err, w.Body, test.code, test.want)
 			}
@@ -101,7 +102,7 @@ func TestBadMessages(t *testing.T) {
 	}
 }
 
-func TestBadRunnerIDs(t *testing.T) {
+func TestInvalidRunnerIDsGet400(t *testing.T) {
 	_, _, handlers := newTest(t, token)
 	for _, id := range []string{"..%2f..%2fx", "%2e%2e%2f", "_processed", strings.Repeat("a", 10_000), "a%00b", "a%20b"} {
 		w := post(handlers[tunnel], "/api/runners/"+id+"/command", "application/json", `{}`)
@@ -111,8 +112,8 @@ func TestBadRunnerIDs(t *testing.T) {
 	}
 }
 
-// FuzzMessage: no message makes a panic or an answer that is not JSON, and none reaches the API server but one
-// that says who is assigned.
+// FuzzMessage: no message causes a panic or an answer that is not JSON, and only a valid one for a runner reaches the
+// API server.
 func FuzzMessage(f *testing.F) {
 	f.Add(`{"id":"1","type":"ping","timestamp":"2026-01-02T03:04:05Z","data":{}}`)
 	f.Add(assigned(`{"runner_id":"r","runner_endpoint":"http://r.a.svc/x?y#z","runner_token":"t","assigned_at":"2026-01-02T03:04:05Z"}`))

@@ -17,8 +17,8 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 )
 
-// hangingPlugin is a credential plugin that does not come to its end until release is closed. It returns the path of a
-// file that exists once the plugin runs.
+// hangingPlugin returns a configuration with a credential plugin that does not return until release is called, and the
+// path of a file that exists once the plugin runs.
 func hangingPlugin(t *testing.T) (config *rest.Config, started string, release func()) {
 	t.Helper()
 	dir := t.TempDir()
@@ -47,12 +47,12 @@ echo '{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","s
 	}}, started, release
 }
 
-// TestHangingCredentialPlugin: nobody waits for it longer than they want, it is named, and what waited goes when it ends.
-func TestHangingCredentialPlugin(t *testing.T) {
+// TestHangingCredentialPluginIsNamed: no caller waits longer than it wants, and all goroutines end with the plugin.
+func TestHangingCredentialPluginIsNamed(t *testing.T) {
 	config, _, release := hangingPlugin(t)
 	s := serverBefore(t, config, token, slog.New(slog.DiscardHandler))
 	before := runtime.NumGoroutine()
-	for range 40 { // more than may wait at a time
+	for range 40 { // more than maxAbandoned
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		err := s.cluster.api.CheckReady(ctx)
 		cancel()
@@ -63,7 +63,7 @@ func TestHangingCredentialPlugin(t *testing.T) {
 	if n := runtime.NumGoroutine(); n > before+100 {
 		t.Errorf("%d goroutines, %d before", n, before)
 	}
-	w := do(s.handler(tunnel), "GET", "/api/k8s/version", "Bearer "+token) // many wait: refused at once
+	w := do(s.handler(tunnel), "GET", "/api/k8s/version", "Bearer "+token) // too many wait: refused at once
 	if w.Code != http.StatusGatewayTimeout || !strings.Contains(w.Body.String(), "slow-plugin") {
 		t.Errorf("answered %d %s", w.Code, w.Body)
 	}

@@ -10,9 +10,9 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 )
 
-// TestLeaseIsOverdue: bootstrap cannot always say that the renewal fails. It may have ended, or the run directory may
-// be full. Then the lease's age says it.
-func TestLeaseIsOverdue(t *testing.T) {
+// TestLeaseProblemsAreReported: bootstrap cannot always record that the renewal fails, because it has ended or the run
+// directory is full. Then the lease's age shows it.
+func TestLeaseProblemsAreReported(t *testing.T) {
 	now := time.Now()
 	lease := func(age, left time.Duration) *frpc.Lease {
 		return &frpc.Lease{IssuedAt: now.Add(-age), ExpiresAt: now.Add(left)}

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// unreadBodyTimeout is how long the rest of a body that nobody reads may take: a caller who still sends it then sees the
-// answer, and not a connection that is reset.
+// unreadBodyTimeout is how long the rest of an unread body may take: a caller who still sends it then sees the answer,
+// and not a connection that is reset.
 const unreadBodyTimeout = 2 * time.Second
 
 // recorder is a ResponseWriter that marks the answer as the agent's and records its status and size in the scope.

@@ -23,7 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/proxy/runners"
 )
 
-// registry is an API server that knows one runner.
+// registry returns an API server whose registry holds one runner.
 func registry(endpoint string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		data, _ := json.Marshal(map[string]string{"runner_endpoint": endpoint, "runner_token": "s3cret"})
@@ -31,8 +31,8 @@ func registry(endpoint string) http.HandlerFunc {
 	}
 }
 
-// TestCommandsThatFail: the answer says what happened, and whether the command may have been done.
-func TestCommandsThatFail(t *testing.T) {
+// TestFailedCommandsSayWhetherTheyMayBeDone: and what failed.
+func TestFailedCommandsSayWhetherTheyMayBeDone(t *testing.T) {
 	for answer, test := range map[string]struct {
 		code int
 		want string
@@ -70,14 +70,15 @@ func TestCommandsThatFail(t *testing.T) {
 		})
 	}
 	resp, body := command(t, "http://127.0.0.1:1", "")
-	if resp.StatusCode != http.StatusBadGateway || !strings.Contains(body, "cannot be reached: dial tcp") || strings.Contains(body, "may have") {
+	if resp.StatusCode != http.StatusBadGateway || !strings.Contains(body, "cannot be reached: dial tcp") ||
+		strings.Contains(body, "may have") {
 		t.Errorf("nobody listens: answered %s %s", resp.Status, body)
 	}
 }
 
 const commandPath = "/api/runners/r/command"
 
-// agentOf is the tunnel listener of an agent that knows one runner, on loopback.
+// agentOf returns the tunnel listener's handler of an agent with one runner, on loopback.
 func agentOf(t *testing.T, endpoint string) http.Handler {
 	t.Helper()
 	api := httptest.NewServer(registry(endpoint))
@@ -85,7 +86,7 @@ func agentOf(t *testing.T, endpoint string) http.Handler {
 	return serverBefore(t, &rest.Config{Host: api.URL}, token, slog.New(slog.DiscardHandler), "127.0.0.1").handler(tunnel)
 }
 
-// command sends a command to a runner on loopback by way of an agent.
+// command sends a command to a runner on loopback through an agent.
 func command(t *testing.T, endpoint, query string) (*http.Response, string) {
 	t.Helper()
 	agent := httptest.NewServer(agentOf(t, endpoint))
@@ -113,8 +114,8 @@ func sendCommand(t *testing.T, client *http.Client, url, command string) (*http.
 	return resp, string(body)
 }
 
-// TestCommandsWithoutAnEnd: neither the caller's mistake nor the agent's end is the runner's fault.
-func TestCommandsWithoutAnEnd(t *testing.T) {
+// TestRunnersAreNotBlamedForOthers: for a caller's broken body, or for the agent's shutdown.
+func TestRunnersAreNotBlamedForOthers(t *testing.T) {
 	ctx, cut := context.WithCancelCause(t.Context())
 	runner := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		if _, err := io.Copy(io.Discard, r.Body); err == nil {
@@ -139,8 +140,8 @@ func TestCommandsWithoutAnEnd(t *testing.T) {
 	}
 }
 
-// TestLoopOfRunners: a command that has been through this agent is not relayed again.
-func TestLoopOfRunners(t *testing.T) {
+// TestCommandThatLoopsGets508: a command that this agent has relayed before.
+func TestCommandThatLoopsGets508(t *testing.T) {
 	_, _, handlers := newTest(t, token)
 	for via, want := range map[string]int{
 		"1.1 agent-001": http.StatusLoopDetected, "1.1 gateway, 1.1 agent-001, 1.1 x": http.StatusLoopDetected,
@@ -159,9 +160,11 @@ func TestLoopOfRunners(t *testing.T) {
 	}
 }
 
-// TestCommandsKeepTheirQuery beside the endpoint's own.
+// TestCommandsKeepTheirQuery: it follows the endpoint's own.
 func TestCommandsKeepTheirQuery(t *testing.T) {
-	runner := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.RequestURI) }))
+	runner := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.RequestURI)
+	}))
 	defer runner.Close()
 	for _, test := range [][3]string{
 		{"", "", "/x"}, {"?a=b", "", "/x?a=b"}, {"", "?c=d%20;e", "/x?c=d%20;e"}, {"?a=b", "?c=d", "/x?a=b&c=d"},
@@ -172,8 +175,7 @@ func TestCommandsKeepTheirQuery(t *testing.T) {
 	}
 }
 
-// slowly sends a request with the first bytes of its body, then one more every 7 seconds, and returns the
-// status line of the answer.
+// slowly sends a request, then one more byte of its body every 7 s, and returns the status line of the answer.
 func slowly(t *testing.T, toAgent *pipes, request string) string {
 	t.Helper()
 	conn, err := toAgent.DialContext(t.Context(), "", "")
@@ -197,9 +199,9 @@ func slowly(t *testing.T, toAgent *pipes, request string) string {
 	return strings.TrimSpace(status)
 }
 
-// TestSlowBodies: a message, a command and a small body for the Kubernetes API must be there in their time; a large
-// one is a stream.
-func TestSlowBodies(t *testing.T) {
+// TestSlowBodiesTimeOut: of messages, commands, and small ones for the Kubernetes API. A large one is a stream,
+// without a limit on the whole.
+func TestSlowBodiesTimeOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, _, toAgent, _ := serverOverPipes(t, func(w http.ResponseWriter, r *http.Request) {
 			if strings.HasPrefix(r.URL.Path, "/slow") {
@@ -223,7 +225,9 @@ func TestSlowBodies(t *testing.T) {
 			if strings.HasSuffix(path, "large") {
 				begun = strings.Repeat("x", 256<<10)
 			}
-			status := slowly(t, toAgent, fmt.Sprintf("POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n%s", path, auth, len(begun)+600, begun))
+			status := slowly(t, toAgent, fmt.Sprintf(
+				"POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n%s",
+				path, auth, len(begun)+600, begun))
 			if took := time.Since(start); status != test.status || took < test.after || took > test.after+10*time.Second {
 				t.Errorf("%s: %q after %s", path, status, took)
 			}
@@ -231,7 +235,7 @@ func TestSlowBodies(t *testing.T) {
 	})
 }
 
-// runnerOverPipes starts a runner, which the agent reaches over pipes from now on.
+// runnerOverPipes starts a runner that s reaches over pipes.
 func runnerOverPipes(t *testing.T, s *Server, handler http.HandlerFunc) {
 	t.Helper()
 	toRunner := newPipes()
@@ -245,8 +249,8 @@ func runnerOverPipes(t *testing.T, s *Server, handler http.HandlerFunc) {
 	})
 }
 
-// TestSilentRunners: 30 s count from the command's last byte, and all must be done in 5 minutes.
-func TestSilentRunners(t *testing.T) {
+// TestSilentRunnersTimeOut: 30 s after the command's last byte, and 5 minutes after its first.
+func TestSilentRunnersTimeOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, client, _, _ := serverOverPipes(t, registry("http://r.a.svc/"))
 		ended := make(chan struct{})
@@ -259,7 +263,8 @@ func TestSilentRunners(t *testing.T) {
 		for query, want := range map[string]time.Duration{"reads": runners.HeaderTimeout, "sleeps": runners.CommandTimeout} {
 			start := time.Now()
 			resp, body := sendCommand(t, client, "http://agent.example"+commandPath+"?"+query, strings.Repeat("x", 1<<20))
-			if took := time.Since(start); resp.StatusCode != http.StatusGatewayTimeout || !strings.Contains(body, "may have done the command") || took.Round(time.Second) != want {
+			if took := time.Since(start); resp.StatusCode != http.StatusGatewayTimeout ||
+				!strings.Contains(body, "may have done the command") || took.Round(time.Second) != want {
 				t.Errorf("%s: after %s answered %s %s", query, took, resp.Status, body)
 			}
 		}
@@ -268,14 +273,16 @@ func TestSilentRunners(t *testing.T) {
 	})
 }
 
-// TestSilentRegistry: an API server that says nothing holds messages and commands for 10 s.
-func TestSilentRegistry(t *testing.T) {
+// TestSilentRegistryTimesOut: an API server that never answers delays messages and commands by 10 s.
+func TestSilentRegistryTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, _, _ := overPipes(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 		for _, path := range []string{commandPath, messagePath} {
 			start := time.Now()
-			resp, body := sendCommand(t, client, "http://agent.example"+path, `{"id":"1","type":"runner_unassigned","data":{"runner_id":"r"}}`)
-			if took := time.Since(start); resp.StatusCode != http.StatusGatewayTimeout || !strings.Contains(body, "API server") || took.Round(time.Second) != runners.RegistryTimeout {
+			resp, body := sendCommand(t, client, "http://agent.example"+path,
+				`{"id":"1","type":"runner_unassigned","data":{"runner_id":"r"}}`)
+			if took := time.Since(start); resp.StatusCode != http.StatusGatewayTimeout ||
+				!strings.Contains(body, "API server") || took.Round(time.Second) != runners.RegistryTimeout {
 				t.Errorf("%s: after %s answered %s %s", path, took, resp.Status, body)
 			}
 		}

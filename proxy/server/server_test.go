@@ -32,10 +32,12 @@ const token = "hunter2"
 // defaultMemory is the memory in bytes that tests compute the limits from.
 const defaultMemory = 1 << 30
 
-// newTest is a server before an API server that accepts all, its log, and its two listeners' handlers.
+// newTest returns a server whose API server accepts all, its log, and its listeners' handlers.
 func newTest(t testing.TB, agentToken secret.Secret) (s *Server, log *bytes.Buffer, handlers map[listener]http.Handler) {
 	t.Helper()
-	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "from the API server") }))
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, "from the API server")
+	}))
 	t.Cleanup(api.Close)
 	log = &bytes.Buffer{}
 	logger := slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -43,13 +45,15 @@ func newTest(t testing.TB, agentToken secret.Secret) (s *Server, log *bytes.Buff
 	return s, log, map[listener]http.Handler{tunnel: s.handler(tunnel), operations: s.handler(operations)}
 }
 
-// serverBefore is a server before an API server.
-func serverBefore(t testing.TB, api *rest.Config, agentToken secret.Secret, log *slog.Logger, runnerHosts ...string) *Server {
+// serverBefore returns a server for an API server, with the default limits.
+func serverBefore(
+	t testing.TB, api *rest.Config, agentToken secret.Secret, log *slog.Logger, runnerHosts ...string,
+) *Server {
 	t.Helper()
 	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log, runnerHosts...)
 }
 
-// serverWithin returns a server with limits before an API server, for runners on *.svc and runnerHosts.
+// serverWithin returns a server for an API server, with runners on *.svc and runnerHosts.
 func serverWithin(
 	t testing.TB, api *rest.Config, agentToken secret.Secret, l limits, log *slog.Logger, runnerHosts ...string,
 ) *Server {
@@ -74,7 +78,7 @@ func do(handler http.Handler, method, target string, authorization ...string) *h
 	return w
 }
 
-func TestBearer(t *testing.T) {
+func TestOnlyTheRightTokenIsAccepted(t *testing.T) {
 	for _, test := range []struct {
 		name          string
 		authorization []string
@@ -103,7 +107,8 @@ func TestBearer(t *testing.T) {
 			if strings.Contains(w.Body.String(), `\u003c`) {
 				t.Errorf("%s, %s: not for reading: %s", test.name, path, w.Body)
 			}
-			if (w.Header().Get("WWW-Authenticate") != "") != (test.want == 401) || w.Header().Get("Pipeops-Agent") != "agent-001" {
+			if (w.Header().Get("WWW-Authenticate") != "") != (test.want == 401) ||
+				w.Header().Get("Pipeops-Agent") != "agent-001" {
 				t.Errorf("%s, %s: headers %v", test.name, path, w.Header())
 			}
 		}
@@ -113,7 +118,7 @@ func TestBearer(t *testing.T) {
 	}
 }
 
-func TestWithoutATokenNobodyGetsIn(t *testing.T) {
+func TestWithoutATokenAllCallersAreRefused(t *testing.T) {
 	_, _, handlers := newTest(t, "")
 	for _, authorization := range []string{"", "Bearer", "Bearer ", "Bearer x"} {
 		if w := do(handlers[tunnel], "GET", "/api/k8s/version", authorization); w.Code != 401 {
@@ -122,8 +127,7 @@ func TestWithoutATokenNobodyGetsIn(t *testing.T) {
 	}
 }
 
-// TestRoutesAreDescribed: openapi.yaml has each route and no other. What they answer is held to it in the
-// integration tests.
+// TestRoutesAreDescribed: openapi.yaml has all routes and no others. The integration tests compare the answers with it.
 func TestRoutesAreDescribed(t *testing.T) {
 	var page struct{ Paths map[string]map[string]any }
 	if err := yaml.Unmarshal(openAPI, &page); err != nil {
@@ -137,7 +141,8 @@ func TestRoutesAreDescribed(t *testing.T) {
 	got := map[string]bool{}
 	for path, item := range page.Paths {
 		for method := range item {
-			if _, known := map[string]bool{"get": true, "put": true, "post": true, "delete": true, "patch": true}[method]; known {
+			if _, known := map[string]bool{"get": true, "put": true, "post": true, "delete": true,
+				"patch": true}[method]; known {
 				got[strings.ToUpper(method)+" "+path] = true
 			} else {
 				got[path] = got[path] || path == "/api/k8s/{path}"
@@ -211,25 +216,27 @@ func TestActivityCountsRequestsOnTheTunnel(t *testing.T) {
 	inFlight(0)
 }
 
-// TestPathsAreNotRedirected: a Location would lead out of the gateway's prefix.
+// TestPathsAreNotRedirected: a Location would leave the gateway's prefix.
 func TestPathsAreNotRedirected(t *testing.T) {
 	_, _, handlers := newTest(t, token)
 	for _, target := range []string{
-		"//api/agent/heartbeat", "/api//k8s/version", "/api/runners//command", "/api/runners/../command", "/./health", "//health", "//", "/..", "/health//",
+		"//api/agent/heartbeat", "/api//k8s/version", "/api/runners//command", "/api/runners/../command",
+		"/./health", "//health", "//", "/..", "/health//",
 	} {
 		for l, handler := range handlers {
 			r := httptest.NewRequest(http.MethodPost, "/", nil)
 			r.RequestURI, r.URL = target, &url.URL{Path: target}
 			w := httptest.NewRecorder()
 			handler.ServeHTTP(w, r)
-			if w.Code != http.StatusNotFound || w.Header().Get("Content-Type") != "application/problem+json" || strings.Contains(w.Body.String(), "/api/k8s") != (l == tunnel) {
+			if w.Code != http.StatusNotFound || w.Header().Get("Content-Type") != "application/problem+json" ||
+				strings.Contains(w.Body.String(), "/api/k8s") != (l == tunnel) {
 				t.Errorf("%s, %s: answered %d %v %s", l, target, w.Code, w.Header(), w.Body)
 			}
 		}
 	}
 }
 
-func TestReadyNamesItsChecks(t *testing.T) {
+func TestReadyReportsItsChecks(t *testing.T) {
 	s, _, handlers := newTest(t, token)
 	type answer struct {
 		Checks map[string]struct {
@@ -246,7 +253,7 @@ func TestReadyNamesItsChecks(t *testing.T) {
 		}
 		return w.Code, a
 	}
-	// There is no lease, so no tunnel; why not is told to those who may know.
+	// Without a lease there is no tunnel. Only callers with the token, and on the operations listener, see why.
 	for _, test := range []struct {
 		l             listener
 		authorization []string
@@ -264,7 +271,8 @@ func TestReadyNamesItsChecks(t *testing.T) {
 		t.Errorf("without the tunnel: %d %+v", code, a)
 	}
 	s.gate.close()
-	if code, a := ready(operations, "/ready?exclude=tunnel&exclude=kubernetes"); code != 503 || a.Checks["shutdown"].OK || len(a.Checks) != 1 {
+	if code, a := ready(operations, "/ready?exclude=tunnel&exclude=kubernetes"); code != 503 ||
+		a.Checks["shutdown"].OK || len(a.Checks) != 1 {
 		t.Errorf("draining: %d %+v", code, a)
 	}
 	if code, a := ready(operations, "/ready?only=shutdown"); code != 503 || a.Checks["shutdown"].OK || len(a.Checks) != 1 {
@@ -278,7 +286,7 @@ func TestReadyNamesItsChecks(t *testing.T) {
 	}
 }
 
-func TestMetrics(t *testing.T) {
+func TestMetricsCountRequests(t *testing.T) {
 	_, _, handlers := newTest(t, token)
 	do(handlers[tunnel], "GET", "/api/k8s/secret-name", "Bearer "+token)
 	do(handlers[tunnel], "BREW", "/secret-name")
@@ -310,21 +318,23 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestMetricsAreDocumented: the README lists our metrics with their types, and no others.
+// TestMetricsAreDocumented: the README lists all metrics with their types, and no others.
 func TestMetricsAreDocumented(t *testing.T) {
 	_, _, handlers := newTest(t, token)
 	do(handlers[tunnel], "GET", "/api/k8s/version", "Bearer "+token)
 	do(handlers[tunnel], "POST", "/api/runners/r/command", "Bearer "+token)
 	do(handlers[operations], "GET", "/ready")
 	served, documented := map[string]string{}, map[string]string{}
-	for _, m := range regexp.MustCompile(`(?m)^# TYPE (pipeops_agent_\S+) (\S+)$`).FindAllStringSubmatch(do(handlers[operations], "GET", "/metrics").Body.String(), -1) {
+	page := do(handlers[operations], "GET", "/metrics").Body.String()
+	for _, m := range regexp.MustCompile(`(?m)^# TYPE (pipeops_agent_\S+) (\S+)$`).FindAllStringSubmatch(page, -1) {
 		served[m[1]] = m[2]
 	}
 	readme, err := os.ReadFile("../README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range regexp.MustCompile("(?m)^\\| `(pipeops_agent_\\S+)` \\| (\\w+)").FindAllStringSubmatch(string(readme), -1) {
+	row := regexp.MustCompile("(?m)^\\| `(pipeops_agent_\\S+)` \\| (\\w+)")
+	for _, m := range row.FindAllStringSubmatch(string(readme), -1) {
 		documented[m[1]] = m[2]
 	}
 	if !reflect.DeepEqual(served, documented) {
@@ -340,14 +350,15 @@ func TestRequestsAreLoggedWithoutTheirContent(t *testing.T) {
 		t.Errorf("logged %s", line)
 	}
 	id := w.Header().Get("X-Request-Id")
-	for _, want := range []string{`"request_id":"` + id + `"`, `"status":200`, `"bytes":19`, `"verb":"get"`, `"resource":"secrets"`, `"caller":"192.0.2.1"`} {
+	for _, want := range []string{`"request_id":"` + id + `"`, `"status":200`, `"bytes":19`, `"verb":"get"`,
+		`"resource":"secrets"`, `"caller":"192.0.2.1"`} {
 		if id == "" || !strings.Contains(line, want) {
 			t.Errorf("request %q logged without %s: %s", id, want, line)
 		}
 	}
 }
 
-// TestRefusalsDoNotWaitForBodies: net/http would read on, without a limit of time, before it answers.
+// TestRefusalsDoNotWaitForBodies: net/http would read the body before it answers, without a time limit.
 func TestRefusalsDoNotWaitForBodies(t *testing.T) {
 	_, _, handlers := newTest(t, token)
 	server := httptest.NewServer(handlers[tunnel])
@@ -360,7 +371,7 @@ func TestRefusalsDoNotWaitForBodies(t *testing.T) {
 		if _, err := io.WriteString(conn, "POST "+path+" HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
-		// The body never comes; the test's own time limit is what a wait would run into.
+		// The body never comes: a wait would reach the time limit of go test.
 		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil || resp.StatusCode < 400 || !resp.Close {
 			t.Errorf("%s: %+v, %v", path, resp, err)
@@ -369,8 +380,8 @@ func TestRefusalsDoNotWaitForBodies(t *testing.T) {
 	}
 }
 
-// TestMarksOutlive1xx: ReverseProxy clears all headers when a 1xx passes.
-func TestMarksOutlive1xx(t *testing.T) {
+// TestAgentsHeadersSurvive1xx: ReverseProxy clears all headers when a 1xx passes.
+func TestAgentsHeadersSurvive1xx(t *testing.T) {
 	s, _, _ := newTest(t, token)
 	handler := s.observe(tunnel, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(http.StatusEarlyHints)
@@ -379,13 +390,14 @@ func TestMarksOutlive1xx(t *testing.T) {
 		_, _ = io.WriteString(w, "ok")
 	}))
 	w := do(handler, "GET", "/")
-	if got := w.Header()["Pipeops-Agent"]; !reflect.DeepEqual(got, []string{"agent-001"}) || w.Header().Get("X-Request-Id") == "" {
+	if got := w.Header()["Pipeops-Agent"]; !reflect.DeepEqual(got, []string{"agent-001"}) ||
+		w.Header().Get("X-Request-Id") == "" {
 		t.Errorf("headers %v", w.Header())
 	}
 }
 
-// TestPanicsAreNoCallersWhoLeft: they are counted as errors of ours, and not swallowed.
-func TestPanicsAreNoCallersWhoLeft(t *testing.T) {
+// TestPanicsAreLoggedAs500: and not as callers who left; net/http still sees the panic.
+func TestPanicsAreLoggedAs500(t *testing.T) {
 	s, log, _ := newTest(t, token)
 	for value, want := range map[any]string{"a mistake": `"status":500`, http.ErrAbortHandler: `"status":499`} {
 		log.Reset()

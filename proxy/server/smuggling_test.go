@@ -16,7 +16,7 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// recording is the agent's server before an API server that remembers the requests that came whole.
+// recording is a server of the agent, and an API server that records the complete requests.
 type recording struct {
 	addr string
 
@@ -34,7 +34,7 @@ func record(t *testing.T) *recording {
 		}
 		body, err := io.ReadAll(r.Body)
 		if err != nil {
-			return // broken off: the caller's body was not one
+			return // an incomplete body
 		}
 		rec.mu.Lock()
 		defer rec.mu.Unlock()
@@ -53,8 +53,8 @@ func record(t *testing.T) *recording {
 	return rec
 }
 
-// send writes a request, says that no more will come if half, and returns all that is answered, and what the
-// API server has seen.
+// send writes a request, closes its side if half, and returns all answers, and the requests that the API server has
+// seen.
 func (rec *recording) send(t *testing.T, request string, half bool) (answers string, seen []string) {
 	t.Helper()
 	rec.mu.Lock()
@@ -84,10 +84,10 @@ func (rec *recording) send(t *testing.T, request string, half bool) (answers str
 
 const auth = "Authorization: Bearer " + token + "\r\n"
 
-// TestSmugglingShapes sends requests whose end two servers could see in different places, with a second
-// request hidden in them. The API server must see what the agent has seen, and the hidden one only where it
-// really is a request of its own, which then needs a token like any other.
-func TestSmugglingShapes(t *testing.T) {
+// TestHiddenRequestsAreNotSmuggled sends requests whose end two servers could see in different places, with a second
+// request hidden in them. The API server must see what the agent has seen, and the hidden one only where it is a
+// request of its own, which needs a token as any other.
+func TestHiddenRequestsAreNotSmuggled(t *testing.T) {
 	rec := record(t)
 	const hidden = "GET /api/k8s/hidden HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" // without a token
 	for name, test := range map[string]struct {
@@ -110,7 +110,7 @@ func TestSmugglingShapes(t *testing.T) {
 		"after a failed upgrade":   {"GET /api/k8s/x HTTP/1.1\r\nHost: a\r\n" + auth + "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + hidden, []string{"GET /x "}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			// The server closes after the hidden request, or after what it has refused.
+			// The server closes after the hidden request, or after the one that it has refused.
 			answers, seen := rec.send(t, test.request, false)
 			if !slices.Equal(seen, test.want) {
 				t.Errorf("the API server saw %q, want %q; answers:\n%s", seen, test.want, answers)
@@ -122,8 +122,8 @@ func TestSmugglingShapes(t *testing.T) {
 	}
 }
 
-// TestHalfABody: a caller that ends before its body does has sent no request.
-func TestHalfABody(t *testing.T) {
+// TestIncompleteBodyIsNotForwarded: a caller that closes before the end of its body has sent no request.
+func TestIncompleteBodyIsNotForwarded(t *testing.T) {
 	rec := record(t)
 	for name, rest := range map[string]string{
 		"length":           "Content-Length: 10\r\n\r\n12345",
@@ -141,25 +141,26 @@ func TestHalfABody(t *testing.T) {
 	}
 }
 
-// TestEarlyRefusal: what the API server says before it has the whole body reaches the caller, who need not send
-// the rest.
-func TestEarlyRefusal(t *testing.T) {
+// TestEarlyRefusalIsForwarded: the API server may refuse before it has read the body; the caller need not send the
+// rest.
+func TestEarlyRefusalIsForwarded(t *testing.T) {
 	rec := record(t)
-	answers, _ := rec.send(t, "POST /api/k8s/refused HTTP/1.1\r\nHost: a\r\n"+auth+"Content-Length: 1000000000\r\n\r\nabc", false)
+	request := "POST /api/k8s/refused HTTP/1.1\r\nHost: a\r\n" + auth + "Content-Length: 1000000000\r\n\r\nabc"
+	answers, _ := rec.send(t, request, false)
 	if !strings.HasPrefix(answers, "HTTP/1.1 403 ") || !strings.Contains(answers, "refused before") {
 		t.Errorf("answered %q", answers)
 	}
 }
 
-// TestRefusalsReachWhoStillSends: whoever sends a large body that nobody wants gets the answer, and not a
-// connection that is reset.
-func TestRefusalsReachWhoStillSends(t *testing.T) {
+// TestRefusalReachesACallerThatStillSends: a caller that sends a large body gets the answer, not a reset connection.
+func TestRefusalReachesACallerThatStillSends(t *testing.T) {
 	rec := record(t)
 	for path, want := range map[string]int{
 		"/api/control-plane/message": http.StatusRequestEntityTooLarge, "/api/k8s/refused": http.StatusForbidden, "/nowhere": http.StatusNotFound,
 	} {
 		for range 50 {
-			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+rec.addr+path, strings.NewReader(strings.Repeat("x", 1<<20)))
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+rec.addr+path,
+				strings.NewReader(strings.Repeat("x", 1<<20)))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -177,8 +178,8 @@ func TestRefusalsReachWhoStillSends(t *testing.T) {
 	}
 }
 
-// TestOverlong: headers and paths beyond the limit, and what HTTP/2 counts as more than that, get 431.
-func TestOverlong(t *testing.T) {
+// TestTooLargeHeadersGet431: the target counts too, and all is counted as HTTP/2 does.
+func TestTooLargeHeadersGet431(t *testing.T) {
 	rec := record(t)
 	for name, test := range map[string]struct{ path, headers, want string }{
 		"header":                              {"/x", "X-A: " + strings.Repeat("a", 2<<20) + "\r\n", "431 Request Header Fields Too Large"},
@@ -191,8 +192,10 @@ func TestOverlong(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			answers, seen := rec.send(t, "GET /api/k8s"+test.path+" HTTP/1.1\r\nHost: a\r\n"+auth+test.headers+"Connection: close\r\n\r\n", false)
-			if status, _, _ := strings.Cut(answers, "\r\n"); status != "HTTP/1.1 "+test.want || (len(seen) > 0) != (test.want == "200 OK") {
+			answers, seen := rec.send(t, "GET /api/k8s"+test.path+" HTTP/1.1\r\nHost: a\r\n"+auth+test.headers+
+				"Connection: close\r\n\r\n", false)
+			if status, _, _ := strings.Cut(answers, "\r\n"); status != "HTTP/1.1 "+test.want ||
+				(len(seen) > 0) != (test.want == "200 OK") {
 				t.Errorf("answered %q; the API server saw %d requests", status, len(seen))
 			}
 		})

@@ -22,15 +22,15 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// These tests take hours, on the clock of testing/synctest, which jumps ahead whenever all wait. It knows no
-// sockets, so connections are pipes; the servers and transports at their ends are the real ones.
+// These tests take hours on the clock of testing/synctest, which jumps ahead when all goroutines wait. It does not
+// support sockets, so connections are pipes; the servers and transports at their ends are real.
 
-// pipes is a listener, and a dialer to it.
+// pipes is a listener and its dialer.
 type pipes struct {
 	conns chan net.Conn
 	done  chan struct{}
 	dials atomic.Int32
-	hang  atomic.Bool           // connections that are dialled from now on say nothing
+	hang  atomic.Bool           // new connections are silent
 	lost  atomic.Pointer[lossy] // the last connection that was dialled
 }
 
@@ -62,7 +62,7 @@ func (p *pipes) DialContext(ctx context.Context, _, _ string) (net.Conn, error) 
 	return conn, nil
 }
 
-// lossy is a connection whose other end can disappear without a word.
+// lossy is a connection whose other end can disappear without closing it.
 type lossy struct {
 	net.Conn
 
@@ -76,7 +76,7 @@ func (l *lossy) Write(b []byte) (int, error) {
 	return l.Conn.Write(b)
 }
 
-// overPipes starts the agent's server before an API server, and returns a client and the way to each.
+// overPipes starts the agent's server and an API server, and returns a client and the pipes to each.
 func overPipes(t *testing.T, handler http.HandlerFunc) (client *http.Client, toAgent, toAPI *pipes) {
 	t.Helper()
 	_, client, toAgent, toAPI = serverOverPipes(t, handler)
@@ -135,11 +135,13 @@ func ask(t *testing.T, client *http.Client, method, path string) (*http.Response
 	return resp, string(body)
 }
 
-// TestDeadConnection: the API server's end of a connection disappears without a word. That is noticed within
-// a minute. What can be asked again gets its answer over another connection, the rest a message.
-func TestDeadConnection(t *testing.T) {
+// TestDeadConnectionIsDetectedWithinAMinute: the API server's end disappears without closing the connection. A GET is
+// repeated over another connection; all else gets a 502.
+func TestDeadConnectionIsDetectedWithinAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		client, _, toAPI := overPipes(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "answered") })
+		client, _, toAPI := overPipes(t, func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, "answered")
+		})
 		for _, test := range []struct {
 			method, body string
 			code         int
@@ -158,7 +160,7 @@ func TestDeadConnection(t *testing.T) {
 				t.Errorf("%s: answered %s %s", test.method, resp.Status, body)
 			}
 			if took := time.Since(start); took > time.Minute {
-				t.Errorf("%s: noticed after %s", test.method, took)
+				t.Errorf("%s: detected after %s", test.method, took)
 			}
 			if again := toAPI.dials.Load() - dials; again != map[string]int32{http.MethodGet: 1}[test.method] {
 				t.Errorf("%s: %d further connections", test.method, again)
@@ -167,8 +169,8 @@ func TestDeadConnection(t *testing.T) {
 	})
 }
 
-// TestWatchOutlivesEveryTimeout: a watch that is silent for a day gets its next event.
-func TestWatchOutlivesEveryTimeout(t *testing.T) {
+// TestNoTimeoutEndsAWatch: a watch that is silent for a day gets its next event.
+func TestNoTimeoutEndsAWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, _, _ := overPipes(t, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", "application/json")
@@ -177,14 +179,15 @@ func TestWatchOutlivesEveryTimeout(t *testing.T) {
 			time.Sleep(24 * time.Hour)
 			_, _ = io.WriteString(w, "second\n")
 		})
-		if resp, body := ask(t, client, http.MethodGet, "/api/k8s/api/v1/pods?watch=true"); resp.StatusCode != http.StatusOK || body != "first\nsecond\n" {
+		resp, body := ask(t, client, http.MethodGet, "/api/k8s/api/v1/pods?watch=true")
+		if resp.StatusCode != http.StatusOK || body != "first\nsecond\n" {
 			t.Errorf("answered %s %q", resp.Status, body)
 		}
 	})
 }
 
-// TestSlowHeaders: whoever does not get to the end of the headers is cut off, token or not.
-func TestSlowHeaders(t *testing.T) {
+// TestSlowHeadersTimeOut: with the token too.
+func TestSlowHeadersTimeOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, toAgent, toAPI := overPipes(t, func(http.ResponseWriter, *http.Request) {})
 		conn, err := toAgent.DialContext(t.Context(), "", "")
@@ -209,9 +212,9 @@ func TestSlowHeaders(t *testing.T) {
 	})
 }
 
-// TestIdleConnectionsOutliveFrps: frps sends its next request over a connection that was idle for up to 60 s;
-// it would be lost if this end closed first.
-func TestIdleConnectionsOutliveFrps(t *testing.T) {
+// TestIdleConnectionsOutliveThoseOfFrps: frps reuses a connection that was idle for up to 60 s; its request would be
+// lost if this end closed first.
+func TestIdleConnectionsOutliveThoseOfFrps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, toAgent, _ := overPipes(t, func(http.ResponseWriter, *http.Request) {})
 		conn, err := toAgent.DialContext(t.Context(), "", "")
@@ -233,9 +236,9 @@ func TestIdleConnectionsOutliveFrps(t *testing.T) {
 	})
 }
 
-// TestHungDialHoldsNobody: while one request waits for a connection that never comes, another finds room on one
-// that there is.
-func TestHungDialHoldsNobody(t *testing.T) {
+// TestHangingDialBlocksNoOtherRequest: while one request waits for a connection that is never made, another uses an
+// open one.
+func TestHangingDialBlocksNoOtherRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, _, toAPI := overPipes(t, func(w http.ResponseWriter, r *http.Request) {
 			if r.URL.RawQuery == "" {
@@ -245,7 +248,7 @@ func TestHungDialHoldsNobody(t *testing.T) {
 			<-r.Context().Done()
 		})
 		var watches []context.CancelFunc
-		for range 2 { // all that one connection takes
+		for range 2 { // as many as one connection carries
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			resp := begin(ctx, t, client, http.MethodGet, "/api/k8s/api/v1/pods?watch=true")
@@ -270,11 +273,12 @@ func TestHungDialHoldsNobody(t *testing.T) {
 	})
 }
 
-// TestHalfARequest: a body that does not come holds neither the answer back nor, without a token, the
-// connection.
-func TestHalfARequest(t *testing.T) {
+// TestUnsentBodyDelaysNoAnswer: nor does it keep the connection open.
+func TestUnsentBodyDelaysNoAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		_, toAgent, _ := overPipes(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "refused early", http.StatusForbidden) })
+		_, toAgent, _ := overPipes(t, func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "refused early", http.StatusForbidden)
+		})
 		for request, want := range map[string]string{
 			"GET /health HTTP/1.1\r\nHost: a\r\n":                                    "HTTP/1.1 200 OK",
 			"POST /api/k8s/x HTTP/1.1\r\nHost: a\r\n":                                "HTTP/1.1 401 Unauthorized",
@@ -296,7 +300,7 @@ func TestHalfARequest(t *testing.T) {
 	})
 }
 
-// lateClose is a connection to an API server that gets an answer to the end of a connection on its way.
+// lateClose is a connection to an API server that still delivers what the API server answers to its close.
 type lateClose struct{ *net.TCPConn }
 
 func (c lateClose) Close() error {
@@ -305,9 +309,9 @@ func (c lateClose) Close() error {
 	return nil
 }
 
-// TestNoGoodbyeAfterACut: what the API server says when the agent cuts a session reaches nobody. kubectl would take
-// its regular end of a WebSocket for the success of the command.
-func TestNoGoodbyeAfterACut(t *testing.T) {
+// TestCutSessionDoesNotLookLikeSuccess: when the agent cuts a session, the API server ends the WebSocket regularly,
+// which kubectl would take for the success of the command. It must not reach the caller.
+func TestCutSessionDoesNotLookLikeSuccess(t *testing.T) {
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", "websocket")
