@@ -180,7 +180,7 @@ func TestCommandLine(t *testing.T) {
 		{nil, exitUsage, "agent.id (PIPEOPS_AGENT_ID): required"},
 		{[]string{"--check"}, exitUsage, "agent.id (PIPEOPS_AGENT_ID): required"},
 		{[]string{"--nonsense"}, exitUsage, "flag provided but not defined"},
-		{[]string{"--once", "--timeout", "0"}, exitUsage, "--timeout must be more than nothing"},
+		{[]string{"--once", "--timeout", "0"}, exitUsage, "--timeout must be positive"},
 		{[]string{"--once", "extra"}, exitUsage, `unknown argument "extra"`},
 		{[]string{"--once", "--config", "/nonexistent"}, exitUsage, "open /nonexistent: no such file or directory"},
 	} {

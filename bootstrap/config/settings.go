@@ -26,7 +26,7 @@ type setting struct {
 	def   string
 	doc   string
 	field func(c *Config) any            // points to the value, whose type says what YAML may give
-	check func(v string) (string, error) // gives a text, or each of a list, as it is kept; nil takes any
+	check func(v string) (string, error) // normalizes a text, or each item of a list; nil accepts any
 }
 
 // settings is the whole configuration.
@@ -112,7 +112,7 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.Logging.Format }, check: oneOf("json", "text")},
 }
 
-// set gives the setting a value from its text.
+// set sets the value from its text.
 func (s *setting) set(c *Config, v string) (err error) {
 	switch field := s.field(c).(type) {
 	case *string:
@@ -147,7 +147,7 @@ func (s *setting) set(c *Config, v string) (err error) {
 	return err
 }
 
-// get gives the value as a text, as set takes it; of a secret only that it is set.
+// get returns the value as text, as set takes it; a secret is redacted.
 func (s *setting) get(c *Config) string {
 	switch field := s.field(c).(type) {
 	case *[]string:
@@ -162,7 +162,7 @@ func (s *setting) get(c *Config) string {
 	}
 }
 
-// holds tells whether the setting's value is a T.
+// holds reports whether the setting's value is a T.
 func holds[T any](s *setting) bool {
 	_, ok := s.field(&Config{}).(*T)
 	return ok
@@ -176,7 +176,7 @@ func portNumber(v string) (int, error) {
 	return n, nil
 }
 
-// accept makes the check that takes what ok is true of. The mistake of all else has a verb for the value.
+// accept returns the check that accepts values for which ok is true. mistake has a verb for the value.
 func accept(ok func(v string) bool, mistake string) func(string) (string, error) {
 	return func(v string) (string, error) {
 		if !ok(v) {
@@ -190,7 +190,7 @@ func oneOf(names ...string) func(string) (string, error) {
 	return accept(func(v string) bool { return slices.Contains(names, v) }, "%q is unknown: choose one of "+strings.Join(names, ", "))
 }
 
-// proxyURL does not repeat the value: it may hold a password.
+// proxyURL checks the URL of a proxy. Its error does not repeat the value, which may hold a password.
 func proxyURL(v string) (string, error) {
 	u, err := url.Parse(v)
 	if err != nil || u.Host == "" || !slices.Contains([]string{"http", "socks5", "ntlm"}, u.Scheme) {
@@ -214,7 +214,7 @@ var (
 // IsHost reports whether a text is a DNS name or an IP.
 func IsHost(v string) bool { return net.ParseIP(v) != nil || namePattern.MatchString(v) }
 
-// hostOrBelow takes a host, or "*." and the domain that hosts are below; in lower case.
+// hostOrBelow accepts a host, or "*." and a domain for all hosts below it; it returns lower case.
 func hostOrBelow(v string) (string, error) {
 	v = strings.ToLower(v)
 	if !IsHost(strings.TrimPrefix(v, "*.")) {
@@ -223,7 +223,7 @@ func hostOrBelow(v string) (string, error) {
 	return v, nil
 }
 
-// apiURL keeps the agent's token off the network in the clear.
+// apiURL refuses URLs that would send the agent's token unencrypted over a network.
 func apiURL(v string) (string, error) {
 	u, err := url.Parse(v)
 	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Scheme != "https" && u.Scheme != "http" {
@@ -248,8 +248,8 @@ func listenAddr(v string) (string, error) {
 	return v, nil
 }
 
-// path takes what looks like a path, or names a file that is there. It does not repeat other values: somebody may
-// have put the secret itself where its file belongs.
+// path accepts what looks like a path, or names an existing file. Its error does not repeat other values: the user may
+// have given the secret itself in place of its file.
 func path(v string) (string, error) {
 	rooted := slices.ContainsFunc([]string{"/", "./", "../", "~/"}, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
 	strange := strings.ContainsFunc(v, func(r rune) bool { return r == ' ' || !unicode.IsPrint(r) })
@@ -259,7 +259,7 @@ func path(v string) (string, error) {
 	return v, nil
 }
 
-// paths takes several, as KUBECONFIG may hold.
+// paths accepts a list of paths, as KUBECONFIG may hold.
 func paths(v string) (string, error) {
 	for _, p := range filepath.SplitList(v) {
 		if _, err := path(p); p != "" && err != nil {
@@ -269,7 +269,7 @@ func paths(v string) (string, error) {
 	return v, nil
 }
 
-// checkToken refuses what no HTTP header can carry, above all the line break at the end of a copied token.
+// checkToken refuses tokens that no HTTP header can carry, such as one copied with the line break at its end.
 func checkToken(v string) (string, error) {
 	for _, r := range v {
 		if r <= ' ' || r > '~' {
