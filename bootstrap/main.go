@@ -32,7 +32,7 @@ const (
 // terminationLog is where the kubelet reads why a container has terminated. It exists only in a pod.
 const terminationLog = "/dev/termination-log"
 
-const usage = `bootstrap gets a tunnel lease from the control plane, writes frpc.toml and lease.json, and renews the lease.
+const usage = `bootstrap gets a tunnel lease from the control plane, writes frpc.toml and lease.json, and renews it.
 
 Usage:
   bootstrap [flags]          get a lease, write the files, and renew it in time, until SIGTERM

@@ -15,7 +15,8 @@ func (l *loader) complete() {
 	}
 	l.secret("agent.token")
 	if c.Agent.Token == "" && c.Agent.TokenFile == "" && !l.told["agent.token"] && !l.told["agent.token_file"] {
-		l.mistake("agent.token", "required: the token that the control plane gave this agent, here or in the file that %s names",
+		l.mistake("agent.token",
+			"required: the token that the control plane gave this agent, here or in the file that %s names",
 			Name("agent.token_file"))
 	}
 	l.secret("frp.token")

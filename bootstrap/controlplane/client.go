@@ -46,7 +46,7 @@ type Answer struct {
 	ServerPort  int                      `json:"server_port"`
 	User        string                   `json:"user"`
 	Metadatas   map[string]secret.Secret `json:"metadatas"`
-	Tunnel      frpc.Tunnel              `json:"tunnel"` // type, subdomain, custom_domains, remote_port, group and group_key
+	Tunnel      frpc.Tunnel              `json:"tunnel"` // newLease overwrites its local fields
 	Permissions []string                 `json:"permissions"`
 
 	// Ends is ExpiresAt by the clock of this host, which may differ from the control plane's; zero: no end.
