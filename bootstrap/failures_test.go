@@ -54,8 +54,8 @@ func serveTLS(t *testing.T, name string, end time.Time) (url, caFile string) {
 	return strings.Replace(server.URL, "127.0.0.1", "localhost", 1), caFile
 }
 
-// TestNoConnection: what is between the agent and the control plane, and what a person reads of it.
-func TestNoConnection(t *testing.T) {
+// TestConnectionErrorsNameCauseAndNextStep: each fault between the agent and the control plane, and the error for it.
+func TestConnectionErrorsNameCauseAndNextStep(t *testing.T) {
 	good, goodCA := serveTLS(t, "localhost", time.Now().Add(time.Hour))
 	wrongName, wrongNameCA := serveTLS(t, "other.example", time.Now().Add(time.Hour))
 	expired, expiredCA := serveTLS(t, "localhost", time.Now().Add(-time.Hour))
@@ -106,8 +106,8 @@ func TestNoConnection(t *testing.T) {
 	}
 }
 
-// TestRunDirectory: what is wrong with the volume, and what a leftover of a killed bootstrap does: nothing.
-func TestRunDirectory(t *testing.T) {
+// TestBrokenRunDirectoryIsReported: files of a killed bootstrap do no harm, and missing ones are named.
+func TestBrokenRunDirectoryIsReported(t *testing.T) {
 	server := httptest.NewServer(answer(200, "application/json", `{"frp_token":"f"}`))
 	defer server.Close()
 	env := environment(t, server.URL)
@@ -142,9 +142,9 @@ func TestRunDirectory(t *testing.T) {
 	}
 }
 
-// TestOneBootstrapForARunDirectory: a second would change frpc's password for the first. It is refused before it asks
-// the control plane for anything; doctor and the probe are not.
-func TestOneBootstrapForARunDirectory(t *testing.T) {
+// TestSecondBootstrapForARunDirectoryIsRefused: a second would change frpc's password for the first. It is refused before it sends
+// a request to the control plane; doctor and the probe are not.
+func TestSecondBootstrapForARunDirectoryIsRefused(t *testing.T) {
 	asked := atomic.Int32{}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked.Add(1)
@@ -184,8 +184,8 @@ func TestOneBootstrapForARunDirectory(t *testing.T) {
 	}
 }
 
-// TestAdminPasswordStays: frpc may still run with it, whatever has become of the files.
-func TestAdminPasswordStays(t *testing.T) {
+// TestAdminPasswordSurvivesBrokenFiles, because frpc may still run with it.
+func TestAdminPasswordSurvivesBrokenFiles(t *testing.T) {
 	server := httptest.NewServer(answer(200, "application/json", `{"frp_token":"f"}`))
 	defer server.Close()
 	env := environment(t, server.URL)

@@ -1,5 +1,5 @@
 // Command bootstrap authenticates the agent at the control plane, writes frpc.toml and lease.json to the volume
-// that it shares with frpc and the proxy, and stays to renew the lease.
+// that it shares with frpc and the proxy, and renews the lease.
 package main
 
 import (
@@ -25,14 +25,14 @@ import (
 // Exit codes.
 const (
 	exitOK     = 0
-	exitFailed = 1 // no lease, or something is not as it should be: the last line names the hop, the cause and the next step
+	exitFailed = 1 // no lease, or a step of doctor failed: the last line names the hop, the cause and the next step
 	exitUsage  = 2 // the configuration or the command line is wrong
 )
 
-// terminationLog is where the kubelet looks for why a container has ended. It is there in a pod and nowhere else.
+// terminationLog is where the kubelet reads why a container has terminated. It exists only in a pod.
 const terminationLog = "/dev/termination-log"
 
-const usage = `bootstrap gets a tunnel lease from the control plane, writes frpc.toml and lease.json, and keeps the lease fresh.
+const usage = `bootstrap gets a tunnel lease from the control plane, writes frpc.toml and lease.json, and renews it.
 
 Usage:
   bootstrap [flags]          get a lease, write the files, and renew it in time, until SIGTERM
@@ -58,7 +58,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		_, _ = fmt.Fprint(stderr, usage)
 		flags.PrintDefaults()
 	}
-	configPath := flags.String("config", "", "YAML configuration `file` (default "+config.DefaultPath+", which may be absent)")
+	const configUsage = "YAML configuration `file` (default " + config.DefaultPath + ", which may be absent)"
+	configPath := flags.String("config", "", configUsage)
 	once := flags.Bool("once", false, "write the files and exit")
 	check := flags.Bool("check", false, "check the configuration, print it and exit")
 	asJSON := flags.Bool("json", false, "doctor: print JSON")
@@ -84,9 +85,9 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case flags.NArg() > 0:
 		return complain("unknown argument %q: see bootstrap --help", flags.Arg(0))
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
-		return complain("these do not go together: see bootstrap --help")
+		return complain("these arguments exclude each other: see bootstrap --help")
 	case *timeout <= 0:
-		return complain("--timeout must be more than nothing: give one such as 5m")
+		return complain("--timeout must be positive: give one such as 5m")
 	case *showVersion:
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK

@@ -85,8 +85,8 @@ func TestOnceWritesTheLease(t *testing.T) {
 	}
 }
 
-// TestTunnelOfTheLeaseWins: field by field, and the configuration fills what it leaves out.
-func TestTunnelOfTheLeaseWins(t *testing.T) {
+// TestLeaseOverridesTheConfiguredTunnel: field by field, and the configuration fills what it leaves out.
+func TestLeaseOverridesTheConfiguredTunnel(t *testing.T) {
 	for body, want := range map[string]frpc.Tunnel{
 		`{"group":"g"}`:            {Type: "http", Subdomain: "agent-001", Group: "g"},
 		`{"subdomain":"other"}`:    {Type: "http", Subdomain: "other"},
@@ -111,8 +111,8 @@ func TestTunnelOfTheLeaseWins(t *testing.T) {
 	}
 }
 
-// TestAttempts: what the control plane may answer, and what a person reads of it.
-func TestAttempts(t *testing.T) {
+// TestAnswersOfTheControlPlane: what the control plane may answer, and the error for it.
+func TestAnswersOfTheControlPlane(t *testing.T) {
 	const lease = `{"frp_token":"f"}`
 	var elsewhere atomic.Int32
 	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { elsewhere.Add(1) }))
@@ -169,7 +169,7 @@ func answer(code int, contentType, body string) http.HandlerFunc {
 	}
 }
 
-func TestCommandLine(t *testing.T) {
+func TestCommandLineErrors(t *testing.T) {
 	for _, test := range []struct {
 		args []string
 		code int
@@ -180,7 +180,7 @@ func TestCommandLine(t *testing.T) {
 		{nil, exitUsage, "agent.id (PIPEOPS_AGENT_ID): required"},
 		{[]string{"--check"}, exitUsage, "agent.id (PIPEOPS_AGENT_ID): required"},
 		{[]string{"--nonsense"}, exitUsage, "flag provided but not defined"},
-		{[]string{"--once", "--timeout", "0"}, exitUsage, "--timeout must be more than nothing"},
+		{[]string{"--once", "--timeout", "0"}, exitUsage, "--timeout must be positive"},
 		{[]string{"--once", "extra"}, exitUsage, `unknown argument "extra"`},
 		{[]string{"--once", "--config", "/nonexistent"}, exitUsage, "open /nonexistent: no such file or directory"},
 	} {
@@ -190,8 +190,8 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
-// TestShortToken: it works, and is warned of where somebody looks.
-func TestShortToken(t *testing.T) {
+// TestShortTokenIsWarnedOf: it works, and the log and doctor warn of it.
+func TestShortTokenIsWarnedOf(t *testing.T) {
 	server := httptest.NewServer(answer(200, "application/json", `{"frp_token":"f"}`))
 	defer server.Close()
 	for token, short := range map[string]bool{"fifteen-letters": true, "your-agent-token": false} {

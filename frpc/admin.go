@@ -15,15 +15,15 @@ import (
 // adminClient has a transport of its own, so that the environment's proxy settings do not apply to loopback calls.
 var adminClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 5 * time.Second}
 
-// addr is where the frpc in the same pod serves its admin API. Calls of it take five seconds at most.
+// addr is the address of the admin API of the frpc in this pod. Calls take five seconds at most.
 func (a Admin) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(a.Port)) }
 
-// ErrStuck means that frpc was told to stop and has not: it hangs in its first login.
+// ErrStuck reports that frpc does not stop, because it hangs in its first login.
 var ErrStuck = errors.New("frpc does not stop")
 
-// Stop ends frpc, and waits up to five seconds for that. The kubelet restarts it, with the frpc.toml that then stands.
+// Stop stops frpc and waits up to five seconds for its end. The kubelet restarts it, with the then current frpc.toml.
 func (a Admin) Stop(ctx context.Context) error {
-	// A connection ends with its process, of which a successor may listen a moment later.
+	// This connection ends with the process; a new one could reach the restarted frpc.
 	alive, err := (&net.Dialer{}).DialContext(ctx, "tcp", a.addr())
 	if err != nil {
 		return fmt.Errorf("frpc's admin API does not answer: %w", err)
@@ -39,7 +39,7 @@ func (a Admin) Stop(ctx context.Context) error {
 	return nil
 }
 
-// Reload has frpc apply the [[proxies]] of its frpc.toml, and nothing else of it. What runs through them goes on.
+// Reload has frpc apply the [[proxies]] of its frpc.toml, and nothing else of it. Running requests go on.
 func (a Admin) Reload(ctx context.Context) error {
 	_, err := a.call(ctx, http.MethodGet, "/api/reload?strictConfig=true")
 	return err

@@ -1,5 +1,5 @@
 // Package frpc holds all that the agent knows of the stock frp client: its configuration file, its admin API and its
-// login. The agent never links frp's code; everything here is checked against the stock binary in tests/tools/frp.
+// login. The agent never links frp's code; tests/tools/frp checks everything here against the stock binary.
 package frpc
 
 import (
@@ -15,8 +15,7 @@ import (
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
-// Config is what the agent decides in frpc.toml; what it leaves out keeps frp's default.
-// Its field names in JSON are those of lease.json.
+// Config is the part of frpc.toml that the agent decides; the rest keeps frp's defaults. lease.json holds it as JSON.
 type Config struct {
 	ServerAddr string        `json:"server_addr"` // host name or IP of frps
 	ServerPort int           `json:"server_port"`
@@ -39,7 +38,7 @@ type Config struct {
 
 // TLS is how the connection to frps is secured. It is always encrypted.
 type TLS struct {
-	CAFile             string `json:"ca_file,omitempty"`     // PEM file of the authorities that may sign frps's certificate
+	CAFile             string `json:"ca_file,omitempty"`     // PEM file of the authorities for frps's certificate
 	ServerName         string `json:"server_name,omitempty"` // empty: the server's address
 	CertFile           string `json:"cert_file,omitempty"`
 	KeyFile            string `json:"key_file,omitempty"`
@@ -69,18 +68,19 @@ type Tunnel struct {
 	HealthPath string `json:"health_path,omitempty"`
 }
 
-// GivesUp says what a tunnel of this type lacks beside one of type https, which lacks nothing.
+// GivesUp returns what a tunnel of this type lacks compared with https. It is empty for https.
 func (t Tunnel) GivesUp() string {
 	return map[string]string{
-		"http": "frps can read and alter all that passes, loses the answers to some writes, and slows down beyond five callers at once; kubectl needs a TLS gateway in front of it",
-		"tcp":  "everybody on the way to frps can read and alter all that passes; kubectl needs a TLS gateway in front of it",
+		"http": "frps can read and alter all traffic, loses the answers to some writes, and slows down beyond five " +
+			"callers at once; kubectl needs a TLS gateway in front of it",
+		"tcp": "everybody on the way to frps can read and alter all traffic; kubectl needs a TLS gateway in front of it",
 	}[t.Type]
 }
 
 // TOML renders frpc.toml. It fails only on text that is not UTF-8, which TOML cannot hold; the error names the key.
 func (c Config) TOML() ([]byte, error) {
 	w := tomlWriter{}
-	w.buf.WriteString("# Written by the PipeOps agent's bootstrap, at its start and with every lease: changes are lost. Holds secrets.\n")
+	w.buf.WriteString("# Written by the PipeOps agent's bootstrap. Changes are lost. Holds secrets.\n")
 	w.text("serverAddr", c.ServerAddr)
 	w.number("serverPort", c.ServerPort)
 	w.text("user", c.User)
@@ -96,15 +96,15 @@ func (c Config) TOML() ([]byte, error) {
 	} else {
 		w.text("auth.token", c.Token.Reveal())
 	}
-	// A frps that asks for these refuses an agent without; any other ignores them.
+	// A frps that requires these refuses an agent without them; any other ignores them.
 	w.texts("auth.additionalScopes", []string{"HeartBeats", "NewWorkConns"})
 	for _, k := range slices.Sorted(maps.Keys(c.Metadatas)) {
 		w.text("metadatas."+quote(k), c.Metadatas[k].Reveal())
 	}
 	w.text("transport.protocol", c.Protocol)
 	w.text("transport.proxyURL", c.ProxyURL.Reveal())
-	// Measured with latency (tests/bench): work connections that wait answer the first calls after a login sooner,
-	// and a frps that has frozen is noticed within 20 s, not 40.
+	// Measured with latency (tests/bench): with waiting work connections, the first calls after a login are answered
+	// sooner; with the shorter interval, a frozen frps is noticed within 20 s, not 40.
 	w.number("transport.poolCount", 5)
 	w.number("transport.tcpMuxKeepaliveInterval", 10)
 	// With multiplexing frpc sends no heartbeats by default, but a frps whose heartbeatTimeout is set waits for them.
@@ -130,13 +130,13 @@ func (c Config) TOML() ([]byte, error) {
 	w.text("loadBalancer.group", c.Tunnel.Group)
 	w.text("loadBalancer.groupKey", c.Tunnel.GroupKey.Reveal())
 	if c.Tunnel.Type != "http" {
-		// The only way to learn the caller's address. Of type http, X-Forwarded-For has it, and frps sends requests of
-		// several callers over one connection.
+		// The PROXY header is the only way to learn the caller's address. With type http, X-Forwarded-For has it, and
+		// frps sends requests of several callers over one connection.
 		w.text("transport.proxyProtocolVersion", "v2")
 	}
-	// frpc registers the tunnel while the proxy takes requests, and withdraws it when the proxy drains: streams
-	// that run go on, new requests go to another instance. It counts failures for ever, not in a row, so that
-	// more than one allowed failure would only be the same later.
+	// frpc registers the tunnel while the proxy accepts requests, and withdraws it when the proxy drains: running
+	// streams go on, new requests go to another replica. It counts all failures, not consecutive ones, so that a
+	// higher maxFailed would only delay the same result.
 	if c.Tunnel.HealthPath != "" {
 		w.text("healthCheck.type", "http")
 		w.text("healthCheck.path", c.Tunnel.HealthPath)
@@ -147,7 +147,7 @@ func (c Config) TOML() ([]byte, error) {
 	return w.buf.Bytes(), w.err
 }
 
-// AdminPassword finds the admin API's password in an frpc.toml that TOML has rendered. It is empty if there is none.
+// AdminPassword returns the admin API's password from an frpc.toml that TOML has rendered; empty if there is none.
 func AdminPassword(toml []byte) secret.Secret {
 	_, after, _ := bytes.Cut(toml, []byte("\nwebServer.password = "))
 	quoted, _, _ := bytes.Cut(after, []byte("\n"))
@@ -155,7 +155,7 @@ func AdminPassword(toml []byte) secret.Secret {
 	return secret.Secret(password)
 }
 
-// tomlWriter writes key = value lines, leaves zero values to frp's defaults, and keeps the first error.
+// tomlWriter writes lines of key = value, omits zero values, and keeps the first error.
 type tomlWriter struct {
 	buf bytes.Buffer
 	err error
@@ -195,8 +195,8 @@ var (
 	numbered    = regexp.MustCompile(`[\x00-\x1f\x7f{]`)
 )
 
-// quote makes a TOML basic string. Beyond what TOML asks for it escapes '{', because frp runs the file as a
-// text/template first. No value can start a line, so none can be taken for the "[common]" of frp's old format.
+// quote returns a TOML basic string. It also escapes '{', because frp runs the file as a text/template first. No value
+// can start a line, so frp takes none for the "[common]" of its old format.
 func quote(s string) string {
 	s = backslashed.Replace(s)
 	return `"` + numbered.ReplaceAllStringFunc(s, func(c string) string { return fmt.Sprintf(`\u%04X`, c[0]) }) + `"`

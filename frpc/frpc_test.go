@@ -66,8 +66,8 @@ func TestLeaseIsWrittenForItsReadersOnly(t *testing.T) {
 	}
 }
 
-// TestWriteRepairs: what is removed or changed is written again, and nothing else is.
-func TestWriteRepairs(t *testing.T) {
+// TestWriteRestoresOnlyMissingOrChangedFiles: what is removed or changed is written again, and nothing else is.
+func TestWriteRestoresOnlyMissingOrChangedFiles(t *testing.T) {
 	dir, l := t.TempDir(), lease()
 	l.Frpc.AuthMethod, l.Frpc.TokenFile, l.Certificate, l.Key = "oidc", "/f", []byte("certificate"), []byte("key")
 	all := []string{TokenFile, KeyFile, CertFile, LeaseFile, ConfigFile}
@@ -136,7 +136,7 @@ func TestFailedWriteLeavesTheOldFiles(t *testing.T) {
 	}
 }
 
-func TestReadLeaseErrors(t *testing.T) {
+func TestUnreadableLeaseIsReported(t *testing.T) {
 	dir := t.TempDir()
 	if _, err := ReadLease(dir); err == nil || !strings.Contains(err.Error(), "bootstrap has not run") {
 		t.Errorf("missing file: %v", err)
@@ -149,8 +149,8 @@ func TestReadLeaseErrors(t *testing.T) {
 	}
 }
 
-// TestAdminFaults covers what a real frpc does not do; the integration tests speak to a real one.
-func TestAdminFaults(t *testing.T) {
+// TestAdminErrorsHoldNoPassword covers what a real frpc does not do; the integration tests speak to a real one.
+func TestAdminErrorsHoldNoPassword(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		handler http.HandlerFunc
@@ -177,8 +177,8 @@ func TestAdminFaults(t *testing.T) {
 	}
 }
 
-// TestLoginFaults covers servers that are no frps; the integration tests log in to a real one.
-func TestLoginFaults(t *testing.T) {
+// TestLoginNamesTheStageThatFailed covers servers that are no frps; the integration tests log in to a real one.
+func TestLoginNamesTheStageThatFailed(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -227,8 +227,8 @@ func TestLeaseHoldsSecretsInTheClear(t *testing.T) {
 	}
 }
 
-// TestWithdraw: nothing is left that frpc could log in with.
-func TestWithdraw(t *testing.T) {
+// TestWithdrawRemovesAllCredentials: nothing is left that frpc could log in with.
+func TestWithdrawRemovesAllCredentials(t *testing.T) {
 	dir, l := t.TempDir(), lease()
 	l.Frpc.AuthMethod, l.Frpc.TokenFile = "oidc", filepath.Join(dir, TokenFile)
 	if _, err := l.Write(dir); err != nil {
@@ -245,8 +245,8 @@ func TestWithdraw(t *testing.T) {
 	}
 }
 
-// TestStop: a frpc that has been told to stop and is still there is stuck.
-func TestStop(t *testing.T) {
+// TestStopReportsAStuckFrpc: a frpc that has been told to stop and is still there is stuck.
+func TestStopReportsAStuckFrpc(t *testing.T) {
 	t.Parallel()
 	for _, stuck := range []bool{false, true} {
 		var server *httptest.Server
@@ -270,8 +270,8 @@ func TestStop(t *testing.T) {
 	}
 }
 
-// TestWebSocketFrames: frames of all sizes, split and with control frames between.
-func TestWebSocketFrames(t *testing.T) {
+// TestWebSocketReadsAndWritesFrames: frames of all sizes, split and with control frames between.
+func TestWebSocketReadsAndWritesFrames(t *testing.T) {
 	here, there := net.Pipe()
 	defer func() { _ = here.Close(); _ = there.Close() }()
 	frames := []byte{0x02, 3, 'a', 'b', 'c', 0x89, 2, 'p', 'p', 0x80, 126, 0, 2, 'd', 'e', 0x82, 0, 0x82, 127, 0, 0, 0, 0, 0, 0, 0, 1, 'f'}

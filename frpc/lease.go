@@ -17,40 +17,40 @@ const (
 	ConfigFile = "frpc.toml"  // read by the stock frpc
 	LeaseFile  = "lease.json" // read by the proxy
 	TokenFile  = "frp.token"  // read by the stock frpc, where the method is oidc
-	CertFile   = "tls.crt"    // of a tunnel of type https: what the proxy shows to callers
+	CertFile   = "tls.crt"    // of a tunnel of type https: the proxy shows it to callers
 	KeyFile    = "tls.key"
 	RootsFile  = "roots.crt"  // read by the stock frpc: public authorities, where no other is configured
-	StuckFile  = "frpc.stuck" // frpc hangs and cannot be stopped by its admin API: its container must be restarted
+	StuckFile  = "frpc.stuck" // exists while frpc hangs and its container must be restarted
 )
 
-// Lease is what the agent got for its tunnel, and all that frpc was told.
+// Lease is what the control plane granted for the tunnel, and the configuration of frpc for it.
 type Lease struct {
 	IssuedAt    time.Time `json:"issued_at"`
-	ExpiresAt   time.Time `json:"expires_at,omitzero"` // by the clock of this host; zero: the lease has no end
+	ExpiresAt   time.Time `json:"expires_at,omitzero"` // by the clock of this host; zero: never
 	Permissions []string  `json:"permissions,omitempty"`
 	Frpc        Config    `json:"frpc"`
 	Renewal     *Renewal  `json:"renewal,omitempty"` // set while bootstrap cannot get the next lease
-	Stale       *Stale    `json:"stale,omitempty"`   // set while frpc may run with an frpc.toml from before
+	Stale       *Stale    `json:"stale,omitempty"`   // set while frpc may run with an earlier frpc.toml
 
 	Certificate, Key []byte `json:"-"` // PEM, for a tunnel of type https: files of their own
 	Roots            []byte `json:"-"` // PEM, for RootsFile
 }
 
-// Renewal is why there is no next lease.
+// Renewal says why there is no next lease.
 type Renewal struct {
 	FailingSince time.Time `json:"failing_since"`
 	Error        string    `json:"error"`
 }
 
-// Stale is what frpc was started with.
+// Stale records the credential and configuration that frpc still runs with.
 type Stale struct {
 	Until time.Time `json:"until,omitzero"` // when its credential expires, by the clock of this host; zero: never
-	Frpc  Config    `json:"frpc,omitzero"`  // zero: not known
+	Frpc  Config    `json:"frpc,omitzero"`  // zero: unknown
 }
 
-// Write puts the files of the lease into dir, each with mode 0600 and replaced in one step: a reader sees the
-// old file or the new one, never a part. Files with the right content are left alone; Write returns the names of
-// the others. frpc.toml comes last, so that who sees it finds the others too.
+// Write writes the lease's files into dir, with mode 0600 and each replaced in one step: a reader sees the old file or
+// the new one, never a part. It leaves files with the right content alone, and returns the names of the others.
+// frpc.toml is written last, so that a reader of it finds the others too.
 func (l Lease) Write(dir string) (written []string, err error) {
 	toml, err := l.Frpc.TOML()
 	if err != nil {
@@ -73,7 +73,7 @@ func (l Lease) Write(dir string) (written []string, err error) {
 		{ConfigFile, true, toml},
 	} {
 		path := filepath.Join(dir, file.name)
-		if !file.has && l.Stale == nil { // of a lease before
+		if !file.has && l.Stale == nil { // left by an earlier lease
 			_ = os.Remove(path)
 		}
 		if old, err := os.ReadFile(path); !file.has || err == nil && bytes.Equal(old, file.data) {
@@ -87,7 +87,7 @@ func (l Lease) Write(dir string) (written []string, err error) {
 	return written, nil
 }
 
-// Withdraw removes what frpc would log in with.
+// Withdraw removes the files that frpc would log in with.
 func Withdraw(dir string) error {
 	for _, name := range []string{ConfigFile, TokenFile} {
 		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -117,8 +117,8 @@ func ReadLease(dir string) (*Lease, error) {
 	return &l, nil
 }
 
-// writeFile replaces path in one step, by way of a temporary file beside it. One that a process left behind when it was
-// killed is replaced too.
+// writeFile replaces path in one step, through a temporary file beside it. It also replaces a temporary file left by a
+// process that was killed.
 func writeFile(path string, data []byte) error {
 	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
 	_ = os.Remove(tmp)

@@ -41,15 +41,15 @@ type Stage int
 
 // The stages of a login, in their order.
 const (
-	StageFiles        Stage = iota // read the files for TLS
-	StageDial                      // connect to frps
-	StageProxyDial                 // connect to the HTTP proxy
-	StageProxyConnect              // have the HTTP proxy connect to frps
-	StageWebSocket                 // open a WebSocket
-	StageTLS                       // TLS handshake; Err may hold a *tlsutil.CertificateError
-	StageOwnCertificate            // verify the certificate that frps makes for itself, which nobody can
-	StageAnswer                    // frps answers the login
-	StageAccept                    // frps accepts the login
+	StageFiles          Stage = iota // read the files for TLS
+	StageDial                        // connect to frps
+	StageProxyDial                   // connect to the HTTP proxy
+	StageProxyConnect                // have the HTTP proxy connect to frps
+	StageWebSocket                   // open a WebSocket
+	StageTLS                         // TLS handshake; Err may hold a *tlsutil.CertificateError
+	StageOwnCertificate              // verify the certificate that frps makes for itself, which nobody can
+	StageAnswer                      // frps answers the login
+	StageAccept                      // frps accepts the login
 )
 
 // Login takes the way of frpc to frps (HTTP proxy, TCP, TLS, WebSocket, login), disconnects, and returns the version of

@@ -12,7 +12,7 @@ import (
 	"net/url"
 )
 
-// connect has an HTTP proxy, at the other end of conn, connect it to addr.
+// connect asks the HTTP proxy at the other end of conn to connect it to addr.
 func connect(conn net.Conn, proxy *url.URL, addr string) error {
 	request := &http.Request{Method: http.MethodConnect, URL: &url.URL{Host: addr}, Host: addr, Header: http.Header{}}
 	if proxy.User != nil {
@@ -20,11 +20,11 @@ func connect(conn net.Conn, proxy *url.URL, addr string) error {
 		credential := proxy.User.Username() + ":" + password
 		request.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(credential)))
 	}
-	return ask(conn, conn, request, http.StatusOK) // frps says nothing before it is spoken to
+	return exchangeHead(conn, conn, request, http.StatusOK) // frps says nothing before it is spoken to
 }
 
-// ask sends a request and reads the head of its answer, which must have the status want.
-func ask(conn net.Conn, answer io.Reader, request *http.Request, want int) error {
+// exchangeHead sends a request and reads the head of the answer, which must have the status want.
+func exchangeHead(conn net.Conn, answer io.Reader, request *http.Request, want int) error {
 	if err := request.Write(conn); err != nil {
 		return err
 	}
@@ -36,7 +36,7 @@ func ask(conn net.Conn, answer io.Reader, request *http.Request, want int) error
 	return err
 }
 
-// webSocket is the stream of bytes in the frames of a WebSocket.
+// webSocket reads and writes a stream of bytes in the frames of a WebSocket.
 type webSocket struct {
 	net.Conn
 
@@ -44,10 +44,10 @@ type webSocket struct {
 	left   uint64 // bytes to come of the current frame
 }
 
-// openWebSocket opens frp's WebSocket on a connection. Source: frp pkg/util/net/websocket.go.
+// openWebSocket opens frp's WebSocket on conn. Source: frp pkg/util/net/websocket.go.
 func openWebSocket(conn net.Conn, host string) (net.Conn, error) {
 	w := &webSocket{Conn: conn, reader: bufio.NewReader(conn)}
-	return w, ask(conn, w.reader, &http.Request{URL: &url.URL{Opaque: "/~!frp"}, Host: host, Header: http.Header{
+	return w, exchangeHead(conn, w.reader, &http.Request{URL: &url.URL{Opaque: "/~!frp"}, Host: host, Header: http.Header{
 		"Origin": {"http://" + host}, "Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"},
 		"Sec-Websocket-Key": {base64.StdEncoding.EncodeToString(make([]byte, 16))},
 	}}, http.StatusSwitchingProtocols)

@@ -34,7 +34,8 @@ func (c Client) Call(ctx context.Context, path string, body []byte, answer any) 
 	if c.TLS != nil {
 		scheme = "https"
 	}
-	req, err := http.NewRequestWithContext(ctx, method, scheme+"://"+config.Local(c.ListenAddr)+path, bytes.NewReader(body))
+	target := scheme + "://" + config.Local(c.ListenAddr) + path
+	req, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}

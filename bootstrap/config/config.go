@@ -11,7 +11,7 @@ import (
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
-// DefaultPath is where the file is looked for when nothing else is said. It need not exist.
+// DefaultPath is the file that Load reads unless it is given another. It need not exist.
 const DefaultPath = "/etc/pipeops/config.yaml"
 
 // Config is the agent's configuration, complete and valid.
@@ -46,7 +46,7 @@ type FRP struct {
 	ProxyURL       secret.Secret
 	ProxyURLFile   string
 	TLS            frpc.TLS
-	Tunnel         frpc.Tunnel // Type, Subdomain, CustomDomains, RemotePort; LocalIP and LocalPort follow from proxy.listen_addr
+	Tunnel         frpc.Tunnel // LocalIP and LocalPort follow from proxy.listen_addr
 	TypeConfigured bool        // the file or the environment sets Tunnel.Type: then no lease may weaken it
 }
 
@@ -79,7 +79,7 @@ func (e *Error) Error() string {
 	return "the configuration cannot be used:\n  " + strings.Join(e.Mistakes, "\n  ")
 }
 
-// Local is where an address to listen on is reached from this host.
+// Local returns the address at which this host reaches what listens on listenAddr.
 func Local(listenAddr string) string {
 	host, port, err := net.SplitHostPort(listenAddr)
 	if ip := net.ParseIP(host); err == nil && (host == "" || ip != nil && ip.IsUnspecified()) {

@@ -25,7 +25,7 @@ func file(t *testing.T, content string) string {
 
 var required = map[string]string{"PIPEOPS_AGENT_ID": "a1", "PIPEOPS_AGENT_TOKEN": "hunter2"}
 
-func TestDefaults(t *testing.T) {
+func TestDefaultsAreComplete(t *testing.T) {
 	c, err := Load("", required)
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +85,7 @@ func TestEnvironmentOverFileOverDefault(t *testing.T) {
 	}
 }
 
-func TestSecretFiles(t *testing.T) {
+func TestSecretsAreReadFromFiles(t *testing.T) {
 	c, err := Load("", map[string]string{
 		"PIPEOPS_AGENT_ID":           "a",
 		"PIPEOPS_AGENT_TOKEN_FILE":   file(t, "hunter2\n"), // the line break at its end is not part of it
@@ -100,7 +100,7 @@ func TestSecretFiles(t *testing.T) {
 	}
 }
 
-func TestTokenOverlap(t *testing.T) {
+func TestTokenOverlapMayBeZero(t *testing.T) {
 	for value, want := range map[string]time.Duration{"0": 0, "0s": 0, "90s": 90 * time.Second} {
 		c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_AGENT_TOKEN_OVERLAP": value})
 		if err != nil || c.Agent.TokenOverlap != want {
@@ -109,8 +109,8 @@ func TestTokenOverlap(t *testing.T) {
 	}
 }
 
-// TestNoSecret: a secret that somebody has removed is told from one that cannot be read.
-func TestNoSecret(t *testing.T) {
+// TestRemovedSecretDiffersFromUnreadableSecret: a secret that somebody has removed is told from one that cannot be read.
+func TestRemovedSecretDiffersFromUnreadableSecret(t *testing.T) {
 	path := file(t, "hunter2")
 	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": path})
 	if err != nil {
@@ -136,8 +136,8 @@ func TestNoSecret(t *testing.T) {
 	}
 }
 
-// TestRelativePaths: those of files that there are need no ./ before them. Of the kubeconfigs of a list, some may be missing.
-func TestRelativePaths(t *testing.T) {
+// TestRelativePathsOfExistingFilesAreAccepted: those of files that there are need no ./ before them. Of the kubeconfigs of a list, some may be missing.
+func TestRelativePathsOfExistingFilesAreAccepted(t *testing.T) {
 	t.Chdir(t.TempDir())
 	if err := os.WriteFile("a file", []byte("hunter2"), 0o600); err != nil {
 		t.Fatal(err)
@@ -154,7 +154,7 @@ func TestRelativePaths(t *testing.T) {
 	}
 }
 
-func TestHTTPSTunnelIsNamedAsHTTP(t *testing.T) {
+func TestHTTPSTunnelHasTheSubdomainOfTheAgent(t *testing.T) {
 	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_FRP_TUNNEL_TYPE": "https"})
 	if err != nil {
 		t.Fatal(err)
@@ -164,9 +164,9 @@ func TestHTTPSTunnelIsNamedAsHTTP(t *testing.T) {
 	}
 }
 
-// TestMistakes: each file of the folder, with the environment in its comments, gives exactly the errors in its
+// TestEveryMistakeIsReported: each file of the folder, with the environment in its comments, gives exactly the errors in its
 // comments. {file} stands for its path.
-func TestMistakes(t *testing.T) {
+func TestEveryMistakeIsReported(t *testing.T) {
 	const folder = "testdata/mistakes"
 	entries, err := os.ReadDir(folder)
 	if err != nil {
@@ -209,7 +209,7 @@ func TestMistakes(t *testing.T) {
 	}
 }
 
-func TestMissingFile(t *testing.T) {
+func TestMissingConfigurationFileIsReported(t *testing.T) {
 	_, err := Load("/nonexistent.yaml", required)
 	if err == nil || !strings.Contains(err.Error(), "open /nonexistent.yaml: no such file or directory: correct --config or create the file") {
 		t.Errorf("got %v", err)
@@ -239,8 +239,8 @@ func TestSettingsAreDistinct(t *testing.T) {
 	}
 }
 
-// TestDescribe: what is printed is a configuration file for the same configuration, but for the secrets.
-func TestDescribe(t *testing.T) {
+// TestDescribedConfigurationLoadsAgain: what is printed is a configuration file for the same configuration, but for the secrets.
+func TestDescribedConfigurationLoadsAgain(t *testing.T) {
 	tokenFile, proxyFile := file(t, "hunter2\n"), file(t, "http://u:hunter2@proxy:3128\n")
 	putBack := strings.NewReplacer(
 		`proxy_url: "[redacted]"`, `proxy_url: "http://u:hunter2@proxy:3128"`,
@@ -376,8 +376,8 @@ func TestDocumentation(t *testing.T) {
 
 const examplePath = "../config.example.yaml"
 
-// TestExample: the example loads, and what it shows as defaults are the defaults.
-func TestExample(t *testing.T) {
+// TestExampleShowsTheDefaults: the example loads, and what it shows as defaults are the defaults.
+func TestExampleShowsTheDefaults(t *testing.T) {
 	got, err := Load(examplePath, nil)
 	if err != nil {
 		t.Fatal(err)

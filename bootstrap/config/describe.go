@@ -26,7 +26,7 @@ func Describe(w io.Writer, path string, env map[string]string) error {
 	return errors.Join(err, columns.Flush())
 }
 
-// asFile gives a configuration file: what entry says of each setting, in the sections of its key.
+// asFile returns a configuration file with the entry of each setting, in the sections of its key.
 func asFile(entry func(name string, s *setting) string) string {
 	var file strings.Builder
 	line := func(depth int, text string) { file.WriteString(strings.Repeat("  ", depth) + text + "\n") }
@@ -47,7 +47,7 @@ func asFile(entry func(name string, s *setting) string) string {
 	return file.String()
 }
 
-// yaml gives a text as what the file holds. Go's quotes are YAML's too.
+// yaml returns a value's text as YAML. Strings quoted by Go are valid YAML.
 func (s *setting) yaml(text string) string {
 	switch {
 	case holds[int](s), holds[bool](s):

@@ -16,34 +16,25 @@ func (f FRP) ExplainLogin(err error) error {
 	}
 	port := "check that " + Name("frp.server_port") + " is frps's bindPort"
 	files := Name("frp.tls.cert_file") + " and " + Name("frp.tls.key_file")
-	advice := ""
-	switch failed.Stage {
-	case frpc.StageFiles:
-		advice = "check " + Name("frp.tls.ca_file") + ", " + files
-	case frpc.StageDial:
-		advice = "check " + Name("frp.server_addr") + " and " + Name("frp.server_port") +
-			", and that the network allows TCP connections to it"
-	case frpc.StageProxyDial:
-		advice = "check " + Name("frp.proxy_url")
-	case frpc.StageProxyConnect:
-		advice = "check " + Name("frp.proxy_url") + ", and what the proxy allows"
-	case frpc.StageWebSocket:
-		advice = port + ", and what stands between"
-	case frpc.StageTLS:
-		advice = port + " and that it runs; if frps asks for a client certificate, check " + files
-		if rejected := (*tlsutil.CertificateError)(nil); errors.As(err, &rejected) {
-			advice = rejected.Advice(Name("frp.tls.ca_file"), Name("frp.tls.server_name"))
-		}
-	case frpc.StageOwnCertificate:
-		advice = "give it one (transport.tls.certFile and keyFile in frps.toml) and set " + Name("frp.tls.ca_file") +
-			" to its authority, or accept any with " + Name("frp.tls.insecure_skip_verify")
-	case frpc.StageAnswer:
-		advice = port
-	case frpc.StageAccept:
+	advice := map[frpc.Stage]string{
+		frpc.StageFiles: "check " + Name("frp.tls.ca_file") + ", " + files,
+		frpc.StageDial: "check " + Name("frp.server_addr") + " and " + Name("frp.server_port") +
+			", and that the network allows TCP connections to it",
+		frpc.StageProxyDial:    "check " + Name("frp.proxy_url"),
+		frpc.StageProxyConnect: "check " + Name("frp.proxy_url") + ", and what the proxy allows",
+		frpc.StageWebSocket:    port + ", and what stands between",
+		frpc.StageTLS:          port + " and that it runs; if frps asks for a client certificate, check " + files,
+		frpc.StageOwnCertificate: "give it one (transport.tls.certFile and keyFile in frps.toml) and set " +
+			Name("frp.tls.ca_file") + " to its authority, or accept any with " + Name("frp.tls.insecure_skip_verify"),
+		frpc.StageAnswer: port,
+		frpc.StageAccept: "restart the pod to get a new lease from the control plane",
+	}[failed.Stage]
+	var rejected *tlsutil.CertificateError
+	switch {
+	case errors.As(err, &rejected):
+		advice = rejected.Advice(Name("frp.tls.ca_file"), Name("frp.tls.server_name"))
+	case failed.Stage == frpc.StageAccept && f.Token != "": // the operator's own frps
 		advice = "check " + Name("frp.token")
-		if f.Token == "" {
-			advice = "restart the pod to get a new lease from the control plane"
-		}
 	}
 	return fmt.Errorf("%w: %s", err, advice)
 }

@@ -15,7 +15,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// Environ is this process's environment, for Load.
+// Environ returns this process's environment, for Load.
 func Environ() map[string]string {
 	env := map[string]string{}
 	for _, variable := range os.Environ() {
@@ -80,12 +80,12 @@ func load(path string, env map[string]string) (*loader, error) {
 	return l, nil
 }
 
-// loader collects the mistakes, so that all of them are told at once.
+// loader collects the mistakes, so that Load reports all of them at once.
 type loader struct {
 	config   *Config
 	origins  map[string]string // of each value, by key: for Describe
 	mistakes []string
-	told     map[string]bool // keys with a mistake: that they are missing need not be said too
+	told     map[string]bool // keys with a mistake: they are not reported as missing too
 }
 
 func (l *loader) mistake(key, format string, args ...any) {
@@ -93,13 +93,13 @@ func (l *loader) mistake(key, format string, args ...any) {
 	l.mistakes = append(l.mistakes, Name(key)+": "+fmt.Sprintf(format, args...))
 }
 
-// unreadable is a mistake of the file as a whole. Nobody knows then what is missing.
+// unreadable records a mistake of the whole file. Then nothing is reported as missing.
 func (l *loader) unreadable(format string, args ...any) {
 	l.told["agent.id"], l.told["agent.token"] = true, true
 	l.mistakes = append(l.mistakes, fmt.Sprintf(format, args...))
 }
 
-// readFile gives the file's values as text, by dotted key; lists are joined with commas.
+// readFile returns the file's values as text, by dotted key; lists are joined with commas.
 func (l *loader) readFile(path string) map[string]string {
 	values := map[string]string{}
 	name := cmp.Or(path, DefaultPath)
@@ -137,7 +137,7 @@ var (
 	keyName     = regexp.MustCompile(`^[\w.-]*`)
 )
 
-// explainYAML says where a file is wrong, and does not repeat what stands there: it may be a secret.
+// explainYAML says where the YAML is invalid, without repeating the text there: it may be a secret.
 func explainYAML(err error) string {
 	switch found := yamlMistake.FindStringSubmatch(err.Error()); {
 	case found == nil:
@@ -149,7 +149,7 @@ func explainYAML(err error) string {
 	}
 }
 
-// flatten turns the tree into dotted keys.
+// flatten adds the tree's values to values, by dotted key.
 func (l *loader) flatten(tree map[string]any, prefix string, values map[string]string) {
 	for _, k := range slices.Sorted(maps.Keys(tree)) {
 		key := prefix + k

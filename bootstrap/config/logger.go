@@ -5,7 +5,7 @@ import (
 	"log/slog"
 )
 
-// Logger makes the logger that the configuration asks for, and what changes its level.
+// Logger returns the configured logger, and the variable that changes its level.
 func (c *Config) Logger(w io.Writer) (*slog.Logger, *slog.LevelVar) {
 	level := &slog.LevelVar{}
 	_ = level.UnmarshalText([]byte(c.Logging.Level)) // one of the four names: checked by Load

@@ -10,7 +10,7 @@ import (
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
-// secret takes a secret from its file if one is named.
+// secret reads a secret from its file if one is configured.
 func (l *loader) secret(key string) {
 	s, file := find(key), find(key+"_file")
 	path := file.get(l.config)
@@ -51,7 +51,7 @@ func current(token secret.Secret, file string) (secret.Secret, error) {
 	return readSecret(file, checkToken)
 }
 
-// ErrNoSecret is for the file of a secret that is empty or missing, and not merely unreadable for the moment.
+// ErrNoSecret reports that the file of a secret is empty or missing, and not just unreadable for a moment.
 var ErrNoSecret = errors.New("no secret")
 
 // readSecret reads the file of a setting such as agent.token_file.

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// complete fills in what follows from other settings, and checks what no setting can check alone.
+// complete sets the values that follow from other settings, and checks settings against each other.
 func (l *loader) complete() {
 	c := l.config
 	if c.Agent.ID == "" && !l.told["agent.id"] {
@@ -15,7 +15,9 @@ func (l *loader) complete() {
 	}
 	l.secret("agent.token")
 	if c.Agent.Token == "" && c.Agent.TokenFile == "" && !l.told["agent.token"] && !l.told["agent.token_file"] {
-		l.mistake("agent.token", "required: the token that the control plane gave this agent, here or in the file that agent.token_file (PIPEOPS_AGENT_TOKEN_FILE) names")
+		l.mistake("agent.token",
+			"required: the token that the control plane gave this agent, here or in the file that %s names",
+			Name("agent.token_file"))
 	}
 	l.secret("frp.token")
 	l.secret("frp.proxy_url")
@@ -30,11 +32,12 @@ func (l *loader) complete() {
 		c.Logging.Level, l.origins["logging.level"] = "debug", "derived from agent.debug"
 	}
 
-	if (c.FRP.TLS.CertFile == "") != (c.FRP.TLS.KeyFile == "") && !l.told["frp.tls.cert_file"] && !l.told["frp.tls.key_file"] {
+	told := l.told["frp.tls.cert_file"] || l.told["frp.tls.key_file"]
+	if (c.FRP.TLS.CertFile == "") != (c.FRP.TLS.KeyFile == "") && !told {
 		l.mistake("frp.tls.cert_file", "goes with frp.tls.key_file: set both or neither")
 	}
 	if c.FRP.TLS.InsecureSkipVerify && c.FRP.TLS.CAFile != "" {
-		l.mistake("frp.tls.insecure_skip_verify", "true contradicts frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE): remove one of them")
+		l.mistake("frp.tls.insecure_skip_verify", "true contradicts %s: remove one of them", Name("frp.tls.ca_file"))
 	}
 	c.FRP.TypeConfigured = l.origins["frp.tunnel.type"] != "default"
 	tunnel := &c.FRP.Tunnel
@@ -48,13 +51,15 @@ func (l *loader) complete() {
 		}
 	case "tcp":
 		if tunnel.Subdomain != "" || len(tunnel.CustomDomains) > 0 {
-			l.mistake("frp.tunnel.type", "tcp has no domains: remove frp.tunnel.subdomain and frp.tunnel.custom_domains or change the type")
+			l.mistake("frp.tunnel.type",
+				"tcp has no domains: remove frp.tunnel.subdomain and frp.tunnel.custom_domains or change the type")
 		}
 	}
 	if c.Kubernetes.InCluster && c.Kubernetes.Kubeconfig != "" {
-		l.mistake("kubernetes.in_cluster", "true contradicts kubernetes.kubeconfig (KUBECONFIG): remove one of them")
+		l.mistake("kubernetes.in_cluster", "true contradicts %s: remove one of them", Name("kubernetes.kubeconfig"))
 	}
-	if adminPort := strconv.Itoa(c.FRP.AdminPort); strings.HasSuffix(c.Proxy.ListenAddr, ":"+adminPort) || strings.HasSuffix(c.Proxy.MetricsAddr, ":"+adminPort) {
+	adminPort := ":" + strconv.Itoa(c.FRP.AdminPort)
+	if strings.HasSuffix(c.Proxy.ListenAddr, adminPort) || strings.HasSuffix(c.Proxy.MetricsAddr, adminPort) {
 		l.mistake("frp.admin_port", "is a port of the proxy too: choose another")
 	}
 	if c.Proxy.ListenAddr == c.Proxy.MetricsAddr {
@@ -66,7 +71,7 @@ func (l *loader) complete() {
 	}
 }
 
-// derive gives a setting without a value the one that follows from another.
+// derive gives a setting without a value the one that follows from another setting.
 func (l *loader) derive(key, value, from string) {
 	if field := find(key).field(l.config).(*string); *field == "" {
 		*field, l.origins[key] = value, "derived from "+from

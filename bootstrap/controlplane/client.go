@@ -46,7 +46,7 @@ type Answer struct {
 	ServerPort  int                      `json:"server_port"`
 	User        string                   `json:"user"`
 	Metadatas   map[string]secret.Secret `json:"metadatas"`
-	Tunnel      frpc.Tunnel              `json:"tunnel"` // type, subdomain, custom_domains, remote_port, group and group_key
+	Tunnel      frpc.Tunnel              `json:"tunnel"` // its local fields do not count
 	Permissions []string                 `json:"permissions"`
 
 	// Ends is ExpiresAt by the clock of this host, which may differ from the control plane's; zero: no end.
@@ -193,7 +193,7 @@ func (c *Client) refusal(hop string, resp *http.Response, body []byte) *Failure 
 			"check %s, and the proxies and firewalls on the way", hop, said, contentType(resp), apiURL)
 	case code == http.StatusUnauthorized:
 		fail.Refused, fail.Revoked = true, isProblem && problem.Revoked
-		fail.Err = fmt.Errorf("%s refuses the agent's token (%s): check %s, or get a new token from the control plane",
+		fail.Err = fmt.Errorf("%s refuses the agent's token (%s): check %s, or get a new one from the control plane",
 			hop, said, config.Name("agent.token"))
 	case code == http.StatusForbidden:
 		fail.Refused, fail.Revoked = true, isProblem && problem.Revoked

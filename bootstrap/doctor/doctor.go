@@ -24,14 +24,14 @@ import (
 	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
-// finding is what doctor says of one step of the way.
+// finding is the result of one step.
 type finding struct {
 	Step   string `json:"step"`
 	Result string `json:"result"` // ok, failed or skipped
 	Detail string `json:"detail"` // what was found, or what to do
 }
 
-// skipped is why a step was not taken.
+// skipped is the reason why a step was skipped.
 type skipped string
 
 func (s skipped) Error() string { return string(s) }
@@ -86,14 +86,14 @@ func Run(ctx context.Context, configPath string, env map[string]string, stdout i
 	return healthy
 }
 
-// patient is what doctor looks at, and what it has learned so far.
+// patient is what doctor examines, and what it has learned so far.
 type patient struct {
 	cfg     *config.Config
 	reached bool        // the control plane answers
 	lease   *frpc.Lease // from the control plane
 }
 
-const ownToken = skipped("frp.token is set: no control plane is asked")
+const ownToken = skipped("frp.token is set: there is no control plane")
 
 func (p *patient) dns(ctx context.Context) (string, error) {
 	if p.cfg.FRP.Token != "" {
@@ -101,16 +101,16 @@ func (p *patient) dns(ctx context.Context) (string, error) {
 	}
 	u, _ := url.Parse(p.cfg.Agent.APIURL) // checked by its setting
 	if proxy, err := http.ProxyFromEnvironment(&http.Request{URL: u}); err == nil && proxy != nil {
-		return "", skipped("HTTPS_PROXY is set: the proxy at " + proxy.Host + " finds " + u.Hostname())
+		return "", skipped("HTTPS_PROXY is set: the proxy at " + proxy.Host + " resolves " + u.Hostname())
 	}
 	addrs, err := net.DefaultResolver.LookupHost(ctx, u.Hostname())
 	if err != nil {
-		return "", fmt.Errorf("%w: check agent.api_url (PIPEOPS_API_URL) and the cluster's DNS", err)
+		return "", fmt.Errorf("%w: check %s and the cluster's DNS", err, config.Name("agent.api_url"))
 	}
 	return u.Hostname() + " is " + strings.Join(addrs, ", "), nil
 }
 
-// controlPlane asks without a token: any answer will do.
+// controlPlane sends a request without the token: any answer will do.
 func (p *patient) controlPlane(ctx context.Context) (string, error) {
 	if p.cfg.FRP.Token != "" {
 		return "", ownToken
@@ -158,16 +158,18 @@ func (p *patient) frps(ctx context.Context) (string, error) {
 	addr := fmt.Sprintf("%s:%d", c.ServerAddr, c.ServerPort)
 	verified := "verified"
 	if c.TLS.InsecureSkipVerify {
-		verified = "NOT verified, because frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY) is set"
+		verified = "NOT verified, because " + config.Name("frp.tls.insecure_skip_verify") + " is set"
 	}
 	version, err := frpc.Login(ctx, c)
 	if errors.Is(err, frpc.ErrCannotLogin) {
-		return "", skipped(addr + " cannot be tried with protocol " + c.Protocol + " or through this proxy: see the tunnel below")
+		return "", skipped(addr + " cannot be tried with protocol " + c.Protocol +
+			" or through this proxy: see the step tunnel")
 	}
 	if err != nil {
 		return "", p.cfg.FRP.ExplainLogin(err)
 	}
-	detail := fmt.Sprintf("%s, version %s, accepts the login; its certificate is %s; %s", addr, version, verified, frpc.Outdated(version))
+	detail := fmt.Sprintf("%s, version %s, accepts the login; its certificate is %s; %s",
+		addr, version, verified, frpc.Outdated(version))
 	return strings.TrimSuffix(detail, "; "), nil // most are not outdated
 }
 
@@ -182,13 +184,14 @@ func (p *patient) tunnel(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("%w: check that the frpc container runs, and its log", err)
 	}
 	if state == frpc.LoggedOut {
-		return "", errors.New("frpc is not logged in to frps: see the line of frps, and frpc's log")
+		return "", errors.New("frpc is not logged in to frps: see the step frps, and frpc's log")
 	}
 	t := proxies[0]
 	if state != frpc.Running {
 		return "", fmt.Errorf("%s of type %s: %s %s: see frpc's log", t.Name, t.Type, t.Status, t.Err)
 	}
-	detail := fmt.Sprintf("%s of type %s is running at %s; %s", t.Name, t.Type, t.RemoteAddr, current.Frpc.Tunnel.GivesUp())
+	detail := fmt.Sprintf("%s of type %s is running at %s; %s",
+		t.Name, t.Type, t.RemoteAddr, current.Frpc.Tunnel.GivesUp())
 	return strings.TrimSuffix(detail, "; "), nil // https gives up nothing
 }
 
@@ -199,7 +202,7 @@ func (p *patient) proxy(ctx context.Context) (string, error) {
 	}
 	if p.tunnelTLS() != nil {
 		if err := p.call(ctx, p.cfg.Proxy.ListenAddr, agentapi.VersionPath, nil, &info); err != nil {
-			return "", fmt.Errorf("the proxy does not speak TLS with the tunnel's certificate: %w: see its log", err)
+			return "", fmt.Errorf("TLS with the proxy and the tunnel's certificate failed: %w: see the proxy's log", err)
 		}
 	}
 	return "version " + info.Version + " serves at " + config.Local(p.cfg.Proxy.MetricsAddr), nil
@@ -217,7 +220,7 @@ func (p *patient) kubernetes(ctx context.Context) (string, error) {
 	return "the API server answers the agent's credential", nil
 }
 
-// permissions asks the API server, by way of the proxy, for what the agent needs for more than what callers ask.
+// permissions asks the API server, through the proxy, whether the agent has the rights that its own features need.
 func (p *patient) permissions(ctx context.Context) (string, error) {
 	const reviews = agentapi.KubernetesPrefix + "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 	var may, mayNot []string
@@ -227,9 +230,11 @@ func (p *patient) permissions(ctx context.Context) (string, error) {
 	}{
 		{"list pods", map[string]string{"verb": "list", "resource": "pods"}},
 		{"list nodes", map[string]string{"verb": "list", "resource": "nodes"}},
-		{"keep runners", map[string]string{"verb": "update", "resource": "secrets", "name": agentapi.RunnersSecret, "namespace": p.cfg.Kubernetes.Namespace}},
+		{"keep runners", map[string]string{
+			"verb": "update", "resource": "secrets", "name": agentapi.RunnersSecret, "namespace": p.cfg.Kubernetes.Namespace,
+		}},
 	} {
-		review, _ := json.Marshal(map[string]any{ // texts alone: it cannot fail
+		review, _ := json.Marshal(map[string]any{ // cannot fail: strings only
 			"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
 			"spec": map[string]any{"resourceAttributes": access.attributes},
 		})
@@ -245,7 +250,8 @@ func (p *patient) permissions(ctx context.Context) (string, error) {
 		}
 	}
 	if len(may) == 0 {
-		return "", fmt.Errorf("may not %s: apply the agent's manifests again. Another agent in this cluster takes its rights away", strings.Join(mayNot, ", "))
+		return "", fmt.Errorf("may not %s: apply the agent's manifests again; "+
+			"another agent in this cluster may have taken over its role bindings", strings.Join(mayNot, ", "))
 	}
 	detail := "may " + strings.Join(may, ", ")
 	if len(mayNot) > 0 {
@@ -254,8 +260,8 @@ func (p *patient) permissions(ctx context.Context) (string, error) {
 	return detail, nil
 }
 
-// tunnelTLS is how callers speak with the proxy where the tunnel is of type https, nil where it is not: by the agent's
-// id, and trusting the tunnel's certificate alone.
+// tunnelTLS returns the callers' side of TLS with the proxy: for the agent's id, and trusting only the tunnel's
+// certificate. It is nil unless the tunnel is of type https.
 func (p *patient) tunnelTLS() *tls.Config {
 	current, err := lease.Read(p.cfg.RunDir)
 	if err != nil || current.Certificate == nil {
@@ -266,7 +272,7 @@ func (p *patient) tunnelTLS() *tls.Config {
 	return &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 }
 
-// call asks the proxy, with the agent's token, at one of its two addresses: with a POST if there is a body.
+// call sends a request with the agent's token to the proxy's listener at addr: a POST if there is a body.
 func (p *patient) call(ctx context.Context, addr, path string, body []byte, answer any) error {
 	token, err := p.cfg.Agent.CurrentToken()
 	if err != nil {

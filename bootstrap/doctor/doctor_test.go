@@ -40,9 +40,9 @@ func httpsAgent(t *testing.T) (*config.Config, tls.Certificate) {
 	return cfg, pair
 }
 
-// TestDoctorSpeaksAsTheTunnelDoes: where the tunnel is of type https, the proxy's tunnel listener answers nobody who
-// does not speak TLS, and doctor trusts the tunnel's certificate alone.
-func TestDoctorSpeaksAsTheTunnelDoes(t *testing.T) {
+// TestDoctorUsesTLSOnAnHTTPSTunnel: where the tunnel is of type https, the proxy's tunnel listener answers only over
+// TLS, and doctor trusts only the tunnel's certificate.
+func TestDoctorUsesTLSOnAnHTTPSTunnel(t *testing.T) {
 	proxy := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body := map[string]string{"/version": `{"version":"v1"}`, "/ready": `{"checks":{"kubernetes":{"ok":true}}}`}[r.URL.Path]
 		if strings.HasSuffix(r.URL.Path, "/selfsubjectaccessreviews") && r.Header.Get("Authorization") == "Bearer "+token {
@@ -60,8 +60,8 @@ func TestDoctorSpeaksAsTheTunnelDoes(t *testing.T) {
 		permissions string
 	}{
 		"the tunnel's certificate": {&pair, "version v1 serves", "may list pods, list nodes, keep runners"},
-		"another certificate":      {&otherPair, "does not speak TLS with the tunnel's certificate", "the proxy and the API server come first"},
-		"no TLS":                   {nil, "does not speak TLS with the tunnel's certificate", "the proxy and the API server come first"},
+		"another certificate":      {&otherPair, "TLS with the proxy and the tunnel's certificate failed", "the proxy and the API server come first"},
+		"no TLS":                   {nil, "TLS with the proxy and the tunnel's certificate failed", "the proxy and the API server come first"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tunnel := httptest.NewUnstartedServer(proxy)

@@ -6,7 +6,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -18,7 +17,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -93,8 +91,8 @@ func lacking(err error) func(context.Context, frpc.Config) (string, error) {
 
 var errUnreachable = errors.New("connection refused")
 
-// TestRenewalDue: after 65 to 75% of the lease's life, not sooner.
-func TestRenewalDue(t *testing.T) {
+// TestLeaseIsRenewedAtTwoThirdsOfItsLife: after 65 to 75% of the lease's life, not sooner.
+func TestLeaseIsRenewedAtTwoThirdsOfItsLife(t *testing.T) {
 	r := newRenewer(t, giving())
 	start := time.Now()
 	if r.lease.Stale != nil || r.renewalDue(start) || r.renewalDue(start.Add(35*time.Minute)) {
@@ -148,8 +146,8 @@ func outageOf(t *testing.T, r *renewer, state frpc.State, life time.Duration) (r
 	return requests, logins, restarts, reason
 }
 
-// TestOutage: while frps cannot be reached, frpc is left alone, and leases are requested ever more rarely.
-func TestOutage(t *testing.T) {
+// TestFrpcIsNotRestartedWhileFrpsIsUnreachable: while frps cannot be reached, frpc is left alone, and leases are requested ever more rarely.
+func TestFrpcIsNotRestartedWhileFrpsIsUnreachable(t *testing.T) {
 	var first []time.Duration
 	for range 20 {
 		r := newRenewer(t, unchanging)
@@ -186,8 +184,8 @@ func unchanging(context.Context, []byte) (controlplane.Answer, *controlplane.Fai
 	return controlplane.Answer{FRPToken: "the same", Ends: time.Now().Add(time.Hour)}, nil
 }
 
-// TestOutdatedFrps: it is named once, by the first login that tells its version.
-func TestOutdatedFrps(t *testing.T) {
+// TestOutdatedFrpsIsReportedOnce: it is named once, by the first login that tells its version.
+func TestOutdatedFrpsIsReportedOnce(t *testing.T) {
 	for version, warned := range map[string]int{"0.70.1": 1, "0.9.3": 1, "0.71.0": 0, "1.0.0": 0, "": 0, "nonsense": 0} {
 		r := newRenewer(t, unchanging)
 		var log strings.Builder
@@ -204,9 +202,9 @@ func TestOutdatedFrps(t *testing.T) {
 	}
 }
 
-// TestRefusedCredential: frps is there and refuses what frpc was started with. A new lease is requested at once, and
+// TestRefusedCredentialRestartsFrpcWithANewLease: frps is there and refuses what frpc was started with. A new lease is requested at once, and
 // frpc restarted when there is one.
-func TestRefusedCredential(t *testing.T) {
+func TestRefusedCredentialRestartsFrpcWithANewLease(t *testing.T) {
 	r := newRenewer(t, giving())
 	r.login = func(_ context.Context, c frpc.Config) (string, error) {
 		if c.Token == "lease 1" { // with which frpc was started
@@ -229,8 +227,8 @@ func TestRefusedCredential(t *testing.T) {
 	}
 }
 
-// TestHangingFrpc: frps accepts trial logins for two minutes, and frpc is still logged out.
-func TestHangingFrpc(t *testing.T) {
+// TestHangingFrpcIsRestarted: frps accepts trial logins for two minutes, and frpc is still logged out.
+func TestHangingFrpcIsRestarted(t *testing.T) {
 	r := newRenewer(t, unchanging)
 	_, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 4*time.Minute)
 	if len(restarts) != 1 || restarts[0] < 127*time.Second || restarts[0] > 150*time.Second || reason != "it is logged out although frps accepts logins" {
@@ -247,8 +245,8 @@ func TestHangingFrpc(t *testing.T) {
 	}
 }
 
-// TestRestartReason: never without need, and not for the sake of an unchanged frpc.toml.
-func TestRestartReason(t *testing.T) {
+// TestFrpcIsRestartedOnlyForAReason: never without need, and not for the sake of an unchanged frpc.toml.
+func TestFrpcIsRestartedOnlyForAReason(t *testing.T) {
 	r := newRenewer(t, giving())
 	first, now := r.lease, time.Now()
 	if r.restartReason(now) != "" {
@@ -293,9 +291,9 @@ func TestRestartReason(t *testing.T) {
 	}
 }
 
-// TestFailedRenewal: the lease stays, its file says why, the attempts grow rare, and what the control plane asks
+// TestFailedRenewalKeepsTheLease: the lease stays, its file says why, the attempts grow rare, and what the control plane asks
 // for is respected.
-func TestFailedRenewal(t *testing.T) {
+func TestFailedRenewalKeepsTheLease(t *testing.T) {
 	r := newRenewer(t, giving())
 	first := r.lease
 	r.issue = func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
@@ -326,9 +324,9 @@ func TestFailedRenewal(t *testing.T) {
 	}
 }
 
-// TestBackoff: attempts that fail grow rare, from a second to a minute, more or less; and no sooner than the control
+// TestFailedRenewalsBackOff: attempts that fail grow rare, from a second to a minute, more or less; and no sooner than the control
 // plane asks for.
-func TestBackoff(t *testing.T) {
+func TestFailedRenewalsBackOff(t *testing.T) {
 	r := newRenewer(t, giving())
 	retryAfter := time.Duration(0)
 	r.issue = func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
@@ -351,8 +349,8 @@ func TestBackoff(t *testing.T) {
 	attempt(40*time.Second, 40*time.Second)
 }
 
-// TestTokenIsRemembered: a token that changes is a reason for one lease, not for one every ten seconds.
-func TestTokenIsRemembered(t *testing.T) {
+// TestChangedTokenRenewsTheLeaseOnce: a token that changes is a reason for one lease, not for one every ten seconds.
+func TestChangedTokenRenewsTheLeaseOnce(t *testing.T) {
 	r := newRenewer(t, giving())
 	file := filepath.Join(t.TempDir(), "token")
 	r.cfg.Agent.Token, r.cfg.Agent.TokenFile = "", file
@@ -380,8 +378,8 @@ func TestTokenIsRemembered(t *testing.T) {
 	}
 }
 
-// TestAdminPassword: of each agent's own, and kept.
-func TestAdminPassword(t *testing.T) {
+// TestAdminPasswordIsRandomAndKept: of each agent's own, and kept.
+func TestAdminPasswordIsRandomAndKept(t *testing.T) {
 	cfg := configuration(t, environment(t, "https://control.example"))
 	passwords := map[secret.Secret]bool{}
 	for range 10 {
@@ -399,40 +397,8 @@ func TestAdminPassword(t *testing.T) {
 	}
 }
 
-// TestLook: only a port that nobody listens on means that frpc does not run.
-func TestLook(t *testing.T) {
-	var answer atomic.Value
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch text := answer.Load().(string); text {
-		case "401":
-			w.WriteHeader(http.StatusUnauthorized)
-		case "cut":
-			panic(http.ErrAbortHandler)
-		default:
-			_, _ = io.WriteString(w, text)
-		}
-	}))
-	defer server.Close()
-	_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
-	number, _ := strconv.Atoi(port)
-	admin := frpc.Admin{Port: number}
-	for text, want := range map[string]frpc.State{
-		"401": frpc.Unknown, "cut": frpc.Unknown, "<html>": frpc.Unknown, "{}": frpc.LoggedOut, `{"https":[{"status":"running"}]}`: frpc.Running,
-		`{"https":[{"status":"new"}]}`: frpc.Starting, `{"https":[{"status":"check failed"}]}`: frpc.Withdrawn, `{"https":[{"status":"wait start","err":"taken"}]}`: frpc.Rejected, `{"https":[{"status":"start error"}]}`: frpc.Rejected,
-	} {
-		answer.Store(text)
-		if got := stateOf(t.Context(), admin); got != want {
-			t.Errorf("%s: %v, want %v", text, got, want)
-		}
-	}
-	server.Close()
-	if state := stateOf(t.Context(), admin); state != frpc.Down {
-		t.Errorf("nobody listens: %v", state)
-	}
-}
-
-// TestReload: what differs in the tunnel alone is reloaded; a frpc that does not is restarted.
-func TestReload(t *testing.T) {
+// TestChangedTunnelIsReloaded: what differs in the tunnel alone is reloaded; a frpc that does not is restarted.
+func TestChangedTunnelIsReloaded(t *testing.T) {
 	var mu sync.Mutex
 	answer := http.StatusOK
 	var asked []string
@@ -528,8 +494,8 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	}
 }
 
-// TestFrpcMayRunWithAnother: bootstrap finds an frpc.toml that is not what it writes.
-func TestFrpcMayRunWithAnother(t *testing.T) {
+// TestForeignFrpcTomlMarksTheLeaseStale: bootstrap finds an frpc.toml that is not what it writes.
+func TestForeignFrpcTomlMarksTheLeaseStale(t *testing.T) {
 	r := newRenewer(t, giving())
 	toml, err := r.lease.Frpc.TOML()
 	if err != nil {
@@ -543,8 +509,8 @@ func TestFrpcMayRunWithAnother(t *testing.T) {
 	}
 }
 
-// TestLeaseMustNotLeadElsewhere: to the host of the agent or its neighbours, unless the configuration does.
-func TestLeaseMustNotLeadElsewhere(t *testing.T) {
+// TestLeaseMustNotNameALocalFrps: to the host of the agent or its neighbours, unless the configuration does.
+func TestLeaseMustNotNameALocalFrps(t *testing.T) {
 	for _, addr := range []string{
 		"127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "::ffff:169.254.169.254", "fe80::1", "0.0.0.0", "::", "::ffff:0.0.0.0", "224.0.0.1", "ff02::1",
 		"localhost", "LOCALHOST", "frps.localhost",
@@ -608,8 +574,8 @@ func TestLeaseMustNotRemoveTLS(t *testing.T) {
 	}
 }
 
-// TestIdle: only the proxy's own word counts.
-func TestIdle(t *testing.T) {
+// TestOnlyTheProxyDecidesWhetherTheTunnelIsIdle: only the proxy's own word counts.
+func TestOnlyTheProxyDecidesWhetherTheTunnelIsIdle(t *testing.T) {
 	for body, want := range map[string]bool{
 		`{"requests_in_flight":0}`: true,
 		`{"requests_in_flight":2}`: false,
@@ -665,8 +631,8 @@ func TestLeaseWithoutHealthPathStillWorks(t *testing.T) {
 	}
 }
 
-// TestCertificateOfTheLease: the control plane is shown a certificate with the names and the life of the lease.
-func TestCertificateOfTheLease(t *testing.T) {
+// TestControlPlaneIsShownACertificateForTheLease: the control plane is shown a certificate with the names and the life of the lease.
+func TestControlPlaneIsShownACertificateForTheLease(t *testing.T) {
 	end := time.Now().Add(3 * time.Hour).Truncate(time.Second)
 	var shown [][]byte
 	ask := func(_ context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
@@ -724,9 +690,9 @@ func TestCertificateOfTheLease(t *testing.T) {
 	}
 }
 
-// TestClockOfTheControlPlaneCounts: a wrong clock here must not renew all the time, or too late; and what some take
+// TestLeaseExpiresByTheClockOfTheControlPlane: a wrong clock here must not renew all the time, or too late; and what some take
 // for a time that never comes is none.
-func TestClockOfTheControlPlaneCounts(t *testing.T) {
+func TestLeaseExpiresByTheClockOfTheControlPlane(t *testing.T) {
 	for _, want := range []time.Duration{time.Hour, 73 * 365 * 24 * time.Hour, 0} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			now := time.Now().Add(-100 * time.Hour).UTC().Truncate(time.Second)
@@ -760,8 +726,8 @@ func TestClockOfTheControlPlaneCounts(t *testing.T) {
 	}
 }
 
-// TestMaliciousLease: what a control plane, or who is taken for one, might say. A clear error, and the files stay.
-func TestMaliciousLease(t *testing.T) {
+// TestMaliciousLeaseIsRefused: what a control plane, or who is taken for one, might say. A clear error, and the files stay.
+func TestMaliciousLeaseIsRefused(t *testing.T) {
 	r := newRenewer(t, giving())
 	before, err := frpc.ReadLease(r.cfg.RunDir)
 	if err != nil {

@@ -36,9 +36,9 @@ var (
 	lease200   = says{200, "application/json", ""} // a lease for ten minutes
 )
 
-// TestWhenTheTunnelIsClosed: at once only when the control plane itself says twice, half a minute apart, that the
+// TestTunnelClosesOnlyForARevokedOrRefusedAgent: at once only when the control plane itself says twice, half a minute apart, that the
 // agent is revoked; with the lease where the agent is refused until then; and else not at all.
-func TestWhenTheTunnelIsClosed(t *testing.T) {
+func TestTunnelClosesOnlyForARevokedOrRefusedAgent(t *testing.T) {
 	const life, never = 10 * time.Minute, 0
 	for name, test := range map[string]struct {
 		answers []says        // one for each attempt; the last for all others

@@ -9,14 +9,14 @@ import (
 	"syscall"
 )
 
-// Secret is a text that prints as [redacted] with fmt and log/slog. JSON and TOML hold it in the clear:
-// the files that carry it are mode 0600 on a memory volume.
+// Secret is a string that prints as [redacted] with fmt and log/slog. JSON and TOML hold it in the clear, in files with
+// mode 0600 on a memory volume.
 type Secret string
 
-// Reveal gives the text itself, for the one place that sends it.
+// Reveal returns the secret itself, for the one place that sends it.
 func (s Secret) Reveal() string { return string(s) }
 
-// String is "[redacted]", or empty where there is no secret.
+// String returns "[redacted]", or an empty string if there is no secret.
 func (s Secret) String() string {
 	if s == "" {
 		return ""
@@ -24,7 +24,7 @@ func (s Secret) String() string {
 	return "[redacted]"
 }
 
-// Format prints String for every verb, so that %x and %#v give nothing away either.
+// Format prints String for every verb, so that %x and %#v reveal nothing either.
 func (s Secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(s.String())) }
 
 // RedactIn returns err, or an error with the same text but for the secret, if that is in it.
