@@ -130,7 +130,7 @@ syncFrequency: 5s
 func StartNode(ctx context.Context, group *process.Group) (*Node, error) {
 	n := &Node{tokens: map[string]string{}}
 	if err := n.start(ctx, group); err != nil {
-		return nil, fmt.Errorf("the node does not start: %w\n%s", err, n.Report())
+		return nil, fmt.Errorf("node failed to start: %w\n%s", err, n.Report())
 	}
 	return n, nil
 }
@@ -181,7 +181,7 @@ func (n *Node) StartWorker(ctx context.Context) (*Machine, error) {
 	n.worker = &Machine{name: WorkerName, pods: "10.244.1.0/24",
 		site: &site{group: n.site.group, prefix: fmt.Sprintf("%s%d-", WorkerName, n.workers)}}
 	if err := n.startWorker(ctx); err != nil {
-		err = fmt.Errorf("the worker does not start: %w\n%s", err, n.Report())
+		err = fmt.Errorf("worker failed to start: %w\n%s", err, n.Report())
 		return nil, errors.Join(err, n.StopWorker(context.WithoutCancel(ctx)))
 	}
 	return n.worker, nil
