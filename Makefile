@@ -72,7 +72,8 @@ e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs r
 
 .PHONY: attack
 attack: $(E2E_PARTS) ## Attack the agent's memory on a real node for three minutes (ATTACK_DURATION): root, Debian
-	@cd tests && ATTACK_DURATION=$(or $(ATTACK_DURATION),3m) go test -count=1 -v -timeout 20m -run 'TestAttacksKillNoContainer$$' ./e2e
+	@cd tests && ATTACK_DURATION=$(or $(ATTACK_DURATION),3m) \
+		go test -count=1 -v -timeout 20m -run 'TestAttacksKillNoContainer$$' ./e2e
 
 .PHONY: e2e-ready
 e2e-ready:

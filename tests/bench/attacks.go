@@ -79,7 +79,7 @@ func attackOne(ctx context.Context, limit []string, name string, n int,
 		if process.Poll(ctx, attackTime, nil, func() error { // until the attack or the peer ends
 			rss, err := process.Memory(p.pid, "VmRSS")
 			if err == nil && rss <= attack.Limit {
-				return errors.New("it lives")
+				return errors.New("the peer still runs")
 			}
 			return nil
 		}) == nil {

@@ -156,17 +156,17 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 			}
 			time.Sleep(max(0, 20*time.Millisecond-time.Since(at)))
 		}
-		running := "ran on"
+		running := "not cut"
 		select {
 		case <-cut:
 			if running = "cut"; released {
-				running = "ran on until its caller left"
+				running = "not cut until its caller left"
 			}
 		default:
 		}
 		_ = watch.Body.Close()
-		fmt.Printf("| %s: callers miss the tunnel for | %.1f s |\n", what, last.Sub(first).Seconds())
-		fmt.Printf("| … of %d calls, one every 20 ms, were told to try again | %d |\n", asked, lost)
+		fmt.Printf("| %s: callers cannot use the tunnel for | %.1f s |\n", what, last.Sub(first).Seconds())
+		fmt.Printf("| … of %d calls, one every 20 ms, were told to retry | %d |\n", asked, lost)
 		fmt.Printf("| … a watch that ran | %s |\n", running)
 		return nil
 	}

@@ -439,7 +439,7 @@ func (i *installed) frpsAway(t *testing.T) {
 	i.cp.StopFrps()
 	state(false)
 	if _, err := i.run(i.caller, "", nil, "get", "nodes"); err == nil {
-		t.Error("callers are answered without frps")
+		t.Error("a request succeeds without frps")
 	}
 	if err := i.cp.StartFrps(t.Context()); err != nil {
 		t.Fatal(err)

@@ -51,7 +51,7 @@ func TestNothingIsLeftAfterACrash(t *testing.T) {
 		t.Errorf("%d processes run: not all of the node's are seen", len(ran))
 	}
 	if findLeftovers(dir, hostIP) == nil {
-		t.Error("nothing of the running node is seen")
+		t.Error("findLeftovers does not find the running node")
 	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)

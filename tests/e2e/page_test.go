@@ -254,12 +254,12 @@ func installOnCluster(t *testing.T, p *page) {
 		t.Errorf("during the upgrade of %d calls %d failed, such as: %v", l.calls.Load(), len(l.errors)+len(l.raw), slices.Concat(l.errors, l.raw)[0])
 	}
 	if mapOf() == before {
-		t.Error("a changed setting rolls nothing")
+		t.Error("a changed setting does not roll the pods")
 	}
 	do("kubectl -n pipeops-system rollout undo")
 	do(rollout)
 	if mapOf() != before {
-		t.Errorf("undone, the pods have the settings of %s, before %s", mapOf(), before)
+		t.Errorf("after the rollback the pods have the settings of %s, before %s", mapOf(), before)
 	}
 	i.write("agent.env", settings)
 	callers("your-agent-token")
@@ -280,7 +280,7 @@ func installOnCluster(t *testing.T, p *page) {
 	if err := process.Poll(t.Context(), 2*time.Minute, nil, func() error {
 		log, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "logs", "deployment/pipeops-agent", "-c", "proxy")
 		if err == nil && !strings.Contains(log, "agent token changed") {
-			err = errors.New("the pod has the token of before")
+			err = errors.New("the pod still has the old token")
 		}
 		return err
 	}); err != nil {
@@ -327,7 +327,7 @@ func installOnCluster(t *testing.T, p *page) {
 	do(rollout)
 	sh.must(p.block(t, "kubectl delete clusterrolebinding pipeops-agent-manage"))
 	if diff := cmp.Diff(base, objects()); diff != "" {
-		t.Errorf("the components are taken out, and there is (-before +after)\n%s", diff)
+		t.Errorf("after the components were removed (-before +after)\n%s", diff)
 	}
 
 	sh.must(p.block(t, "kubectl delete clusterrole,clusterrolebinding -l"))
@@ -347,27 +347,27 @@ func (i *installed) runbooks(sh *shell) {
 		i.t.Fatal(err)
 	}
 	pod := i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
-	var read, mend []string
+	var read, fix []string
 	for _, match := range within.FindAllStringSubmatch(string(data), -1) {
 		command := strings.NewReplacer("POD", pod, "NODE", cluster.NodeName, "CALLERS", i.caller).Replace(match[1])
 		switch {
-		case slices.Contains(slices.Concat(read, mend), command):
+		case slices.Contains(slices.Concat(read, fix), command):
 		case strings.Contains(command, " delete pod "):
-			mend = slices.Insert(mend, 0, command)
+			fix = slices.Insert(fix, 0, command)
 		case strings.Contains(command, " rollout "):
-			mend = append(mend, command)
+			fix = append(fix, command)
 		default:
 			read = append(read, command)
 		}
 	}
-	if len(read) < 15 || len(mend) < 3 {
-		i.t.Fatalf("the runbooks have %d commands to read and %d to mend", len(read), len(mend))
+	if len(read) < 15 || len(fix) < 3 {
+		i.t.Fatalf("the runbooks have %d commands to read and %d to fix", len(read), len(fix))
 	}
 	// Commands that find nothing while the agent works.
 	nothing := regexp.MustCompile(`"status":5|authentication failed|grep -v True`)
 	// There is no previous container, and the timeout is too short.
 	expected := regexp.MustCompile(`previous terminated container|timed out waiting`)
-	for _, command := range slices.Concat(read, mend) {
+	for _, command := range slices.Concat(read, fix) {
 		if nothing.MatchString(command) { // check that kubectl accepts it
 			command, _, _ = strings.Cut(command, "|")
 		}

@@ -61,7 +61,7 @@ func TestNodeRunsAPod(t *testing.T) {
 
 	uid := string(made.UID)
 	if findPodLeftovers(t, uid) == nil {
-		t.Error("nothing of the running pod is seen on the node")
+		t.Error("findPodLeftovers does not find the running pod")
 	}
 	if err := pods.Delete(t.Context(), made.Name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)

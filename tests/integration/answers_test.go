@@ -87,7 +87,7 @@ func TestResponsesAreForwardedUnchanged(t *testing.T) {
 				t.Errorf("(-direct +tunnel):\n%.3000s", diff)
 			}
 			if !strings.Contains(fmt.Sprint(got[0].Header), test.want) {
-				t.Errorf("this is not a test of %q: %v", test.want, got[0].Header)
+				t.Errorf("the answer does not show %q: %v", test.want, got[0].Header)
 			}
 		})
 	}

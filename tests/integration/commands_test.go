@@ -43,7 +43,7 @@ func TestRunCommandPrintsAWorkingKubeconfig(t *testing.T) {
 	}
 	curl := regexp.MustCompile(`curl --cacert (\S+) -H "Authorization: Bearer \$\(cat (\S+)\)" (\S+)`).FindStringSubmatch(run.Log())
 	if curl == nil {
-		t.Fatalf("it prints no way to the agent's own API:\n%s", run.Log())
+		t.Fatalf("it prints no command for the agent's own API:\n%s", run.Log())
 	}
 	ca, caErr := os.ReadFile(curl[1])
 	token, err := os.ReadFile(curl[2])
@@ -89,7 +89,7 @@ func TestControlPlaneCommandConnectsAnAgent(t *testing.T) {
 				return json.Unmarshal([]byte(line), cp)
 			}
 		}
-		return fmt.Errorf("it has not said where it is:\n%s", p.Log())
+		return fmt.Errorf("it has not printed its addresses:\n%s", p.Log())
 	})
 	if cp.CA, err = os.ReadFile(cp.CAFile); err != nil {
 		t.Fatal(err)
@@ -181,7 +181,7 @@ func TestSIGUSR1ChangesTheLogLevel(t *testing.T) {
 		}
 		eventually(t, func() error {
 			if !strings.Contains(w.agent.Proxy.Log(), `"log level changed","level":"`+level+`"`) {
-				return fmt.Errorf("the level is not said to be %s", level)
+				return fmt.Errorf("the log does not say that the level is %s", level)
 			}
 			return nil
 		})

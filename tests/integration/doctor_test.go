@@ -26,7 +26,7 @@ func (w *world) doctor() (code int, results, details map[string]string) {
 		results[f.Step], details[f.Step] = f.Result, f.Detail
 	}
 	if strings.Contains(p.Log(), agentToken) {
-		w.t.Error("doctor says the token")
+		w.t.Error("doctor prints the token")
 	}
 	return code, results, details
 }

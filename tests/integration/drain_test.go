@@ -193,7 +193,7 @@ func startDraining(t *testing.T, w *world) {
 	eventually(t, func() error {
 		_, answer, err := w.agent.Ready(t.Context())
 		if err == nil && answer.Checks["shutdown"].OK {
-			err = errors.New("it does not drain")
+			err = errors.New("the proxy does not drain")
 		}
 		return err
 	})
@@ -237,10 +237,10 @@ func TestDrainTimeoutCutsStreams(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := s.cmd.Wait(); err == nil {
-		t.Error("exec ended well")
+		t.Error("exec succeeded")
 	}
 	if !strings.Contains(w.agent.Proxy.Log(), "drain timeout reached") {
-		t.Error("the proxy did not cut it")
+		t.Error("the proxy did not cut the stream")
 	}
 	if code := w.agent.Proxy.ExitCode(); code != 0 {
 		t.Errorf("the proxy's exit code is %d:\n%s", code, w.agent.Proxy.Log())

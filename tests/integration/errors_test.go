@@ -22,7 +22,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
-var update = flag.Bool("update", false, "write testdata/errors.txt anew, to be looked at")
+var update = flag.Bool("update", false, "rewrite testdata/errors.txt, to be reviewed")
 
 // TestKubectlShowsWhatWentWrong records kubectl's output for each kind of error in testdata/errors.txt, for review.
 func TestKubectlShowsWhatWentWrong(t *testing.T) {
@@ -127,7 +127,7 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got != string(want) {
-		t.Errorf("kubectl shows\n%s\nwant\n%s\n(go test ./integration -run %s -update writes it anew)", got, want, t.Name())
+		t.Errorf("kubectl shows\n%s\nwant\n%s\n(go test ./integration -run %s -update rewrites it)", got, want, t.Name())
 	}
 }
 

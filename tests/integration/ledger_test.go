@@ -71,7 +71,7 @@ func TestNoWriteIsLostOrRepeated(t *testing.T) {
 						t.Error(what)
 					}
 					if balance.Acknowledged < writes/2 {
-						t.Error("the tunnel has not come back: most writes were not done")
+						t.Error("the tunnel did not recover: most writes were not done")
 					}
 					w.waitAnswering()
 				})

@@ -122,14 +122,14 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 		key := fmt.Sprintf("%s %s %d", method, path, resp.StatusCode)
 		content, ok := said[key]
 		if !ok {
-			t.Errorf("the page does not know %s: %s", key, answer)
+			t.Errorf("the description lacks %s: %s", key, answer)
 			return
 		}
 		shown[key] = true
 		kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 		schema, ok := content[kind].(map[string]any)
 		if !ok {
-			t.Errorf("%s: the page knows no %s", key, kind)
+			t.Errorf("%s: the description lacks the type %s", key, kind)
 			return
 		}
 		if strings.HasSuffix(kind, "json") {
@@ -168,7 +168,7 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 		err = fits("#/components/schemas/Message", value)
 		if resp, answer := post(t, w.agent, messages, body); resp.StatusCode != map[bool]int{true: http.StatusOK,
 			false: http.StatusUnprocessableEntity}[err == nil] {
-			t.Errorf("%s: answered %s %s, but the page says %v", body, resp.Status, answer, err)
+			t.Errorf("%s: answered %s %s, but the description says %v", body, resp.Status, answer, err)
 		}
 	}
 	sendMessage(t, w.agent, "gone", "runner_assigned", assignment("gone", "http://"+harness.FreeAddr(t)), false)

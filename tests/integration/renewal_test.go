@@ -369,7 +369,7 @@ func TestChangedTunnelIsReloadedWithoutARestart(t *testing.T) {
 			w.agent.Bootstrap.Log())
 	}
 	if !strings.Contains(w.agent.Bootstrap.Log(), "frpc reloaded its configuration") {
-		t.Errorf("bootstrap says:\n%s", w.agent.Bootstrap.Log())
+		t.Errorf("bootstrap's log:\n%s", w.agent.Bootstrap.Log())
 	}
 }
 
@@ -564,7 +564,7 @@ func TestExpiredLeasesAreReplaced(t *testing.T) {
 				t.Errorf("the control plane is asked again after %s", next.IssuedAt.Sub(first.IssuedAt))
 			}
 			if !strings.Contains(w.agent.Bootstrap.Log(), "the lease has already expired") {
-				t.Errorf("bootstrap does not say so:\n%s", w.agent.Bootstrap.Log())
+				t.Errorf("bootstrap does not log it:\n%s", w.agent.Bootstrap.Log())
 			}
 		})
 	}
@@ -636,7 +636,7 @@ func TestBootstrapStopsOnSIGTERM(t *testing.T) {
 	<-asked
 	limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", p.Pid()))
 	if err != nil || !regexp.MustCompile(`Max core file size +0 +0 `).Match(limits) {
-		t.Errorf("it may dump its memory: %v\n%s", err, limits)
+		t.Errorf("bootstrap may dump core: %v\n%s", err, limits)
 	}
 	p.Stop()
 	if code := p.ExitCode(); code != 1 || !strings.Contains(p.Log(), "stopped by a signal before there was a lease") {

@@ -83,7 +83,7 @@ func TestNoSecretIsLoggedOrReturned(t *testing.T) {
 	}
 	for i, secret := range secrets {
 		if at := strings.Index(said.String(), secret); at >= 0 {
-			t.Errorf("secret %d of %d is told: …%.300s", i, len(secrets), said.String()[max(0, at-200):])
+			t.Errorf("secret %d of %d is printed: …%.300s", i, len(secrets), said.String()[max(0, at-200):])
 		}
 	}
 }

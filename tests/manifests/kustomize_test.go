@@ -73,7 +73,7 @@ func TestManifestsRenderAsReviewed(t *testing.T) {
 			}
 			want, err := os.ReadFile(golden)
 			if diff := cmp.Diff(string(want), got); err != nil || diff != "" {
-				t.Errorf("%v (-want +got)\n%s\n(go test ./manifests -args -update writes it anew)", err, diff)
+				t.Errorf("%v (-want +got)\n%s\n(go test ./manifests -args -update rewrites it)", err, diff)
 			}
 		})
 	}

@@ -21,7 +21,7 @@ import (
 
 const source = "../../manifests"
 
-var update = flag.Bool("update", false, "write testdata anew, to be looked at")
+var update = flag.Bool("update", false, "rewrite testdata, to be reviewed")
 
 // api is the API server that all tests share, and the kubeconfig of its administrator.
 var api struct {

@@ -27,7 +27,7 @@ const agentID = "agent-001"
 
 func main() {
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "run starts the whole path on this machine, until Ctrl-C. KUBECONFIG leads it to a cluster of yours. It has no flags.")
+		fmt.Fprintln(os.Stderr, "run runs the whole path on this machine until Ctrl-C. KUBECONFIG names a cluster to use. It has no flags.")
 	}
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
@@ -51,9 +51,9 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	var etcdDone, apiServerDone <-chan struct{} // nil, which is never ready, for a cluster that was not started here
 	var c *cluster.Cluster
 	if !own {
-		say("cluster        KUBECONFIG is set: leading to the cluster of %s (unset it for one of our own)", kubeconfig)
+		say("cluster        KUBECONFIG is set: using the cluster of %s (unset it to start a new one)", kubeconfig)
 	} else {
-		say("cluster        starting etcd and kube-apiserver (no nodes, no controllers: it keeps objects and runs nothing)")
+		say("cluster        starting etcd and kube-apiserver (no nodes, no controllers: it stores objects and runs nothing)")
 		if c, err = cluster.Start(ctx, group); err != nil {
 			return err
 		}
@@ -123,7 +123,7 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	base := cp.GatewayURL + "/agents/" + agentID
 	say("\nThe agent's own API is at %s (runners may be on 127.0.0.1; /openapi.yaml lists its routes):\n", base)
 	say("  curl --cacert %s -H \"Authorization: Bearer $(cat %s)\" %s/api/agent/status", cp.CAFile, tokenFile, base)
-	say("\nThe control plane is at %s. To look at the whole way, step by step:\n", cp.APIURL)
+	say("\nThe control plane is at %s. To check the whole path, step by step:\n", cp.APIURL)
 	say("  env $(cat %s) %s doctor", environment, bootstrap)
 	say("\nProbes and metrics: %s/ready and /metrics. Ctrl-C stops everything and removes its files.", a.Operations)
 

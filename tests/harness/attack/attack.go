@@ -146,7 +146,7 @@ func (c *Counts) String() string {
 		text += fmt.Sprintf(", %d × %d", c.answers[code], code)
 	}
 	if c.broken != nil {
-		text += "; this machine's fault: " + c.broken.Error()
+		text += "; stopped by this machine: " + c.broken.Error()
 	}
 	return text
 }

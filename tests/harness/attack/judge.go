@@ -112,7 +112,7 @@ func (v *Victim) watch(ctx context.Context, begin time.Time) error {
 		}
 		// The next tick finds a process that ends between these two lines.
 		if rss, err := process.Memory(v.Pid, "VmRSS"); err == nil && rss > Limit {
-			return fmt.Errorf("the proxy has %.0f MB after %.1f s of attack: with the pod's limit of %.0f it would have been killed", rss, after, Limit)
+			return fmt.Errorf("the proxy has %.0f MB after %.1f s of attack: with the pod's limit of %.0f it would be killed", rss, after, Limit)
 		}
 	}
 }

@@ -69,8 +69,8 @@ type Machine struct {
 //go:embed node.sh
 var nodeScript string
 
-// nodeReaper waits for the end of a node's first process, which may come in any way, and removes what the kernel
-// leaves of the node: its cgroup, as soon as that is empty.
+// nodeReaper waits until a node's first process has ended, in whatever way, and removes what the kernel leaves of the
+// node: its cgroup, as soon as that is empty.
 const nodeReaper = `trap '' INT TERM HUP
 tail --pid="$1" -s 0.1 -f /dev/null
 for try in $(seq 100); do
@@ -80,7 +80,7 @@ for try in $(seq 100); do
 	sleep 0.1
 done`
 
-// cniConfig takes the addresses of the pods.
+// cniConfig is formatted with the range of the pods' addresses.
 const cniConfig = `{
   "cniVersion": "0.4.0", "name": "pods",
   "plugins": [
@@ -90,8 +90,8 @@ const cniConfig = `{
   ]
 }`
 
-// containerdConfig takes a directory. Not every machine has what the settings do without: overlayfs on its file
-// system, AppArmor, and CAP_SYS_RESOURCE. The "opt" plugin would make a directory outside.
+// containerdConfig is formatted with a directory. The settings avoid what some machines lack: overlayfs on their file
+// system, AppArmor, and CAP_SYS_RESOURCE. The "opt" plugin is off, because it would make a directory outside.
 const containerdConfig = `version = 2
 root = "%[1]s/containerd"
 disabled_plugins = ["io.containerd.internal.v1.opt"]
@@ -108,9 +108,9 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 
 const kubeletFile = "kubelet.yaml"
 
-// kubeletConfig takes the machine's directory, that of the API server and a cgroup. No image is removed and no pod
-// evicted because the disk is full: that is the machine's affair, and there is no registry to get the image again from.
-// A Secret that changes is seen in pods after seconds, not a minute.
+// kubeletConfig is formatted with the machine's directory, the API server's directory and a cgroup. A full disk
+// removes no image and evicts no pod, because the disk is not the node's, and there is no registry to pull the image
+// from again. A changed Secret is seen in pods after seconds, not a minute.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {x509: {clientCAFile: %[2]s/kubelet-client.crt}}
@@ -130,7 +130,7 @@ syncFrequency: 5s
 func StartNode(ctx context.Context, group *process.Group) (*Node, error) {
 	n := &Node{tokens: map[string]string{}}
 	if err := n.start(ctx, group); err != nil {
-		return nil, fmt.Errorf("the node does not start: %w\n%s", err, n.Report())
+		return nil, fmt.Errorf("node failed to start: %w\n%s", err, n.Report())
 	}
 	return n, nil
 }
@@ -181,7 +181,7 @@ func (n *Node) StartWorker(ctx context.Context) (*Machine, error) {
 	n.worker = &Machine{name: WorkerName, pods: "10.244.1.0/24",
 		site: &site{group: n.site.group, prefix: fmt.Sprintf("%s%d-", WorkerName, n.workers)}}
 	if err := n.startWorker(ctx); err != nil {
-		err = fmt.Errorf("the worker does not start: %w\n%s", err, n.Report())
+		err = fmt.Errorf("worker failed to start: %w\n%s", err, n.Report())
 		return nil, errors.Join(err, n.StopWorker(context.WithoutCancel(ctx)))
 	}
 	return n.worker, nil
@@ -301,8 +301,8 @@ func (m *Machine) cgroup() string {
 	return filepath.Base(m.site.group.Dir()) + "-" + m.site.prefix + m.name
 }
 
-// start makes the namespaces, with a cable to the network namespace of the process outside, and starts containerd in
-// them. It returns the address of the cable's other end.
+// start makes the namespaces, with a veth pair to the network namespace of the process outside, and starts containerd
+// in them. It returns the address of the pair's other end.
 func (m *Machine) start(ctx context.Context, outside int) (outsideIP string, err error) {
 	s := m.site
 	if s.dir, err = s.group.Mkdir(s.prefix + m.name); err != nil {
@@ -353,14 +353,14 @@ func (m *Machine) start(ctx context.Context, outside int) (outsideIP string, err
 	return outsideIP, err
 }
 
-// links is the network that cables get their addresses from. It is for benchmarks: no other network has it.
+// links is the network of the veth pairs' addresses. It is reserved for benchmarks, so no other network uses it.
 var links = netip.MustParsePrefix("198.18.0.0/15")
 
 func ipv4(n uint32) netip.Addr {
 	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, n)))
 }
 
-// freeLink returns the first of four addresses in a row, of which this machine has none.
+// freeLink returns the first of four consecutive addresses that this machine does not use.
 func freeLink() (uint32, error) {
 	taken, err := net.InterfaceAddrs()
 	if err != nil {
@@ -377,7 +377,7 @@ func freeLink() (uint32, error) {
 	}
 }
 
-// writeKubeletClient makes the certificate that the API server shows to the kubelet. It is its own authority.
+// writeKubeletClient makes the self-signed certificate that the API server shows to the kubelet.
 func (s *site) writeKubeletClient() (certificate, key string, err error) {
 	certificate, key = filepath.Join(s.dir, "kubelet-client.crt"), filepath.Join(s.dir, "kubelet-client.key")
 	data, _, err := keyutil.LoadOrGenerateKeyFile(key)
@@ -465,7 +465,7 @@ func (n *Node) Report() string {
 	return report.String()
 }
 
-// whileAlive returns a context that ends when a part does, with the part's log as its cause.
+// whileAlive returns a context that ends when a part ends, with the part's log as its cause.
 func (s *site) whileAlive(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	for _, p := range s.parts {

@@ -1,14 +1,14 @@
-# Makes a node's namespaces and stays as long as they shall: when it ends, in whatever way, the kernel ends every
-# process in them and takes the mounts, interfaces and iptables rules along.
+# Sets up a node's namespaces, and runs as long as the node does. When it ends, in whatever way, the kernel ends every
+# process in them and removes the mounts, interfaces and iptables rules.
 #
-# Run by `unshare --net --mount --pid sh -e`, with OUTSIDE LINK OUTSIDE_IP IP SERVICES CGROUP, of which
-# OUTSIDE is the network namespace that the cable leads to.
+# Run by `unshare --net --mount --pid sh -e`, with the arguments OUTSIDE LINK OUTSIDE_IP IP SERVICES CGROUP. OUTSIDE is
+# the network namespace at the other end of the veth pair.
 
-# The first process of the PID namespace. It ends with us and the others end with it.
+# The first process of the PID namespace. It ends with this script, and all others end with it.
 setpriv --pdeathsig KILL sleep infinity &
 
-# To the outside leads one cable, to the host or to another node alone. The route to the Services is there because a
-# packet needs one before kube-proxy's rules give it its true destination.
+# One veth pair leads outside, to the host or to another node only. The route to the Services exists because a packet
+# needs one before kube-proxy's rules rewrite its destination.
 ip link add eth0 type veth peer name "$2" netns "$1"
 nsenter --net="$1" ip address add "$3/30" dev "$2"
 nsenter --net="$1" ip link set "$2" up
@@ -17,20 +17,21 @@ ip link set lo up
 ip link set eth0 up
 ip route add "$5" dev eth0
 
-# What the parts write to fixed places of the host goes to memory.
+# What the parts write to fixed paths of the host goes to memory.
 mount -t tmpfs tmpfs /run
 mkdir /run/var /run/work
 mount -t overlay -o lowerdir=/var,upperdir=/run/var,workdir=/run/work overlay /var
 
-# The kubelet would change these settings of the whole machine.
+# The kubelet would change these settings for the whole machine, so it gets copies.
 mount -t proc proc /proc
-for name in kernel/keys/root_maxbytes kernel/keys/root_maxkeys kernel/panic kernel/panic_on_oops vm/overcommit_memory vm/panic_on_oom; do
+for name in kernel/keys/root_maxbytes kernel/keys/root_maxkeys kernel/panic kernel/panic_on_oops \
+	vm/overcommit_memory vm/panic_on_oom; do
 	copy=/run/$(basename "$name")
 	cat "/proc/sys/$name" >"$copy"
 	mount --bind "$copy" "/proc/sys/$name"
 done
 
-# The pods' cgroup. The kubelet says which controller it lacks.
+# The pods' cgroup. If a controller is missing, the kubelet reports it.
 if [ -f /sys/fs/cgroup/cgroup.controllers ]; then
 	for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
 		echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || true

@@ -96,7 +96,7 @@ func (c *ControlPlane) StartFrps(ctx context.Context) error {
 		if unexpected {
 			c.options.Log.Warn("restarting frps", "exit_code", p.ExitCode())
 			if err := c.StartFrps(ctx); err != nil {
-				c.options.Log.Error("frps does not start", "error", err)
+				c.options.Log.Error("frps failed to start", "error", err)
 			}
 		}
 	}()

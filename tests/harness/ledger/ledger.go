@@ -183,7 +183,7 @@ type Balance struct {
 }
 
 func (b Balance) String() string {
-	return fmt.Sprintf("%d acknowledged, %d refused, %d with an unknown outcome (%d of them done), %d sent again by client-go, %d wrong",
+	return fmt.Sprintf("%d acknowledged, %d refused, %d with an unknown outcome (%d of them done), %d retried by client-go, %d wrong",
 		b.Acknowledged, b.Refused, b.Unknown, b.UnknownDone, b.Repeated, len(b.Wrong))
 }
 
@@ -228,11 +228,11 @@ func (l *Ledger) Compare(ctx context.Context, direct kubernetes.Interface) (Bala
 		case n > 1:
 			wrong(name, fmt.Sprintf("was done %d times", n))
 		case apierrors.IsAlreadyExists(r.outcome):
-			wrong(name, "was done, and sent again")
+			wrong(name, "was done, and retried")
 		case told == acknowledged && n == 0:
-			wrong(name, "was acknowledged and is lost")
+			wrong(name, "was acknowledged, but is lost")
 		case told == refused && n > 0:
-			wrong(name, "was refused, as if nothing were done, and is done")
+			wrong(name, "was refused, but is done")
 		}
 		switch told {
 		case acknowledged:
@@ -245,7 +245,7 @@ func (l *Ledger) Compare(ctx context.Context, direct kubernetes.Interface) (Bala
 		}
 	}
 	for name := range stored {
-		b.Wrong = append(b.Wrong, fmt.Sprintf("%s is there, and nobody has written it", name))
+		b.Wrong = append(b.Wrong, fmt.Sprintf("%s is stored, but the ledger does not know it", name))
 	}
 	return b, nil
 }
