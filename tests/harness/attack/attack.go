@@ -209,7 +209,7 @@ func (t Target) connect(ctx context.Context, c *Counts, receiveBuffer int) *conn
 	return made
 }
 
-// end closes the connection. It counts it as cut by the server if ctx has not ended and no answer came.
+// end closes the connection. cut says that no answer came: unless ctx has ended, it counts as cut by the server.
 func (c *connection) end(cut bool) {
 	c.stop()
 	_ = c.tcp.Close()
