@@ -18,11 +18,7 @@ import (
 func pushImages(t *testing.T, p *page) {
 	group := harness.NewGroup(t)
 	dir, root := group.Dir(), harness.Root(t)
-	port, err := process.FreePort()
-	if err != nil {
-		t.Fatal(err)
-	}
-	registry := fmt.Sprintf("127.0.0.1:%d", port)
+	registry := harness.FreeAddr(t)
 	write := func(name, content string) string {
 		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {

@@ -22,7 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Target is a server, and how to reach it.
+// Target is a server and the way to reach it.
 type Target struct {
 	Addr      string      // IP:port to dial
 	From      string      // IP to dial from, by which the server distinguishes callers; empty: the kernel chooses
@@ -42,7 +42,7 @@ func (t Target) URL(path string) string {
 	return scheme + cmp.Or(t.Host, t.Addr) + path
 }
 
-// Transport returns an HTTP/1.1 transport that reaches the target under whatever name a URL gives it.
+// Transport returns an HTTP/1.1 transport that connects to the target, whatever host a URL names.
 func (t Target) Transport(keepAlive bool) *http.Transport {
 	return &http.Transport{
 		DialContext:     func(ctx context.Context, _, _ string) (net.Conn, error) { return t.dial(ctx, 0) },
@@ -209,7 +209,7 @@ func (t Target) connect(ctx context.Context, c *Counts, receiveBuffer int) *conn
 	return made
 }
 
-// end closes the connection. It was cut if the context has not ended and no answer came.
+// end closes the connection. cut says that no answer came: unless ctx has ended, it counts as cut by the server.
 func (c *connection) end(cut bool) {
 	c.stop()
 	_ = c.tcp.Close()

@@ -17,7 +17,7 @@ import (
 // Limit is the memory limit of the proxy's container, in MB.
 const Limit = 256 * 1024 * 1024 / 1e6
 
-// What may be left after an attack: a process that has just been used is not as it was to the byte.
+// These bound what may be left after an attack, because a process that was just used does not return to the byte.
 const (
 	leftMB         = 10
 	leftGoroutines = 20

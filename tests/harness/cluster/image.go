@@ -10,8 +10,8 @@ import (
 	"runtime"
 )
 
-// WriteImage writes a docker-archive of an image FROM scratch with one program: the file at path, which the
-// image has at the entrypoint's first element.
+// WriteImage writes a docker-archive of an image FROM scratch with one program: the file at path, at the path of the
+// entrypoint's first element.
 func WriteImage(archive, reference, path string, entrypoint ...string) error {
 	program, err := os.ReadFile(path)
 	if err != nil {
