@@ -26,53 +26,46 @@ func CertPool(file string) (*x509.CertPool, error) {
 
 // CertificateError says why a server's certificate is not accepted. Its text is the predicate of a sentence.
 type CertificateError struct {
-	cause       *tls.CertificateVerificationError
-	certificate *x509.Certificate
+	cause           *tls.CertificateVerificationError
+	problem, advice string // advice has {ca} and {name} for settings
 }
 
-// Explain finds out whether err is about a server's certificate. It returns nil if not.
+// Explain returns what is wrong with a server's certificate, nil if err is about something else.
 func Explain(err error) *CertificateError {
-	var cause *tls.CertificateVerificationError
-	if !errors.As(err, &cause) {
+	e := &CertificateError{problem: "a certificate that cannot be verified", advice: "renew it, or check {ca}"}
+	if !errors.As(err, &e.cause) {
 		return nil
 	}
-	return &CertificateError{cause, cause.UnverifiedCertificates[0]}
-}
-
-// Nameless reports whether the certificate has neither a subject nor names, so that nobody can verify it.
-func (e *CertificateError) Nameless() bool {
-	c := e.certificate
-	return c.Subject.String() == "" && len(c.DNSNames)+len(c.IPAddresses) == 0
-}
-
-func (e *CertificateError) Error() string {
-	problem, _ := e.explain("", "")
-	return fmt.Sprintf("presents %s (%s)", problem, DescribeCertificate(e.certificate))
-}
-
-func (e *CertificateError) Unwrap() error { return e.cause }
-
-// Advice says what to do. caSetting and nameSetting are the settings that may have to be corrected.
-func (e *CertificateError) Advice(caSetting, nameSetting string) string {
-	_, advice := e.explain(caSetting, nameSetting)
-	return advice
-}
-
-func (e *CertificateError) explain(caSetting, nameSetting string) (problem, advice string) {
 	var unknownCA x509.UnknownAuthorityError
 	var wrongName x509.HostnameError
 	var invalid x509.CertificateInvalidError
 	switch {
-	case errors.As(e.cause, &unknownCA):
-		return "a certificate signed by an unknown authority", "set " + caSetting + " to the file of its authority"
-	case errors.As(e.cause, &wrongName):
-		return "a certificate for another name than " + wrongName.Host, "check " + nameSetting
-	case errors.As(e.cause, &invalid) && invalid.Reason == x509.Expired:
-		now := time.Now().UTC().Format(time.RFC3339)
-		return "a certificate that is not valid at " + now, "renew it, or correct the clock of this host or its"
-	default:
-		return "a certificate that cannot be verified", "renew it, or check " + caSetting
+	case errors.As(err, &unknownCA):
+		e.problem, e.advice = "a certificate signed by an unknown authority", "set {ca} to the file of its authority"
+	case errors.As(err, &wrongName):
+		e.problem, e.advice = "a certificate for another name than "+wrongName.Host, "check {name}"
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		e.problem = "a certificate that is not valid at " + time.Now().UTC().Format(time.RFC3339)
+		e.advice = "renew it, or correct the clock of this host or its"
 	}
+	return e
+}
+
+func (e *CertificateError) Error() string {
+	return fmt.Sprintf("presents %s (%s)", e.problem, DescribeCertificate(e.cause.UnverifiedCertificates[0]))
+}
+
+func (e *CertificateError) Unwrap() error { return e.cause }
+
+// Nameless reports whether the certificate has neither a subject nor names, so that nobody can verify it.
+func (e *CertificateError) Nameless() bool {
+	c := e.cause.UnverifiedCertificates[0]
+	return c.Subject.String() == "" && len(c.DNSNames)+len(c.IPAddresses) == 0
+}
+
+// Advice says what to do. ca and name are the settings for the authorities and for the server's name.
+func (e *CertificateError) Advice(ca, name string) string {
+	return strings.NewReplacer("{ca}", ca, "{name}", name).Replace(e.advice)
 }
 
 // DescribeCertificate returns what a person needs to recognize a certificate.
