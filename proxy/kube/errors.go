@@ -70,8 +70,7 @@ func statusError(resp *http.Response, message string) error {
 	return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
 }
 
-// explain returns the status and the message for an err of sending a request to the API server at host: which hop
-// failed, how, and what to do.
+// explain returns the status and the message for an err on the way to the API server at host.
 func explain(host string, err error) (code int, message string) {
 	const server = "the Kubernetes API server at %s "
 	var timeout net.Error

@@ -40,8 +40,7 @@ type route struct {
 	handler http.HandlerFunc
 }
 
-// routes returns all routes except the Kubernetes API, which handler serves before it looks at these: a ServeMux would
-// redirect some of its paths.
+// routes returns all routes except the Kubernetes API: a ServeMux would redirect some of its paths.
 func (s *Server) routes(l listener) []route {
 	return []route{
 		// Depends on nothing but the process: a restart would fix nothing else.
