@@ -33,8 +33,7 @@ func WriteBodyError(w http.ResponseWriter, err error, limit time.Duration) {
 		WriteProblem(w, http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive in full within %s", limit))
 		return
 	}
-	WriteProblem(w, http.StatusBadRequest,
-		"the body cannot be read to its end: its length or its chunks are wrong, or it ended early")
+	WriteProblem(w, http.StatusBadRequest, "the body cannot be read: its length or chunks are wrong, or it ended early")
 }
 
 // WriteJSON answers with body as JSON.

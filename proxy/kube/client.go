@@ -79,6 +79,7 @@ func (c *Client) call(ctx context.Context, method, path, accept string, object a
 	if resp.StatusCode == http.StatusUnauthorized {
 		return statusError(resp, errCredential.Error())
 	}
+	server, what := "the Kubernetes API server at "+c.target.Host, method+" "+req.URL.Path
 	if resp.StatusCode >= 300 {
 		var status metav1.Status
 		body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
@@ -86,12 +87,10 @@ func (c *Client) call(ctx context.Context, method, path, accept string, object a
 			failed := failedCheck.FindAllString(string(body), -1) // of /readyz
 			status.Message = strings.Join(append([]string{resp.Status}, failed...), "; ")
 		}
-		return statusError(resp, fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s",
-			c.target.Host, method, req.URL.Path, status.Message))
+		return statusError(resp, fmt.Sprintf("%s answers %s: %s", server, what, status.Message))
 	}
 	if err := read(resp.Body); err != nil {
-		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w",
-			c.target.Host, method, req.URL.Path, err)
+		return fmt.Errorf("the answer of %s to %s cannot be read: %w", server, what, err)
 	}
 	return nil
 }

@@ -164,15 +164,14 @@ func (r *Runners) find(ctx context.Context, id string) (found runner, known bool
 
 // WriteError answers for an err of reading or changing the registry, which had the time of ctx.
 func WriteError(ctx context.Context, w http.ResponseWriter, err error) {
+	code, why := http.StatusBadGateway, err.Error()
 	switch {
 	case ctx.Err() != nil:
-		answer.WriteProblem(w, http.StatusGatewayTimeout, err.Error())
+		code = http.StatusGatewayTimeout
 	case apierrors.IsInvalid(err) || apierrors.IsRequestEntityTooLargeError(err):
-		answer.WriteProblem(w, http.StatusInsufficientStorage,
-			"the registry of runners is full: unassign those that are gone: "+err.Error())
-	default:
-		answer.WriteProblem(w, http.StatusBadGateway, err.Error())
+		code, why = http.StatusInsufficientStorage, "the registry of runners is full: unassign those that are gone: "+why
 	}
+	answer.WriteProblem(w, code, why)
 }
 
 // IsPrintable reports whether s is 1 to limit printable ASCII characters without spaces.

@@ -81,8 +81,7 @@ func (s *Server) handler(l listener) http.Handler {
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch p := r.URL.EscapedPath(); {
 		case l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != frpc.HealthPath:
-			answer.WriteProblem(w, http.StatusMisdirectedRequest,
-				"the tunnel is of type https: use TLS, and trust the tunnel's certificate")
+			answer.WriteProblem(w, http.StatusMisdirectedRequest, "the tunnel is of type https: use TLS")
 		case l == tunnel && belowKubernetes(r):
 			r.Pattern = kube.Prefix + "/"
 			kubernetes(w, r)
