@@ -1,5 +1,4 @@
-// Command proxy serves the agent's HTTP API: to frpc on the tunnel listener, and probes and metrics to the
-// kubelet and Prometheus on the operations listener.
+// Command proxy serves the agent's HTTP API: see package server.
 package main
 
 import (

@@ -27,15 +27,13 @@ type InvalidError string
 
 func (e InvalidError) Error() string { return string(e) }
 
-// WriteBodyError answers for a request body that could not be read to its end; err is what reading returned, and
-// limit how long the body was allowed to take.
+// WriteBodyError answers for an err of reading a request's body, which was allowed to take limit.
 func WriteBodyError(w http.ResponseWriter, err error, limit time.Duration) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		WriteProblem(w, http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive in full within %s", limit))
 		return
 	}
-	WriteProblem(w, http.StatusBadRequest,
-		"the body cannot be read to its end: its length or its chunks are wrong, or it ended early")
+	WriteProblem(w, http.StatusBadRequest, "the body cannot be read: its length or chunks are wrong, or it ended early")
 }
 
 // WriteJSON answers with body as JSON.

@@ -179,10 +179,10 @@ func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 }
 
 // InUse returns how many connections are open, and how many bytes of memory unfinished headers may use.
-func (l *Listener) InUse() (connections int, headers int64) {
+func (l *Listener) InUse() (connections, headers int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.open, l.headers
+	return int64(l.open), l.headers
 }
 
 // Conn is one connection. A nil *Conn, that of a request which came by another listener, does nothing.
@@ -268,9 +268,8 @@ func (c *Conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// charge counts memory for headers that were read. Beyond the limit it closes connections, the one whose headers have
-// been unfinished for longest first: callers who are slow, or send without end, must not keep out those who send whole
-// headers at once. It returns false if c was closed.
+// charge counts memory for headers, and returns false if c was closed. Beyond the limit, connections are closed whose
+// headers have been unfinished for longest: slow or endless headers must not block those that arrive at once.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -16,8 +16,7 @@ import (
 // each would be an error else. Where memory is short, bodies are not kept.
 const maxRepeatable = 256 << 10
 
-// keepTimeout is how long a body that is kept may take to arrive, as headers may; uploadTimeout is how long any other
-// body may take between two parts.
+// keepTimeout limits the time for all of a body that is kept, and uploadTimeout that between two parts of any other.
 const keepTimeout, uploadTimeout = 32 * time.Second, time.Minute
 
 // Body is a request's body as its caller sends it. A nil *Body is that of a request without one.
@@ -103,8 +102,7 @@ func (b *Body) stream(w http.ResponseWriter, r *http.Request) {
 	// failure, and breaks off the rest of the answer.
 	_ = b.control.EnableFullDuplex()
 	if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
-		// Else net/http tells the caller to continue when the transport, in another goroutine, first reads the body: a
-		// race with a 1xx of the API server on the way back.
+		// Else net/http sends it when the transport first reads, in a race with a 1xx of the API server.
 		w.WriteHeader(http.StatusContinue)
 	}
 }

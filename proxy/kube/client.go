@@ -19,15 +19,14 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// Client sends the agent's own requests to the API server, over the same connections as a Proxy that is made from it.
-// Safe for concurrent use.
+// Client sends the agent's own requests to the API server. Safe for concurrent use.
 type Client struct {
 	target    *url.URL
 	transport *transport
 }
 
-// NewClient returns a client of the API server of config. It calls latency with the seconds from each request, those
-// of a Proxy included, to the headers of the answer. It connects to nothing yet.
+// NewClient returns a client for the API server of config, which connects to nothing yet. It calls latency with the
+// seconds from each request, a Proxy's included, to the headers of the answer.
 func NewClient(config *rest.Config, latency func(seconds float64)) (*Client, error) {
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true // else Go would change bodies and their headers
@@ -52,8 +51,7 @@ const (
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
-// call sends a request, with object as JSON if it is not nil, and calls read with the body of a 2xx answer. Any other
-// answer is an *apierrors.StatusError.
+// call sends a request, with object unless it is nil, and reads a 2xx answer. Others are an *apierrors.StatusError.
 func (c *Client) call(ctx context.Context, method, path, accept string, object any, read reader) error {
 	var body io.Reader
 	if object != nil {
@@ -81,6 +79,7 @@ func (c *Client) call(ctx context.Context, method, path, accept string, object a
 	if resp.StatusCode == http.StatusUnauthorized {
 		return statusError(resp, errCredential.Error())
 	}
+	server, what := "the Kubernetes API server at "+c.target.Host, method+" "+req.URL.Path
 	if resp.StatusCode >= 300 {
 		var status metav1.Status
 		body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
@@ -88,12 +87,10 @@ func (c *Client) call(ctx context.Context, method, path, accept string, object a
 			failed := failedCheck.FindAllString(string(body), -1) // of /readyz
 			status.Message = strings.Join(append([]string{resp.Status}, failed...), "; ")
 		}
-		return statusError(resp, fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s",
-			c.target.Host, method, req.URL.Path, status.Message))
+		return statusError(resp, fmt.Sprintf("%s answers %s: %s", server, what, status.Message))
 	}
 	if err := read(resp.Body); err != nil {
-		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w",
-			c.target.Host, method, req.URL.Path, err)
+		return fmt.Errorf("the answer of %s to %s cannot be read: %w", server, what, err)
 	}
 	return nil
 }
@@ -107,8 +104,7 @@ func decodeInto(object any) reader {
 
 func ignore(io.Reader) error { return nil }
 
-// CheckReady returns an error unless the API server says that it is ready, which includes its storage. A credential
-// that may not ask for that passes too.
+// CheckReady returns an error unless the API server and its storage are ready, or the credential may not ask for that.
 func (c *Client) CheckReady(ctx context.Context) error {
 	err := c.call(ctx, http.MethodGet, "/readyz", acceptObjects, nil, ignore)
 	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
@@ -147,8 +143,7 @@ func secretsPath(namespace string) string { return "/api/v1/namespaces/" + names
 // Change changes a Secret's data. If it returns an error, nothing is written.
 type Change func(data map[string][]byte) error
 
-// ChangeSecret reads a Secret, applies change and writes it. If the Secret was written by another in between, it starts
-// again, so that no change is lost.
+// ChangeSecret reads a Secret, applies change and writes it. If another wrote it in between, it starts again.
 func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, change Change) error {
 	for {
 		secret, err := c.ReadSecret(ctx, namespace, name)

@@ -56,13 +56,8 @@ var errNoMemory = errors.New("the headers of the answer are too large while so m
 
 const largeHeaders = "the headers of the request are too large"
 
-// pluginError is a credential plugin that does not return.
-type pluginError struct{ command string }
-
-func (e *pluginError) Error() string {
-	return fmt.Sprintf("the kubeconfig's credential plugin %s does not answer: "+
-		"check it, or use a kubeconfig with another credential", e.command)
-}
+// errPlugin is a credential plugin that does not return.
+var errPlugin = errors.New("does not answer: check it, or use a kubeconfig with another credential")
 
 // statusError is an answer of the API server that the agent's own request did not ask for. Only its code says what it
 // is: for an existing Secret the API server's reason is AlreadyExists, which ChangeSecret must see as a conflict.
@@ -70,18 +65,16 @@ func statusError(resp *http.Response, message string) error {
 	return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
 }
 
-// explain returns the status and the message for an err of sending a request to the API server at host: which hop
-// failed, how, and what to do.
+// explain returns the status and the message for an err on the way to the API server at host.
 func explain(host string, err error) (code int, message string) {
 	const server = "the Kubernetes API server at %s "
 	var timeout net.Error
 	var operation *net.OpError // "dial": nothing was sent yet
 	var certificate *tls.CertificateVerificationError
-	var plugin *pluginError
 	switch text := err.Error(); {
 	case errors.Is(err, errNoMemory), errors.Is(err, errCredential):
 		return http.StatusBadGateway, text
-	case errors.As(err, &plugin):
+	case errors.Is(err, errPlugin):
 		return http.StatusGatewayTimeout, text
 	case strings.Contains(text, "request header list larger"): // net/http has no type for this error
 		return http.StatusRequestHeaderFieldsTooLarge, largeHeaders

@@ -16,8 +16,7 @@ import (
 // Prefix is where the Kubernetes API begins. What follows it is the API server's path.
 const Prefix = agentapi.KubernetesPrefix
 
-// Proxy forwards requests below Prefix to the API server, with the agent's credential in place of the caller's.
-// Safe for concurrent use.
+// Proxy forwards requests below Prefix with the agent's credential in place of the caller's. Safe for concurrent use.
 type Proxy struct {
 	client       *Client
 	buffers      buffers
@@ -35,8 +34,7 @@ func NewProxy(client *Client, log *slog.Logger) *Proxy {
 	return p
 }
 
-// buffers lends ReverseProxy the buffers that it copies answers with. Without it each answer, however small, would
-// cost 32 KiB.
+// buffers lends ReverseProxy the buffers that it copies answers with. Without it, each answer would cost 32 KiB.
 type buffers struct {
 	pool sync.Pool
 	size int // bytes
@@ -51,8 +49,7 @@ func (b *buffers) Get() []byte {
 
 func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
 
-// Reserve takes bytes of memory until the request is answered, and returns false if there is not enough. An optional
-// reservation leaves some memory for those that are not.
+// Reserve takes memory until the request is answered, or returns false. Optional memory is refused earlier.
 type Reserve func(bytes int64, optional bool) bool
 
 // Serve answers a request below Prefix. d is its Description, and body its Body, nil if it has none.

@@ -52,9 +52,8 @@ func (r *request) rewrite(pr *httputil.ProxyRequest) {
 	out.Header.Del("X-Request-Id")
 }
 
-// checkAnswer turns the API server's 401 into an error, which becomes a 502: it refuses the agent's credential and says
-// nothing about the caller's. Below a subresource the 401 is forwarded: it may be a backend's behind services/proxy, or
-// the kubelet's.
+// checkAnswer turns the API server's 401 into an error, which becomes a 502: it refuses the agent's credential, not the
+// caller's. Below a subresource it is forwarded: it may be the kubelet's, or a backend's behind services/proxy.
 func (r *request) checkAnswer(resp *http.Response) error {
 	if resp.StatusCode < 100 || resp.StatusCode > 599 {
 		return fmt.Errorf("its status %d is not one of HTTP", resp.StatusCode)
@@ -90,12 +89,11 @@ func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
 	}
 }
 
-// HeaderMemory returns how many bytes of memory headers take at most, ReverseProxy's copy included. Measured: short
-// headers cost about 120 bytes each.
+// HeaderMemory returns how many bytes of memory headers use at most, ReverseProxy's copy included.
 func HeaderMemory(header http.Header) int64 {
 	var memory int64
 	for name, values := range header {
-		memory += 2 * int64(len(name)+120)
+		memory += 2 * int64(len(name)+120) // measured with short headers
 		for _, value := range values {
 			memory += 2 * int64(len(value)+32)
 		}
@@ -112,8 +110,7 @@ func hasPrefixFold(s, prefix string) bool {
 // API server's 1 MiB, beyond which it closes a connection that other requests share.
 const maxHeaderSize = 112 << 10
 
-// admit returns the request's path at the API server, or, for a request that must not reach it, the status and the
-// message of the answer.
+// admit returns the request's path at the API server, or, if it must not reach it, the status and text of the answer.
 func admit(r *http.Request) (path string, code int, why string) {
 	path, err := upstreamPath(r)
 	if err != nil {
@@ -146,9 +143,8 @@ func admit(r *http.Request) (path string, code int, why string) {
 	return path, 0, ""
 }
 
-// upstreamPath returns the part of the request's path that follows Prefix, still encoded, byte for byte as the caller
-// sent it; or why it is refused. A path that the agent and the API server could read differently is refused: what is
-// decided here would not hold there.
+// upstreamPath returns the path below Prefix as the caller sent it, or why it is refused. A path that the agent and the
+// API server could read differently is refused: what is decided here would not hold there.
 func upstreamPath(r *http.Request) (string, error) {
 	raw, _, _ := strings.Cut(r.RequestURI, "?")
 	encoded := r.URL.EscapedPath()
@@ -168,9 +164,8 @@ func upstreamPath(r *http.Request) (string, error) {
 }
 
 // forbidden returns why path (decoded, below Prefix) is not forwarded, or "". With nodes/proxy a caller bypasses RBAC
-// and audit to every pod of the node, even with GET (kubernetes/kubernetes#136550). /metrics, /debug, /logs, /flagz and
-// /statusz show the API server's process and host. A token made by serviceaccounts/token is valid for years, and
-// without the agent.
+// and audit, even with GET (kubernetes/kubernetes#136550). /metrics, /debug, /logs, /flagz and /statusz show the API
+// server's process and host. A token made by serviceaccounts/token is valid for years, and without the agent.
 func forbidden(path string) string {
 	// Without empty segments: the API server serves nothing at a path that has them, but a server in front of it may.
 	parts := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })

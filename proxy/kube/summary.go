@@ -15,8 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Summary is what the agent's own credential may read of the cluster. Fields that could not be read are nil, and
-// Unavailable says why.
+// Summary is what the agent may read of the cluster. Fields that could not be read are nil, and Unavailable says why.
 type Summary struct {
 	Reachable   bool              `json:"reachable"`
 	Version     *string           `json:"version"`  // of the API server

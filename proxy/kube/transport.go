@@ -162,10 +162,14 @@ type plugin struct {
 	abandoned atomic.Int32 // requests that wait for it although their callers have gone
 }
 
-// send calls roundTrip, and returns a pluginError if the plugin takes longer than the caller waits, or pluginTimeout.
+func (p *plugin) timeout() error {
+	return fmt.Errorf("the kubeconfig's credential plugin %s %w", p.command, errPlugin)
+}
+
+// send calls roundTrip, and returns errPlugin if the plugin takes longer than the caller waits, or pluginTimeout.
 func (p *plugin) send(r *http.Request, roundTrip func(*http.Request) (*http.Response, error)) (*http.Response, error) {
 	if p.abandoned.Load() >= maxAbandoned {
-		return nil, &pluginError{p.command}
+		return nil, p.timeout()
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	limit := time.AfterFunc(pluginTimeout, cancel) // not deferred: the caller still reads the answer
@@ -196,5 +200,5 @@ func (p *plugin) send(r *http.Request, roundTrip func(*http.Request) (*http.Resp
 	if given.Load() {
 		return nil, context.Cause(ctx)
 	}
-	return nil, &pluginError{p.command}
+	return nil, p.timeout()
 }

@@ -102,8 +102,7 @@ func (c *command) rewrite(pr *httputil.ProxyRequest) {
 	pr.Out.Header.Set("Authorization", c.token)
 }
 
-// checkAnswer refuses invalid statuses and limits the body. Beyond the limit reading fails, so that a cut answer does
-// not look complete.
+// checkAnswer refuses invalid statuses. Reading beyond maxAnswer fails, so that a cut answer does not look complete.
 func (c *command) checkAnswer(resp *http.Response) error {
 	if resp.StatusCode < 200 || resp.StatusCode > 599 {
 		return fmt.Errorf("its status is %d", resp.StatusCode)

@@ -25,11 +25,10 @@ import (
 // RegistryTimeout is how long reading or changing the registry may take.
 const RegistryTimeout = 10 * time.Second
 
-// The registry is a Secret with a key for each runner, and processedKey. A runner's id begins with a letter or digit,
-// so it is never that key.
+// The registry is a Secret with a key for each runner, and processedKey, which is no runner's id.
 const (
 	registryName = agentapi.RunnersSecret
-	processedKey = "_processed" // ids of the last messages that changed the registry
+	processedKey = "_processed" // ids of the last messages that changed the registry; a runner's id begins otherwise
 	maxProcessed = 256
 	maxToken     = 8 << 10 // bytes
 )
@@ -57,8 +56,7 @@ type Config struct {
 	Log          *slog.Logger
 }
 
-// Runners relays commands to the runners in the registry. The registry is a Secret, so that it survives restarts and
-// is shared by all replicas. Safe for concurrent use.
+// Runners relays commands to the runners in the registry, which all replicas share. Safe for concurrent use.
 type Runners struct {
 	Transport *http.Transport // sends commands; tests replace its dialer
 
@@ -152,8 +150,7 @@ func (r *Runners) change(ctx context.Context, messageID string, apply kube.Chang
 
 func (r *Runners) name() string { return r.config.Namespace + "/" + registryName }
 
-// find reads a runner from the registry, and reports whether it is there. It keeps no copy, because another replica may
-// change the Secret.
+// find reads a runner, and reports whether there is one. It caches nothing: another replica may change the registry.
 func (r *Runners) find(ctx context.Context, id string) (found runner, known bool, err error) {
 	registry, err := r.secrets.ReadSecret(ctx, r.config.Namespace, registryName)
 	if err != nil {
@@ -168,15 +165,14 @@ func (r *Runners) find(ctx context.Context, id string) (found runner, known bool
 
 // WriteError answers for an err of reading or changing the registry, which had the time of ctx.
 func WriteError(ctx context.Context, w http.ResponseWriter, err error) {
+	code, why := http.StatusBadGateway, err.Error()
 	switch {
 	case ctx.Err() != nil:
-		answer.WriteProblem(w, http.StatusGatewayTimeout, err.Error())
+		code = http.StatusGatewayTimeout
 	case apierrors.IsInvalid(err) || apierrors.IsRequestEntityTooLargeError(err):
-		answer.WriteProblem(w, http.StatusInsufficientStorage,
-			"the registry of runners is full: unassign those that are gone: "+err.Error())
-	default:
-		answer.WriteProblem(w, http.StatusBadGateway, err.Error())
+		code, why = http.StatusInsufficientStorage, "the registry of runners is full: unassign those that are gone: "+why
 	}
+	answer.WriteProblem(w, code, why)
 }
 
 // IsPrintable reports whether s is 1 to limit printable ASCII characters without spaces.

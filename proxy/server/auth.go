@@ -54,9 +54,8 @@ func newAuthenticator(token secret.Secret, overlap time.Duration, m *metrics, lo
 	}
 }
 
-// follow reads the token every tokenInterval until ctx ends. It does not wait for a request: else a token that was
-// replaced meanwhile would be valid until its own next use, and for the overlap from there. If reading fails the token
-// stays as it was; if there is none any more, all callers are refused.
+// follow reads the token every tokenInterval until ctx ends, and not on a request: else a replaced token would be valid
+// until its own next use. If reading fails the token stays; if there is none any more, all callers are refused.
 func (a *authenticator) follow(ctx context.Context, read func() (secret.Secret, error)) {
 	failing := false
 	wait.UntilWithContext(ctx, func(context.Context) {
@@ -99,8 +98,7 @@ type refusal struct {
 	why    string // for the caller
 }
 
-// check returns nil for a request with the agent's token. It compares hashes in constant time, so that neither the
-// token nor its length can be measured.
+// check returns nil for the agent's token. Comparing hashes in constant time does not even reveal a length.
 func (a *authenticator) check(r *http.Request) *refusal {
 	values := r.Header["Authorization"]
 	if len(values) == 0 {
@@ -150,8 +148,7 @@ func (a *authenticator) recordFailure(caller string, refused *refusal) time.Dura
 	return 0
 }
 
-// fail answers an error in the form that the caller of r expects: kubectl prints a metav1.Status. retryAfter is in
-// seconds; 0 sends none.
+// fail answers with a metav1.Status below the Kubernetes API, else a problem. retryAfter is in seconds; 0 sends none.
 func fail(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32) {
 	if isKubernetes(r) {
 		if why != shuttingDown {
@@ -177,8 +174,7 @@ func (s *Server) throttle(w http.ResponseWriter, r *http.Request, refused *refus
 	return wait > 0
 }
 
-// protect returns a handler that calls next for requests with the agent's token that the gate admits. While the agent
-// drains, it admits them only if whileDraining.
+// protect calls next for requests with the agent's token that the gate admits; during the drain only if whileDraining.
 func (s *Server) protect(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if refused := s.auth.check(r); refused != nil {

@@ -146,3 +146,27 @@ func TestCallerThatFailsTooOftenGets429(t *testing.T) {
 		t.Errorf("the right token, after many sources: answered %d", w.Code)
 	}
 }
+
+// TestWrongTokensAtReadyAreLimited: as on every other route.
+func TestWrongTokensAtReadyAreLimited(t *testing.T) {
+	s, _, handlers := newTest(t, token)
+	for range maxFailures {
+		if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code == http.StatusTooManyRequests ||
+			strings.Contains(w.Body.String(), "detail") {
+			t.Fatalf("answered %d %s", w.Code, w.Body)
+		}
+	}
+	if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code != http.StatusTooManyRequests ||
+		w.Header().Get("Retry-After") == "" {
+		t.Errorf("answered %d %v", w.Code, w.Header())
+	}
+	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != maxFailures+1 {
+		t.Errorf("counted %v", n)
+	}
+	for _, right := range [][]string{nil, {"Bearer " + token}} { // frpc sends none; the right one is accepted
+		if w := do(handlers[tunnel], "GET", "/ready", right...); w.Code == http.StatusTooManyRequests ||
+			strings.Contains(w.Body.String(), "detail") != (right != nil) {
+			t.Errorf("%v: answered %d %s", right, w.Code, w.Body)
+		}
+	}
+}

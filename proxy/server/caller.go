@@ -9,9 +9,8 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// caller returns the address of the request's sender. For tunnels of type https and tcp, frpc sends it in a PROXY
-// header. For type http, frps appends the address that it has seen to the caller's own X-Forwarded-For, so the last one
-// can be trusted.
+// caller returns the caller's address. For tunnels of type https and tcp, frpc sends it in a PROXY header. For type
+// http, frps appends it to the caller's own X-Forwarded-For, so the last one can be trusted.
 func caller(r *http.Request) string {
 	if !inbound.From(r.Context()).Proxied() {
 		if from := forwardedFor(r); from != "" {

@@ -30,8 +30,7 @@ type certReloader struct {
 	last    *tls.Certificate
 }
 
-// get returns the certificate that was last loaded. If loading fails it keeps the previous one: bootstrap may have
-// written only one of the two files yet.
+// get returns the certificate. It keeps the previous one while loading fails: bootstrap may be between the two files.
 func (r *certReloader) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

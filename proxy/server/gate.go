@@ -11,8 +11,7 @@ import (
 // shuttingDown is the answer to requests that arrive while the gate is closed.
 const shuttingDown = "this instance of the agent is shutting down: try again, the next one will answer"
 
-// gate admits authenticated requests within the limits, none once it is closed, and ends stalled ones. Safe for
-// concurrent use.
+// gate admits authenticated requests within the limits, and ends stalled ones. Safe for concurrent use.
 type gate struct {
 	limits  limits
 	refused func(limit string) // counts a refusal
@@ -132,8 +131,7 @@ const (
 	callTimeout   = time.Minute            // a call is ended once its caller reads or sends nothing for so long
 )
 
-// endStalled ends stalled requests: calls after callTimeout; and if more calls, reads or streams are stalled than the
-// limits allow, those that have been stalled longest.
+// endStalled ends calls that are stalled for callTimeout, and of too many stalled requests those stalled longest.
 func (g *gate) endStalled(now time.Time) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

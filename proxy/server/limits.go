@@ -56,13 +56,9 @@ func (s *Server) bound(l listener, socket *net.TCPListener, runDir string) *inbo
 		prefix = "operations_"
 	}
 	bounded := inbound.New(socket, config)
-	s.metrics.limit(prefix+"connections", int64(config.Connections), func() int64 {
-		n, _ := bounded.InUse()
-		return int64(n)
-	})
-	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, func() int64 {
-		_, n := bounded.InUse()
-		return n
-	})
+	connections := func() int64 { n, _ := bounded.InUse(); return n }
+	headers := func() int64 { _, n := bounded.InUse(); return n }
+	s.metrics.limit(prefix+"connections", int64(config.Connections), connections)
+	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, headers)
 	return bounded
 }

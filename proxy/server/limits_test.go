@@ -2,7 +2,6 @@ package server
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,10 +11,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"k8s.io/client-go/rest"
 )
@@ -334,26 +331,6 @@ func TestOneCallerLeavesMemoryForOthers(t *testing.T) {
 	})
 }
 
-// TestSlowCheckBlocksNoOtherCaller: while a check of /ready runs, other callers get its previous result.
-func TestSlowCheckBlocksNoOtherCaller(t *testing.T) {
-	begun, end := make(chan struct{}), make(chan struct{})
-	c := &check{passed: prometheus.NewGauge(prometheus.GaugeOpts{}), run: func(context.Context) error {
-		close(begun)
-		<-end
-		return nil
-	}}
-	done := make(chan error, 1)
-	go func() { done <- c.refresh(t.Context()) }()
-	<-begun
-	if err := c.refresh(t.Context()); err == nil || !strings.Contains(err.Error(), "not checked yet") {
-		t.Errorf("before the first outcome: %v", err)
-	}
-	close(end)
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-}
-
 // TestHeadersOfRunningRequestsAreCounted: large headers use memory until their request is answered.
 func TestHeadersOfRunningRequestsAreCounted(t *testing.T) {
 	s := withLimits(t, func(l *limits) { l.requestMemory = 300 << 10 }, silent)
@@ -395,160 +372,6 @@ func TestHeadersOfAnswersAreLimited(t *testing.T) {
 				t.Errorf("%s, %s: answered %v, %v", name, kind, resp, err)
 			}
 		}
-	}
-}
-
-// TestInvalidStatusBecomes502: and a valid status that HTTP does not define gets the label "other".
-func TestInvalidStatusBecomes502(t *testing.T) {
-	for code, want := range map[int]struct {
-		answer int
-		label  string
-	}{7: {502, "502"}, 99: {502, "502"}, 600: {502, "502"}, 999: {502, "502"}, 299: {299, "other"}, 418: {418, "418"}} {
-		upstream, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = upstream.Close() })
-		go func() {
-			for {
-				conn, err := upstream.Accept()
-				if err != nil {
-					return
-				}
-				_, _ = http.ReadRequest(bufio.NewReader(conn))
-				_, _ = fmt.Fprintf(conn, "HTTP/1.1 %03d X\r\nContent-Length: 0\r\n\r\n", code)
-				_ = conn.Close()
-			}
-		}()
-		s := serverBefore(t, &rest.Config{Host: "http://" + upstream.Addr().String()}, token, slog.New(slog.DiscardHandler))
-		if w := do(s.handler(tunnel), "POST", "/api/k8s/x", "Bearer "+token); w.Code != want.answer {
-			t.Errorf("%d: answered %d %s", code, w.Code, w.Body)
-		}
-		if n := testutil.ToFloat64(s.metrics.requests.WithLabelValues("/api/k8s/", "POST", want.label)); n != 1 {
-			t.Errorf("%d: label %q counts %v", code, want.label, n)
-		}
-	}
-}
-
-// TestSilentAPIServerTimesOut: one that speaks HTTP/1.1 and never answers.
-func TestSilentAPIServerTimesOut(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s, silentAPI := serverBeforeSilence(t)
-		w := httptest.NewRecorder()
-		r := httptest.NewRequest(http.MethodGet, "/api/k8s/version", nil)
-		r.Header.Set("Authorization", "Bearer "+token)
-		start := time.Now()
-		s.handler(tunnel).ServeHTTP(w, r)
-		if took := time.Since(start); w.Code != http.StatusGatewayTimeout || took > 2*time.Minute {
-			t.Errorf("after %s answered %d %s", took, w.Code, w.Body)
-		}
-		_ = silentAPI.Close()
-	})
-}
-
-// serverBeforeSilence returns a server, and an API server of plain HTTP that never answers.
-func serverBeforeSilence(t *testing.T) (*Server, *pipes) {
-	t.Helper()
-	toAPI := newPipes()
-	go func() {
-		for {
-			conn, err := toAPI.Accept()
-			if err != nil {
-				return
-			}
-			go func() { _, _ = io.Copy(io.Discard, conn) }()
-		}
-	}()
-	config := &rest.Config{Host: "http://api.example", Dial: toAPI.DialContext}
-	return serverBefore(t, config, token, slog.New(slog.DiscardHandler)), toAPI
-}
-
-// TestWrongTokensAtReadyAreLimited: as on every other route.
-func TestWrongTokensAtReadyAreLimited(t *testing.T) {
-	s, _, handlers := newTest(t, token)
-	for range maxFailures {
-		if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code == http.StatusTooManyRequests ||
-			strings.Contains(w.Body.String(), "detail") {
-			t.Fatalf("answered %d %s", w.Code, w.Body)
-		}
-	}
-	if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code != http.StatusTooManyRequests ||
-		w.Header().Get("Retry-After") == "" {
-		t.Errorf("answered %d %v", w.Code, w.Header())
-	}
-	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != maxFailures+1 {
-		t.Errorf("counted %v", n)
-	}
-	for _, right := range [][]string{nil, {"Bearer " + token}} { // frpc sends none; the right one is accepted
-		if w := do(handlers[tunnel], "GET", "/ready", right...); w.Code == http.StatusTooManyRequests ||
-			strings.Contains(w.Body.String(), "detail") != (right != nil) {
-			t.Errorf("%v: answered %d %s", right, w.Code, w.Body)
-		}
-	}
-}
-
-// TestAnonymousRequestsDoNotFillTheLog: they are counted, and logged at level debug.
-func TestAnonymousRequestsDoNotFillTheLog(t *testing.T) {
-	var log strings.Builder
-	s := serverBefore(t, &rest.Config{Host: "http://127.0.0.1:1"}, token, slog.New(slog.NewJSONHandler(&log, nil)))
-	for range 1000 {
-		for _, path := range []string{"/nowhere", "/api/k8s/x", "/openapi.yaml", "/api/runners/a/command"} {
-			do(s.handler(tunnel), "GET", path)
-		}
-	}
-	if lines := strings.Count(log.String(), "\n"); lines > 3 {
-		t.Errorf("%d lines", lines)
-	}
-	do(s.handler(tunnel), "GET", "/metrics", "Bearer "+token)
-	if !strings.Contains(log.String(), `"msg":"request"`) {
-		t.Error("an authenticated request is not logged")
-	}
-}
-
-// TestPlainHTTPGets421WhileTheTunnelIsHTTPS: except frpc's health check.
-func TestPlainHTTPGets421WhileTheTunnelIsHTTPS(t *testing.T) {
-	s, _, handlers := newTest(t, token)
-	s.ready.tunnel.https.Store(true)
-	for path, want := range map[string]int{
-		"/ready?only=shutdown": 200, "/ready?only=shutdown&only=tunnel": 421, "/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
-	} {
-		if w := do(handlers[tunnel], "GET", path, "Bearer "+token); w.Code != want {
-			t.Errorf("%s: answered %d %s", path, w.Code, w.Body)
-		}
-		if w := do(handlers[operations], "GET", "/health"); w.Code != 200 {
-			t.Errorf("the operations listener answers %d", w.Code)
-		}
-	}
-}
-
-func TestOnlyMethodsOfTheKubernetesAPIAreForwarded(t *testing.T) {
-	_, _, handlers := newTest(t, token)
-	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} {
-		if w := do(handlers[tunnel], method, "/api/k8s/x", "Bearer "+token); w.Code != 200 {
-			t.Errorf("%s: answered %d", method, w.Code)
-		}
-	}
-	for _, method := range []string{"TRACE", "PROPFIND", "get"} {
-		if w := do(handlers[tunnel], method, "/api/k8s/x", "Bearer "+token); w.Code != 405 || w.Header().Get("Allow") == "" {
-			t.Errorf("%s: answered %d", method, w.Code)
-		}
-	}
-}
-
-// TestCallerComesFromThePROXYHeader: not from X-Forwarded-For, which the caller can set.
-func TestCallerComesFromThePROXYHeader(t *testing.T) {
-	var log strings.Builder
-	api := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	t.Cleanup(api.Close)
-	s := serverBefore(t, &rest.Config{Host: api.URL}, token, slog.New(slog.NewJSONHandler(&log, nil)))
-	header := "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + "\xc0\x00\x02\x07\xc0\x00\x02\x08\x12\x67\x01\xbb"
-	request := header + "GET /api/k8s/version HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Rest:"
-	if _, resp, err := call(t, listening(t, s), request); err != nil || resp.StatusCode != http.StatusOK {
-		t.Fatalf("answered %v, %v", resp, err)
-	}
-	if !strings.Contains(log.String(), `"caller":"192.0.2.7"`) ||
-		!strings.Contains(log.String(), `"forwarded_for":"198.51.100.9"`) {
-		t.Errorf("logged %s", &log)
 	}
 }
 

@@ -120,8 +120,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool
 	return nil, false
 }
 
-// decodeStrict decodes the data of a field, or of a whole message if that is "", and refuses unknown and duplicate
-// fields. Its errors name the field and hold no values.
+// decodeStrict decodes a field, or a message if that is "", without unknown or duplicate fields. Errors hold no values.
 func decodeStrict(field string, data []byte, into any) error {
 	strict, err := strictjson.UnmarshalStrict(data, into)
 	var wrongType *json.UnmarshalTypeError

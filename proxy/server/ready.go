@@ -92,8 +92,7 @@ func boolValue(yes bool) float64 {
 	return 0
 }
 
-// refresh refreshes all checks. Called regularly, it keeps their metrics, and since when the tunnel is up, current
-// without any request.
+// refresh refreshes all checks. Called regularly, it keeps their metrics and the tunnel's status current.
 func (r *readiness) refresh(ctx context.Context) {
 	for _, c := range r.checks {
 		_ = c.refresh(ctx)
@@ -238,9 +237,8 @@ func leaseProblem(lease *frpc.Lease) string {
 
 const checkBootstrap = "check the bootstrap container and its log, and that the run directory is not full"
 
-// overdue reports whether more than 85% of the lease's life is over. bootstrap renews a lease after 65 to 75% and
-// records a failure in it, but cannot if it has ended or the run directory is full. Leases shorter than two minutes are
-// never overdue.
+// overdue reports whether 85% of the lease's life is over; never for less than two minutes. bootstrap renews a lease
+// after 65 to 75% and records a failure in it, but cannot if it has ended or the run directory is full.
 func overdue(lease *frpc.Lease) bool {
 	life := lease.ExpiresAt.Sub(lease.IssuedAt) // negative for a lease without an end
 	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
@@ -252,8 +250,7 @@ func (t *tunnelCheck) status() tunnelStatus {
 	return t.last
 }
 
-// loginAge is how long the result of a login check is reused. When a frps restarts, all of its agents log in at once:
-// their checks must not double that.
+// loginAge is how long the result of a login check is reused: checks must not double the logins after frps restarts.
 const loginAge = 15 * time.Second
 
 // explain returns nil if one of frpc's proxies is running, else why none is. To find out, it may log in to frps.

@@ -1,10 +1,12 @@
 package server
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/pipeops/vm-agent/frpc"
@@ -51,5 +53,25 @@ func TestLeaseProblemsAreReported(t *testing.T) {
 				t.Errorf("the problem is %q", problem)
 			}
 		})
+	}
+}
+
+// TestSlowCheckBlocksNoOtherCaller: while a check of /ready runs, other callers get its previous result.
+func TestSlowCheckBlocksNoOtherCaller(t *testing.T) {
+	begun, end := make(chan struct{}), make(chan struct{})
+	c := &check{passed: prometheus.NewGauge(prometheus.GaugeOpts{}), run: func(context.Context) error {
+		close(begun)
+		<-end
+		return nil
+	}}
+	done := make(chan error, 1)
+	go func() { done <- c.refresh(t.Context()) }()
+	<-begun
+	if err := c.refresh(t.Context()); err == nil || !strings.Contains(err.Error(), "not checked yet") {
+		t.Errorf("before the first outcome: %v", err)
+	}
+	close(end)
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }

@@ -40,8 +40,7 @@ type route struct {
 	handler http.HandlerFunc
 }
 
-// routes returns all routes except the Kubernetes API, which handler serves before it looks at these: a ServeMux would
-// redirect some of its paths.
+// routes returns all routes except the Kubernetes API: a ServeMux would redirect some of its paths.
 func (s *Server) routes(l listener) []route {
 	rows := []route{
 		// Depends on nothing but the process: a restart would fix nothing else.
@@ -91,8 +90,7 @@ func (s *Server) handler(l listener) http.Handler {
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch p := r.URL.EscapedPath(); {
 		case l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != agentapi.TunnelHealthPath:
-			answer.WriteProblem(w, http.StatusMisdirectedRequest,
-				"the tunnel is of type https: use TLS, and trust the tunnel's certificate")
+			answer.WriteProblem(w, http.StatusMisdirectedRequest, "the tunnel is of type https: use TLS")
 		case l == tunnel && belowKubernetes(r):
 			r.Pattern = kube.Prefix + "/"
 			kubernetes(w, r)

@@ -70,8 +70,7 @@ const callerLeft = 499
 // status returns the status of the answer, or callerLeft.
 func (s *scope) status() int { return cmp.Or(s.code, callerLeft) }
 
-// lane returns whether a request for the Kubernetes API is a call, a watch, or an upgrade: a call takes a moment, a
-// watch stays, and an upgrade has a connection of its own.
+// lane is the label for how a request uses its connection: call, watch, or upgrade, which has a connection of its own.
 func (s *scope) lane() string {
 	return cmp.Or(map[string]string{"watch": "watch", "connect": "upgrade"}[s.description.Verb], "call")
 }
@@ -79,12 +78,11 @@ func (s *scope) lane() string {
 // isStream reports whether the caller may take any time to read the answer.
 func (s *scope) isStream() bool { return s.lane() != "call" || s.description.Subresource == "log" }
 
-// stalledSince returns since when the caller has read nothing of the answer, or sent nothing of the body, in Unix
-// nanoseconds; 0 if neither is so.
+// stalledSince returns since when the caller neither reads nor sends, in Unix nanoseconds; 0 if it does.
 func (s *scope) stalledSince() int64 { return cmp.Or(s.blocked.Load(), s.body.Blocked()) }
 
-// abort ends a stalled request: with an answer if there is none yet and the caller may read it, and by closing the
-// connection if that was tried before. It returns false then.
+// abort ends a stalled request: with an answer if it may still be read, or else, and the second time, by closing the
+// connection. It reports whether this was the first time.
 func (s *scope) abort() (first bool) {
 	if first = !s.aborted; first && s.blocked.Load() == 0 {
 		s.body.Within(0)

@@ -42,8 +42,7 @@ type Server struct {
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
 }
 
-// New returns a server that forwards to the API server of api, with limits for so many bytes of memory. It opens no
-// listener, starts no goroutine and sends nothing: Run does.
+// New returns a server for the API server of api, with limits for memory in bytes. It starts and opens nothing.
 func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (*Server, error) {
 	return newServer(cfg, api, newLimits(memory), log)
 }

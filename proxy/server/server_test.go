@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -17,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
@@ -426,5 +428,102 @@ func TestCallerIsAnAddress(t *testing.T) {
 		if got := caller(r); got != want {
 			t.Errorf("%q: got %q, want %q", forwarded, got, want)
 		}
+	}
+}
+
+// TestPlainHTTPGets421WhileTheTunnelIsHTTPS: except frpc's health check.
+func TestPlainHTTPGets421WhileTheTunnelIsHTTPS(t *testing.T) {
+	s, _, handlers := newTest(t, token)
+	s.ready.tunnel.https.Store(true)
+	for path, want := range map[string]int{
+		"/ready?only=shutdown": 200, "/ready?only=shutdown&only=tunnel": 421, "/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
+	} {
+		if w := do(handlers[tunnel], "GET", path, "Bearer "+token); w.Code != want {
+			t.Errorf("%s: answered %d %s", path, w.Code, w.Body)
+		}
+		if w := do(handlers[operations], "GET", "/health"); w.Code != 200 {
+			t.Errorf("the operations listener answers %d", w.Code)
+		}
+	}
+}
+
+func TestOnlyMethodsOfTheKubernetesAPIAreForwarded(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} {
+		if w := do(handlers[tunnel], method, "/api/k8s/x", "Bearer "+token); w.Code != 200 {
+			t.Errorf("%s: answered %d", method, w.Code)
+		}
+	}
+	for _, method := range []string{"TRACE", "PROPFIND", "get"} {
+		if w := do(handlers[tunnel], method, "/api/k8s/x", "Bearer "+token); w.Code != 405 || w.Header().Get("Allow") == "" {
+			t.Errorf("%s: answered %d", method, w.Code)
+		}
+	}
+}
+
+// TestCallerComesFromThePROXYHeader: not from X-Forwarded-For, which the caller can set.
+func TestCallerComesFromThePROXYHeader(t *testing.T) {
+	var log strings.Builder
+	api := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(api.Close)
+	s := serverBefore(t, &rest.Config{Host: api.URL}, token, slog.New(slog.NewJSONHandler(&log, nil)))
+	header := "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + "\xc0\x00\x02\x07\xc0\x00\x02\x08\x12\x67\x01\xbb"
+	request := header + "GET /api/k8s/version HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Rest:"
+	if _, resp, err := call(t, listening(t, s), request); err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("answered %v, %v", resp, err)
+	}
+	if !strings.Contains(log.String(), `"caller":"192.0.2.7"`) ||
+		!strings.Contains(log.String(), `"forwarded_for":"198.51.100.9"`) {
+		t.Errorf("logged %s", &log)
+	}
+}
+
+// TestInvalidStatusBecomes502: and a valid status that HTTP does not define gets the label "other".
+func TestInvalidStatusBecomes502(t *testing.T) {
+	for code, want := range map[int]struct {
+		answer int
+		label  string
+	}{7: {502, "502"}, 99: {502, "502"}, 600: {502, "502"}, 999: {502, "502"}, 299: {299, "other"}, 418: {418, "418"}} {
+		upstream, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = upstream.Close() })
+		go func() {
+			for {
+				conn, err := upstream.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = http.ReadRequest(bufio.NewReader(conn))
+				_, _ = fmt.Fprintf(conn, "HTTP/1.1 %03d X\r\nContent-Length: 0\r\n\r\n", code)
+				_ = conn.Close()
+			}
+		}()
+		s := serverBefore(t, &rest.Config{Host: "http://" + upstream.Addr().String()}, token, slog.New(slog.DiscardHandler))
+		if w := do(s.handler(tunnel), "POST", "/api/k8s/x", "Bearer "+token); w.Code != want.answer {
+			t.Errorf("%d: answered %d %s", code, w.Code, w.Body)
+		}
+		if n := testutil.ToFloat64(s.metrics.requests.WithLabelValues("/api/k8s/", "POST", want.label)); n != 1 {
+			t.Errorf("%d: label %q counts %v", code, want.label, n)
+		}
+	}
+}
+
+// TestAnonymousRequestsDoNotFillTheLog: they are counted, and logged at level debug.
+func TestAnonymousRequestsDoNotFillTheLog(t *testing.T) {
+	var log strings.Builder
+	s := serverBefore(t, &rest.Config{Host: "http://127.0.0.1:1"}, token, slog.New(slog.NewJSONHandler(&log, nil)))
+	for range 1000 {
+		for _, path := range []string{"/nowhere", "/api/k8s/x", "/openapi.yaml", "/api/runners/a/command"} {
+			do(s.handler(tunnel), "GET", path)
+		}
+	}
+	if lines := strings.Count(log.String(), "\n"); lines > 3 {
+		t.Errorf("%d lines", lines)
+	}
+	do(s.handler(tunnel), "GET", "/metrics", "Bearer "+token)
+	if !strings.Contains(log.String(), `"msg":"request"`) {
+		t.Error("an authenticated request is not logged")
 	}
 }

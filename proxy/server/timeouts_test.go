@@ -359,3 +359,36 @@ func TestCutSessionDoesNotLookLikeSuccess(t *testing.T) {
 		t.Errorf("after the cut the caller read %q, %v", rest, err)
 	}
 }
+
+// TestSilentAPIServerTimesOut: one that speaks HTTP/1.1 and never answers.
+func TestSilentAPIServerTimesOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, silentAPI := serverBeforeSilence(t)
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest(http.MethodGet, "/api/k8s/version", nil)
+		r.Header.Set("Authorization", "Bearer "+token)
+		start := time.Now()
+		s.handler(tunnel).ServeHTTP(w, r)
+		if took := time.Since(start); w.Code != http.StatusGatewayTimeout || took > 2*time.Minute {
+			t.Errorf("after %s answered %d %s", took, w.Code, w.Body)
+		}
+		_ = silentAPI.Close()
+	})
+}
+
+// serverBeforeSilence returns a server, and an API server of plain HTTP that never answers.
+func serverBeforeSilence(t *testing.T) (*Server, *pipes) {
+	t.Helper()
+	toAPI := newPipes()
+	go func() {
+		for {
+			conn, err := toAPI.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _, _ = io.Copy(io.Discard, conn) }()
+		}
+	}()
+	config := &rest.Config{Host: "http://api.example", Dial: toAPI.DialContext}
+	return serverBefore(t, config, token, slog.New(slog.DiscardHandler)), toAPI
+}
