@@ -47,8 +47,7 @@ func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
 	var config *rest.Config
 	loaded, err := rules.Load()
 	if err == nil {
-		overrides := &clientcmd.ConfigOverrides{}
-		config, err = clientcmd.NewNonInteractiveClientConfig(*loaded, "", overrides, rules).ClientConfig()
+		config, err = clientcmd.NewDefaultClientConfig(*loaded, nil).ClientConfig()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("kubernetes.kubeconfig (KUBECONFIG) %s: %w", kubeconfig, err)
@@ -89,23 +88,14 @@ const (
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
-// call sends a request, with object as JSON if it is not nil, and calls read with the body of a 2xx answer. Any other
+// call sends a request, with body as JSON if it is not nil, and calls read with the body of a 2xx answer. Any other
 // answer is an *apierrors.StatusError.
-func (c *Client) call(ctx context.Context, method, path, accept string, object any, read reader) error {
-	var body io.Reader
-	if object != nil {
-		data, err := json.Marshal(object)
-		if err != nil {
-			return err
-		}
-		body = bytes.NewReader(data)
-	}
+func (c *Client) call(ctx context.Context, method, path, accept string, body io.Reader, read reader) error {
 	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(c.target.String(), "/")+path, body)
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("Accept", accept)
+	req.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {accept}}
 	resp, err := c.transport.RoundTrip(req)
 	if err != nil {
 		_, message := explain(c.target.Host, err)
@@ -115,18 +105,20 @@ func (c *Client) call(ctx context.Context, method, path, accept string, object a
 		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // a body read to its end frees its connection
 		_ = resp.Body.Close()
 	}()
-	if resp.StatusCode == http.StatusUnauthorized {
-		return statusError(resp, errCredential.Error())
-	}
 	if resp.StatusCode >= 300 {
 		var status metav1.Status
 		body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 		if err := json.Unmarshal(body, &status); err != nil || status.Message == "" {
-			failed := failedCheck.FindAllString(string(body), -1) // of /readyz
+			failed := failedCheck.FindAllString(string(body), -1)
 			status.Message = strings.Join(append([]string{resp.Status}, failed...), "; ")
 		}
-		return statusError(resp, fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s",
-			c.target.Host, method, req.URL.Path, status.Message))
+		message := fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s",
+			c.target.Host, method, req.URL.Path, status.Message)
+		if resp.StatusCode == http.StatusUnauthorized {
+			message = errCredential.Error()
+		}
+		// Without its reason: for an existing Secret that is AlreadyExists, which ChangeSecret must see as a conflict.
+		return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
 	}
 	if err := read(resp.Body); err != nil {
 		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w",
@@ -168,8 +160,7 @@ func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secre
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 	}
-	path := secretsPath(namespace) + "/" + name
-	err := c.call(ctx, http.MethodGet, path, acceptObjects, nil, decodeInto(secret))
+	err := c.call(ctx, http.MethodGet, secretsPath(namespace)+"/"+name, acceptObjects, nil, decodeInto(secret))
 	if secret.Data == nil {
 		secret.Data = map[string][]byte{}
 	}
@@ -199,7 +190,11 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 		if secret.ResourceVersion == "" {
 			method, path = http.MethodPost, secretsPath(namespace)
 		}
-		err = c.call(ctx, method, path, acceptObjects, secret, ignore)
+		data, err := json.Marshal(secret)
+		if err != nil {
+			return err
+		}
+		err = c.call(ctx, method, path, acceptObjects, bytes.NewReader(data), ignore)
 		if !apierrors.IsConflict(err) {
 			return err
 		}

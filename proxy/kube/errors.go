@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 
@@ -56,19 +55,8 @@ var errNoMemory = errors.New("the headers of the answer are too large while so m
 
 const largeHeaders = "the headers of the request are too large"
 
-// pluginError is a credential plugin that does not return.
-type pluginError struct{ command string }
-
-func (e *pluginError) Error() string {
-	return fmt.Sprintf("the kubeconfig's credential plugin %s does not answer: "+
-		"check it, or use a kubeconfig with another credential", e.command)
-}
-
-// statusError is an answer of the API server that the agent's own request did not ask for. Only its code says what it
-// is: for an existing Secret the API server's reason is AlreadyExists, which ChangeSecret must see as a conflict.
-func statusError(resp *http.Response, message string) error {
-	return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
-}
+// errPlugin is a credential plugin that does not return.
+var errPlugin = errors.New("does not answer: check it, or use a kubeconfig with another credential")
 
 // explain returns the status and the message for an err of sending a request to the API server at host: which hop
 // failed, how, and what to do.
@@ -77,11 +65,10 @@ func explain(host string, err error) (code int, message string) {
 	var timeout net.Error
 	var operation *net.OpError // "dial": nothing was sent yet
 	var certificate *tls.CertificateVerificationError
-	var plugin *pluginError
 	switch text := err.Error(); {
 	case errors.Is(err, errNoMemory), errors.Is(err, errCredential):
 		return http.StatusBadGateway, text
-	case errors.As(err, &plugin):
+	case errors.Is(err, errPlugin):
 		return http.StatusGatewayTimeout, text
 	case strings.Contains(text, "request header list larger"): // net/http has no type for this error
 		return http.StatusRequestHeaderFieldsTooLarge, largeHeaders

@@ -59,38 +59,30 @@ func (c *Client) Summarize(ctx context.Context) Summary {
 	}
 	var version struct{ GitVersion, Platform string }
 	err := get("/version", acceptObjects, decodeInto(&version))
-	if err != nil {
-		s.Unavailable["version"], s.Unavailable["platform"] = err.Error(), err.Error()
-	} else {
+	if err == nil {
 		s.Version, s.Platform = &version.GitVersion, &version.Platform
+	} else {
+		s.Unavailable["version"], s.Unavailable["platform"] = err.Error(), err.Error()
 	}
 	// An API server that answers with an error is reachable.
 	_, answered := errors.AsType[*apierrors.StatusError](err)
 	s.Reachable = err == nil || answered
-	if !s.Reachable {
-		for _, field := range []string{"nodes", "namespaces", "deployments", "services", "pods"} {
-			s.Unavailable[field] = err.Error()
-		}
-		return s
-	}
-	for _, resource := range []struct {
-		field, path string
-		count       **int64
+	for _, part := range []struct {
+		field string
+		read  func() error
 	}{
-		{"namespaces", "/api/v1/namespaces", &s.Namespaces},
-		{"deployments", "/apis/apps/v1/deployments", &s.Deployments},
-		{"services", "/api/v1/services", &s.Services},
-		{"pods", "/api/v1/pods", &s.Pods},
+		{"namespaces", func() error { return count(get, "/api/v1/namespaces", &s.Namespaces) }},
+		{"deployments", func() error { return count(get, "/apis/apps/v1/deployments", &s.Deployments) }},
+		{"services", func() error { return count(get, "/api/v1/services", &s.Services) }},
+		{"pods", func() error { return count(get, "/api/v1/pods", &s.Pods) }},
+		{"nodes", func() error { return readNodes(get, &s.Nodes) }},
 	} {
-		n, err := count(get, resource.path)
-		if err != nil {
-			s.Unavailable[resource.field] = err.Error()
-			continue
+		if s.Reachable { // else err is the reason for all
+			err = part.read()
 		}
-		*resource.count = &n
-	}
-	if s.Nodes, err = readNodes(get); err != nil {
-		s.Nodes, s.Unavailable["nodes"] = nil, err.Error()
+		if err != nil {
+			s.Unavailable[part.field] = err.Error()
+		}
 	}
 	return s
 }
@@ -98,17 +90,20 @@ func (c *Client) Summarize(ctx context.Context) Summary {
 // getter reads the answer to a GET.
 type getter func(path, accept string, read reader) error
 
-// count reads one object's metadata, and how many objects there are beside it.
-func count(get getter, path string) (int64, error) {
+// count sets n to the number of objects: it reads the metadata of one, and how many there are beside it.
+func count(get getter, path string, n **int64) error {
 	var list metav1.PartialObjectMetadataList
-	err := get(path+"?limit=1", acceptMetadata, decodeInto(&list))
-	n := int64(len(list.Items))
-	if list.RemainingItemCount != nil {
-		n += *list.RemainingItemCount
-	} else if err == nil && list.Continue != "" {
-		err = errors.New("the API server does not say how many there are")
+	if err := get(path+"?limit=1", acceptMetadata, decodeInto(&list)); err != nil {
+		return err
 	}
-	return n, err
+	total := int64(len(list.Items))
+	if list.RemainingItemCount != nil {
+		total += *list.RemainingItemCount
+	} else if list.Continue != "" {
+		return errors.New("the API server does not say how many there are")
+	}
+	*n = &total
+	return nil
 }
 
 // node holds the fields that are read of a node.
@@ -121,14 +116,19 @@ type node struct {
 	}
 }
 
-func readNodes(get getter) (*Nodes, error) {
+// readNodes sets sum to the sum of all nodes, which it reads page by page.
+func readNodes(get getter, sum **Nodes) error {
 	nodes := &Nodes{Versions: map[string]int64{}}
 	for next := ""; ; {
 		var meta metav1.ListMeta
 		path := "/api/v1/nodes?limit=" + strconv.Itoa(nodePage) + "&continue=" + url.QueryEscape(next)
 		err := get(path, acceptObjects, func(body io.Reader) error { return eachNode(body, &meta, nodes.add) })
-		if err != nil || meta.Continue == "" {
-			return nodes, err
+		if err != nil {
+			return err
+		}
+		if meta.Continue == "" {
+			*sum = nodes
+			return nil
 		}
 		next = meta.Continue
 	}
@@ -155,41 +155,38 @@ func (r *Resources) add(list map[string]resource.Quantity) {
 // eachNode decodes a list of nodes, with one node in memory at a time.
 func eachNode(body io.Reader, meta *metav1.ListMeta, add func(*node)) error {
 	decoder := json.NewDecoder(body)
-	expect := func(want json.Delim) error {
-		got, err := decoder.Token()
-		if err == nil && got != want {
-			err = fmt.Errorf("found %v, expected %v", got, want)
-		}
-		return err
-	}
-	if err := expect('{'); err != nil {
-		return err
-	}
-	for decoder.More() {
-		key, err := decoder.Token()
-		if err != nil {
-			return err
-		}
+	return each(decoder, '{', func(key json.Token) error {
 		switch key {
 		case "metadata":
-			err = decoder.Decode(meta)
+			return decoder.Decode(meta)
 		case "items":
-			err = expect('[')
-			for err == nil && decoder.More() {
+			return each(decoder, '[', func(json.Token) error {
 				var item node
-				if err = decoder.Decode(&item); err == nil {
-					add(&item)
-				}
-			}
-			if err == nil {
-				err = expect(']')
-			}
-		default:
-			err = decoder.Decode(&json.RawMessage{})
+				err := decoder.Decode(&item)
+				add(&item)
+				return err
+			})
 		}
-		if err != nil {
-			return err
+		return decoder.Decode(&json.RawMessage{})
+	})
+}
+
+// each calls decode to read each value of the object or array that comes next, with the value's key if it has one.
+func each(decoder *json.Decoder, begin json.Delim, decode func(key json.Token) error) error {
+	token, err := decoder.Token()
+	if err == nil && token != begin {
+		err = fmt.Errorf("found %v, expected %v", token, begin)
+	}
+	for err == nil && decoder.More() {
+		if begin == '{' {
+			token, err = decoder.Token()
+		}
+		if err == nil {
+			err = decode(token)
 		}
 	}
-	return expect('}')
+	if err == nil {
+		_, err = decoder.Token() // the end; or there is none
+	}
+	return err
 }

@@ -36,7 +36,8 @@ type transport struct {
 	latency      func(seconds float64)
 	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
 	first        chan struct{} // holds the request that finds out
-	plugin       *plugin       // nil: the credential does not come from a plugin
+	noCredential error         // of a credential plugin that does not return; nil: there is no plugin
+	abandoned    atomic.Int32  // requests that wait for the plugin although their callers have gone
 }
 
 func newTransport(config *rest.Config, target *url.URL, latency func(seconds float64)) (*transport, error) {
@@ -45,7 +46,7 @@ func newTransport(config *rest.Config, target *url.URL, latency func(seconds flo
 		t.major.Store(1)
 	}
 	if config.ExecProvider != nil {
-		t.plugin = &plugin{command: config.ExecProvider.Command}
+		t.noCredential = fmt.Errorf("the kubeconfig's credential plugin %s %w", config.ExecProvider.Command, errPlugin)
 	}
 	// client-go caches and shares transports, but makes a new one where a dialer is set. Protocols are set although
 	// they are the default: without TLS, client-go would return http.DefaultTransport.
@@ -73,37 +74,34 @@ func newTransport(config *rest.Config, target *url.URL, latency func(seconds flo
 
 // transportFor returns client-go's transport with limits on how much of an answer it holds.
 func transportFor(config *rest.Config, limit func(*http.Transport)) (http.RoundTripper, error) {
-	config = rest.CopyConfig(config)
-	limited := false
-	config.Wrap(func(rt http.RoundTripper) http.RoundTripper {
-		inner := rt
-		for w, ok := inner.(utilnet.RoundTripperWrapper); ok; w, ok = inner.(utilnet.RoundTripperWrapper) {
-			inner = w.WrappedRoundTripper() // such as the one that reloads CA files
-		}
-		if t, ok := inner.(*http.Transport); ok {
-			t.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
-			t.MaxResponseHeaderBytes = maxResponseHeaders
-			limit(t)
-			limited = true
-		}
-		return rt
-	})
 	transport, err := rest.TransportFor(config)
-	if err == nil && !limited {
-		err = errors.New("client-go has no *http.Transport to set limits on")
-	}
 	if err != nil {
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
+	inner := transport
+	for w, ok := inner.(utilnet.RoundTripperWrapper); ok; w, ok = inner.(utilnet.RoundTripperWrapper) {
+		inner = w.WrappedRoundTripper() // such as the one that adds the credential, or reloads CA files
+	}
+	limited, ok := inner.(*http.Transport)
+	if !ok {
+		return nil, errors.New("the connection to the API server: client-go has no *http.Transport to set limits on")
+	}
+	limited.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
+	limited.MaxResponseHeaderBytes = maxResponseHeaders
+	limit(limited)
 	return transport, nil
 }
 
 // RoundTrip sends a request, once more if its connection died and it can be repeated, and observes the latency.
 func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	send := t.send
+	if t.noCredential != nil {
+		send = t.sendWithPlugin
+	}
 	start := time.Now()
-	resp, err := t.send(r)
+	resp, err := send(r)
 	if err != nil && isRetryable(r, err) {
-		resp, err = t.send(r)
+		resp, err = send(r)
 	}
 	if err == nil {
 		t.latency(time.Since(start).Seconds())
@@ -111,21 +109,12 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// send sends a request once.
+// send sends a request once. Until it is known whether the API server speaks HTTP/2, requests go one at a time: over
+// HTTP/1.1, watches behind maxDials would wait for ever.
 func (t *transport) send(r *http.Request) (*http.Response, error) {
-	roundTrip := t.sendShared
 	if r.Header.Get("Upgrade") != "" {
-		roundTrip = t.http1.RoundTrip
+		return t.http1.RoundTrip(r)
 	}
-	if t.plugin != nil {
-		return t.plugin.send(r, roundTrip)
-	}
-	return roundTrip(r)
-}
-
-// sendShared sends a request that is no upgrade, over a connection that others share if the API server speaks HTTP/2.
-// Until that is known, requests go one at a time: over HTTP/1.1, watches behind maxDials would wait for ever.
-func (t *transport) sendShared(r *http.Request) (*http.Response, error) {
 	if t.major.Load() == 0 && r.Body == nil {
 		select {
 		case t.first <- struct{}{}:
@@ -156,16 +145,10 @@ func isRetryable(r *http.Request, err error) bool {
 // for it after their callers have gone: client-go itself waits without end.
 const pluginTimeout, maxAbandoned = 30 * time.Second, 32
 
-// plugin is the credential plugin of a kubeconfig.
-type plugin struct {
-	command   string
-	abandoned atomic.Int32 // requests that wait for it although their callers have gone
-}
-
-// send calls roundTrip, and returns a pluginError if the plugin takes longer than the caller waits, or pluginTimeout.
-func (p *plugin) send(r *http.Request, roundTrip func(*http.Request) (*http.Response, error)) (*http.Response, error) {
-	if p.abandoned.Load() >= maxAbandoned {
-		return nil, &pluginError{p.command}
+// sendWithPlugin is send, but returns noCredential if the plugin takes longer than the caller waits, or pluginTimeout.
+func (t *transport) sendWithPlugin(r *http.Request) (*http.Response, error) {
+	if t.abandoned.Load() >= maxAbandoned {
+		return nil, t.noCredential
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	limit := time.AfterFunc(pluginTimeout, cancel) // not deferred: the caller still reads the answer
@@ -179,16 +162,16 @@ func (p *plugin) send(r *http.Request, roundTrip func(*http.Request) (*http.Resp
 	answered := make(chan struct{})
 	go func() {
 		defer close(answered)
-		resp, err = roundTrip(traced) //nolint:bodyclose // below, or by the caller
+		resp, err = t.send(traced) //nolint:bodyclose // below, or by the caller
 	}()
 	select {
 	case <-answered:
 		return resp, err
 	case <-ctx.Done():
 	}
-	p.abandoned.Add(1)
+	t.abandoned.Add(1)
 	go func() {
-		defer p.abandoned.Add(-1)
+		defer t.abandoned.Add(-1)
 		if <-answered; err == nil {
 			_ = resp.Body.Close()
 		}
@@ -196,5 +179,5 @@ func (p *plugin) send(r *http.Request, roundTrip func(*http.Request) (*http.Resp
 	if given.Load() {
 		return nil, context.Cause(ctx)
 	}
-	return nil, &pluginError{p.command}
+	return nil, t.noCredential
 }
