@@ -8,12 +8,14 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -55,28 +57,55 @@ func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
 	return config, nil
 }
 
-// Client sends the agent's own requests to the API server, over the same connections as a Proxy that is made from it.
-// Safe for concurrent use.
+// Client sends requests to the API server: the agent's own, and as a RoundTripper those of a Proxy. Upgrades go over
+// HTTP/1.1, and all others over HTTP/2 if the API server speaks it. Safe for concurrent use.
 type Client struct {
-	target    *url.URL
-	transport *transport
+	target       *url.URL
+	http2, http1 http.RoundTripper
+	latency      func(seconds float64)
+	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
+	first        chan struct{} // holds the request that finds out
+	noCredential error         // of a credential plugin that does not return; nil: there is no plugin
+	abandoned    atomic.Int32  // requests that wait for the plugin although their callers have gone
 }
 
-// NewClient returns a client of the API server of config. It calls latency with the seconds from each request, those
-// of a Proxy included, to the headers of the answer. It connects to nothing yet.
+// NewClient returns a client of the API server of config. It calls latency with the seconds from each request to the
+// headers of the answer. It connects to nothing yet.
 func NewClient(config *rest.Config, latency func(seconds float64)) (*Client, error) {
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true // else Go would change bodies and their headers
-	config.Timeout = 0               // watches, logs and exec have no end
 	target, _, err := rest.DefaultServerUrlFor(config)
 	if err != nil {
 		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
 	}
-	transport, err := newTransport(config, target, latency)
-	if err != nil {
+	c := &Client{target: target, latency: latency, first: make(chan struct{}, 1)}
+	if target.Scheme == "http" {
+		c.major.Store(1)
+	}
+	if config.ExecProvider != nil {
+		c.noCredential = fmt.Errorf("the kubeconfig's credential plugin %s %w", config.ExecProvider.Command, errPlugin)
+	}
+	// client-go caches and shares transports, but makes a new one where a dialer is set. Protocols are set although
+	// they are the default: without TLS, client-go would return http.DefaultTransport.
+	dial := config.Dial
+	if dial == nil {
+		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext // as client-go
+	}
+	config.Dial, config.NextProtos = dial, []string{"h2", "http/1.1"}
+	if c.http2, err = transportFor(config, func(t *http.Transport) { t.MaxConnsPerHost = maxDials }); err != nil {
 		return nil, err
 	}
-	return &Client{target: target, transport: transport}, nil
+	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
+	config.NextProtos = []string{"http/1.1"}
+	config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			_ = tcp.SetReadBuffer(socketBuffer)
+		}
+		return conn, err
+	}
+	c.http1, err = transportFor(config, func(t *http.Transport) { t.ResponseHeaderTimeout = headersTimeout })
+	return c, err
 }
 
 // What the agent's own requests accept: whole objects, or of each only its metadata.
@@ -96,7 +125,7 @@ func (c *Client) call(ctx context.Context, method, path, accept string, body io.
 		return err
 	}
 	req.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {accept}}
-	resp, err := c.transport.RoundTrip(req)
+	resp, err := c.RoundTrip(req)
 	if err != nil {
 		_, message := explain(c.target.Host, err)
 		return errors.New(message)

@@ -84,7 +84,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 	rp := &httputil.ReverseProxy{
 		BufferPool:     &p.buffers,
 		Rewrite:        req.rewrite,
-		Transport:      p.client.transport,
+		Transport:      p.client,
 		ModifyResponse: req.checkAnswer,
 		ErrorHandler:   req.fail,
 		ErrorLog:       slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),

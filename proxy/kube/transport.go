@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/http/httptrace"
-	"net/url"
 	"sync/atomic"
 	"time"
 
@@ -30,48 +28,6 @@ const (
 	maxDials = 3
 )
 
-// transport sends upgrades over HTTP/1.1, and all other requests over HTTP/2 if the API server speaks it.
-type transport struct {
-	http2, http1 http.RoundTripper
-	latency      func(seconds float64)
-	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
-	first        chan struct{} // holds the request that finds out
-	noCredential error         // of a credential plugin that does not return; nil: there is no plugin
-	abandoned    atomic.Int32  // requests that wait for the plugin although their callers have gone
-}
-
-func newTransport(config *rest.Config, target *url.URL, latency func(seconds float64)) (*transport, error) {
-	t := &transport{latency: latency, first: make(chan struct{}, 1)}
-	if target.Scheme == "http" {
-		t.major.Store(1)
-	}
-	if config.ExecProvider != nil {
-		t.noCredential = fmt.Errorf("the kubeconfig's credential plugin %s %w", config.ExecProvider.Command, errPlugin)
-	}
-	// client-go caches and shares transports, but makes a new one where a dialer is set. Protocols are set although
-	// they are the default: without TLS, client-go would return http.DefaultTransport.
-	dial := config.Dial
-	if dial == nil {
-		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext // as client-go
-	}
-	config.Dial, config.NextProtos = dial, []string{"h2", "http/1.1"}
-	var err error
-	if t.http2, err = transportFor(config, func(t *http.Transport) { t.MaxConnsPerHost = maxDials }); err != nil {
-		return nil, err
-	}
-	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
-	config.NextProtos = []string{"http/1.1"}
-	config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-		conn, err := dial(ctx, network, address)
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			_ = tcp.SetReadBuffer(socketBuffer)
-		}
-		return conn, err
-	}
-	t.http1, err = transportFor(config, func(t *http.Transport) { t.ResponseHeaderTimeout = headersTimeout })
-	return t, err
-}
-
 // transportFor returns client-go's transport with limits on how much of an answer it holds.
 func transportFor(config *rest.Config, limit func(*http.Transport)) (http.RoundTripper, error) {
 	transport, err := rest.TransportFor(config)
@@ -93,10 +49,10 @@ func transportFor(config *rest.Config, limit func(*http.Transport)) (http.RoundT
 }
 
 // RoundTrip sends a request, once more if its connection died and it can be repeated, and observes the latency.
-func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	send := t.send
-	if t.noCredential != nil {
-		send = t.sendWithPlugin
+func (c *Client) RoundTrip(r *http.Request) (*http.Response, error) {
+	send := c.send
+	if c.noCredential != nil {
+		send = c.sendWithPlugin
 	}
 	start := time.Now()
 	resp, err := send(r)
@@ -104,30 +60,30 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		resp, err = send(r)
 	}
 	if err == nil {
-		t.latency(time.Since(start).Seconds())
+		c.latency(time.Since(start).Seconds())
 	}
 	return resp, err
 }
 
 // send sends a request once. Until it is known whether the API server speaks HTTP/2, requests go one at a time: over
 // HTTP/1.1, watches behind maxDials would wait for ever.
-func (t *transport) send(r *http.Request) (*http.Response, error) {
+func (c *Client) send(r *http.Request) (*http.Response, error) {
 	if r.Header.Get("Upgrade") != "" {
-		return t.http1.RoundTrip(r)
+		return c.http1.RoundTrip(r)
 	}
-	if t.major.Load() == 0 && r.Body == nil {
+	if c.major.Load() == 0 && r.Body == nil {
 		select {
-		case t.first <- struct{}{}:
-			defer func() { <-t.first }()
+		case c.first <- struct{}{}:
+			defer func() { <-c.first }()
 		case <-time.After(5 * time.Second):
 		}
 	}
-	if t.major.Load() == 1 {
-		return t.http1.RoundTrip(r)
+	if c.major.Load() == 1 {
+		return c.http1.RoundTrip(r)
 	}
-	resp, err := t.http2.RoundTrip(r)
+	resp, err := c.http2.RoundTrip(r)
 	if err == nil {
-		t.major.CompareAndSwap(0, int32(resp.ProtoMajor))
+		c.major.CompareAndSwap(0, int32(resp.ProtoMajor))
 	}
 	return resp, err
 }
@@ -146,9 +102,9 @@ func isRetryable(r *http.Request, err error) bool {
 const pluginTimeout, maxAbandoned = 30 * time.Second, 32
 
 // sendWithPlugin is send, but returns noCredential if the plugin takes longer than the caller waits, or pluginTimeout.
-func (t *transport) sendWithPlugin(r *http.Request) (*http.Response, error) {
-	if t.abandoned.Load() >= maxAbandoned {
-		return nil, t.noCredential
+func (c *Client) sendWithPlugin(r *http.Request) (*http.Response, error) {
+	if c.abandoned.Load() >= maxAbandoned {
+		return nil, c.noCredential
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	limit := time.AfterFunc(pluginTimeout, cancel) // not deferred: the caller still reads the answer
@@ -162,16 +118,16 @@ func (t *transport) sendWithPlugin(r *http.Request) (*http.Response, error) {
 	answered := make(chan struct{})
 	go func() {
 		defer close(answered)
-		resp, err = t.send(traced) //nolint:bodyclose // below, or by the caller
+		resp, err = c.send(traced) //nolint:bodyclose // below, or by the caller
 	}()
 	select {
 	case <-answered:
 		return resp, err
 	case <-ctx.Done():
 	}
-	t.abandoned.Add(1)
+	c.abandoned.Add(1)
 	go func() {
-		defer t.abandoned.Add(-1)
+		defer c.abandoned.Add(-1)
 		if <-answered; err == nil {
 			_ = resp.Body.Close()
 		}
@@ -179,5 +135,5 @@ func (t *transport) sendWithPlugin(r *http.Request) (*http.Response, error) {
 	if given.Load() {
 		return nil, context.Cause(ctx)
 	}
-	return nil, t.noCredential
+	return nil, c.noCredential
 }
