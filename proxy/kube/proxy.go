@@ -24,8 +24,8 @@ const Prefix = agentapi.KubernetesPrefix
 // Safe for concurrent use.
 type Proxy struct {
 	client       *Client
-	buffers      buffers
-	watchBuffers buffers // small ones: watches are many and mostly silent
+	buffers      *buffers
+	watchBuffers *buffers // small ones: watches are many and mostly silent
 	log          *slog.Logger
 
 	Drain    context.CancelFunc // ends all watches, also later ones, between two events; it does not wait for that
@@ -34,26 +34,22 @@ type Proxy struct {
 
 // NewProxy returns a proxy to client's API server. It starts nothing.
 func NewProxy(client *Client, log *slog.Logger) *Proxy {
-	p := &Proxy{client: client, buffers: buffers{size: 32 << 10}, watchBuffers: buffers{size: 4 << 10}, log: log}
+	p := &Proxy{client: client, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10), log: log}
 	p.draining, p.Drain = context.WithCancel(context.Background())
 	return p
 }
 
 // buffers lends ReverseProxy the buffers that it copies answers with. Without it each answer, however small, would
 // cost 32 KiB.
-type buffers struct {
-	pool sync.Pool
-	size int // bytes
+type buffers struct{ sync.Pool }
+
+func newBuffers(size int) *buffers {
+	return &buffers{sync.Pool{New: func() any { return new(make([]byte, size)) }}}
 }
 
-func (b *buffers) Get() []byte {
-	if buffer, ok := b.pool.Get().(*[]byte); ok {
-		return *buffer
-	}
-	return make([]byte, b.size)
-}
+func (b *buffers) Get() []byte { return *b.Pool.Get().(*[]byte) }
 
-func (b *buffers) Put(buffer []byte) { b.pool.Put(&buffer) }
+func (b *buffers) Put(buffer []byte) { b.Pool.Put(&buffer) }
 
 // Reserve takes bytes of memory until the request is answered, and returns false if there is not enough. An optional
 // reservation leaves some memory for those that are not.
@@ -70,19 +66,19 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 		return
 	}
 	req := &request{Proxy: p, Description: d, path: path, reserve: reserve}
-	if body != nil {
-		if 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true) {
-			if err := body.keep(r); err != nil {
-				writeBodyError(w, r, err)
-				return
-			}
-		} else {
-			body.stream(w, r)
-			req.body = body
+	switch {
+	case body == nil:
+	case 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true):
+		if err := body.keep(r); err != nil {
+			writeBodyError(w, r, err)
+			return
 		}
+	default:
+		body.stream(w, r)
+		req.body = body
 	}
 	rp := &httputil.ReverseProxy{
-		BufferPool:     &p.buffers,
+		BufferPool:     p.buffers,
 		Rewrite:        req.rewrite,
 		Transport:      p.client,
 		ModifyResponse: req.checkAnswer,
@@ -90,7 +86,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, bo
 		ErrorLog:       slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}
 	if d.Verb == "watch" {
-		rp.BufferPool = &p.watchBuffers
+		rp.BufferPool = p.watchBuffers
 	}
 	rp.ServeHTTP(w, r)
 	req.body.afterAnswer(w.Header())

@@ -22,52 +22,43 @@ type Description struct {
 // Source: k8s.io/apiserver/pkg/endpoints/request/requestinfo.go.
 func Describe(r *http.Request) Description {
 	d := Description{Verb: cmp.Or(verbs[r.Method], "other")}
-	parts := strings.Split(strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/"), "/")
-	if slices.Contains(parts, "") {
-		parts = nil // not a path of the API server: any segment could be a secret
+	isUpgrade := func(token string) bool { return strings.EqualFold(token, "upgrade") }
+	if r.Header.Get("Upgrade") != "" && slices.ContainsFunc(ListOf(r, "Connection"), isUpgrade) { // as for ReverseProxy
+		d.Verb = "connect"
 	}
+	parts := strings.Split(strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/"), "/")
 	switch {
+	case slices.Contains(parts, ""):
+		return d // not a path of the API server: any segment could be a secret
 	case len(parts) >= 3 && parts[0] == "api":
 		parts = parts[2:]
 	case len(parts) >= 4 && parts[0] == "apis":
 		d.Group, parts = name(parts[1]), parts[3:]
 	default:
-		parts = nil
+		return d
+	}
+	watchPath := parts[0] == "watch" // an old form that is still served
+	if watchPath {
+		parts = parts[1:]
+	}
+	if len(parts) > 2 && parts[0] == "namespaces" && parts[2] != "status" && parts[2] != "finalize" {
+		parts = parts[2:]
 	}
 	if len(parts) > 0 {
-		watchPath := parts[0] == "watch" // an old form that is still served
-		if watchPath {
-			parts = parts[1:]
-		}
-		if len(parts) > 2 && parts[0] == "namespaces" && parts[2] != "status" && parts[2] != "finalize" {
-			parts = parts[2:]
-		}
-		if len(parts) > 0 {
-			d.Resource = name(parts[0])
-		}
-		if len(parts) > 2 {
-			d.Subresource = name(parts[2])
-		}
-		switch named := len(parts) > 1; {
-		case d.Verb == "get" && (watchPath || !named && isWatch(r.URL)):
-			d.Verb = "watch"
-		case d.Verb == "get" && !named:
-			d.Verb = "list"
-		case d.Verb == "delete" && !named:
-			d.Verb = "deletecollection"
-		}
+		d.Resource = name(parts[0])
 	}
-	if isUpgrade(r) {
-		d.Verb = "connect"
+	if len(parts) > 2 {
+		d.Subresource = name(parts[2])
+	}
+	switch named := len(parts) > 1; {
+	case d.Verb == "get" && (watchPath || !named && isWatch(r.URL)):
+		d.Verb = "watch"
+	case d.Verb == "get" && !named:
+		d.Verb = "list"
+	case d.Verb == "delete" && !named:
+		d.Verb = "deletecollection"
 	}
 	return d
-}
-
-// isUpgrade reports whether ReverseProxy takes the request for an upgrade.
-func isUpgrade(r *http.Request) bool {
-	return r.Header.Get("Upgrade") != "" && slices.ContainsFunc(ListOf(r, "Connection"), func(token string) bool {
-		return strings.EqualFold(token, "upgrade")
-	})
 }
 
 // ListOf returns the elements of a header that is a comma-separated list, all its lines together.
@@ -81,9 +72,7 @@ func ListOf(r *http.Request, header string) []string {
 
 // name returns s if it can be the name of a group or resource, and else "invalid": callers choose it.
 func name(s string) string {
-	if len(s) > 253 || strings.ContainsFunc(s, func(c rune) bool {
-		return (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '.' && c != '-'
-	}) {
+	if len(s) > 253 || strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789.-") != "" {
 		return "invalid"
 	}
 	return s
@@ -95,10 +84,8 @@ var verbs = map[string]string{
 }
 
 // Methods are the HTTP methods of the Kubernetes API.
-var Methods = []string{
-	http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete,
-	http.MethodOptions,
-}
+var Methods = []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch,
+	http.MethodDelete, http.MethodOptions}
 
 func hasPrefixFold(s, prefix string) bool {
 	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
