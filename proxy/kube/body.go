@@ -138,12 +138,12 @@ func (b *Body) late() bool {
 
 // writeBodyError answers for a body that could not be read; err is why.
 func writeBodyError(w http.ResponseWriter, r *http.Request, err error) {
-	w.Header().Set("Connection", "close")
+	code := http.StatusBadRequest
+	why := "the body of the request cannot be read: its length or its chunks are wrong, or it ended early"
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request did not arrive in time: nothing came "+
-			"for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
-		return
+		code, why = http.StatusRequestTimeout, "the body of the request did not arrive in time: nothing came "+
+			"for a minute, or for a second while others wait, or a small body took longer than 32 s"
 	}
-	WriteStatus(w, r, http.StatusBadRequest,
-		"the body of the request cannot be read: its length or its chunks are wrong, or it ended early", 0)
+	w.Header().Set("Connection", "close")
+	WriteStatus(w, r, code, why, 0)
 }

@@ -8,105 +8,17 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/url"
-	"os"
-	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 )
-
-// RESTConfig returns the API server's address and the agent's credential: from the kubeconfig if one is named (several
-// paths as in KUBECONFIG), else from the pod's ServiceAccount, else, unless inCluster, from ~/.kube/config.
-func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
-	if kubeconfig == "" {
-		config, err := rest.InClusterConfig()
-		if err == nil {
-			return config, nil
-		}
-		if inCluster || !errors.Is(err, rest.ErrNotInCluster) {
-			return nil, fmt.Errorf("kubernetes.in_cluster: %w: run in a pod with a mounted ServiceAccount token, "+
-				"or set kubernetes.kubeconfig (KUBECONFIG)", err)
-		}
-		kubeconfig = clientcmd.RecommendedHomeFile
-		if _, err := os.Stat(kubeconfig); err != nil {
-			return nil, fmt.Errorf("not in a pod, and no %s: set kubernetes.kubeconfig (KUBECONFIG)", kubeconfig)
-		}
-	}
-	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(kubeconfig)}
-	if len(rules.Precedence) == 1 {
-		rules = &clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig} // must exist
-	}
-	// Not clientcmd's deferred loading: where the files are empty, it falls back to the ServiceAccount.
-	var config *rest.Config
-	loaded, err := rules.Load()
-	if err == nil {
-		config, err = clientcmd.NewDefaultClientConfig(*loaded, nil).ClientConfig()
-	}
-	if err != nil {
-		return nil, fmt.Errorf("kubernetes.kubeconfig (KUBECONFIG) %s: %w", kubeconfig, err)
-	}
-	return config, nil
-}
-
-// Client sends requests to the API server: the agent's own, and as a RoundTripper those of a Proxy. Upgrades go over
-// HTTP/1.1, and all others over HTTP/2 if the API server speaks it. Safe for concurrent use.
-type Client struct {
-	target       *url.URL
-	http2, http1 http.RoundTripper
-	latency      func(seconds float64)
-	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
-	first        chan struct{} // holds the request that finds out
-	noCredential error         // of a credential plugin that does not return; nil: there is no plugin
-	abandoned    atomic.Int32  // requests that wait for the plugin although their callers have gone
-}
-
-// NewClient returns a client of the API server of config. It calls latency with the seconds from each request to the
-// headers of the answer. It connects to nothing yet.
-func NewClient(config *rest.Config, latency func(seconds float64)) (*Client, error) {
-	config = rest.CopyConfig(config)
-	config.DisableCompression = true // else Go would change bodies and their headers
-	target, _, err := rest.DefaultServerUrlFor(config)
-	if err != nil {
-		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
-	}
-	c := &Client{target: target, latency: latency, first: make(chan struct{}, 1)}
-	if target.Scheme == "http" {
-		c.major.Store(1)
-	}
-	if config.ExecProvider != nil {
-		c.noCredential = fmt.Errorf("the kubeconfig's credential plugin %s %w", config.ExecProvider.Command, errPlugin)
-	}
-	// client-go caches and shares transports, but makes a new one where a dialer is set. Protocols are set although
-	// they are the default: without TLS, client-go would return http.DefaultTransport.
-	dial := config.Dial
-	if dial == nil {
-		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext // as client-go
-	}
-	config.Dial, config.NextProtos = dial, []string{"h2", "http/1.1"}
-	if c.http2, err = transportFor(config, func(t *http.Transport) { t.MaxConnsPerHost = maxDials }); err != nil {
-		return nil, err
-	}
-	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
-	config.NextProtos = []string{"http/1.1"}
-	config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-		conn, err := dial(ctx, network, address)
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			_ = tcp.SetReadBuffer(socketBuffer)
-		}
-		return conn, err
-	}
-	c.http1, err = transportFor(config, func(t *http.Transport) { t.ResponseHeaderTimeout = headersTimeout })
-	return c, err
-}
 
 // What the agent's own requests accept: whole objects, or of each only its metadata.
 const (
@@ -188,11 +100,9 @@ func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secre
 	secret := &Secret{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
+		Data:       map[string][]byte{},
 	}
 	err := c.call(ctx, http.MethodGet, secretsPath(namespace)+"/"+name, acceptObjects, nil, decodeInto(secret))
-	if secret.Data == nil {
-		secret.Data = map[string][]byte{}
-	}
 	if apierrors.IsNotFound(err) {
 		err = nil
 	}
@@ -233,4 +143,180 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 			return err
 		}
 	}
+}
+
+// Summary is what the agent's own credential may read of the cluster. Fields that could not be read are nil, and
+// Unavailable says why.
+type Summary struct {
+	Reachable   bool              `json:"reachable"`
+	Version     *string           `json:"version"`  // of the API server
+	Platform    *string           `json:"platform"` // its operating system and architecture
+	Nodes       *Nodes            `json:"nodes"`
+	Namespaces  *int64            `json:"namespaces"`
+	Deployments *int64            `json:"deployments"`
+	Services    *int64            `json:"services"`
+	Pods        *int64            `json:"pods"`
+	Unavailable map[string]string `json:"unavailable,omitempty"` // field: why it is null
+
+	Requests int `json:"-"` // sent to read it
+}
+
+// Nodes is the sum of all nodes.
+type Nodes struct {
+	Total       int              `json:"total"`
+	Ready       int              `json:"ready"`    // those whose condition Ready is True
+	Versions    map[string]int64 `json:"versions"` // kubelet's version: number of nodes
+	Capacity    Resources        `json:"capacity"`
+	Allocatable Resources        `json:"allocatable"`
+}
+
+// Resources of all nodes together.
+type Resources struct {
+	CPU    int64 `json:"cpu_millicores"`
+	Memory int64 `json:"memory_bytes"`
+}
+
+// nodePage is how many nodes one request reads: a thousand nodes cost two requests.
+const nodePage = 500
+
+// Summarize reads the API server's version, one object of each resource that is counted, and the nodes page by page.
+// But for the nodes, the cost does not depend on the size of the cluster.
+func (c *Client) Summarize(ctx context.Context) Summary {
+	s := Summary{Unavailable: map[string]string{}}
+	get := func(path, accept string, read reader) error {
+		s.Requests++
+		return c.call(ctx, http.MethodGet, path, accept, nil, read)
+	}
+	var version struct{ GitVersion, Platform string }
+	err := get("/version", acceptObjects, decodeInto(&version))
+	if err == nil {
+		s.Version, s.Platform = &version.GitVersion, &version.Platform
+	} else {
+		s.Unavailable["version"], s.Unavailable["platform"] = err.Error(), err.Error()
+	}
+	// An API server that answers with an error is reachable.
+	_, answered := errors.AsType[*apierrors.StatusError](err)
+	s.Reachable = err == nil || answered
+	for _, part := range []struct {
+		field string
+		read  func() error
+	}{
+		{"namespaces", func() error { return count(get, "/api/v1/namespaces", &s.Namespaces) }},
+		{"deployments", func() error { return count(get, "/apis/apps/v1/deployments", &s.Deployments) }},
+		{"services", func() error { return count(get, "/api/v1/services", &s.Services) }},
+		{"pods", func() error { return count(get, "/api/v1/pods", &s.Pods) }},
+		{"nodes", func() error { return readNodes(get, &s.Nodes) }},
+	} {
+		if s.Reachable { // else err is the reason for all
+			err = part.read()
+		}
+		if err != nil {
+			s.Unavailable[part.field] = err.Error()
+		}
+	}
+	return s
+}
+
+// getter reads the answer to a GET.
+type getter func(path, accept string, read reader) error
+
+// count sets n to the number of objects: it reads the metadata of one, and how many there are beside it.
+func count(get getter, path string, n **int64) error {
+	var list metav1.PartialObjectMetadataList
+	if err := get(path+"?limit=1", acceptMetadata, decodeInto(&list)); err != nil {
+		return err
+	}
+	total := int64(len(list.Items))
+	if list.RemainingItemCount != nil {
+		total += *list.RemainingItemCount
+	} else if list.Continue != "" {
+		return errors.New("the API server does not say how many there are")
+	}
+	*n = &total
+	return nil
+}
+
+// node holds the fields that are read of a node.
+type node struct {
+	Status struct {
+		Conditions  []struct{ Type, Status string }
+		Capacity    map[string]resource.Quantity
+		Allocatable map[string]resource.Quantity
+		NodeInfo    struct{ KubeletVersion string }
+	}
+}
+
+// readNodes sets sum to the sum of all nodes, which it reads page by page.
+func readNodes(get getter, sum **Nodes) error {
+	nodes := &Nodes{Versions: map[string]int64{}}
+	for next := ""; ; {
+		var meta metav1.ListMeta
+		path := "/api/v1/nodes?limit=" + strconv.Itoa(nodePage) + "&continue=" + url.QueryEscape(next)
+		err := get(path, acceptObjects, func(body io.Reader) error { return eachNode(body, &meta, nodes.add) })
+		if err != nil {
+			return err
+		}
+		if meta.Continue == "" {
+			*sum = nodes
+			return nil
+		}
+		next = meta.Continue
+	}
+}
+
+func (n *Nodes) add(node *node) {
+	n.Total++
+	n.Versions[node.Status.NodeInfo.KubeletVersion]++
+	for _, condition := range node.Status.Conditions {
+		if condition.Type == "Ready" && condition.Status == "True" {
+			n.Ready++
+		}
+	}
+	n.Capacity.add(node.Status.Capacity)
+	n.Allocatable.add(node.Status.Allocatable)
+}
+
+func (r *Resources) add(list map[string]resource.Quantity) {
+	cpu, memory := list["cpu"], list["memory"]
+	r.CPU += cpu.MilliValue()
+	r.Memory += memory.Value()
+}
+
+// eachNode decodes a list of nodes, with one node in memory at a time.
+func eachNode(body io.Reader, meta *metav1.ListMeta, add func(*node)) error {
+	decoder := json.NewDecoder(body)
+	return each(decoder, '{', func(key json.Token) error {
+		switch key {
+		case "metadata":
+			return decoder.Decode(meta)
+		case "items":
+			return each(decoder, '[', func(json.Token) error {
+				var item node
+				err := decoder.Decode(&item)
+				add(&item)
+				return err
+			})
+		}
+		return decoder.Decode(&json.RawMessage{})
+	})
+}
+
+// each calls decode to read each value of the object or array that comes next, with the value's key if it has one.
+func each(decoder *json.Decoder, begin json.Delim, decode func(key json.Token) error) error {
+	token, err := decoder.Token()
+	if err == nil && token != begin {
+		err = fmt.Errorf("found %v, expected %v", token, begin)
+	}
+	for err == nil && decoder.More() {
+		if begin == '{' {
+			token, err = decoder.Token()
+		}
+		if err == nil {
+			err = decode(token)
+		}
+	}
+	if err == nil {
+		_, err = decoder.Token() // the end; or there is none
+	}
+	return err
 }

@@ -19,9 +19,8 @@ import (
 // WriteStatus answers r with a metav1.Status, which kubectl prints and client-go understands. Its reason follows from
 // code. retryAfter is in seconds; 0 sends none.
 //
-// kubectl first requests discovery. It prints no Status that answers discovery, but it prints warnings; and it sends
-// five such requests with ten retries each, so that a Retry-After would delay its first word. Discovery is therefore
-// answered with a warning and without Retry-After.
+// Discovery, which kubectl requests first, is answered with a warning, for kubectl does not print its Status, and
+// without Retry-After: kubectl would retry each of five requests ten times before its first word.
 func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message string, retryAfter int32) {
 	reason := metav1.StatusReason(strings.ReplaceAll(http.StatusText(code), " ", "")) // as Kubernetes names its own
 	if code == http.StatusRequestTimeout || code == http.StatusGatewayTimeout {
@@ -61,29 +60,28 @@ var errPlugin = errors.New("does not answer: check it, or use a kubeconfig with 
 // explain returns the status and the message for an err of sending a request to the API server at host: which hop
 // failed, how, and what to do.
 func explain(host string, err error) (code int, message string) {
-	const server = "the Kubernetes API server at %s "
+	const server = "the Kubernetes API server at %s"
+	code = http.StatusBadGateway
 	var timeout net.Error
 	var operation *net.OpError // "dial": nothing was sent yet
 	var certificate *tls.CertificateVerificationError
 	switch text := err.Error(); {
 	case errors.Is(err, errNoMemory), errors.Is(err, errCredential):
-		return http.StatusBadGateway, text
+		return code, text
 	case errors.Is(err, errPlugin):
 		return http.StatusGatewayTimeout, text
 	case strings.Contains(text, "request header list larger"): // net/http has no type for this error
 		return http.StatusRequestHeaderFieldsTooLarge, largeHeaders
 	case strings.Contains(text, "cannot retry err") || strings.Contains(text, "cannot rewind body"): // nor for these
-		return http.StatusServiceUnavailable, fmt.Sprintf(server+"closed the connection before it read the request, "+
+		return http.StatusServiceUnavailable, fmt.Sprintf(server+" closed the connection before it read the request, "+
 			"and the agent keeps no copy of a body as large as this one: send it again", host)
 	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
 		code, message = http.StatusGatewayTimeout,
-			server+"does not answer the agent: %v: check its health and the network between"
+			server+" does not answer the agent: %v: check its health and the network between"
 	case (!errors.As(err, &operation) || operation.Op != "dial") && !errors.As(err, &certificate):
-		code, message = http.StatusBadGateway,
-			server+"broke off before it answered: %v: check whether the request took effect, and its log"
+		message = server + " broke off before it answered: %v: check whether the request took effect, and its log"
 	default:
-		code, message = http.StatusBadGateway,
-			"the agent cannot reach the Kubernetes API server at %s: %v: check that it runs, and the agent's kubeconfig"
+		message = "the agent cannot reach " + server + ": %v: check that it runs, and the agent's kubeconfig"
 	}
 	return code, fmt.Sprintf(message, host, err)
 }

@@ -3,6 +3,7 @@
 package kube
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -57,15 +58,14 @@ type Reserve func(bytes int64, optional bool) bool
 
 // Serve answers a request below Prefix. d is its Description, and body its Body, nil if it has none.
 func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, body *Body, reserve Reserve) {
-	path, code, why := admit(r)
-	if code != 0 {
+	if code, why := admit(r); code != 0 {
 		if code == http.StatusMethodNotAllowed {
 			w.Header().Set("Allow", strings.Join(Methods, ", "))
 		}
 		WriteStatus(w, r, code, why, 0)
 		return
 	}
-	req := &request{Proxy: p, Description: d, path: path, reserve: reserve}
+	req := &request{Proxy: p, Description: d, reserve: reserve}
 	switch {
 	case body == nil:
 	case 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true):
@@ -97,8 +97,7 @@ type request struct {
 	*Proxy
 	*Description
 
-	path    string // at the API server
-	body    *Body  // nil if there is none, or it was kept
+	body    *Body // nil if there is none, or it was kept
 	reserve Reserve
 }
 
@@ -108,9 +107,10 @@ type request struct {
 func (r *request) rewrite(pr *httputil.ProxyRequest) {
 	out, target := pr.Out, r.client.target
 	out.URL.Scheme, out.URL.Host, out.Host = target.Scheme, target.Host, ""
-	out.URL.RawPath = strings.TrimRight(target.EscapedPath(), "/") + r.path
+	path := cmp.Or(strings.TrimPrefix(pr.In.URL.EscapedPath(), Prefix), "/") // byte for byte, as the query
+	out.URL.RawPath = strings.TrimRight(target.EscapedPath(), "/") + path
 	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
-	out.URL.RawQuery = pr.In.URL.RawQuery               // byte for byte: ReverseProxy has normalized it
+	out.URL.RawQuery = pr.In.URL.RawQuery               // ReverseProxy has normalized it
 
 	for name := range out.Header {
 		if hasPrefixFold(name, "X-Remote-") ||

@@ -2,7 +2,6 @@ package kube
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -96,24 +95,22 @@ func hasPrefixFold(s, prefix string) bool {
 // API server's 1 MiB, beyond which it closes a connection that other requests share.
 const maxHeaderSize = 112 << 10
 
-// admit returns the request's path at the API server, or, for a request that must not reach it, the status and the
-// message of the answer.
-func admit(r *http.Request) (path string, code int, why string) {
-	path, err := upstreamPath(r)
-	if err != nil {
-		return "", http.StatusBadRequest, "the agent refuses the request: " + err.Error()
+// admit returns the status and the message of the answer to a request that must not reach the API server; else 0.
+func admit(r *http.Request) (code int, why string) {
+	if why := ambiguous(r); why != "" {
+		return http.StatusBadRequest, "the agent refuses the request: " + why
 	}
 	if !slices.Contains(Methods, r.Method) {
-		return "", http.StatusMethodNotAllowed,
+		return http.StatusMethodNotAllowed,
 			"the agent forwards the methods of the Kubernetes API only: " + strings.Join(Methods, ", ")
 	}
 	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
-		return "", http.StatusForbidden, "the agent does not forward this path: " + why
+		return http.StatusForbidden, "the agent does not forward this path: " + why
 	}
 	size := len(r.RequestURI)
 	for name, values := range r.Header {
 		if hasPrefixFold(name, "Impersonate-") {
-			return "", http.StatusForbidden,
+			return http.StatusForbidden,
 				"the agent does not forward impersonation: remove --as, --as-group and --as-uid"
 		}
 		for _, value := range values {
@@ -121,34 +118,31 @@ func admit(r *http.Request) (path string, code int, why string) {
 		}
 	}
 	if size > maxHeaderSize {
-		return "", http.StatusRequestHeaderFieldsTooLarge, largeHeaders
+		return http.StatusRequestHeaderFieldsTooLarge, largeHeaders
 	}
 	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
 		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
-		return "", http.StatusBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only"
+		return http.StatusBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only"
 	}
-	return path, 0, ""
+	return 0, ""
 }
 
-// upstreamPath returns the part of the request's path that follows Prefix, still encoded, byte for byte as the caller
-// sent it; or why it is refused. A path that the agent and the API server could read differently is refused: what is
-// decided here would not hold there.
-func upstreamPath(r *http.Request) (string, error) {
+// ambiguous returns why the agent and the API server could read the path differently, or "". Such a path is refused:
+// what is decided here would not hold there.
+func ambiguous(r *http.Request) string {
 	raw, _, _ := strings.Cut(r.RequestURI, "?")
-	encoded := r.URL.EscapedPath()
-	if r.Method == http.MethodConnect || !strings.HasPrefix(raw, "/") || raw != encoded {
-		return "", errors.New("the request's target must be a path, encoded by the rules of RFC 3986")
+	if r.Method == http.MethodConnect || !strings.HasPrefix(raw, "/") || raw != r.URL.EscapedPath() {
+		return "the request's target must be a path, encoded by the rules of RFC 3986"
 	}
-	decoded := r.URL.Path
-	if strings.ContainsAny(decoded, "\\\x00") {
-		return "", errors.New("the path holds a backslash or NUL")
+	if strings.ContainsAny(r.URL.Path, "\\\x00") {
+		return "the path holds a backslash or NUL"
 	}
-	for segment := range strings.SplitSeq(decoded, "/") {
+	for segment := range strings.SplitSeq(r.URL.Path, "/") {
 		if segment == "." || segment == ".." {
-			return "", fmt.Errorf("the path holds the segment %q", segment)
+			return fmt.Sprintf("the path holds the segment %q", segment)
 		}
 	}
-	return cmp.Or(strings.TrimPrefix(encoded, Prefix), "/"), nil
+	return ""
 }
 
 // forbidden returns why path (decoded, below Prefix) is not forwarded, or "". With nodes/proxy a caller bypasses RBAC

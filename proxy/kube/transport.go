@@ -4,14 +4,52 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/url"
+	"os"
+	"path/filepath"
 	"sync/atomic"
 	"time"
 
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 )
+
+// RESTConfig returns the API server's address and the agent's credential: from the kubeconfig if one is named (several
+// paths as in KUBECONFIG), else from the pod's ServiceAccount, else, unless inCluster, from ~/.kube/config.
+func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
+	if kubeconfig == "" {
+		config, err := rest.InClusterConfig()
+		if err == nil {
+			return config, nil
+		}
+		if inCluster || !errors.Is(err, rest.ErrNotInCluster) {
+			return nil, fmt.Errorf("kubernetes.in_cluster: %w: run in a pod with a mounted ServiceAccount token, "+
+				"or set kubernetes.kubeconfig (KUBECONFIG)", err)
+		}
+		kubeconfig = clientcmd.RecommendedHomeFile
+		if _, err := os.Stat(kubeconfig); err != nil {
+			return nil, fmt.Errorf("not in a pod, and no %s: set kubernetes.kubeconfig (KUBECONFIG)", kubeconfig)
+		}
+	}
+	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(kubeconfig)}
+	if len(rules.Precedence) == 1 {
+		rules = &clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig} // must exist
+	}
+	// Not clientcmd's deferred loading: where the files are empty, it falls back to the ServiceAccount.
+	var config *rest.Config
+	loaded, err := rules.Load()
+	if err == nil {
+		config, err = clientcmd.NewDefaultClientConfig(*loaded, nil).ClientConfig()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("kubernetes.kubeconfig (KUBECONFIG) %s: %w", kubeconfig, err)
+	}
+	return config, nil
+}
 
 const (
 	// streamWindow is how many bytes of an answer the API server may send ahead of its caller; Go's default is 4 MiB.
@@ -27,6 +65,57 @@ const (
 	// it is made: without the limit, two thousand watches that began at once dialled five thousand.
 	maxDials = 3
 )
+
+// Client sends requests to the API server: the agent's own, and as a RoundTripper those of a Proxy. Upgrades go over
+// HTTP/1.1, and all others over HTTP/2 if the API server speaks it. Safe for concurrent use.
+type Client struct {
+	target       *url.URL
+	http2, http1 http.RoundTripper
+	latency      func(seconds float64)
+	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
+	first        chan struct{} // holds the request that finds out
+	noCredential error         // of a credential plugin that does not return; nil: there is no plugin
+	abandoned    atomic.Int32  // requests that wait for the plugin although their callers have gone
+}
+
+// NewClient returns a client of the API server of config. It calls latency with the seconds from each request to the
+// headers of the answer. It connects to nothing yet.
+func NewClient(config *rest.Config, latency func(seconds float64)) (*Client, error) {
+	config = rest.CopyConfig(config)
+	config.DisableCompression = true // else Go would change bodies and their headers
+	target, _, err := rest.DefaultServerUrlFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
+	}
+	c := &Client{target: target, latency: latency, first: make(chan struct{}, 1)}
+	if target.Scheme == "http" {
+		c.major.Store(1)
+	}
+	if config.ExecProvider != nil {
+		c.noCredential = fmt.Errorf("the kubeconfig's credential plugin %s %w", config.ExecProvider.Command, errPlugin)
+	}
+	// client-go caches and shares transports, but makes a new one where a dialer is set. Protocols are set although
+	// they are the default: without TLS, client-go would return http.DefaultTransport.
+	dial := config.Dial
+	if dial == nil {
+		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext // as client-go
+	}
+	config.Dial, config.NextProtos = dial, []string{"h2", "http/1.1"}
+	if c.http2, err = transportFor(config, func(t *http.Transport) { t.MaxConnsPerHost = maxDials }); err != nil {
+		return nil, err
+	}
+	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
+	config.NextProtos = []string{"http/1.1"}
+	config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			_ = tcp.SetReadBuffer(socketBuffer)
+		}
+		return conn, err
+	}
+	c.http1, err = transportFor(config, func(t *http.Transport) { t.ResponseHeaderTimeout = headersTimeout })
+	return c, err
+}
 
 // transportFor returns client-go's transport with limits on how much of an answer it holds.
 func transportFor(config *rest.Config, limit func(*http.Transport)) (http.RoundTripper, error) {
