@@ -11,9 +11,8 @@ import (
 	"time"
 )
 
-// maxRepeatable is the size in bytes of bodies that are read before they are sent, so that the transport can repeat the
-// request: an API server that stops, or balances its connections, rejects requests that it has not read (GOAWAY), and
-// each would be an error else. Where memory is short, bodies are not kept.
+// maxRepeatable is up to how many bytes a body is kept, if memory allows, so that the transport can repeat the request
+// when the API server rejects it unread (GOAWAY): to stop, or to balance its connections.
 const maxRepeatable = 256 << 10
 
 // keepTimeout is how long a body that is kept may take to arrive, as headers may; uploadTimeout is how long any other
@@ -99,8 +98,7 @@ func (b *Body) keep(r *http.Request) error {
 // stream prepares a body to be sent while it arrives. afterAnswer must follow.
 func (b *Body) stream(w http.ResponseWriter, r *http.Request) {
 	b.patience = uploadTimeout
-	// Else net/http closes the body when the answer begins. The transport may still read from it then, takes that for a
-	// failure, and breaks off the rest of the answer.
+	// Else net/http closes the body when the answer begins, and the transport, still reading, breaks off the answer.
 	_ = b.control.EnableFullDuplex()
 	if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
 		// Else net/http tells the caller to continue when the transport, in another goroutine, first reads the body: a

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
-	"strconv"
 	"strings"
 	"time"
 
@@ -61,7 +60,7 @@ func (c *Client) call(ctx context.Context, method, path, accept string, body io.
 		// Without its reason: for an existing Secret that is AlreadyExists, which ChangeSecret must see as a conflict.
 		return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
 	}
-	if err := read(resp.Body); err != nil {
+	if err := read(json.NewDecoder(resp.Body)); err != nil {
 		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w",
 			c.target.Host, method, req.URL.Path, err)
 	}
@@ -69,13 +68,13 @@ func (c *Client) call(ctx context.Context, method, path, accept string, body io.
 }
 
 // reader reads the body of an answer.
-type reader func(body io.Reader) error
+type reader func(*json.Decoder) error
 
 func decodeInto(object any) reader {
-	return func(body io.Reader) error { return json.NewDecoder(body).Decode(object) }
+	return func(body *json.Decoder) error { return body.Decode(object) }
 }
 
-func ignore(io.Reader) error { return nil }
+func ignore(*json.Decoder) error { return nil }
 
 // CheckReady returns an error unless the API server says that it is ready, which includes its storage. A credential
 // that may not ask for that passes too.
@@ -239,29 +238,26 @@ func count(get getter, path string, n **int64) error {
 // node holds the fields that are read of a node.
 type node struct {
 	Status struct {
-		Conditions  []struct{ Type, Status string }
-		Capacity    map[string]resource.Quantity
-		Allocatable map[string]resource.Quantity
-		NodeInfo    struct{ KubeletVersion string }
+		Conditions            []struct{ Type, Status string }
+		Capacity, Allocatable map[string]resource.Quantity
+		NodeInfo              struct{ KubeletVersion string }
 	}
 }
 
 // readNodes sets sum to the sum of all nodes, which it reads page by page.
 func readNodes(get getter, sum **Nodes) error {
 	nodes := &Nodes{Versions: map[string]int64{}}
-	for next := ""; ; {
+	for next, more := "", true; more; more = next != "" {
 		var meta metav1.ListMeta
-		path := "/api/v1/nodes?limit=" + strconv.Itoa(nodePage) + "&continue=" + url.QueryEscape(next)
-		err := get(path, acceptObjects, func(body io.Reader) error { return eachNode(body, &meta, nodes.add) })
+		path := fmt.Sprintf("/api/v1/nodes?limit=%d&continue=%s", nodePage, url.QueryEscape(next))
+		err := get(path, acceptObjects, func(body *json.Decoder) error { return eachNode(body, &meta, nodes.add) })
 		if err != nil {
 			return err
 		}
-		if meta.Continue == "" {
-			*sum = nodes
-			return nil
-		}
 		next = meta.Continue
 	}
+	*sum = nodes
+	return nil
 }
 
 func (n *Nodes) add(node *node) {
@@ -283,21 +279,20 @@ func (r *Resources) add(list map[string]resource.Quantity) {
 }
 
 // eachNode decodes a list of nodes, with one node in memory at a time.
-func eachNode(body io.Reader, meta *metav1.ListMeta, add func(*node)) error {
-	decoder := json.NewDecoder(body)
-	return each(decoder, '{', func(key json.Token) error {
+func eachNode(list *json.Decoder, meta *metav1.ListMeta, add func(*node)) error {
+	return each(list, '{', func(key json.Token) error {
 		switch key {
 		case "metadata":
-			return decoder.Decode(meta)
+			return list.Decode(meta)
 		case "items":
-			return each(decoder, '[', func(json.Token) error {
+			return each(list, '[', func(json.Token) error {
 				var item node
-				err := decoder.Decode(&item)
+				err := list.Decode(&item)
 				add(&item)
 				return err
 			})
 		}
-		return decoder.Decode(&json.RawMessage{})
+		return list.Decode(&json.RawMessage{})
 	})
 }
 

@@ -45,17 +45,14 @@ func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message strin
 var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API server answered: " +
 	"check whether the request took effect, and try again")
 
-// errCredential is a 401 of the API server: it does not accept the agent's own credential.
-var errCredential = errors.New("the Kubernetes API server refuses the agent's credential (401 Unauthorized): " +
-	"check the agent's ServiceAccount or kubeconfig; the caller's token was accepted")
-
-// errNoMemory is an answer whose headers do not fit beside those of the other requests.
-var errNoMemory = errors.New("the headers of the answer are too large while so many requests are answered: try again")
+var (
+	errCredential = errors.New("the Kubernetes API server refuses the agent's credential (401 Unauthorized): " +
+		"check the agent's ServiceAccount or kubeconfig; the caller's token was accepted")
+	errNoMemory = errors.New("the headers of the answer are too large while so many requests are answered: try again")
+	errPlugin   = errors.New("does not answer: check it, or use a kubeconfig with another credential") // after its name
+)
 
 const largeHeaders = "the headers of the request are too large"
-
-// errPlugin is a credential plugin that does not return.
-var errPlugin = errors.New("does not answer: check it, or use a kubeconfig with another credential")
 
 // explain returns the status and the message for an err of sending a request to the API server at host: which hop
 // failed, how, and what to do.

@@ -22,11 +22,10 @@ import (
 // paths as in KUBECONFIG), else from the pod's ServiceAccount, else, unless inCluster, from ~/.kube/config.
 func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
 	if kubeconfig == "" {
-		config, err := rest.InClusterConfig()
-		if err == nil {
+		switch config, err := rest.InClusterConfig(); {
+		case err == nil:
 			return config, nil
-		}
-		if inCluster || !errors.Is(err, rest.ErrNotInCluster) {
+		case inCluster || !errors.Is(err, rest.ErrNotInCluster):
 			return nil, fmt.Errorf("kubernetes.in_cluster: %w: run in a pod with a mounted ServiceAccount token, "+
 				"or set kubernetes.kubeconfig (KUBECONFIG)", err)
 		}
@@ -52,12 +51,10 @@ func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
 }
 
 const (
-	// streamWindow is how many bytes of an answer the API server may send ahead of its caller; Go's default is 4 MiB.
-	streamWindow = 64 << 10
-	// socketBuffer is the same for connections of HTTP/1.1, where the kernel holds the bytes.
-	socketBuffer = 128 << 10
-	// maxResponseHeaders limits the headers of an answer in bytes: a pod behind services/proxy chooses them.
-	maxResponseHeaders = 64 << 10
+	streamWindow       = 64 << 10  // bytes of an answer that the API server may send ahead; Go's default is 4 MiB
+	socketBuffer       = 128 << 10 // the same for connections of HTTP/1.1, where the kernel holds the bytes
+	maxResponseHeaders = 64 << 10  // bytes of an answer's headers: a pod behind services/proxy chooses them
+
 	// headersTimeout is how long an API server of HTTP/1.1 may take to begin its answer: longer than its own
 	// --request-timeout (60 s). Over HTTP/2, pings detect an API server that is gone.
 	headersTimeout = 75 * time.Second
@@ -178,8 +175,7 @@ func (c *Client) send(r *http.Request) (*http.Response, error) {
 }
 
 // isRetryable reports whether a connection died under a request that can be sent again on a new one: another API server
-// behind the same address may answer. client-go retries the same errors.
-// Source: k8s.io/client-go/rest/request.go, isErrRetryableFunc.
+// behind the same address may answer. Source: k8s.io/client-go/rest/request.go, isErrRetryableFunc.
 func isRetryable(r *http.Request, err error) bool {
 	return (r.Method == http.MethodGet || r.Method == http.MethodHead) &&
 		r.Body == nil && r.Header.Get("Upgrade") == "" && r.Context().Err() == nil &&
