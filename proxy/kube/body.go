@@ -11,12 +11,12 @@ import (
 	"time"
 )
 
-// maxRepeatable is the size in bytes of bodies that are read before they are sent, so that the transport can repeat the
-// request: an API server that stops, or balances its connections, rejects requests that it has not read (GOAWAY), and
-// each would be an error else. Where memory is short, bodies are not kept.
+// maxRepeatable is up to how many bytes a body is kept, if memory allows, so that the transport can repeat the request
+// when the API server rejects it unread (GOAWAY): to stop, or to balance its connections.
 const maxRepeatable = 256 << 10
 
-// keepTimeout limits the time for all of a body that is kept, and uploadTimeout that between two parts of any other.
+// keepTimeout is how long a body that is kept may take to arrive, as headers may; uploadTimeout is how long any other
+// body may take between two parts.
 const keepTimeout, uploadTimeout = 32 * time.Second, time.Minute
 
 // Body is a request's body as its caller sends it. A nil *Body is that of a request without one.
@@ -98,11 +98,11 @@ func (b *Body) keep(r *http.Request) error {
 // stream prepares a body to be sent while it arrives. afterAnswer must follow.
 func (b *Body) stream(w http.ResponseWriter, r *http.Request) {
 	b.patience = uploadTimeout
-	// Else net/http closes the body when the answer begins. The transport may still read from it then, takes that for a
-	// failure, and breaks off the rest of the answer.
+	// Else net/http closes the body when the answer begins, and the transport, still reading, breaks off the answer.
 	_ = b.control.EnableFullDuplex()
 	if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
-		// Else net/http sends it when the transport first reads, in a race with a 1xx of the API server.
+		// Else net/http tells the caller to continue when the transport, in another goroutine, first reads the body: a
+		// race with a 1xx of the API server on the way back.
 		w.WriteHeader(http.StatusContinue)
 	}
 }
@@ -136,12 +136,12 @@ func (b *Body) late() bool {
 
 // writeBodyError answers for a body that could not be read; err is why.
 func writeBodyError(w http.ResponseWriter, r *http.Request, err error) {
-	w.Header().Set("Connection", "close")
+	code := http.StatusBadRequest
+	why := "the body of the request cannot be read: its length or its chunks are wrong, or it ended early"
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		WriteStatus(w, r, http.StatusRequestTimeout, "the body of the request did not arrive in time: nothing came "+
-			"for a minute, or for a second while others wait, or a small body took longer than 32 s", 0)
-		return
+		code, why = http.StatusRequestTimeout, "the body of the request did not arrive in time: nothing came "+
+			"for a minute, or for a second while others wait, or a small body took longer than 32 s"
 	}
-	WriteStatus(w, r, http.StatusBadRequest,
-		"the body of the request cannot be read: its length or its chunks are wrong, or it ended early", 0)
+	w.Header().Set("Connection", "close")
+	WriteStatus(w, r, code, why, 0)
 }

@@ -15,32 +15,9 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/rest"
 )
-
-// Client sends the agent's own requests to the API server. Safe for concurrent use.
-type Client struct {
-	target    *url.URL
-	transport *transport
-}
-
-// NewClient returns a client for the API server of config, which connects to nothing yet. It calls latency with the
-// seconds from each request, a Proxy's included, to the headers of the answer.
-func NewClient(config *rest.Config, latency func(seconds float64)) (*Client, error) {
-	config = rest.CopyConfig(config)
-	config.DisableCompression = true // else Go would change bodies and their headers
-	config.Timeout = 0               // watches, logs and exec have no end
-	target, _, err := rest.DefaultServerUrlFor(config)
-	if err != nil {
-		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
-	}
-	transport, err := newTransport(config, target, latency)
-	if err != nil {
-		return nil, err
-	}
-	return &Client{target: target, transport: transport}, nil
-}
 
 // What the agent's own requests accept: whole objects, or of each only its metadata.
 const (
@@ -51,23 +28,15 @@ const (
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
-// call sends a request, with object unless it is nil, and reads a 2xx answer. Others are an *apierrors.StatusError.
-func (c *Client) call(ctx context.Context, method, path, accept string, object any, read reader) error {
-	var body io.Reader
-	if object != nil {
-		data, err := json.Marshal(object)
-		if err != nil {
-			return err
-		}
-		body = bytes.NewReader(data)
-	}
+// call sends a request, with body as JSON if it is not nil, and calls read with the body of a 2xx answer. Any other
+// answer is an *apierrors.StatusError.
+func (c *Client) call(ctx context.Context, method, path, accept string, body io.Reader, read reader) error {
 	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(c.target.String(), "/")+path, body)
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("Accept", accept)
-	resp, err := c.transport.RoundTrip(req)
+	req.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {accept}}
+	resp, err := c.RoundTrip(req)
 	if err != nil {
 		_, message := explain(c.target.Host, err)
 		return errors.New(message)
@@ -76,35 +45,39 @@ func (c *Client) call(ctx context.Context, method, path, accept string, object a
 		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // a body read to its end frees its connection
 		_ = resp.Body.Close()
 	}()
-	if resp.StatusCode == http.StatusUnauthorized {
-		return statusError(resp, errCredential.Error())
-	}
-	server, what := "the Kubernetes API server at "+c.target.Host, method+" "+req.URL.Path
 	if resp.StatusCode >= 300 {
 		var status metav1.Status
 		body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 		if err := json.Unmarshal(body, &status); err != nil || status.Message == "" {
-			failed := failedCheck.FindAllString(string(body), -1) // of /readyz
+			failed := failedCheck.FindAllString(string(body), -1)
 			status.Message = strings.Join(append([]string{resp.Status}, failed...), "; ")
 		}
-		return statusError(resp, fmt.Sprintf("%s answers %s: %s", server, what, status.Message))
+		message := fmt.Sprintf("the Kubernetes API server at %s answers %s %s: %s",
+			c.target.Host, method, req.URL.Path, status.Message)
+		if resp.StatusCode == http.StatusUnauthorized {
+			message = errCredential.Error()
+		}
+		// Without its reason: for an existing Secret that is AlreadyExists, which ChangeSecret must see as a conflict.
+		return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
 	}
-	if err := read(resp.Body); err != nil {
-		return fmt.Errorf("the answer of %s to %s cannot be read: %w", server, what, err)
+	if err := read(json.NewDecoder(resp.Body)); err != nil {
+		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w",
+			c.target.Host, method, req.URL.Path, err)
 	}
 	return nil
 }
 
 // reader reads the body of an answer.
-type reader func(body io.Reader) error
+type reader func(*json.Decoder) error
 
 func decodeInto(object any) reader {
-	return func(body io.Reader) error { return json.NewDecoder(body).Decode(object) }
+	return func(body *json.Decoder) error { return body.Decode(object) }
 }
 
-func ignore(io.Reader) error { return nil }
+func ignore(*json.Decoder) error { return nil }
 
-// CheckReady returns an error unless the API server and its storage are ready, or the credential may not ask for that.
+// CheckReady returns an error unless the API server says that it is ready, which includes its storage. A credential
+// that may not ask for that passes too.
 func (c *Client) CheckReady(ctx context.Context) error {
 	err := c.call(ctx, http.MethodGet, "/readyz", acceptObjects, nil, ignore)
 	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
@@ -126,12 +99,9 @@ func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secre
 	secret := &Secret{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
+		Data:       map[string][]byte{},
 	}
-	path := secretsPath(namespace) + "/" + name
-	err := c.call(ctx, http.MethodGet, path, acceptObjects, nil, decodeInto(secret))
-	if secret.Data == nil {
-		secret.Data = map[string][]byte{}
-	}
+	err := c.call(ctx, http.MethodGet, secretsPath(namespace)+"/"+name, acceptObjects, nil, decodeInto(secret))
 	if apierrors.IsNotFound(err) {
 		err = nil
 	}
@@ -143,7 +113,8 @@ func secretsPath(namespace string) string { return "/api/v1/namespaces/" + names
 // Change changes a Secret's data. If it returns an error, nothing is written.
 type Change func(data map[string][]byte) error
 
-// ChangeSecret reads a Secret, applies change and writes it. If another wrote it in between, it starts again.
+// ChangeSecret reads a Secret, applies change and writes it. If the Secret was written by another in between, it starts
+// again, so that no change is lost.
 func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, change Change) error {
 	for {
 		secret, err := c.ReadSecret(ctx, namespace, name)
@@ -157,7 +128,11 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 		if secret.ResourceVersion == "" {
 			method, path = http.MethodPost, secretsPath(namespace)
 		}
-		err = c.call(ctx, method, path, acceptObjects, secret, ignore)
+		data, err := json.Marshal(secret)
+		if err != nil {
+			return err
+		}
+		err = c.call(ctx, method, path, acceptObjects, bytes.NewReader(data), ignore)
 		if !apierrors.IsConflict(err) {
 			return err
 		}
@@ -167,4 +142,176 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 			return err
 		}
 	}
+}
+
+// Summary is what the agent's own credential may read of the cluster. Fields that could not be read are nil, and
+// Unavailable says why.
+type Summary struct {
+	Reachable   bool              `json:"reachable"`
+	Version     *string           `json:"version"`  // of the API server
+	Platform    *string           `json:"platform"` // its operating system and architecture
+	Nodes       *Nodes            `json:"nodes"`
+	Namespaces  *int64            `json:"namespaces"`
+	Deployments *int64            `json:"deployments"`
+	Services    *int64            `json:"services"`
+	Pods        *int64            `json:"pods"`
+	Unavailable map[string]string `json:"unavailable,omitempty"` // field: why it is null
+
+	Requests int `json:"-"` // sent to read it
+}
+
+// Nodes is the sum of all nodes.
+type Nodes struct {
+	Total       int              `json:"total"`
+	Ready       int              `json:"ready"`    // those whose condition Ready is True
+	Versions    map[string]int64 `json:"versions"` // kubelet's version: number of nodes
+	Capacity    Resources        `json:"capacity"`
+	Allocatable Resources        `json:"allocatable"`
+}
+
+// Resources of all nodes together.
+type Resources struct {
+	CPU    int64 `json:"cpu_millicores"`
+	Memory int64 `json:"memory_bytes"`
+}
+
+// nodePage is how many nodes one request reads: a thousand nodes cost two requests.
+const nodePage = 500
+
+// Summarize reads the API server's version, one object of each resource that is counted, and the nodes page by page.
+// But for the nodes, the cost does not depend on the size of the cluster.
+func (c *Client) Summarize(ctx context.Context) Summary {
+	s := Summary{Unavailable: map[string]string{}}
+	get := func(path, accept string, read reader) error {
+		s.Requests++
+		return c.call(ctx, http.MethodGet, path, accept, nil, read)
+	}
+	var version struct{ GitVersion, Platform string }
+	err := get("/version", acceptObjects, decodeInto(&version))
+	if err == nil {
+		s.Version, s.Platform = &version.GitVersion, &version.Platform
+	} else {
+		s.Unavailable["version"], s.Unavailable["platform"] = err.Error(), err.Error()
+	}
+	// An API server that answers with an error is reachable.
+	_, answered := errors.AsType[*apierrors.StatusError](err)
+	s.Reachable = err == nil || answered
+	for _, part := range []struct {
+		field string
+		read  func() error
+	}{
+		{"namespaces", func() error { return count(get, "/api/v1/namespaces", &s.Namespaces) }},
+		{"deployments", func() error { return count(get, "/apis/apps/v1/deployments", &s.Deployments) }},
+		{"services", func() error { return count(get, "/api/v1/services", &s.Services) }},
+		{"pods", func() error { return count(get, "/api/v1/pods", &s.Pods) }},
+		{"nodes", func() error { return readNodes(get, &s.Nodes) }},
+	} {
+		if s.Reachable { // else err is the reason for all
+			err = part.read()
+		}
+		if err != nil {
+			s.Unavailable[part.field] = err.Error()
+		}
+	}
+	return s
+}
+
+// getter reads the answer to a GET.
+type getter func(path, accept string, read reader) error
+
+// count sets n to the number of objects: it reads the metadata of one, and how many there are beside it.
+func count(get getter, path string, n **int64) error {
+	var list metav1.PartialObjectMetadataList
+	if err := get(path+"?limit=1", acceptMetadata, decodeInto(&list)); err != nil {
+		return err
+	}
+	total := int64(len(list.Items))
+	if list.RemainingItemCount != nil {
+		total += *list.RemainingItemCount
+	} else if list.Continue != "" {
+		return errors.New("the API server does not say how many there are")
+	}
+	*n = &total
+	return nil
+}
+
+// node holds the fields that are read of a node.
+type node struct {
+	Status struct {
+		Conditions            []struct{ Type, Status string }
+		Capacity, Allocatable map[string]resource.Quantity
+		NodeInfo              struct{ KubeletVersion string }
+	}
+}
+
+// readNodes sets sum to the sum of all nodes, which it reads page by page.
+func readNodes(get getter, sum **Nodes) error {
+	nodes := &Nodes{Versions: map[string]int64{}}
+	for next, more := "", true; more; more = next != "" {
+		var meta metav1.ListMeta
+		path := fmt.Sprintf("/api/v1/nodes?limit=%d&continue=%s", nodePage, url.QueryEscape(next))
+		err := get(path, acceptObjects, func(body *json.Decoder) error { return eachNode(body, &meta, nodes.add) })
+		if err != nil {
+			return err
+		}
+		next = meta.Continue
+	}
+	*sum = nodes
+	return nil
+}
+
+func (n *Nodes) add(node *node) {
+	n.Total++
+	n.Versions[node.Status.NodeInfo.KubeletVersion]++
+	for _, condition := range node.Status.Conditions {
+		if condition.Type == "Ready" && condition.Status == "True" {
+			n.Ready++
+		}
+	}
+	n.Capacity.add(node.Status.Capacity)
+	n.Allocatable.add(node.Status.Allocatable)
+}
+
+func (r *Resources) add(list map[string]resource.Quantity) {
+	cpu, memory := list["cpu"], list["memory"]
+	r.CPU += cpu.MilliValue()
+	r.Memory += memory.Value()
+}
+
+// eachNode decodes a list of nodes, with one node in memory at a time.
+func eachNode(list *json.Decoder, meta *metav1.ListMeta, add func(*node)) error {
+	return each(list, '{', func(key json.Token) error {
+		switch key {
+		case "metadata":
+			return list.Decode(meta)
+		case "items":
+			return each(list, '[', func(json.Token) error {
+				var item node
+				err := list.Decode(&item)
+				add(&item)
+				return err
+			})
+		}
+		return list.Decode(&json.RawMessage{})
+	})
+}
+
+// each calls decode to read each value of the object or array that comes next, with the value's key if it has one.
+func each(decoder *json.Decoder, begin json.Delim, decode func(key json.Token) error) error {
+	token, err := decoder.Token()
+	if err == nil && token != begin {
+		err = fmt.Errorf("found %v, expected %v", token, begin)
+	}
+	for err == nil && decoder.More() {
+		if begin == '{' {
+			token, err = decoder.Token()
+		}
+		if err == nil {
+			err = decode(token)
+		}
+	}
+	if err == nil {
+		_, err = decoder.Token() // the end; or there is none
+	}
+	return err
 }

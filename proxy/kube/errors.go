@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 
@@ -20,9 +19,8 @@ import (
 // WriteStatus answers r with a metav1.Status, which kubectl prints and client-go understands. Its reason follows from
 // code. retryAfter is in seconds; 0 sends none.
 //
-// kubectl first requests discovery. It prints no Status that answers discovery, but it prints warnings; and it sends
-// five such requests with ten retries each, so that a Retry-After would delay its first word. Discovery is therefore
-// answered with a warning and without Retry-After.
+// Discovery, which kubectl requests first, is answered with a warning, for kubectl does not print its Status, and
+// without Retry-After: kubectl would retry each of five requests ten times before its first word.
 func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message string, retryAfter int32) {
 	reason := metav1.StatusReason(strings.ReplaceAll(http.StatusText(code), " ", "")) // as Kubernetes names its own
 	if code == http.StatusRequestTimeout || code == http.StatusGatewayTimeout {
@@ -47,49 +45,40 @@ func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message strin
 var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API server answered: " +
 	"check whether the request took effect, and try again")
 
-// errCredential is a 401 of the API server: it does not accept the agent's own credential.
-var errCredential = errors.New("the Kubernetes API server refuses the agent's credential (401 Unauthorized): " +
-	"check the agent's ServiceAccount or kubeconfig; the caller's token was accepted")
-
-// errNoMemory is an answer whose headers do not fit beside those of the other requests.
-var errNoMemory = errors.New("the headers of the answer are too large while so many requests are answered: try again")
+var (
+	errCredential = errors.New("the Kubernetes API server refuses the agent's credential (401 Unauthorized): " +
+		"check the agent's ServiceAccount or kubeconfig; the caller's token was accepted")
+	errNoMemory = errors.New("the headers of the answer are too large while so many requests are answered: try again")
+	errPlugin   = errors.New("does not answer: check it, or use a kubeconfig with another credential") // after its name
+)
 
 const largeHeaders = "the headers of the request are too large"
 
-// errPlugin is a credential plugin that does not return.
-var errPlugin = errors.New("does not answer: check it, or use a kubeconfig with another credential")
-
-// statusError is an answer of the API server that the agent's own request did not ask for. Only its code says what it
-// is: for an existing Secret the API server's reason is AlreadyExists, which ChangeSecret must see as a conflict.
-func statusError(resp *http.Response, message string) error {
-	return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
-}
-
-// explain returns the status and the message for an err on the way to the API server at host.
+// explain returns the status and the message for an err of sending a request to the API server at host: which hop
+// failed, how, and what to do.
 func explain(host string, err error) (code int, message string) {
-	const server = "the Kubernetes API server at %s "
+	const server = "the Kubernetes API server at %s"
+	code = http.StatusBadGateway
 	var timeout net.Error
 	var operation *net.OpError // "dial": nothing was sent yet
 	var certificate *tls.CertificateVerificationError
 	switch text := err.Error(); {
 	case errors.Is(err, errNoMemory), errors.Is(err, errCredential):
-		return http.StatusBadGateway, text
+		return code, text
 	case errors.Is(err, errPlugin):
 		return http.StatusGatewayTimeout, text
 	case strings.Contains(text, "request header list larger"): // net/http has no type for this error
 		return http.StatusRequestHeaderFieldsTooLarge, largeHeaders
 	case strings.Contains(text, "cannot retry err") || strings.Contains(text, "cannot rewind body"): // nor for these
-		return http.StatusServiceUnavailable, fmt.Sprintf(server+"closed the connection before it read the request, "+
+		return http.StatusServiceUnavailable, fmt.Sprintf(server+" closed the connection before it read the request, "+
 			"and the agent keeps no copy of a body as large as this one: send it again", host)
 	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
 		code, message = http.StatusGatewayTimeout,
-			server+"does not answer the agent: %v: check its health and the network between"
+			server+" does not answer the agent: %v: check its health and the network between"
 	case (!errors.As(err, &operation) || operation.Op != "dial") && !errors.As(err, &certificate):
-		code, message = http.StatusBadGateway,
-			server+"broke off before it answered: %v: check whether the request took effect, and its log"
+		message = server + " broke off before it answered: %v: check whether the request took effect, and its log"
 	default:
-		code, message = http.StatusBadGateway,
-			"the agent cannot reach the Kubernetes API server at %s: %v: check that it runs, and the agent's kubeconfig"
+		message = "the agent cannot reach " + server + ": %v: check that it runs, and the agent's kubeconfig"
 	}
 	return code, fmt.Sprintf(message, host, err)
 }

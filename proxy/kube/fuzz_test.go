@@ -40,7 +40,7 @@ func FuzzRequest(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	proxy.client.transport.http1, proxy.client.transport.http2 = captured, captured
+	proxy.client.http1, proxy.client.http2 = captured, captured
 	f.Fuzz(func(t *testing.T, text string) {
 		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
 		if err != nil {

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"strings"
@@ -85,9 +86,10 @@ func TestSummaryWithoutAnAPIServerIsNull(t *testing.T) {
 func TestIncompleteListOfNodesIsAnError(t *testing.T) {
 	for _, body := range []string{``, `[]`, `{"items":[{"status":{}}`, `{"items":{}}`,
 		`{"items":[{"status":{"capacity":{"cpu":"x"}}}]}`, `{"items":[1]}`, `{"metadata":1}`, `{"items":[]`} {
-		get := func(_, _ string, read reader) error { return read(strings.NewReader(body)) }
-		if n, err := readNodes(get); err == nil {
-			t.Errorf("%q: got %+v", body, n)
+		get := func(_, _ string, read reader) error { return read(json.NewDecoder(strings.NewReader(body))) }
+		var nodes *Nodes
+		if err := readNodes(get, &nodes); err == nil || nodes != nil {
+			t.Errorf("%q: got %+v, %v", body, nodes, err)
 		}
 	}
 }

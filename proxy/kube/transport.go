@@ -8,20 +8,53 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
+	"os"
+	"path/filepath"
 	"sync/atomic"
 	"time"
 
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 )
 
+// RESTConfig returns the API server's address and the agent's credential: from the kubeconfig if one is named (several
+// paths as in KUBECONFIG), else from the pod's ServiceAccount, else, unless inCluster, from ~/.kube/config.
+func RESTConfig(kubeconfig string, inCluster bool) (*rest.Config, error) {
+	if kubeconfig == "" {
+		switch config, err := rest.InClusterConfig(); {
+		case err == nil:
+			return config, nil
+		case inCluster || !errors.Is(err, rest.ErrNotInCluster):
+			return nil, fmt.Errorf("kubernetes.in_cluster: %w: run in a pod with a mounted ServiceAccount token, "+
+				"or set kubernetes.kubeconfig (KUBECONFIG)", err)
+		}
+		kubeconfig = clientcmd.RecommendedHomeFile
+		if _, err := os.Stat(kubeconfig); err != nil {
+			return nil, fmt.Errorf("not in a pod, and no %s: set kubernetes.kubeconfig (KUBECONFIG)", kubeconfig)
+		}
+	}
+	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(kubeconfig)}
+	if len(rules.Precedence) == 1 {
+		rules = &clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig} // must exist
+	}
+	// Not clientcmd's deferred loading: where the files are empty, it falls back to the ServiceAccount.
+	var config *rest.Config
+	loaded, err := rules.Load()
+	if err == nil {
+		config, err = clientcmd.NewDefaultClientConfig(*loaded, nil).ClientConfig()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("kubernetes.kubeconfig (KUBECONFIG) %s: %w", kubeconfig, err)
+	}
+	return config, nil
+}
+
 const (
-	// streamWindow is how many bytes of an answer the API server may send ahead of its caller; Go's default is 4 MiB.
-	streamWindow = 64 << 10
-	// socketBuffer is the same for connections of HTTP/1.1, where the kernel holds the bytes.
-	socketBuffer = 128 << 10
-	// maxResponseHeaders limits the headers of an answer in bytes: a pod behind services/proxy chooses them.
-	maxResponseHeaders = 64 << 10
+	streamWindow       = 64 << 10  // bytes of an answer that the API server may send ahead; Go's default is 4 MiB
+	socketBuffer       = 128 << 10 // the same for connections of HTTP/1.1, where the kernel holds the bytes
+	maxResponseHeaders = 64 << 10  // bytes of an answer's headers: a pod behind services/proxy chooses them
+
 	// headersTimeout is how long an API server of HTTP/1.1 may take to begin its answer: longer than its own
 	// --request-timeout (60 s). Over HTTP/2, pings detect an API server that is gone.
 	headersTimeout = 75 * time.Second
@@ -30,22 +63,33 @@ const (
 	maxDials = 3
 )
 
-// transport sends upgrades over HTTP/1.1, and all other requests over HTTP/2 if the API server speaks it.
-type transport struct {
+// Client sends requests to the API server: the agent's own, and as a RoundTripper those of a Proxy. Upgrades go over
+// HTTP/1.1, and all others over HTTP/2 if the API server speaks it. Safe for concurrent use.
+type Client struct {
+	target       *url.URL
 	http2, http1 http.RoundTripper
 	latency      func(seconds float64)
 	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
 	first        chan struct{} // holds the request that finds out
-	plugin       *plugin       // nil: the credential does not come from a plugin
+	noCredential error         // of a credential plugin that does not return; nil: there is no plugin
+	abandoned    atomic.Int32  // requests that wait for the plugin although their callers have gone
 }
 
-func newTransport(config *rest.Config, target *url.URL, latency func(seconds float64)) (*transport, error) {
-	t := &transport{latency: latency, first: make(chan struct{}, 1)}
+// NewClient returns a client of the API server of config. It calls latency with the seconds from each request to the
+// headers of the answer. It connects to nothing yet.
+func NewClient(config *rest.Config, latency func(seconds float64)) (*Client, error) {
+	config = rest.CopyConfig(config)
+	config.DisableCompression = true // else Go would change bodies and their headers
+	target, _, err := rest.DefaultServerUrlFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
+	}
+	c := &Client{target: target, latency: latency, first: make(chan struct{}, 1)}
 	if target.Scheme == "http" {
-		t.major.Store(1)
+		c.major.Store(1)
 	}
 	if config.ExecProvider != nil {
-		t.plugin = &plugin{command: config.ExecProvider.Command}
+		c.noCredential = fmt.Errorf("the kubeconfig's credential plugin %s %w", config.ExecProvider.Command, errPlugin)
 	}
 	// client-go caches and shares transports, but makes a new one where a dialer is set. Protocols are set although
 	// they are the default: without TLS, client-go would return http.DefaultTransport.
@@ -54,8 +98,7 @@ func newTransport(config *rest.Config, target *url.URL, latency func(seconds flo
 		dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext // as client-go
 	}
 	config.Dial, config.NextProtos = dial, []string{"h2", "http/1.1"}
-	var err error
-	if t.http2, err = transportFor(config, func(t *http.Transport) { t.MaxConnsPerHost = maxDials }); err != nil {
+	if c.http2, err = transportFor(config, func(t *http.Transport) { t.MaxConnsPerHost = maxDials }); err != nil {
 		return nil, err
 	}
 	// HTTP/2 has no upgrades: exec, attach and port-forward need connections of their own.
@@ -67,85 +110,72 @@ func newTransport(config *rest.Config, target *url.URL, latency func(seconds flo
 		}
 		return conn, err
 	}
-	t.http1, err = transportFor(config, func(t *http.Transport) { t.ResponseHeaderTimeout = headersTimeout })
-	return t, err
+	c.http1, err = transportFor(config, func(t *http.Transport) { t.ResponseHeaderTimeout = headersTimeout })
+	return c, err
 }
 
 // transportFor returns client-go's transport with limits on how much of an answer it holds.
 func transportFor(config *rest.Config, limit func(*http.Transport)) (http.RoundTripper, error) {
-	config = rest.CopyConfig(config)
-	limited := false
-	config.Wrap(func(rt http.RoundTripper) http.RoundTripper {
-		inner := rt
-		for w, ok := inner.(utilnet.RoundTripperWrapper); ok; w, ok = inner.(utilnet.RoundTripperWrapper) {
-			inner = w.WrappedRoundTripper() // such as the one that reloads CA files
-		}
-		if t, ok := inner.(*http.Transport); ok {
-			t.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
-			t.MaxResponseHeaderBytes = maxResponseHeaders
-			limit(t)
-			limited = true
-		}
-		return rt
-	})
 	transport, err := rest.TransportFor(config)
-	if err == nil && !limited {
-		err = errors.New("client-go has no *http.Transport to set limits on")
-	}
 	if err != nil {
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
+	inner := transport
+	for w, ok := inner.(utilnet.RoundTripperWrapper); ok; w, ok = inner.(utilnet.RoundTripperWrapper) {
+		inner = w.WrappedRoundTripper() // such as the one that adds the credential, or reloads CA files
+	}
+	limited, ok := inner.(*http.Transport)
+	if !ok {
+		return nil, errors.New("the connection to the API server: client-go has no *http.Transport to set limits on")
+	}
+	limited.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
+	limited.MaxResponseHeaderBytes = maxResponseHeaders
+	limit(limited)
 	return transport, nil
 }
 
 // RoundTrip sends a request, once more if its connection died and it can be repeated, and observes the latency.
-func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
+func (c *Client) RoundTrip(r *http.Request) (*http.Response, error) {
+	send := c.send
+	if c.noCredential != nil {
+		send = c.sendWithPlugin
+	}
 	start := time.Now()
-	resp, err := t.send(r)
+	resp, err := send(r)
 	if err != nil && isRetryable(r, err) {
-		resp, err = t.send(r)
+		resp, err = send(r)
 	}
 	if err == nil {
-		t.latency(time.Since(start).Seconds())
+		c.latency(time.Since(start).Seconds())
 	}
 	return resp, err
 }
 
-// send sends a request once.
-func (t *transport) send(r *http.Request) (*http.Response, error) {
-	roundTrip := t.sendShared
+// send sends a request once. Until it is known whether the API server speaks HTTP/2, requests go one at a time: over
+// HTTP/1.1, watches behind maxDials would wait for ever.
+func (c *Client) send(r *http.Request) (*http.Response, error) {
 	if r.Header.Get("Upgrade") != "" {
-		roundTrip = t.http1.RoundTrip
+		return c.http1.RoundTrip(r)
 	}
-	if t.plugin != nil {
-		return t.plugin.send(r, roundTrip)
-	}
-	return roundTrip(r)
-}
-
-// sendShared sends a request that is no upgrade, over a connection that others share if the API server speaks HTTP/2.
-// Until that is known, requests go one at a time: over HTTP/1.1, watches behind maxDials would wait for ever.
-func (t *transport) sendShared(r *http.Request) (*http.Response, error) {
-	if t.major.Load() == 0 && r.Body == nil {
+	if c.major.Load() == 0 && r.Body == nil {
 		select {
-		case t.first <- struct{}{}:
-			defer func() { <-t.first }()
+		case c.first <- struct{}{}:
+			defer func() { <-c.first }()
 		case <-time.After(5 * time.Second):
 		}
 	}
-	if t.major.Load() == 1 {
-		return t.http1.RoundTrip(r)
+	if c.major.Load() == 1 {
+		return c.http1.RoundTrip(r)
 	}
-	resp, err := t.http2.RoundTrip(r)
+	resp, err := c.http2.RoundTrip(r)
 	if err == nil {
-		t.major.CompareAndSwap(0, int32(resp.ProtoMajor))
+		c.major.CompareAndSwap(0, int32(resp.ProtoMajor))
 	}
 	return resp, err
 }
 
 // isRetryable reports whether a connection died under a request that can be sent again on a new one: another API server
-// behind the same address may answer. client-go retries the same errors.
-// Source: k8s.io/client-go/rest/request.go, isErrRetryableFunc.
+// behind the same address may answer. Source: k8s.io/client-go/rest/request.go, isErrRetryableFunc.
 func isRetryable(r *http.Request, err error) bool {
 	return (r.Method == http.MethodGet || r.Method == http.MethodHead) &&
 		r.Body == nil && r.Header.Get("Upgrade") == "" && r.Context().Err() == nil &&
@@ -156,20 +186,10 @@ func isRetryable(r *http.Request, err error) bool {
 // for it after their callers have gone: client-go itself waits without end.
 const pluginTimeout, maxAbandoned = 30 * time.Second, 32
 
-// plugin is the credential plugin of a kubeconfig.
-type plugin struct {
-	command   string
-	abandoned atomic.Int32 // requests that wait for it although their callers have gone
-}
-
-func (p *plugin) timeout() error {
-	return fmt.Errorf("the kubeconfig's credential plugin %s %w", p.command, errPlugin)
-}
-
-// send calls roundTrip, and returns errPlugin if the plugin takes longer than the caller waits, or pluginTimeout.
-func (p *plugin) send(r *http.Request, roundTrip func(*http.Request) (*http.Response, error)) (*http.Response, error) {
-	if p.abandoned.Load() >= maxAbandoned {
-		return nil, p.timeout()
+// sendWithPlugin is send, but returns noCredential if the plugin takes longer than the caller waits, or pluginTimeout.
+func (c *Client) sendWithPlugin(r *http.Request) (*http.Response, error) {
+	if c.abandoned.Load() >= maxAbandoned {
+		return nil, c.noCredential
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	limit := time.AfterFunc(pluginTimeout, cancel) // not deferred: the caller still reads the answer
@@ -183,16 +203,16 @@ func (p *plugin) send(r *http.Request, roundTrip func(*http.Request) (*http.Resp
 	answered := make(chan struct{})
 	go func() {
 		defer close(answered)
-		resp, err = roundTrip(traced) //nolint:bodyclose // below, or by the caller
+		resp, err = c.send(traced) //nolint:bodyclose // below, or by the caller
 	}()
 	select {
 	case <-answered:
 		return resp, err
 	case <-ctx.Done():
 	}
-	p.abandoned.Add(1)
+	c.abandoned.Add(1)
 	go func() {
-		defer p.abandoned.Add(-1)
+		defer c.abandoned.Add(-1)
 		if <-answered; err == nil {
 			_ = resp.Body.Close()
 		}
@@ -200,5 +220,5 @@ func (p *plugin) send(r *http.Request, roundTrip func(*http.Request) (*http.Resp
 	if given.Load() {
 		return nil, context.Cause(ctx)
 	}
-	return nil, p.timeout()
+	return nil, c.noCredential
 }

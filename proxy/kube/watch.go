@@ -91,19 +91,14 @@ type framedEvents struct {
 }
 
 func (f *framedEvents) read(part []byte) bool {
-	for len(part) > 0 {
-		if f.rest > 0 {
-			n := min(f.rest, int64(len(part)))
-			f.rest -= n
-			part = part[n:]
-			continue
-		}
-		f.header = append(f.header, part[0])
-		part = part[1:]
+	for int64(len(part)) > f.rest {
+		f.header = append(f.header, part[f.rest])
+		part, f.rest = part[f.rest+1:], 0
 		if len(f.header) == 4 {
 			f.rest = int64(binary.BigEndian.Uint32(f.header))
 			f.header = f.header[:0]
 		}
 	}
+	f.rest -= int64(len(part))
 	return f.rest == 0 && len(f.header) == 0
 }
