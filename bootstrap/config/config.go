@@ -3,6 +3,8 @@
 package config
 
 import (
+	"io"
+	"log/slog"
 	"net"
 	"strings"
 	"time"
@@ -14,15 +16,25 @@ import (
 // DefaultPath is the file that Load reads unless it is given another. It need not exist.
 const DefaultPath = "/etc/pipeops/config.yaml"
 
-// Config is the agent's configuration, complete and valid.
+// Config is the agent's configuration, complete and valid. Its fields are the sections of the file.
 type Config struct {
 	Agent      Agent
 	FRP        FRP
-	Kubernetes Kubernetes
-	Proxy      Proxy
-	Runners    Runners
-	RunDir     string
-	Logging    Logging
+	Kubernetes struct {
+		Kubeconfig string
+		InCluster  bool
+		Namespace  string
+	}
+	Proxy struct {
+		ListenAddr, MetricsAddr string
+		DrainTimeout            time.Duration
+	}
+	Runners struct{ AllowedHosts []string }
+	RunDir  string
+	Logging struct {
+		Level, Format string
+		Debug         bool // agent.debug: the same as logging.level debug
+	}
 }
 
 // Agent is the section agent: the agent and its control plane.
@@ -50,28 +62,6 @@ type FRP struct {
 	TypeConfigured bool        // the file or the environment sets Tunnel.Type: then no lease may weaken it
 }
 
-// Kubernetes is the section kubernetes.
-type Kubernetes struct {
-	Kubeconfig string
-	InCluster  bool
-	Namespace  string
-}
-
-// Proxy is the section proxy.
-type Proxy struct {
-	ListenAddr, MetricsAddr string
-	DrainTimeout            time.Duration
-}
-
-// Runners is the section runners.
-type Runners struct{ AllowedHosts []string }
-
-// Logging is the section logging.
-type Logging struct {
-	Level, Format string
-	Debug         bool // agent.debug: the same as logging.level debug
-}
-
 // Error lists every mistake of a configuration, each with its key, its variable and what to do.
 type Error struct{ Mistakes []string }
 
@@ -86,4 +76,15 @@ func Local(listenAddr string) string {
 		return net.JoinHostPort("127.0.0.1", port)
 	}
 	return listenAddr
+}
+
+// Logger returns the configured logger, and the variable that changes its level.
+func (c *Config) Logger(w io.Writer) (*slog.Logger, *slog.LevelVar) {
+	level := &slog.LevelVar{}
+	_ = level.UnmarshalText([]byte(c.Logging.Level)) // one of the four names: checked by Load
+	options := &slog.HandlerOptions{Level: level}
+	if c.Logging.Format == "text" {
+		return slog.New(slog.NewTextHandler(w, options)), level
+	}
+	return slog.New(slog.NewJSONHandler(w, options)), level
 }

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -350,15 +352,24 @@ func TestDocumentation(t *testing.T) {
 	for _, s := range settings {
 		table += fmt.Sprintf("| %s | %s | %s | %s |\n", code(s.key), code(s.env), code(s.def), s.doc)
 	}
-	example := asFile(func(name string, s *setting) string {
-		doc := "# " + s.doc
+	example := asFile(func(name string, s setting) string {
+		doc, c, placeholder := "# "+s.doc, &Config{}, map[string]string{"agent.id": "agent-001", "agent.token": "your-agent-token"}[s.key]
+		if s.def != "" {
+			if err := s.set(c, s.def); err != nil {
+				t.Error(err)
+			}
+		}
+		value := s.yaml(c)
+		if strings.HasPrefix(value, `"`) { // a duration stays as it is in the table
+			value = strconv.Quote(cmp.Or(placeholder, s.def))
+		}
 		if s.env != "" {
 			doc += " (" + s.env + ")"
 		}
-		if placeholder := map[string]string{"agent.id": "agent-001", "agent.token": "your-agent-token"}[s.key]; placeholder != "" {
-			return doc + "\n" + name + ": " + s.yaml(placeholder)
+		if placeholder != "" {
+			return doc + "\n" + name + ": " + value
 		}
-		return doc + "\n#" + strings.TrimSpace(name+": "+s.yaml(s.def))
+		return doc + "\n#" + strings.TrimSpace(name+": "+value)
 	})
 	for path, want := range map[string]string{
 		path:        head + begin + table + end + tail,

@@ -11,27 +11,28 @@ import (
 )
 
 // secret reads a secret from its file if one is configured.
-func (l *loader) secret(key string) {
-	s, file := find(key), find(key+"_file")
-	path := file.get(l.config)
-	if path == "" {
+func (l *loader) secret(key string, value *secret.Secret, file string, valid check) {
+	if file == "" {
 		return
 	}
-	if s.get(l.config) != "" {
-		l.mistake(key, "contradicts %s: remove one of them", file.key)
+	if *value != "" {
+		l.mistake(key, "contradicts "+key+"_file: remove one of them")
 		return
 	}
-	value, err := readSecret(path, s.check)
-	if err != nil {
-		l.mistake(file.key, "%v", err)
+	var err error
+	if *value, err = current("", file, valid); err != nil {
+		l.mistake(key+"_file", err.Error())
 	}
-	*s.field(l.config).(*secret.Secret) = value
+	l.origins[key] = fromFile + key + "_file"
 }
 
 // CurrentToken returns the agent's token, read anew where it comes from a file.
 func (a Agent) CurrentToken() (secret.Secret, error) {
-	return current(a.Token, a.TokenFile)
+	return current(a.Token, a.TokenFile, checkToken)
 }
+
+// CurrentToken returns frp's token, read anew where it comes from a file; empty where the control plane gives it.
+func (f FRP) CurrentToken() (secret.Secret, error) { return current(f.Token, f.TokenFile, checkToken) }
 
 // TokenWarning says that the agent's token is so short that it could be guessed. It is empty for other tokens.
 func (a Agent) TokenWarning() string {
@@ -41,34 +42,27 @@ func (a Agent) TokenWarning() string {
 	return Name("agent.token") + " has fewer than 16 characters and could be guessed: replace it by a random one"
 }
 
-// CurrentToken returns frp's token, read anew where it comes from a file; empty where the control plane gives it.
-func (f FRP) CurrentToken() (secret.Secret, error) { return current(f.Token, f.TokenFile) }
-
-func current(token secret.Secret, file string) (secret.Secret, error) {
-	if file == "" {
-		return token, nil
-	}
-	return readSecret(file, checkToken)
-}
-
 // ErrNoSecret reports that the file of a secret is empty or missing, and not just unreadable for a moment.
 var ErrNoSecret = errors.New("no secret")
 
-// readSecret reads the file of a setting such as agent.token_file.
-func readSecret(file string, check func(string) (string, error)) (secret.Secret, error) {
+// current returns the secret that the file holds, if one is configured, else the configured value.
+func current(value secret.Secret, file string, valid check) (secret.Secret, error) {
+	if file == "" {
+		return value, nil
+	}
 	data, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("%w: %w: create the file or correct its path", ErrNoSecret, err)
+		err = fmt.Errorf("%w: %w", ErrNoSecret, err)
 	}
 	if err != nil {
 		return "", fmt.Errorf("%w: create the file or correct its path", err)
 	}
-	value := strings.TrimSpace(string(data))
-	if value == "" {
+	text := strings.TrimSpace(string(data))
+	if text == "" {
 		return "", fmt.Errorf("%w: %s is empty: write the secret into it", ErrNoSecret, file)
 	}
-	if _, err := check(value); err != nil {
+	if text, err = valid(text); err != nil {
 		return "", fmt.Errorf("%s: %w", file, err)
 	}
-	return secret.Secret(value), nil
+	return secret.Secret(text), nil
 }
