@@ -7,9 +7,6 @@ import (
 	"text/tabwriter"
 )
 
-// fromFile starts the origin of a secret that a file of its own holds.
-const fromFile = "[redacted], from "
-
 // Describe writes the configuration that Load would give, as a configuration file: each value with its origin,
 // secrets as "[redacted]". The error is Load's or w's.
 func Describe(w io.Writer, path string, env map[string]string) error {
@@ -20,8 +17,8 @@ func Describe(w io.Writer, path string, env map[string]string) error {
 	columns := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	_, err = io.WriteString(columns, asFile(func(name string, s setting) string {
 		value, origin := s.yaml(c), origins[s.key]
-		if strings.HasPrefix(origin, fromFile) {
-			value = "" // the secret would contradict its file
+		if strings.HasPrefix(origin, "[redacted]") {
+			value = "" // a secret would contradict the file that holds it
 		}
 		return name + ": " + value + "\t# " + origin
 	}))

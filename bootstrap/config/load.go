@@ -15,6 +15,8 @@ import (
 	"strings"
 
 	"sigs.k8s.io/yaml"
+
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // Environ returns this process's environment, for Load.
@@ -157,6 +159,20 @@ func (l *loader) refuse(broken bool, key, mistake string) {
 	}
 }
 
+// secret reads a secret from its file if one is configured.
+func (l *loader) secret(key string, value *secret.Secret, file string, valid check) {
+	read, err := current("", file, valid)
+	switch {
+	case file == "":
+	case *value != "":
+		l.mistake(key, "contradicts "+key+"_file: remove one of them")
+	case err != nil:
+		l.mistake(key+"_file", err.Error())
+	default:
+		*value, l.origins[key] = read, "[redacted], from "+key+"_file"
+	}
+}
+
 // derive gives a setting without a value the one that follows from another setting.
 func (l *loader) derive(key string, field *string, value, from string) {
 	if *field == "" {
@@ -180,7 +196,14 @@ func readFile(path string) (map[string]any, error) {
 	var tree any
 	exactNumbers := func(d *json.Decoder) *json.Decoder { d.UseNumber(); return d }
 	if err := yaml.UnmarshalStrict(data, &tree, exactNumbers); err != nil {
-		return nil, fmt.Errorf("%s: %s", name, explainYAML(err))
+		switch found := yamlMistake.FindStringSubmatch(err.Error()); { // the rest of it may repeat a secret
+		case found == nil:
+			return nil, fmt.Errorf("%s: is not YAML: check its quotes, anchors and tags", name)
+		case found[1] == "":
+			return nil, fmt.Errorf("%s: is not YAML, at or before %s", name, found[0])
+		default:
+			return nil, fmt.Errorf("%s: %s", name, found[0])
+		}
 	}
 	root, ok := tree.(map[string]any)
 	if !ok && tree != nil { // nil: an empty file
@@ -196,18 +219,6 @@ var (
 	yamlMistake = regexp.MustCompile(`line \d+(: key "[^"]*" already set)?`)
 	keyName     = regexp.MustCompile(`^[\w.-]*`)
 )
-
-// explainYAML says where the YAML is invalid, without repeating the text there: it may be a secret.
-func explainYAML(err error) string {
-	switch found := yamlMistake.FindStringSubmatch(err.Error()); {
-	case found == nil:
-		return "is not YAML: check its quotes, anchors and tags"
-	case found[1] == "":
-		return "is not YAML, at or before " + found[0]
-	default:
-		return found[0]
-	}
-}
 
 // flatten adds the tree's values to values, by dotted key.
 func flatten(tree map[string]any, prefix string, values map[string]any) {

@@ -227,8 +227,7 @@ func apiURL(v string) (string, error) {
 	u, err := url.Parse(v)
 	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" ||
 		u.Scheme != "https" && u.Scheme != "http" {
-		return "", errors.New("is not the URL of a control plane: " +
-			"give https:// with a host, a port if need be, and a path if need be")
+		return "", errors.New("is not the URL of a control plane: give https:// with a host, and a port and path if need be")
 	}
 	if _, err := portNumber(cmp.Or(u.Port(), "443")); err != nil {
 		return "", err
