@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"text/tabwriter"
 
 	"sigs.k8s.io/yaml"
 
@@ -34,6 +36,45 @@ func Environ() map[string]string {
 func Load(path string, env map[string]string) (*Config, error) {
 	c, _, err := load(path, env)
 	return c, err
+}
+
+// Describe writes the configuration that Load would give, as a configuration file: each value with its origin,
+// secrets as "[redacted]". The error is Load's or w's.
+func Describe(w io.Writer, path string, env map[string]string) error {
+	c, origins, err := load(path, env)
+	if err != nil {
+		return err
+	}
+	columns := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	_, err = io.WriteString(columns, asFile(func(name string, s setting) string {
+		value, origin := s.yaml(c), origins[s.key]
+		if strings.HasPrefix(origin, "[redacted]") {
+			value = "" // a secret would contradict the file that holds it
+		}
+		return name + ": " + value + "\t# " + origin
+	}))
+	return errors.Join(err, columns.Flush())
+}
+
+// asFile returns a configuration file with the entry of each setting, in the sections of its key.
+func asFile(entry func(name string, s setting) string) string {
+	var file strings.Builder
+	line := func(depth int, text string) { file.WriteString(strings.Repeat("  ", depth) + text + "\n") }
+	last := ""
+	for _, s := range settings {
+		sections := strings.Split(s.key, ".")
+		depth := len(sections) - 1
+		for d, section := range sections[:depth] {
+			if !strings.HasPrefix(last, strings.Join(sections[:d+1], ".")+".") {
+				line(d, section+":")
+			}
+		}
+		for text := range strings.SplitSeq(entry(sections[depth], s), "\n") {
+			line(depth, text)
+		}
+		last = s.key
+	}
+	return file.String()
 }
 
 // load returns the origin of each value too, by key.
@@ -184,13 +225,12 @@ func (l *loader) derive(key string, field *string, value, from string) {
 func readFile(path string) (map[string]any, error) {
 	name := cmp.Or(path, DefaultPath)
 	data, err := os.ReadFile(name)
-	if errors.Is(err, fs.ErrNotExist) && path == "" {
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && path == "":
 		return nil, nil
-	}
-	if err != nil {
+	case err != nil:
 		return nil, fmt.Errorf("%w: correct --config or create the file", err)
-	}
-	if yamlSecond.Match(data) {
+	case yamlSecond.Match(data):
 		return nil, fmt.Errorf("%s: holds a second document after ---: give one", name)
 	}
 	var tree any

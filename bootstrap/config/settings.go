@@ -20,12 +20,9 @@ import (
 // setting is one row of the configuration: its key in the file, its variable and its default.
 // An empty text in the file or the environment is the same as none.
 type setting struct {
-	key   string
-	env   string
-	def   string
-	doc   string
-	field func(c *Config) any // points to the value, whose type says what YAML may give
-	check check               // of the text, or of each item of a list; nil accepts any
+	key, env, def, doc string
+	field              func(c *Config) any // points to the value, whose type says what YAML may give
+	check              check               // of the text, or of each item of a list; nil accepts any
 }
 
 // settings is the whole configuration, a row for each setting.
@@ -139,10 +136,8 @@ func (s *setting) set(c *Config, v string) (err error) {
 // yaml returns the value as YAML; a secret is redacted. Strings quoted by Go are valid YAML.
 func (s *setting) yaml(c *Config) string {
 	switch value := reflect.ValueOf(s.field(c)).Elem(); value.Interface().(type) {
-	case bool:
-		return fmt.Sprint(value)
-	case int:
-		return strings.TrimPrefix(fmt.Sprint(value), "0") // not set: no port is 0
+	case bool, int:
+		return strings.TrimPrefix(fmt.Sprint(value), "0") // no port is 0: it is not set
 	case []string:
 		return strings.ReplaceAll(fmt.Sprintf("%q", value), `" "`, `", "`)
 	default:
