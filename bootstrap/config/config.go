@@ -55,8 +55,7 @@ type Agent struct {
 type FRP struct {
 	ServerAddr, Protocol    string
 	ServerPort, AdminPort   int
-	Token                   secret.Secret // empty: ask the control plane
-	ProxyURL                secret.Secret
+	Token, ProxyURL         secret.Secret // no token: ask the control plane
 	TokenFile, ProxyURLFile string
 	TLS                     frpc.TLS
 	Tunnel                  frpc.Tunnel // LocalIP and LocalPort follow from proxy.listen_addr

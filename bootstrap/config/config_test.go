@@ -1,7 +1,6 @@
 package config
 
 import (
-	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -352,22 +351,23 @@ func TestDocumentation(t *testing.T) {
 	for _, s := range settings {
 		table += fmt.Sprintf("| %s | %s | %s | %s |\n", code(s.key), code(s.env), code(s.def), s.doc)
 	}
+	placeholders := map[string]string{"agent.id": "agent-001", "agent.token": "your-agent-token"}
 	example := asFile(func(name string, s setting) string {
-		doc, c, placeholder := "# "+s.doc, &Config{}, map[string]string{"agent.id": "agent-001", "agent.token": "your-agent-token"}[s.key]
+		doc, c := "# "+s.doc, &Config{}
+		if s.env != "" {
+			doc += " (" + s.env + ")"
+		}
+		if placeholder := placeholders[s.key]; placeholder != "" {
+			return doc + "\n" + name + ": " + strconv.Quote(placeholder)
+		}
 		if s.def != "" {
 			if err := s.set(c, s.def); err != nil {
 				t.Error(err)
 			}
 		}
 		value := s.yaml(c)
-		if strings.HasPrefix(value, `"`) { // a duration stays as it is in the table
-			value = strconv.Quote(cmp.Or(placeholder, s.def))
-		}
-		if s.env != "" {
-			doc += " (" + s.env + ")"
-		}
-		if placeholder != "" {
-			return doc + "\n" + name + ": " + value
+		if strings.HasPrefix(value, `"`) { // a duration stays as the table has it
+			value = strconv.Quote(s.def)
 		}
 		return doc + "\n#" + strings.TrimSpace(name+": "+value)
 	})

@@ -59,25 +59,24 @@ func Describe(w io.Writer, path string, env map[string]string) error {
 // asFile returns a configuration file with the entry of each setting, in the sections of its key.
 func asFile(entry func(name string, s setting) string) string {
 	var file strings.Builder
-	line := func(depth int, text string) { file.WriteString(strings.Repeat("  ", depth) + text + "\n") }
 	last := ""
 	for _, s := range settings {
 		sections := strings.Split(s.key, ".")
 		depth := len(sections) - 1
 		for d, section := range sections[:depth] {
 			if !strings.HasPrefix(last, strings.Join(sections[:d+1], ".")+".") {
-				line(d, section+":")
+				fmt.Fprintf(&file, "%*s%s:\n", 2*d, "", section)
 			}
 		}
 		for text := range strings.SplitSeq(entry(sections[depth], s), "\n") {
-			line(depth, text)
+			fmt.Fprintf(&file, "%*s%s\n", 2*depth, "", text)
 		}
 		last = s.key
 	}
 	return file.String()
 }
 
-// load returns the origin of each value too, by key.
+// load returns the configuration, and the origin of each value by key.
 func load(path string, env map[string]string) (*Config, map[string]string, error) {
 	l := &loader{config: &Config{}, origins: map[string]string{}, told: map[string]bool{}}
 	values, err := readFile(path)
@@ -141,7 +140,7 @@ type loader struct {
 	config   *Config
 	origins  map[string]string // of each value, by key: for Describe
 	mistakes []string
-	told     map[string]bool // keys with a mistake, which get no second one
+	told     map[string]bool // keys with a mistake, which refuse does not add to
 }
 
 func (l *loader) mistake(key, mistake string) {
@@ -193,7 +192,7 @@ func (l *loader) complete() {
 		"is the same as proxy.listen_addr: choose another port")
 }
 
-// refuse records the mistake of a setting if it is broken, and not known to be.
+// refuse records the mistake if the setting is broken, unless another mistake of it explains that.
 func (l *loader) refuse(broken bool, key, mistake string) {
 	if broken && !l.told[key] {
 		l.mistake(key, mistake)
