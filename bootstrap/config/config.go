@@ -3,26 +3,42 @@
 package config
 
 import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
 	"net"
+	"os"
 	"strings"
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/frpc/secret"
+	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
 // DefaultPath is the file that Load reads unless it is given another. It need not exist.
 const DefaultPath = "/etc/pipeops/config.yaml"
 
-// Config is the agent's configuration, complete and valid.
+// Config is the agent's configuration, complete and valid. Its fields are the sections of the file.
 type Config struct {
 	Agent      Agent
 	FRP        FRP
-	Kubernetes Kubernetes
-	Proxy      Proxy
-	Runners    Runners
-	RunDir     string
-	Logging    Logging
+	Kubernetes struct {
+		Kubeconfig, Namespace string
+		InCluster             bool
+	}
+	Proxy struct {
+		ListenAddr, MetricsAddr string
+		DrainTimeout            time.Duration
+	}
+	Runners struct{ AllowedHosts []string }
+	RunDir  string
+	Logging struct {
+		Level, Format string
+		Debug         bool // agent.debug: the same as logging.level debug
+	}
 }
 
 // Agent is the section agent: the agent and its control plane.
@@ -37,39 +53,13 @@ type Agent struct {
 
 // FRP is the section frp: the way to frps, and the tunnel.
 type FRP struct {
-	ServerAddr     string
-	ServerPort     int
-	Token          secret.Secret // empty: ask the control plane
-	TokenFile      string
-	AdminPort      int
-	Protocol       string
-	ProxyURL       secret.Secret
-	ProxyURLFile   string
-	TLS            frpc.TLS
-	Tunnel         frpc.Tunnel // LocalIP and LocalPort follow from proxy.listen_addr
-	TypeConfigured bool        // the file or the environment sets Tunnel.Type: then no lease may weaken it
-}
-
-// Kubernetes is the section kubernetes.
-type Kubernetes struct {
-	Kubeconfig string
-	InCluster  bool
-	Namespace  string
-}
-
-// Proxy is the section proxy.
-type Proxy struct {
-	ListenAddr, MetricsAddr string
-	DrainTimeout            time.Duration
-}
-
-// Runners is the section runners.
-type Runners struct{ AllowedHosts []string }
-
-// Logging is the section logging.
-type Logging struct {
-	Level, Format string
-	Debug         bool // agent.debug: the same as logging.level debug
+	ServerAddr, Protocol    string
+	ServerPort, AdminPort   int
+	Token, ProxyURL         secret.Secret // no token: ask the control plane
+	TokenFile, ProxyURLFile string
+	TLS                     frpc.TLS
+	Tunnel                  frpc.Tunnel // LocalIP and LocalPort follow from proxy.listen_addr
+	TypeConfigured          bool        // the file or the environment sets Tunnel.Type: then no lease may weaken it
 }
 
 // Error lists every mistake of a configuration, each with its key, its variable and what to do.
@@ -79,6 +69,77 @@ func (e *Error) Error() string {
 	return "the configuration cannot be used:\n  " + strings.Join(e.Mistakes, "\n  ")
 }
 
+// CurrentToken returns the agent's token, read anew where it comes from a file.
+func (a Agent) CurrentToken() (secret.Secret, error) {
+	return current(a.Token, a.TokenFile, checkToken)
+}
+
+// CurrentToken returns frp's token, read anew where it comes from a file; empty where the control plane gives it.
+func (f FRP) CurrentToken() (secret.Secret, error) { return current(f.Token, f.TokenFile, checkToken) }
+
+// TokenWarning says that the agent's token is so short that it could be guessed. It is empty for other tokens.
+func (a Agent) TokenWarning() string {
+	if len(a.Token) >= 16 {
+		return ""
+	}
+	return Name("agent.token") + " has fewer than 16 characters and could be guessed: replace it by a random one"
+}
+
+// ErrNoSecret reports that the file of a secret is empty or missing, and not just unreadable for a moment.
+var ErrNoSecret = errors.New("no secret")
+
+// current returns the secret that the file holds, if one is configured, else the configured value.
+func current(value secret.Secret, file string, valid check) (secret.Secret, error) {
+	if file == "" {
+		return value, nil
+	}
+	data, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", ErrNoSecret, err)
+	}
+	if err != nil {
+		return "", fmt.Errorf("%w: create the file or correct its path", err)
+	}
+	text := strings.TrimSpace(string(data))
+	if text == "" {
+		return "", fmt.Errorf("%w: %s is empty: write the secret into it", ErrNoSecret, file)
+	}
+	if text, err = valid(text); err != nil {
+		return "", fmt.Errorf("%s: %w", file, err)
+	}
+	return secret.Secret(text), nil
+}
+
+// ExplainLogin adds to an error of frpc.Login what to do, with the settings to check. Other errors, and nil, stay.
+func (f FRP) ExplainLogin(err error) error {
+	failed, ok := errors.AsType[*frpc.LoginError](err)
+	if !ok {
+		return err
+	}
+	port := "check that " + Name("frp.server_port") + " is frps's bindPort"
+	files := Name("frp.tls.cert_file") + " and " + Name("frp.tls.key_file")
+	advice := map[frpc.Stage]string{
+		frpc.StageFiles: "check " + Name("frp.tls.ca_file") + ", " + files,
+		frpc.StageDial: "check " + Name("frp.server_addr") + " and " + Name("frp.server_port") +
+			", and that the network allows TCP connections to it",
+		frpc.StageProxyDial:    "check " + Name("frp.proxy_url"),
+		frpc.StageProxyConnect: "check " + Name("frp.proxy_url") + ", and what the proxy allows",
+		frpc.StageWebSocket:    port + ", and what stands between",
+		frpc.StageTLS:          port + " and that it runs; if frps asks for a client certificate, check " + files,
+		frpc.StageOwnCertificate: "give it one (transport.tls.certFile and keyFile in frps.toml) and set " +
+			Name("frp.tls.ca_file") + " to its authority, or accept any with " + Name("frp.tls.insecure_skip_verify"),
+		frpc.StageAnswer: port,
+		frpc.StageAccept: "restart the pod to get a new lease from the control plane",
+	}[failed.Stage]
+	if failed.Stage == frpc.StageAccept && f.Token != "" { // the operator's own frps
+		advice = "check " + Name("frp.token")
+	}
+	if rejected, ok := errors.AsType[*tlsutil.CertificateError](err); ok {
+		advice = rejected.Advice(Name("frp.tls.ca_file"), Name("frp.tls.server_name"))
+	}
+	return fmt.Errorf("%w: %s", err, advice)
+}
+
 // Local returns the address at which this host reaches what listens on listenAddr.
 func Local(listenAddr string) string {
 	host, port, err := net.SplitHostPort(listenAddr)
@@ -86,4 +147,15 @@ func Local(listenAddr string) string {
 		return net.JoinHostPort("127.0.0.1", port)
 	}
 	return listenAddr
+}
+
+// Logger returns the configured logger, and the variable that changes its level.
+func (c *Config) Logger(w io.Writer) (*slog.Logger, *slog.LevelVar) {
+	level := &slog.LevelVar{}
+	_ = level.UnmarshalText([]byte(c.Logging.Level)) // one of the four names: checked by Load
+	options := &slog.HandlerOptions{Level: level}
+	if c.Logging.Format == "text" {
+		return slog.New(slog.NewTextHandler(w, options)), level
+	}
+	return slog.New(slog.NewJSONHandler(w, options)), level
 }

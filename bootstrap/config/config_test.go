@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -350,15 +351,25 @@ func TestDocumentation(t *testing.T) {
 	for _, s := range settings {
 		table += fmt.Sprintf("| %s | %s | %s | %s |\n", code(s.key), code(s.env), code(s.def), s.doc)
 	}
-	example := asFile(func(name string, s *setting) string {
-		doc := "# " + s.doc
+	placeholders := map[string]string{"agent.id": "agent-001", "agent.token": "your-agent-token"}
+	example := asFile(func(name string, s setting) string {
+		doc, c := "# "+s.doc, &Config{}
 		if s.env != "" {
 			doc += " (" + s.env + ")"
 		}
-		if placeholder := map[string]string{"agent.id": "agent-001", "agent.token": "your-agent-token"}[s.key]; placeholder != "" {
-			return doc + "\n" + name + ": " + s.yaml(placeholder)
+		if placeholder := placeholders[s.key]; placeholder != "" {
+			return doc + "\n" + name + ": " + strconv.Quote(placeholder)
 		}
-		return doc + "\n#" + strings.TrimSpace(name+": "+s.yaml(s.def))
+		if s.def != "" {
+			if err := s.set(c, s.def); err != nil {
+				t.Error(err)
+			}
+		}
+		value := s.yaml(c)
+		if strings.HasPrefix(value, `"`) { // a duration stays as the table has it
+			value = strconv.Quote(s.def)
+		}
+		return doc + "\n#" + strings.TrimSpace(name+": "+value)
 	})
 	for path, want := range map[string]string{
 		path:        head + begin + table + end + tail,

@@ -5,14 +5,20 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"text/tabwriter"
 
 	"sigs.k8s.io/yaml"
+
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // Environ returns this process's environment, for Load.
@@ -28,56 +34,105 @@ func Environ() map[string]string {
 // Load reads the file at path and the environment; environment over file over default. An empty path is
 // DefaultPath, which may be absent. The error, if any, is an *Error.
 func Load(path string, env map[string]string) (*Config, error) {
-	l, err := load(path, env)
-	if err != nil {
-		return nil, err
-	}
-	return l.config, nil
+	c, _, err := load(path, env)
+	return c, err
 }
 
-func load(path string, env map[string]string) (*loader, error) {
+// Describe writes the configuration that Load would give, as a configuration file: each value with its origin,
+// secrets as "[redacted]". The error is Load's or w's.
+func Describe(w io.Writer, path string, env map[string]string) error {
+	c, origins, err := load(path, env)
+	if err != nil {
+		return err
+	}
+	columns := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	_, err = io.WriteString(columns, asFile(func(name string, s setting) string {
+		value, origin := s.yaml(c), origins[s.key]
+		if strings.HasPrefix(origin, "[redacted]") {
+			value = "" // a secret would contradict the file that holds it
+		}
+		return name + ": " + value + "\t# " + origin
+	}))
+	return errors.Join(err, columns.Flush())
+}
+
+// asFile returns a configuration file with the entry of each setting, in the sections of its key.
+func asFile(entry func(name string, s setting) string) string {
+	var file strings.Builder
+	last := ""
+	for _, s := range settings {
+		sections := strings.Split(s.key, ".")
+		depth := len(sections) - 1
+		for d, section := range sections[:depth] {
+			if !strings.HasPrefix(last, strings.Join(sections[:d+1], ".")+".") {
+				fmt.Fprintf(&file, "%*s%s:\n", 2*d, "", section)
+			}
+		}
+		for text := range strings.SplitSeq(entry(sections[depth], s), "\n") {
+			fmt.Fprintf(&file, "%*s%s\n", 2*depth, "", text)
+		}
+		last = s.key
+	}
+	return file.String()
+}
+
+// load returns the configuration, and the origin of each value by key.
+func load(path string, env map[string]string) (*Config, map[string]string, error) {
 	l := &loader{config: &Config{}, origins: map[string]string{}, told: map[string]bool{}}
-	values := l.readFile(path)
-	unknown := maps.Clone(env)
-	maps.DeleteFunc(unknown, func(name, _ string) bool { return !strings.HasPrefix(name, "PIPEOPS_") })
-	for i := range settings {
-		s := &settings[i]
-		value, source, name := s.def, "default", ""
-		if value == "" {
-			source = "not set"
+	values, err := readFile(path)
+	if err != nil {
+		l.mistakes = append(l.mistakes, err.Error())
+		l.told["agent.id"], l.told["agent.token"] = true, true // the file may hold them
+	}
+
+	for _, s := range settings {
+		text, origin := s.def, "default"
+		if text == "" {
+			origin = "not set"
 		}
-		if v, ok := values[s.key]; ok {
-			value, source, name = v, "file", " "+cmp.Or(path, DefaultPath)
-			delete(values, s.key)
+		if v := values[s.key]; v != nil && v != "" {
+			if given, err := s.text(v); err != nil {
+				l.mistake(s.key, err.Error())
+			} else {
+				text, origin = given, "file "+cmp.Or(path, DefaultPath)
+			}
 		}
+		delete(values, s.key)
 		if v := env[s.env]; s.env != "" && v != "" {
-			value, source, name = v, "environment", " "+s.env
+			text, origin = v, "environment "+s.env
 		}
-		delete(unknown, s.env)
-		l.origins[s.key] = source + name
-		if value == "" {
+		l.origins[s.key] = origin
+		if text == "" {
 			continue
 		}
-		if err := s.set(l.config, value); err != nil {
-			l.mistake(s.key, "%v (from the %s)", err, source)
+		if err := s.set(l.config, text); err != nil {
+			source, _, _ := strings.Cut(origin, " ")
+			l.mistake(s.key, err.Error()+" (from the "+source+")")
 		}
 	}
+
 	for _, key := range slices.Sorted(maps.Keys(values)) {
-		if name := keyName.FindString(key); name != key {
-			// What follows the name may be a secret.
+		switch name := keyName.FindString(key); {
+		case isSection(key):
+			l.mistake(key, "is a section: give it keys")
+		case name != key: // what follows the name may be a secret
 			l.mistakes = append(l.mistakes, name+": is not followed by a colon and a space: write NAME: VALUE")
-		} else {
-			l.mistakes = append(l.mistakes, key+": unknown key: remove it or correct its name")
+		default:
+			l.mistake(key, "unknown key: remove it or correct its name")
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(unknown)) {
-		l.mistakes = append(l.mistakes, name+": unknown variable: remove it or correct its name")
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		known := slices.ContainsFunc(settings, func(s setting) bool { return s.env == name })
+		if strings.HasPrefix(name, "PIPEOPS_") && !known {
+			l.mistake(name, "unknown variable: remove it or correct its name")
+		}
 	}
+
 	l.complete()
 	if len(l.mistakes) > 0 {
-		return nil, &Error{Mistakes: l.mistakes}
+		return nil, nil, &Error{Mistakes: l.mistakes}
 	}
-	return l, nil
+	return l.config, l.origins, nil
 }
 
 // loader collects the mistakes, so that Load reports all of them at once.
@@ -85,50 +140,117 @@ type loader struct {
 	config   *Config
 	origins  map[string]string // of each value, by key: for Describe
 	mistakes []string
-	told     map[string]bool // keys with a mistake: they are not reported as missing too
+	told     map[string]bool // keys with a mistake, which refuse does not add to
 }
 
-func (l *loader) mistake(key, format string, args ...any) {
+func (l *loader) mistake(key, mistake string) {
 	l.told[key] = true
-	l.mistakes = append(l.mistakes, Name(key)+": "+fmt.Sprintf(format, args...))
+	l.mistakes = append(l.mistakes, Name(key)+": "+mistake)
 }
 
-// unreadable records a mistake of the whole file. Then nothing is reported as missing.
-func (l *loader) unreadable(format string, args ...any) {
-	l.told["agent.id"], l.told["agent.token"] = true, true
-	l.mistakes = append(l.mistakes, fmt.Sprintf(format, args...))
+// complete sets the values that follow from other settings, and checks settings against each other.
+func (l *loader) complete() {
+	c, tunnel, tls := l.config, &l.config.FRP.Tunnel, l.config.FRP.TLS
+	l.secret("agent.token", &c.Agent.Token, c.Agent.TokenFile, checkToken)
+	l.secret("frp.token", &c.FRP.Token, c.FRP.TokenFile, checkToken)
+	l.secret("frp.proxy_url", &c.FRP.ProxyURL, c.FRP.ProxyURLFile, proxyURL)
+
+	hostname, _ := os.Hostname()
+	l.derive("agent.name", &c.Agent.Name, c.Agent.ID, "agent.id")
+	l.derive("agent.cluster_name", &c.Agent.ClusterName, c.Agent.ID, "agent.id")
+	l.derive("agent.instance", &c.Agent.Instance, hostname, "the host name")
+	if tunnel.Type != "tcp" && len(tunnel.CustomDomains) == 0 {
+		l.derive("frp.tunnel.subdomain", &tunnel.Subdomain, c.Agent.ID, "agent.id")
+	}
+	if c.Logging.Debug {
+		c.Logging.Level, l.origins["logging.level"] = "debug", "derived from agent.debug"
+	}
+	c.FRP.TypeConfigured = l.origins["frp.tunnel.type"] != "default"
+	localIP, localPort, _ := net.SplitHostPort(Local(c.Proxy.ListenAddr)) // checked by its setting
+	tunnel.LocalIP = localIP
+	tunnel.LocalPort, _ = strconv.Atoi(localPort)
+
+	l.refuse(c.Agent.ID == "", "agent.id", "required: the id that the control plane gave this agent")
+	l.refuse(c.Agent.Token == "" && c.Agent.TokenFile == "" && !l.told["agent.token_file"], "agent.token",
+		"required: the token that the control plane gave this agent, here or in the file that "+
+			Name("agent.token_file")+" names")
+	l.refuse(c.Agent.Instance == "", "agent.instance", "the host has no name: set it")
+	l.refuse((tls.CertFile == "") != (tls.KeyFile == "") && !l.told["frp.tls.key_file"], "frp.tls.cert_file",
+		"goes with frp.tls.key_file: set both or neither")
+	l.refuse(tls.InsecureSkipVerify && tls.CAFile != "", "frp.tls.insecure_skip_verify",
+		"true contradicts "+Name("frp.tls.ca_file")+": remove one of them")
+	l.refuse(strings.HasPrefix(tunnel.Type, "http") && tunnel.RemotePort != 0, "frp.tunnel.remote_port",
+		"is for frp.tunnel.type tcp only: remove it or change the type")
+	l.refuse(tunnel.Type == "tcp" && (tunnel.Subdomain != "" || len(tunnel.CustomDomains) > 0), "frp.tunnel.type",
+		"tcp has no domains: remove frp.tunnel.subdomain and frp.tunnel.custom_domains or change the type")
+	l.refuse(c.Kubernetes.InCluster && c.Kubernetes.Kubeconfig != "", "kubernetes.in_cluster",
+		"true contradicts "+Name("kubernetes.kubeconfig")+": remove one of them")
+	adminPort := ":" + strconv.Itoa(c.FRP.AdminPort)
+	taken := strings.HasSuffix(c.Proxy.ListenAddr, adminPort) || strings.HasSuffix(c.Proxy.MetricsAddr, adminPort)
+	l.refuse(taken, "frp.admin_port", "is a port of the proxy too: choose another")
+	l.refuse(c.Proxy.ListenAddr == c.Proxy.MetricsAddr, "proxy.metrics_addr",
+		"is the same as proxy.listen_addr: choose another port")
 }
 
-// readFile returns the file's values as text, by dotted key; lists are joined with commas.
-func (l *loader) readFile(path string) map[string]string {
-	values := map[string]string{}
+// refuse records the mistake if the setting is broken, unless another mistake of it explains that.
+func (l *loader) refuse(broken bool, key, mistake string) {
+	if broken && !l.told[key] {
+		l.mistake(key, mistake)
+	}
+}
+
+// secret reads a secret from its file if one is configured.
+func (l *loader) secret(key string, value *secret.Secret, file string, valid check) {
+	read, err := current("", file, valid)
+	switch {
+	case file == "":
+	case *value != "":
+		l.mistake(key, "contradicts "+key+"_file: remove one of them")
+	case err != nil:
+		l.mistake(key+"_file", err.Error())
+	default:
+		*value, l.origins[key] = read, "[redacted], from "+key+"_file"
+	}
+}
+
+// derive gives a setting without a value the one that follows from another setting.
+func (l *loader) derive(key string, field *string, value, from string) {
+	if *field == "" {
+		*field, l.origins[key] = value, "derived from "+from
+	}
+}
+
+// readFile returns the file's values, by dotted key.
+func readFile(path string) (map[string]any, error) {
 	name := cmp.Or(path, DefaultPath)
 	data, err := os.ReadFile(name)
-	if errors.Is(err, fs.ErrNotExist) && path == "" {
-		return values
-	}
-	if err != nil {
-		l.unreadable("%v: correct --config or create the file", err)
-		return values
-	}
-	if yamlSecond.Match(data) {
-		l.unreadable("%s: holds a second document after ---: give one", name)
-		return values
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && path == "":
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("%w: correct --config or create the file", err)
+	case yamlSecond.Match(data):
+		return nil, fmt.Errorf("%s: holds a second document after ---: give one", name)
 	}
 	var tree any
 	exactNumbers := func(d *json.Decoder) *json.Decoder { d.UseNumber(); return d }
 	if err := yaml.UnmarshalStrict(data, &tree, exactNumbers); err != nil {
-		l.unreadable("%s: %s", name, explainYAML(err))
-		return values
+		switch found := yamlMistake.FindStringSubmatch(err.Error()); { // the rest of it may repeat a secret
+		case found == nil:
+			return nil, fmt.Errorf("%s: is not YAML: check its quotes, anchors and tags", name)
+		case found[1] == "":
+			return nil, fmt.Errorf("%s: is not YAML, at or before %s", name, found[0])
+		default:
+			return nil, fmt.Errorf("%s: %s", name, found[0])
+		}
 	}
-	switch tree := tree.(type) {
-	case nil: // an empty file
-	case map[string]any:
-		l.flatten(tree, "", values)
-	default:
-		l.unreadable("%s: is not a mapping of keys to values", name)
+	root, ok := tree.(map[string]any)
+	if !ok && tree != nil { // nil: an empty file
+		return nil, fmt.Errorf("%s: is not a mapping of keys to values", name)
 	}
-	return values
+	values := map[string]any{}
+	flatten(root, "", values)
+	return values, nil
 }
 
 var (
@@ -137,90 +259,28 @@ var (
 	keyName     = regexp.MustCompile(`^[\w.-]*`)
 )
 
-// explainYAML says where the YAML is invalid, without repeating the text there: it may be a secret.
-func explainYAML(err error) string {
-	switch found := yamlMistake.FindStringSubmatch(err.Error()); {
-	case found == nil:
-		return "is not YAML: check its quotes, anchors and tags"
-	case found[1] == "":
-		return "is not YAML, at or before " + found[0]
-	default:
-		return found[0]
-	}
-}
-
 // flatten adds the tree's values to values, by dotted key.
-func (l *loader) flatten(tree map[string]any, prefix string, values map[string]string) {
-	for _, k := range slices.Sorted(maps.Keys(tree)) {
-		key := prefix + k
-		s := find(key)
-		if s == nil {
-			section, isMap := tree[k].(map[string]any)
-			switch {
-			case !isSection(key):
-				values[key] = "" // unknown
-			case isMap:
-				l.flatten(section, key+".", values)
-			case tree[k] != nil:
-				l.mistake(key, "is a section: give it keys")
-			}
-			continue
-		}
-		switch v := tree[k].(type) {
-		case map[string]any:
-			l.mistake(key, "is a mapping: give one value")
-		case []any:
-			if !holds[[]string](s) {
-				l.mistake(key, "is a list: give one value")
-				continue
-			}
-			items := make([]string, len(v))
-			for i, item := range v {
-				text, ok := item.(string)
-				if !ok {
-					l.mistake(key, "item %d of the list is not a text: put it in quotes", i+1)
-				}
-				items[i] = text
-			}
-			if !l.told[key] {
-				values[key] = strings.Join(items, ",")
-			}
-		case string:
-			if v != "" { // else none; only an empty list is a value
-				values[key] = v
-			}
-		case bool, json.Number:
-			kind, fits := "number", holds[int](s)
-			if _, isBool := v.(bool); isBool {
-				kind, fits = "boolean", holds[bool](s)
-			}
-			if fits {
-				values[key] = fmt.Sprint(v)
-			} else {
-				l.mistake(key, "YAML takes it for a %s: put it in quotes", kind)
-			}
+func flatten(tree map[string]any, prefix string, values map[string]any) {
+	for name, v := range tree {
+		key := prefix + name
+		if section, ok := v.(map[string]any); isSection(key) && (ok || v == nil) {
+			flatten(section, key+".", values)
+		} else {
+			values[key] = v
 		}
 	}
-}
-
-// Name returns a setting's key with its variable, if it has one: as messages name it.
-func Name(key string) string {
-	if s := find(key); s != nil && s.env != "" {
-		return key + " (" + s.env + ")"
-	}
-	return key
-}
-
-// find returns the setting of a key, nil if there is none.
-func find(key string) *setting {
-	for i := range settings {
-		if settings[i].key == key {
-			return &settings[i]
-		}
-	}
-	return nil
 }
 
 func isSection(key string) bool {
 	return slices.ContainsFunc(settings, func(s setting) bool { return strings.HasPrefix(s.key, key+".") })
+}
+
+// Name returns a setting's key with its variable, if it has one: as messages name it.
+func Name(key string) string {
+	for _, s := range settings {
+		if s.key == key && s.env != "" {
+			return key + " (" + s.env + ")"
+		}
+	}
+	return key
 }

@@ -1,6 +1,8 @@
 package config
 
 import (
+	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -13,20 +15,14 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
-
-	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // setting is one row of the configuration: its key in the file, its variable and its default.
 // An empty text in the file or the environment is the same as none.
 type setting struct {
-	key   string
-	env   string
-	def   string
-	doc   string
-	field func(c *Config) any            // points to the value, whose type says what YAML may give
-	check func(v string) (string, error) // normalizes a text, or each item of a list; nil accepts any
+	key, env, def, doc string
+	field              func(c *Config) any // points to the value, whose type says what YAML may give
+	check              check               // of the text, or of each item of a list; nil accepts any
 }
 
 // settings is the whole configuration, a row for each setting.
@@ -75,17 +71,39 @@ var settings = []setting{
 	{key: "logging.format", env: "PIPEOPS_LOG_FORMAT", def: "json", doc: "json or text.", field: func(c *Config) any { return &c.Logging.Format }, check: oneOf("json", "text")},
 }
 
-// set sets the value from its text.
+// text returns a value of the file as set takes it: the items of a list are joined with commas.
+func (s *setting) text(v any) (string, error) {
+	kind := reflect.TypeOf(s.field(&Config{})).Elem().Kind()
+	switch v := v.(type) {
+	case map[string]any:
+		return "", errors.New("is a mapping: give one value")
+	case []any:
+		if kind != reflect.Slice {
+			return "", errors.New("is a list: give one value")
+		}
+		items := make([]string, len(v))
+		for i, item := range v {
+			var ok bool
+			if items[i], ok = item.(string); !ok {
+				return "", fmt.Errorf("item %d of the list is not a text: put it in quotes", i+1)
+			}
+		}
+		return strings.Join(items, ","), nil
+	case bool:
+		if kind != reflect.Bool {
+			return "", errors.New("YAML takes it for a boolean: put it in quotes")
+		}
+	case json.Number:
+		if kind != reflect.Int {
+			return "", errors.New("YAML takes it for a number: put it in quotes")
+		}
+	}
+	return fmt.Sprint(v), nil
+}
+
+// set sets the value from its text. What the check refuses is not kept.
 func (s *setting) set(c *Config, v string) (err error) {
 	switch field := s.field(c).(type) {
-	case *string:
-		*field = v
-		if s.check != nil {
-			*field, err = s.check(v)
-		}
-	case *secret.Secret:
-		_, err = s.check(v)
-		*field = secret.Secret(v)
 	case *[]string:
 		for item := range strings.SplitSeq(v, ",") {
 			accepted, err := s.check(strings.TrimSpace(item))
@@ -106,29 +124,25 @@ func (s *setting) set(c *Config, v string) (err error) {
 		if err != nil || *field < 0 {
 			return fmt.Errorf("%q is not a duration: give one such as 25s or 2m", v)
 		}
+	default: // a text or a secret
+		if s.check != nil {
+			v, err = s.check(v)
+		}
+		reflect.ValueOf(field).Elem().SetString(v)
 	}
 	return err
 }
 
-// get returns the value as text, as set takes it; a secret is redacted.
-func (s *setting) get(c *Config) string {
-	switch field := s.field(c).(type) {
-	case *[]string:
-		return strings.Join(*field, ",")
-	case *int:
-		if *field == 0 { // not set: no port is 0
-			return ""
-		}
-		return strconv.Itoa(*field)
+// yaml returns the value as YAML; a secret is redacted. Strings quoted by Go are valid YAML.
+func (s *setting) yaml(c *Config) string {
+	switch value := reflect.ValueOf(s.field(c)).Elem(); value.Interface().(type) {
+	case bool, int:
+		return strings.TrimPrefix(fmt.Sprint(value), "0") // no port is 0: it is not set
+	case []string:
+		return strings.ReplaceAll(fmt.Sprintf("%q", value), `" "`, `", "`)
 	default:
-		return fmt.Sprint(reflect.ValueOf(field).Elem().Interface())
+		return strconv.Quote(fmt.Sprint(value))
 	}
-}
-
-// holds reports whether the setting's value is a T.
-func holds[T any](s *setting) bool {
-	_, ok := s.field(&Config{}).(*T)
-	return ok
 }
 
 func portNumber(v string) (int, error) {
@@ -139,105 +153,82 @@ func portNumber(v string) (int, error) {
 	return n, nil
 }
 
-// accept returns the check that accepts values for which ok is true. mistake has a verb for the value.
-func accept(ok func(v string) bool, mistake string) func(string) (string, error) {
+// check returns a text as the agent uses it, or what is wrong with it. Its error repeats no text that may be a secret.
+type check func(v string) (string, error)
+
+// accept returns the check that accepts values for which ok is true. VALUE in the mistake stands for the value.
+func accept(ok func(v string) bool, mistake string) check {
 	return func(v string) (string, error) {
 		if !ok(v) {
-			return v, fmt.Errorf(mistake, v)
+			return "", errors.New(strings.Replace(mistake, "VALUE", fmt.Sprintf("%.100q", v), 1))
 		}
 		return v, nil
 	}
 }
 
-func oneOf(names ...string) func(string) (string, error) {
-	return accept(func(v string) bool { return slices.Contains(names, v) }, "%q is unknown: choose one of "+strings.Join(names, ", "))
-}
-
-// proxyURL checks the URL of a proxy. Its error does not repeat the value, which may hold a password.
-func proxyURL(v string) (string, error) {
-	u, err := url.Parse(v)
-	if err != nil || u.Host == "" || !slices.Contains([]string{"http", "socks5", "ntlm"}, u.Scheme) {
-		return v, errors.New("is not a proxy's URL: give http://, socks5:// or ntlm:// with a host and port")
-	}
-	return v, nil
+func oneOf(names ...string) check {
+	return accept(func(v string) bool { return slices.Contains(names, v) },
+		"VALUE is unknown: choose one of "+strings.Join(names, ", "))
 }
 
 var (
-	labelPattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-	namePattern  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
+	namePattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
+	pathPattern = regexp.MustCompile(`^(~|\.{0,2})/[\pL\pM\pN\pP\pS]*$`) // of printable characters but the space
+
+	dnsLabel = accept(regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`).MatchString, "VALUE is not a DNS label: "+
+		"give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends")
+	dnsName    = accept(namePattern.MatchString, "VALUE is not a DNS name: give letters, digits, hyphens and dots")
+	host       = accept(IsHost, "VALUE is not a host: give a name or an IP alone, the port has a setting of its own")
+	checkToken = accept(regexp.MustCompile(`^[!-~]*$`).MatchString, // what an HTTP header can carry
+		"holds a space, a line break or a character outside ASCII: copy the token again")
+	listenAddr = accept(func(v string) bool {
+		_, port, _ := net.SplitHostPort(v) // no port where there is an error
+		_, err := portNumber(port)
+		return err == nil
+	}, "VALUE is not an address to listen on: give host:port or :port")
+	proxyURL = accept(func(v string) bool {
+		u, err := url.Parse(v)
+		return err == nil && u.Host != "" && slices.Contains([]string{"http", "socks5", "ntlm"}, u.Scheme)
+	}, "is not a proxy's URL: give http://, socks5:// or ntlm:// with a host and port")
+	path  = accept(isPath, notAPath)
+	paths = accept(func(v string) bool { // as KUBECONFIG may hold
+		return !slices.ContainsFunc(filepath.SplitList(v), func(p string) bool { return p != "" && !isPath(p) })
+	}, notAPath)
 )
 
-var (
-	dnsLabel = accept(labelPattern.MatchString,
-		"%.100q is not a DNS label: give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends")
-	dnsName = accept(namePattern.MatchString, "%.100q is not a DNS name: give letters, digits, hyphens and dots")
-	host    = accept(IsHost, "%.100q is not a host: give a name or an IP alone, the port has a setting of its own")
-)
+// notAPath does not repeat the value: the user may have given the secret itself in place of its file.
+const notAPath = "the file that it names cannot be read, and its value is not shown, " +
+	"because it does not look like a path: give one such as /etc/pipeops/file"
+
+// isPath reports whether a text looks like a path, or names an existing file.
+func isPath(v string) bool {
+	_, err := os.Stat(v) //nolint:gosec // it asks only whether the file is there
+	return err == nil || pathPattern.MatchString(v) && len(v) <= 4096
+}
 
 // IsHost reports whether a text is a DNS name or an IP.
 func IsHost(v string) bool { return net.ParseIP(v) != nil || namePattern.MatchString(v) }
 
 // hostOrBelow accepts a host, or "*." and a domain for all hosts below it; it returns lower case.
 func hostOrBelow(v string) (string, error) {
-	v = strings.ToLower(v)
 	if !IsHost(strings.TrimPrefix(v, "*.")) {
-		return v, fmt.Errorf("%.100q is not a host: give a name or an IP, without a port, or *.DOMAIN", v)
+		return "", fmt.Errorf("%.100q is not a host: give a name or an IP, without a port, or *.DOMAIN", v)
 	}
-	return v, nil
+	return strings.ToLower(v), nil
 }
 
 // apiURL refuses URLs that would send the agent's token unencrypted over a network.
 func apiURL(v string) (string, error) {
 	u, err := url.Parse(v)
-	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Scheme != "https" && u.Scheme != "http" {
-		return v, errors.New("is not the URL of a control plane: give https:// with a host, a port if need be, and a path if need be")
+	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" ||
+		u.Scheme != "https" && u.Scheme != "http" {
+		return "", errors.New("is not the URL of a control plane: give https:// with a host, and a port and path if need be")
 	}
-	if u.Port() != "" {
-		if _, err := portNumber(u.Port()); err != nil {
-			return v, err
-		}
+	if _, err := portNumber(cmp.Or(u.Port(), "443")); err != nil {
+		return "", err
 	}
 	if u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
-		return v, errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
+		return "", errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
 	}
 	return strings.TrimRight(v, "/"), nil
-}
-
-func listenAddr(v string) (string, error) {
-	_, port, _ := net.SplitHostPort(v) // no port where there is an error
-	if _, err := portNumber(port); err != nil {
-		return v, fmt.Errorf("%q is not an address to listen on: give host:port or :port", v)
-	}
-	return v, nil
-}
-
-// path accepts what looks like a path, or names an existing file. Its error does not repeat other values: the user may
-// have given the secret itself in place of its file.
-func path(v string) (string, error) {
-	rooted := slices.ContainsFunc([]string{"/", "./", "../", "~/"}, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
-	strange := strings.ContainsFunc(v, func(r rune) bool { return r == ' ' || !unicode.IsPrint(r) })
-	if _, err := os.Stat(v); err != nil && (!rooted || strange || len(v) > 4096) { //nolint:gosec // it asks only whether the file is there
-		return "", errors.New("the file that it names cannot be read, and its value is not shown, because it does not look like a path: give one such as /etc/pipeops/file")
-	}
-	return v, nil
-}
-
-// paths accepts a list of paths, as KUBECONFIG may hold.
-func paths(v string) (string, error) {
-	for _, p := range filepath.SplitList(v) {
-		if _, err := path(p); p != "" && err != nil {
-			return "", err
-		}
-	}
-	return v, nil
-}
-
-// checkToken refuses tokens that no HTTP header can carry, such as one copied with the line break at its end.
-func checkToken(v string) (string, error) {
-	for _, r := range v {
-		if r <= ' ' || r > '~' {
-			return v, errors.New("holds a space, a line break or a character outside ASCII: copy the token again")
-		}
-	}
-	return v, nil
 }
