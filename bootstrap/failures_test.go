@@ -93,7 +93,7 @@ func TestConnectionErrorsNameCauseAndNextStep(t *testing.T) {
 			t.Parallel()
 			env := environment(t, test.url)
 			env["PIPEOPS_API_CA_FILE"] = test.caFile
-			code, lastError, output := bootstrap(t, env, "--once", "--timeout", "1s")
+			code, lastError, output := bootstrap(t, env, "--once", "--timeout", "3s")
 			if code != test.code {
 				t.Errorf("exit code %d, want %d:\n%s", code, test.code, output)
 			}
