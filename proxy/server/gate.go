@@ -14,7 +14,7 @@ const shuttingDown = "this instance of the agent is shutting down: try again, th
 // gate admits authenticated requests within the limits, none once it is closed, and ends stalled ones. Safe for
 // concurrent use.
 type gate struct {
-	limits  limits
+	limits  *limits
 	refused func(limit string) // counts a refusal
 	log     *slog.Logger
 
@@ -33,7 +33,7 @@ type usage struct {
 	memory   int64 // bytes
 }
 
-func newGate(l limits, refused func(limit string), log *slog.Logger) *gate {
+func newGate(l *limits, refused func(limit string), log *slog.Logger) *gate {
 	return &gate{
 		limits: l, refused: refused, log: log,
 		running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),

@@ -27,7 +27,7 @@ func listening(t *testing.T, s *Server) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bounded := s.bound(tunnel, socket.(*net.TCPListener), t.TempDir())
+	bounded := s.bound(tunnel, socket.(*net.TCPListener))
 	server := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), slog.New(slog.DiscardHandler))
 	server.ConnState = bounded.ConnState
 	go func() { _ = server.Serve(bounded) }()
@@ -45,10 +45,10 @@ func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *Serve
 		upstream.CloseClientConnections()
 		upstream.Close()
 	})
-	l := newLimits(defaultMemory)
-	change(&l)
 	config := &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
-	return serverWithin(t, config, token, l, slog.New(slog.DiscardHandler))
+	s := serverBefore(t, config, token, slog.New(slog.DiscardHandler))
+	change(s.limits)
+	return s
 }
 
 func refused(s *Server, limit string) float64 {
@@ -508,7 +508,7 @@ func TestAnonymousRequestsDoNotFillTheLog(t *testing.T) {
 // TestPlainHTTPGets421WhileTheTunnelIsHTTPS: except frpc's health check.
 func TestPlainHTTPGets421WhileTheTunnelIsHTTPS(t *testing.T) {
 	s, _, handlers := newTest(t, token)
-	s.ready.tunnel.https.Store(true)
+	s.tunnel.https.Store(true)
 	for path, want := range map[string]int{
 		"/ready?only=shutdown": 200, "/ready?only=shutdown&only=tunnel": 421, "/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
 	} {

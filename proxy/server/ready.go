@@ -24,38 +24,31 @@ import (
 // checkAge is how long the result of a check of another process is reused: frequent probes cost nothing more.
 const checkAge = time.Second
 
-// readiness holds the checks of /ready by their names.
-type readiness struct {
-	checks map[string]*check
-	tunnel *tunnelCheck
-}
-
-func newReadiness(api *kube.Client, cfg *config.Config, g *gate, m *metrics) *readiness {
-	t := &tunnelCheck{runDir: cfg.RunDir, frp: cfg.FRP, metrics: m}
-	if lease, err := frpc.ReadLease(cfg.RunDir); err == nil {
-		t.https.Store(lease.Frpc.Tunnel.Type == "https")
+// addChecks adds the checks of /ready.
+func (s *Server) addChecks(api *kube.Client) {
+	s.tunnel = &tunnelCheck{config: s.config, metrics: s.metrics}
+	if lease, err := frpc.ReadLease(s.config.RunDir); err == nil {
+		s.tunnel.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
-	r := &readiness{tunnel: t, checks: map[string]*check{
+	s.checks = map[string]*check{
 		agentapi.CheckKubernetes: {age: checkAge, run: api.CheckReady},
-		agentapi.CheckTunnel:     {age: checkAge, run: t.run, note: func() string { return t.status().LeaseProblem }},
+		agentapi.CheckTunnel:     {age: checkAge, run: s.tunnel.run},
 		agentapi.CheckShutdown: {run: func(context.Context) error {
-			if _, _, closed := g.state(); closed {
+			if _, _, closed := s.gate.state(); closed {
 				return errors.New("the agent is shutting down and accepts no new requests")
 			}
 			return nil
 		}},
-	}}
-	for name, c := range r.checks {
-		c.passed = m.checks.WithLabelValues(name)
 	}
-	return r
+	for name, c := range s.checks {
+		c.passed = s.metrics.checks.WithLabelValues(name)
+	}
 }
 
 // check is a condition of readiness.
 type check struct {
 	age    time.Duration // how long a result is reused
 	run    func(context.Context) error
-	note   func() string // the detail of a check that passes; may be nil
 	passed prometheus.Gauge
 
 	running sync.Mutex
@@ -92,14 +85,6 @@ func boolValue(yes bool) float64 {
 	return 0
 }
 
-// refresh refreshes all checks. Called regularly, it keeps their metrics, and since when the tunnel is up, current
-// without any request.
-func (r *readiness) refresh(ctx context.Context) {
-	for _, c := range r.checks {
-		_ = c.refresh(ctx)
-	}
-}
-
 // getReady answers GET /ready: with the checks that ?only= names, or all, without those that ?exclude= names. It says why
 // a check fails on the operations listener, and on the tunnel listener to callers with the agent's token.
 func (s *Server) getReady(l listener) http.HandlerFunc {
@@ -111,7 +96,7 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 		}
 		only, excluded := query["only"], query["exclude"]
 		for _, name := range slices.Concat(only, excluded) {
-			if s.ready.checks[name] == nil {
+			if s.checks[name] == nil {
 				answer.WriteProblem(w, http.StatusBadRequest,
 					fmt.Sprintf("unknown check %.50q: give kubernetes, tunnel or shutdown", name))
 				return
@@ -123,7 +108,7 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 			return
 		}
 		code, ready := http.StatusOK, agentapi.Ready{Status: "ready", Checks: map[string]agentapi.Check{}}
-		for name, c := range s.ready.checks {
+		for name, c := range s.checks {
 			if len(only) > 0 && !slices.Contains(only, name) || slices.Contains(excluded, name) {
 				continue
 			}
@@ -131,15 +116,15 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 			if err != nil {
 				code, ready.Status = http.StatusServiceUnavailable, "not ready"
 			}
-			o := agentapi.Check{OK: err == nil}
+			check := agentapi.Check{OK: err == nil}
 			switch {
 			case !detailed:
 			case err != nil:
-				o.Detail = err.Error()
-			case c.note != nil:
-				o.Detail = c.note()
+				check.Detail = err.Error()
+			case name == agentapi.CheckTunnel:
+				check.Detail = s.tunnel.status().LeaseProblem
 			}
-			ready.Checks[name] = o
+			ready.Checks[name] = check
 		}
 		answer.WriteJSON(w, code, ready)
 	}
@@ -147,8 +132,7 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 
 // tunnelCheck checks the tunnel to frps, and records its state.
 type tunnelCheck struct {
-	runDir  string
-	frp     config.FRP
+	config  *config.Config
 	metrics *metrics
 
 	loginAt time.Time // of the last login check
@@ -164,7 +148,7 @@ type tunnelCheck struct {
 
 // run returns why the tunnel is not connected, nil if it is. Calls must not overlap.
 func (t *tunnelCheck) run(ctx context.Context) error {
-	lease, err := frpc.ReadLease(t.runDir)
+	lease, err := frpc.ReadLease(t.config.RunDir)
 	var proxies []frpc.ProxyStatus
 	if err == nil {
 		proxies, err = lease.Frpc.Admin.Status(ctx)
@@ -275,7 +259,7 @@ func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []
 		t.loginAt = time.Now()
 	}
 	if t.login != nil {
-		return t.frp.ExplainLogin(t.login)
+		return t.config.FRP.ExplainLogin(t.login)
 	}
 	return errors.New("frps accepts the login, but frpc has no tunnel yet: check frpc's log if it has none after 20 s")
 }

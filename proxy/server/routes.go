@@ -90,7 +90,7 @@ func (s *Server) handler(l listener) http.Handler {
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch p := r.URL.EscapedPath(); {
-		case l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != agentapi.TunnelHealthPath:
+		case l == tunnel && r.TLS == nil && s.tunnel.https.Load() && r.RequestURI != agentapi.TunnelHealthPath:
 			answer.WriteProblem(w, http.StatusMisdirectedRequest,
 				"the tunnel is of type https: use TLS, and trust the tunnel's certificate")
 		case l == tunnel && belowKubernetes(r):

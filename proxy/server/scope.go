@@ -1,21 +1,28 @@
 package server
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/rand"
+	"io"
+	"net"
 	"net/http"
+	"net/netip"
 	"sync/atomic"
 	"time"
-
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// scope is what the server knows of one request. observe puts it into the request's context.
+// scope is one request: what the server knows of it, and the ResponseWriter of its handler, which marks the answer as
+// the agent's and records its status and size.
 type scope struct {
+	http.ResponseWriter
+
+	metrics   *metrics
+	ended     func() error // an error once the request's context has ended
 	requestID string
 	agentID   string // empty on the operations listener
 	caller    string // address
@@ -39,10 +46,17 @@ type scopeKey struct{}
 // scopeOf returns a request's scope. It panics for a request that observe has not seen.
 func scopeOf(r *http.Request) *scope { return r.Context().Value(scopeKey{}).(*scope) }
 
-// observe gives every request a scope with an id, marks every answer as this agent's, counts it and logs it.
+// observe gives every request a scope with an id, in its context, marks every answer as this agent's, counts it and
+// logs it.
 func (s *Server) observe(l listener, next http.Handler) http.Handler {
-	observed := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		sc := &scope{requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context())}
+	inFlight := s.metrics.inFlight.WithLabelValues(string(l))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		inFlight.Inc()
+		defer inFlight.Dec()
+		sc := &scope{
+			ResponseWriter: w, metrics: s.metrics, ended: r.Context().Err,
+			requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context()),
+		}
 		sc.conn.HeadersRead()
 		if l == tunnel {
 			sc.agentID = s.agent.ID
@@ -59,9 +73,31 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 			r.Body = sc.body
 		}
 		defer s.answered(sc, r, l)
-		next.ServeHTTP(&recorder{ResponseWriter: w, scope: sc, metrics: s.metrics, ended: r.Context().Err}, r)
+		next.ServeHTTP(sc, r)
 	})
-	return promhttp.InstrumentHandlerInFlight(s.metrics.inFlight.WithLabelValues(string(l)), observed)
+}
+
+// caller returns the address of the request's sender. For tunnels of type https and tcp, frpc sends it in a PROXY
+// header. For type http, frps appends the address that it has seen to the caller's own X-Forwarded-For, so the last one
+// can be trusted.
+func caller(r *http.Request) string {
+	if !inbound.From(r.Context()).Proxied() {
+		if from := forwardedFor(r); from != "" {
+			return from
+		}
+	}
+	host, _, _ := net.SplitHostPort(r.RemoteAddr)
+	return host
+}
+
+// forwardedFor returns the last address of X-Forwarded-For, empty if there is none.
+func forwardedFor(r *http.Request) string {
+	elements := kube.ListOf(r, "X-Forwarded-For")
+	addr, err := netip.ParseAddr(elements[len(elements)-1])
+	if err != nil {
+		return ""
+	}
+	return addr.WithZone("").String()
 }
 
 // callerLeft is the status of a caller who left before there was an answer, as nginx has it.
@@ -93,4 +129,100 @@ func (s *scope) abort() (first bool) {
 	}
 	s.aborted = true
 	return first
+}
+
+// unreadBodyTimeout is how long the rest of an unread body may take: a caller who still sends it then sees the answer,
+// and not a connection that is reset.
+const unreadBodyTimeout = 2 * time.Second
+
+// WriteHeader also limits the time for the rest of a body that nobody will read. Else net/http, or ReverseProxy, would
+// wait for it before the answer is sent, and a caller could hold the connection for ever.
+func (s *scope) WriteHeader(code int) {
+	if code >= 200 {
+		s.begin(code)
+		if !s.authenticated && s.agentID != "" { // else one could pipeline requests, and read no answer
+			s.Header().Set("Connection", "close")
+		}
+		if !s.body.Ended() && (code >= 400 || !s.streams) {
+			s.Header().Set("Connection", "close")
+			s.body.Within(unreadBodyTimeout)
+		}
+	}
+	s.ResponseWriter.WriteHeader(code)
+}
+
+// begin records the status and sets our headers, in place of any that the API server may have sent. It does so last,
+// because ReverseProxy clears all headers when a 1xx passes.
+func (s *scope) begin(code int) {
+	s.code = code
+	s.Header().Set("X-Request-Id", s.requestID)
+	if s.agentID != "" {
+		// It tells a gateway that the agent has answered, and not frps for an agent that is not connected.
+		s.Header().Set("Pipeops-Agent", s.agentID)
+	}
+}
+
+func (s *scope) Write(data []byte) (int, error) {
+	if s.code == 0 {
+		s.WriteHeader(http.StatusOK)
+	}
+	n, err := s.send(s.ResponseWriter, data)
+	s.bytes += int64(n)
+	return n, err
+}
+
+// send writes data to the caller, counts it, and records that it waits.
+func (s *scope) send(to io.Writer, data []byte) (int, error) {
+	s.blocked.Store(time.Now().UnixNano())
+	n, err := to.Write(data)
+	s.blocked.Store(0)
+	s.metrics.sent.Add(float64(n))
+	return n, err
+}
+
+// FlushError is what http.ResponseController calls.
+func (s *scope) FlushError() error {
+	s.blocked.Store(time.Now().UnixNano())
+	defer s.blocked.Store(0)
+	return http.NewResponseController(s.ResponseWriter).Flush()
+}
+
+// Hijack takes over the connection for an upgrade.
+func (s *scope) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffer, err := http.NewResponseController(s.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	s.begin(http.StatusSwitchingProtocols)
+	return &upgraded{conn, s}, buffer, nil
+}
+
+// Unwrap lets http.ResponseController reach what this type does not wrap.
+func (s *scope) Unwrap() http.ResponseWriter { return s.ResponseWriter }
+
+// upgraded is the connection of an upgraded request. It counts the bytes.
+type upgraded struct {
+	net.Conn
+
+	scope *scope
+}
+
+func (u *upgraded) Read(p []byte) (int, error) {
+	n, err := u.Conn.Read(p)
+	u.scope.metrics.received.Add(float64(n))
+	return n, err
+}
+
+// Write fails once the request's context has ended: when a connection is cut, the API server sends a regular end, which
+// kubectl exec would take for success.
+func (u *upgraded) Write(p []byte) (int, error) {
+	if err := u.scope.ended(); err != nil {
+		return 0, err
+	}
+	return u.scope.send(u.Conn, p)
+}
+
+// CloseWrite lets ReverseProxy end one direction of the connection.
+func (u *upgraded) CloseWrite() error {
+	return u.Conn.(interface{ CloseWrite() error }).CloseWrite() // of TCP or TLS
 }

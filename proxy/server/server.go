@@ -31,9 +31,10 @@ type Server struct {
 	cluster *clusterSummary
 	runners *runners.Runners
 	metrics *metrics
-	ready   *readiness
+	checks  map[string]*check // of /ready, by name
+	tunnel  *tunnelCheck
 	gate    *gate
-	limits  limits
+	limits  *limits
 	log     *slog.Logger
 
 	tunnelRequests atomic.Int64 // in flight on the tunnel listener
@@ -45,11 +46,7 @@ type Server struct {
 // New returns a server that forwards to the API server of api, with limits for so many bytes of memory. It opens no
 // listener, starts no goroutine and sends nothing: Run does.
 func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (*Server, error) {
-	return newServer(cfg, api, newLimits(memory), log)
-}
-
-func newServer(cfg *config.Config, api *rest.Config, limits limits, log *slog.Logger) (*Server, error) {
-	m := newMetrics()
+	m, limits := newMetrics(), newLimits(memory)
 	client, err := kube.NewClient(api, m.latency.Observe)
 	if err != nil {
 		return nil, err
@@ -70,7 +67,7 @@ func newServer(cfg *config.Config, api *rest.Config, limits limits, log *slog.Lo
 			MaxCommands: maxCommands, Refused: func() { refused("commands") }, Log: log,
 		}),
 	}
-	s.ready = newReadiness(client, cfg, s.gate, m)
+	s.addChecks(client)
 	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
 	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { _, n, _ := s.gate.state(); return n })
 	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })
@@ -80,11 +77,9 @@ func newServer(cfg *config.Config, api *rest.Config, limits limits, log *slog.Lo
 // Run serves both listeners until ctx ends, then drains. It returns an error if a listener fails, and nil after a
 // drain. All goroutines that last longer than a request start here, or in inbound.New.
 func (s *Server) Run(ctx context.Context) error {
-	// Requests outlive ctx: they end by themselves, or with the drain timeout.
+	// Requests, and what watches over them, outlive ctx: they end by themselves, or with the drain timeout.
 	requests, cut := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cut(nil)
-	background, stop := context.WithCancel(context.WithoutCancel(ctx)) // until Run returns, so also while it drains
-	defer stop()
 	proxy := s.config.Proxy
 	var servers []*http.Server
 	defer func() {
@@ -104,7 +99,7 @@ func (s *Server) Run(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
-		bounded := s.bound(l.listener, socket.(*net.TCPListener), s.config.RunDir)
+		bounded := s.bound(l.listener, socket.(*net.TCPListener))
 		server := newHTTPServer(requests, l.listener, s.handler(l.listener), s.log)
 		server.ConnState = bounded.ConnState
 		servers = append(servers, server)
@@ -114,10 +109,15 @@ func (s *Server) Run(ctx context.Context) error {
 			}
 		}()
 	}
-	go wait.UntilWithContext(ctx, s.ready.refresh, 5*time.Second)
-	go wait.UntilWithContext(background, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
+	// Keeps the checks' metrics, and since when the tunnel is up, current without any request.
+	go wait.UntilWithContext(ctx, func(ctx context.Context) {
+		for _, c := range s.checks {
+			_ = c.refresh(ctx)
+		}
+	}, 5*time.Second)
+	go wait.UntilWithContext(requests, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
 	if s.config.Agent.TokenFile != "" {
-		go s.auth.follow(background, s.config.Agent.CurrentToken)
+		go s.auth.follow(requests, s.config.Agent.CurrentToken)
 	}
 	s.log.Info("serving", "listen_addr", proxy.ListenAddr, "metrics_addr", proxy.MetricsAddr,
 		"agent_id", s.agent.ID, "version", version.Version)
@@ -149,6 +149,33 @@ func (s *Server) Run(ctx context.Context) error {
 
 // headerTime is how long the headers of a request may take to arrive.
 const headerTime = 32 * time.Second
+
+// bound returns a listener on socket that keeps to its limits, and shows them as metrics.
+func (s *Server) bound(l listener, socket *net.TCPListener) *inbound.Listener {
+	config := inbound.Config{
+		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
+		TLS: newTLSConfig(s.config.RunDir, s.log),
+		Closed: func(limit string, caller net.Addr, err error) {
+			s.metrics.refused.WithLabelValues(limit).Inc()
+			s.log.Debug("connection closed", "listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
+		},
+	}
+	prefix := ""
+	if l == operations {
+		config.Connections, config.HeaderMemory, config.TLS = opsConnections, s.limits.headerMemory/4, nil
+		prefix = "operations_"
+	}
+	bounded := inbound.New(socket, config)
+	s.metrics.limit(prefix+"connections", int64(config.Connections), func() int64 {
+		n, _ := bounded.InUse()
+		return int64(n)
+	})
+	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, func() int64 {
+		_, n := bounded.InUse()
+		return n
+	})
+	return bounded
+}
 
 // newHTTPServer returns the server of one listener. Its requests' contexts end with ctx.
 func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {

@@ -45,23 +45,15 @@ func newTest(t testing.TB, agentToken secret.Secret) (s *Server, log *bytes.Buff
 	return s, log, map[listener]http.Handler{tunnel: s.handler(tunnel), operations: s.handler(operations)}
 }
 
-// serverBefore returns a server for an API server, with the default limits.
+// serverBefore returns a server for an API server, with runners on *.svc and runnerHosts.
 func serverBefore(
 	t testing.TB, api *rest.Config, agentToken secret.Secret, log *slog.Logger, runnerHosts ...string,
-) *Server {
-	t.Helper()
-	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log, runnerHosts...)
-}
-
-// serverWithin returns a server for an API server, with runners on *.svc and runnerHosts.
-func serverWithin(
-	t testing.TB, api *rest.Config, agentToken secret.Secret, l limits, log *slog.Logger, runnerHosts ...string,
 ) *Server {
 	t.Helper()
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token, cfg.Agent.TokenOverlap = "agent-001", agentToken, 5*time.Minute
 	cfg.Runners.AllowedHosts = append([]string{"*.svc"}, runnerHosts...)
-	s, err := newServer(cfg, api, l, log)
+	s, err := New(cfg, api, defaultMemory, log)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -88,10 +88,10 @@ func timeOrNil(t time.Time) *time.Time {
 // getStatus answers GET /api/agent/status. What cannot be read is null, with a reason.
 func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
-	_ = s.ready.checks["tunnel"].refresh(r.Context()) // the error is in the status
+	_ = s.checks["tunnel"].refresh(r.Context()) // the error is in the status
 	answer.WriteJSON(w, http.StatusOK, status{
 		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
-		Tunnel: s.ready.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
+		Tunnel: s.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})
 }
 
