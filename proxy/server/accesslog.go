@@ -11,7 +11,8 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// answered counts and logs a request. It must be deferred: it records a panic of the handler, and panics again.
+// answered counts and logs a request, without its query, headers and body, and without its path below the Kubernetes
+// API: objects' names may be secret. It must be deferred: it records a panic of the handler, and panics again.
 func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	sc.conn.Answered()
 	code := sc.status()
@@ -26,12 +27,7 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 		s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Dec()
 		s.metrics.kube.WithLabelValues(verb, codeLabel(code), sc.lane()).Inc()
 	}
-	s.logRequest(sc, r, l, code)
-}
 
-// logRequest logs a request without its query, headers and body, and without its path below the Kubernetes API:
-// objects' names may be secret.
-func (s *Server) logRequest(sc *scope, r *http.Request, l listener, code int) {
 	level := slog.LevelInfo
 	if l == operations || !sc.authenticated { // probes and scrapes; and callers who could fill the log
 		level = slog.LevelDebug

@@ -37,21 +37,20 @@ type authenticator struct {
 	log      *slog.Logger
 	overlap  time.Duration // how long the previous token stays valid, so that callers can change theirs later
 
-	mu       sync.Mutex
-	current  [sha256.Size]byte
-	empty    bool // there is no token: all callers are refused
-	previous [sha256.Size]byte
-	until    time.Time // previous is valid until then
+	mu                sync.Mutex
+	current, previous [sha256.Size]byte
+	until             time.Time // previous is valid until then
 
 	window  time.Time      // when the counting of callers' failures began
 	callers map[string]int // failures by address
 }
 
+// noToken is current while there is no token: all callers are refused.
+var noToken = sha256.Sum256(nil)
+
 func newAuthenticator(token secret.Secret, overlap time.Duration, m *metrics, log *slog.Logger) *authenticator {
-	return &authenticator{
-		failures: m.authFailures, log: log, overlap: overlap,
-		current: sha256.Sum256([]byte(token.Reveal())), empty: token == "",
-	}
+	current := sha256.Sum256([]byte(token.Reveal()))
+	return &authenticator{failures: m.authFailures, log: log, overlap: overlap, current: current}
 }
 
 // follow reads the token every tokenInterval until ctx ends. It does not wait for a request: else a token that was
@@ -78,19 +77,18 @@ func (a *authenticator) setToken(token secret.Secret) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	hash := sha256.Sum256([]byte(token.Reveal()))
-	switch {
-	case hash == a.current:
-	case token == "":
-		a.current, a.empty, a.until = hash, true, time.Time{}
-		a.log.Warn("agent token missing: refusing all callers")
-	default:
-		a.previous, a.until = a.current, time.Now().Add(a.overlap)
-		if a.empty { // there was none before
-			a.until = time.Time{}
-		}
-		a.current, a.empty = hash, false
-		a.log.Info("agent token changed", "previous_valid_until", a.until.UTC())
+	if hash == a.current {
+		return
 	}
+	a.previous, a.current, a.until = a.current, hash, time.Time{}
+	if hash == noToken {
+		a.log.Warn("agent token missing: refusing all callers")
+		return
+	}
+	if a.previous != noToken {
+		a.until = time.Now().Add(a.overlap)
+	}
+	a.log.Info("agent token changed", "previous_valid_until", a.until.UTC())
 }
 
 // refusal is why a request's credential is refused.
@@ -116,7 +114,7 @@ func (a *authenticator) check(r *http.Request) *refusal {
 	hash := sha256.Sum256([]byte(strings.TrimLeft(token, " ")))
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.empty {
+	if a.current == noToken {
 		return &refusal{"unconfigured", "the agent has no token configured and refuses all callers: set agent.token"}
 	}
 	current := subtle.ConstantTimeCompare(hash[:], a.current[:])

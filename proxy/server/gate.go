@@ -168,10 +168,9 @@ func (g *gate) stalled(now time.Time, of func(*scope) bool) []*scope {
 // end ends the first n requests. g.mu is held.
 func (g *gate) end(requests []*scope, n int, limit string) {
 	for _, sc := range requests[:min(max(n, 0), len(requests))] {
-		if !sc.abort() {
-			continue
+		if sc.abort() {
+			g.refused(limit)
+			g.log.Warn("ended a stalled request", "request_id", sc.requestID, "caller", sc.caller, "limit", limit)
 		}
-		g.refused(limit)
-		g.log.Warn("ended a stalled request", "request_id", sc.requestID, "caller", sc.caller, "limit", limit)
 	}
 }
