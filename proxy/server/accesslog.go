@@ -61,11 +61,10 @@ func codeLabel(code int) string {
 
 // routeLabel returns the path of the request's route, "none" if it has none; never the caller's path.
 func routeLabel(r *http.Request) string {
-	slash := strings.IndexByte(r.Pattern, '/')
-	if slash < 0 || r.Pattern == "/" {
-		return "none"
+	if _, path, _ := strings.Cut(r.Pattern, "/"); path != "" {
+		return "/" + path
 	}
-	return r.Pattern[slash:]
+	return "none"
 }
 
 // methodLabel limits the labels to methods of the Kubernetes API: a caller may send others.

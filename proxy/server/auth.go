@@ -60,14 +60,13 @@ func (a *authenticator) follow(ctx context.Context, read func() (secret.Secret, 
 	failing := false
 	wait.UntilWithContext(ctx, func(context.Context) {
 		token, err := read()
-		if errors.Is(err, config.ErrNoSecret) {
-			token, err = "", nil
-		}
-		if err != nil && !failing {
-			a.log.Warn("reading the agent token failed: keeping the previous one", "error", err)
-		}
-		if failing = err != nil; !failing {
+		switch {
+		case err == nil || errors.Is(err, config.ErrNoSecret): // then token is empty
 			a.setToken(token)
+			failing = false
+		case !failing:
+			a.log.Warn("reading the agent token failed: keeping the previous one", "error", err)
+			failing = true
 		}
 	}, tokenInterval)
 }

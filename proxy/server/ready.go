@@ -21,8 +21,12 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// checkAge is how long the result of a check of another process is reused: frequent probes cost nothing more.
-const checkAge = time.Second
+const (
+	// checkAge is how long a check of another process is reused: frequent probes cost nothing more.
+	checkAge = time.Second
+	// loginAge is how long a login check is reused: when a frps restarts, all of its agents log in at once.
+	loginAge = 15 * time.Second
+)
 
 // addChecks adds the checks of /ready.
 func (s *Server) addChecks(api *kube.Client) {
@@ -85,8 +89,8 @@ func boolValue(yes bool) float64 {
 	return 0
 }
 
-// getReady answers GET /ready: with the checks that ?only= names, or all, without those that ?exclude= names. It says why
-// a check fails on the operations listener, and on the tunnel listener to callers with the agent's token.
+// getReady answers GET /ready: with the checks that ?only= names, or all, without those that ?exclude= names. It says
+// why a check fails on the operations listener, and on the tunnel listener to callers with the agent's token.
 func (s *Server) getReady(l listener) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		query, err := url.ParseQuery(r.URL.RawQuery)
@@ -138,24 +142,24 @@ type tunnelCheck struct {
 	loginAt time.Time // of the last login check
 	login   error     // its result
 
-	https atomic.Bool // frpc's tunnel is of type https
-
-	mu       sync.Mutex
-	last     tunnelStatus
 	frpcSeen bool // frpc has answered once
 	frpcDown bool // and had ended at the last check
+
+	https atomic.Bool // frpc's tunnel is of type https
+	last  atomic.Pointer[tunnelStatus]
 }
+
+func (t *tunnelCheck) status() tunnelStatus { return *cmp.Or(t.last.Load(), &tunnelStatus{}) }
 
 // run returns why the tunnel is not connected, nil if it is. Calls must not overlap.
 func (t *tunnelCheck) run(ctx context.Context) error {
 	lease, err := frpc.ReadLease(t.config.RunDir)
 	var proxies []frpc.ProxyStatus
 	if err == nil {
-		proxies, err = lease.Frpc.Admin.Status(ctx)
-		if err == nil {
-			err = t.explain(ctx, lease, proxies)
-		} else {
+		if proxies, err = lease.Frpc.Admin.Status(ctx); err != nil {
 			err = fmt.Errorf("%w: check that the frpc container runs, and its log", err)
+		} else {
+			err = t.explain(ctx, lease, proxies)
 		}
 		if problem := leaseProblem(lease); problem != "" && err != nil {
 			err = fmt.Errorf("%w; %s", err, problem)
@@ -167,20 +171,19 @@ func (t *tunnelCheck) run(ctx context.Context) error {
 
 // record updates the status and the metrics. lease and proxies are nil if they could not be read.
 func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	last := t.status()
+	now := tunnelStatus{Connected: err == nil, Since: last.Since, FrpcRestarts: last.FrpcRestarts, Proxies: proxies}
 	if proxies != nil { // frpc answers
 		if t.frpcDown {
-			t.last.FrpcRestarts++
+			now.FrpcRestarts++
 			t.metrics.frpcRestarts.Inc()
 		}
 		t.frpcSeen, t.frpcDown = true, false
 	} else if t.frpcSeen && frpc.StateOf(nil, err) == frpc.Down {
 		t.frpcDown = true
 	}
-	now := tunnelStatus{Connected: err == nil, Since: t.last.Since, FrpcRestarts: t.last.FrpcRestarts, Proxies: proxies}
-	if now.Since == nil || now.Connected != t.last.Connected {
-		now.Since = timeOrNil(time.Now())
+	if now.Since == nil || now.Connected != last.Connected {
+		now.Since = new(time.Now().UTC())
 	}
 	if err != nil {
 		now.Detail = err.Error()
@@ -193,12 +196,12 @@ func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err 
 	failing, leaseEnd := false, 0.0
 	if lease != nil {
 		now.LeaseProblem, failing = leaseProblem(lease), lease.Renewal != nil || overdue(lease)
-		now.LeaseIssuedAt, now.LeaseExpiresAt = timeOrNil(lease.IssuedAt), timeOrNil(lease.ExpiresAt)
+		now.LeaseIssuedAt = new(lease.IssuedAt.UTC())
 		if !lease.ExpiresAt.IsZero() {
-			leaseEnd = float64(lease.ExpiresAt.Unix())
+			now.LeaseExpiresAt, leaseEnd = new(lease.ExpiresAt.UTC()), float64(lease.ExpiresAt.Unix())
 		}
 	}
-	t.last = now
+	t.last.Store(&now)
 	t.metrics.tunnelUp.Set(boolValue(now.Connected))
 	t.metrics.renewalFailing.Set(boolValue(failing))
 	t.metrics.leaseEnd.Set(leaseEnd)
@@ -229,16 +232,6 @@ func overdue(lease *frpc.Lease) bool {
 	life := lease.ExpiresAt.Sub(lease.IssuedAt) // negative for a lease without an end
 	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
 }
-
-func (t *tunnelCheck) status() tunnelStatus {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.last
-}
-
-// loginAge is how long the result of a login check is reused. When a frps restarts, all of its agents log in at once:
-// their checks must not double that.
-const loginAge = 15 * time.Second
 
 // explain returns nil if one of frpc's proxies is running, else why none is. To find out, it may log in to frps.
 func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus) error {

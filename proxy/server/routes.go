@@ -89,11 +89,12 @@ func (s *Server) handler(l listener) http.Handler {
 	kubernetes, notFound := s.protect(s.kubernetes, false), notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		sent, _, _ := strings.Cut(r.RequestURI, "?") // not decoded
 		switch p := r.URL.EscapedPath(); {
 		case l == tunnel && r.TLS == nil && s.tunnel.https.Load() && r.RequestURI != agentapi.TunnelHealthPath:
 			answer.WriteProblem(w, http.StatusMisdirectedRequest,
 				"the tunnel is of type https: use TLS, and trust the tunnel's certificate")
-		case l == tunnel && belowKubernetes(r):
+		case l == tunnel && strings.HasPrefix(sent+"/", kube.Prefix+"/"):
 			r.Pattern = kube.Prefix + "/"
 			kubernetes(w, r)
 		case r.Method == http.MethodConnect || path.Clean(p) != p:
@@ -109,16 +110,14 @@ func (s *Server) handler(l listener) http.Handler {
 // notFound answers for all other paths. kubectl requests some of them if its server's URL lacks the prefix.
 func notFound(l listener) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		const prefix = "the Kubernetes API is under " + kube.Prefix + "/"
+		const none, prefix = "there is no such path: ", "the Kubernetes API is under " + kube.Prefix + "/"
 		switch p := r.URL.Path; {
 		case l == operations:
-			answer.WriteProblem(w, http.StatusNotFound,
-				"there is no such path: /health, /ready, /version, /activity and /metrics are served here")
+			answer.WriteProblem(w, http.StatusNotFound, none+"/health, /ready, /version, /activity and /metrics are served here")
 		case p == "/api" || p == "/apis" || strings.HasPrefix(p, "/api/v1/") || strings.HasPrefix(p, "/apis/"):
-			kube.WriteStatus(w, r, http.StatusNotFound,
-				"there is no such path: "+prefix+": add that to the server's URL in the kubeconfig", 0)
+			kube.WriteStatus(w, r, http.StatusNotFound, none+prefix+": add that to the server's URL in the kubeconfig", 0)
 		default:
-			answer.WriteProblem(w, http.StatusNotFound, "there is no such path: /openapi.yaml lists all; "+prefix)
+			answer.WriteProblem(w, http.StatusNotFound, none+"/openapi.yaml lists all; "+prefix)
 		}
 	}
 }
@@ -141,12 +140,6 @@ func (s *Server) postCommand(w http.ResponseWriter, r *http.Request) {
 
 // isKubernetes reports whether handler has found that the request is for the Kubernetes API.
 func isKubernetes(r *http.Request) bool { return r.Pattern == kube.Prefix+"/" }
-
-// belowKubernetes reports whether the path, as it was sent and not decoded, is kube.Prefix or below it.
-func belowKubernetes(r *http.Request) bool {
-	path, _, _ := strings.Cut(r.RequestURI, "?")
-	return path == kube.Prefix || strings.HasPrefix(path, kube.Prefix+"/")
-}
 
 // always returns a handler that answers with body.
 func always(body any) http.HandlerFunc {

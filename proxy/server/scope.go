@@ -46,8 +46,7 @@ type scopeKey struct{}
 // scopeOf returns a request's scope. It panics for a request that observe has not seen.
 func scopeOf(r *http.Request) *scope { return r.Context().Value(scopeKey{}).(*scope) }
 
-// observe gives every request a scope with an id, in its context, marks every answer as this agent's, counts it and
-// logs it.
+// observe puts a scope with an id into the context of every request, and counts and logs the answers.
 func (s *Server) observe(l listener, next http.Handler) http.Handler {
 	inFlight := s.metrics.inFlight.WithLabelValues(string(l))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -63,13 +62,12 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 			s.tunnelRequests.Add(1)
 			defer s.tunnelRequests.Add(-1)
 		}
-		body := r.Body
 		// A copy: net/http looks at its own request's body to see whether the caller still sends, and then closes the
 		// connection gently, so that the answer is not lost.
 		r = r.WithContext(context.WithValue(r.Context(), scopeKey{}, sc))
 		r.Header.Set("X-Request-Id", sc.requestID)
-		if body != http.NoBody {
-			sc.body = kube.NewBody(w, body, s.metrics.received.Add)
+		if r.Body != http.NoBody {
+			sc.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
 			r.Body = sc.body
 		}
 		defer s.answered(sc, r, l)
@@ -131,12 +129,8 @@ func (s *scope) abort() (first bool) {
 	return first
 }
 
-// unreadBodyTimeout is how long the rest of an unread body may take: a caller who still sends it then sees the answer,
-// and not a connection that is reset.
-const unreadBodyTimeout = 2 * time.Second
-
-// WriteHeader also limits the time for the rest of a body that nobody will read. Else net/http, or ReverseProxy, would
-// wait for it before the answer is sent, and a caller could hold the connection for ever.
+// WriteHeader also limits the time for the rest of a body that nobody will read: net/http, or ReverseProxy, would wait
+// for it before the answer is sent, for ever. A caller who still sends it then sees the answer, not a reset connection.
 func (s *scope) WriteHeader(code int) {
 	if code >= 200 {
 		s.begin(code)
@@ -145,7 +139,7 @@ func (s *scope) WriteHeader(code int) {
 		}
 		if !s.body.Ended() && (code >= 400 || !s.streams) {
 			s.Header().Set("Connection", "close")
-			s.body.Within(unreadBodyTimeout)
+			s.body.Within(2 * time.Second)
 		}
 	}
 	s.ResponseWriter.WriteHeader(code)

@@ -77,14 +77,6 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 	return c.last, c.at
 }
 
-// timeOrNil returns nil, which is null in JSON, for the zero time.
-func timeOrNil(t time.Time) *time.Time {
-	if t.IsZero() {
-		return nil
-	}
-	return new(t.UTC())
-}
-
 // getStatus answers GET /api/agent/status. What cannot be read is null, with a reason.
 func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
