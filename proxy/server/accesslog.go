@@ -22,10 +22,12 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 		}
 		defer panic(p)
 	}
-	s.metrics.requests.WithLabelValues(routeLabel(r), methodLabel(r.Method), codeLabel(code)).Inc()
+	route, method := routeLabel(r), orOther(r.Method, slices.Contains(kube.Methods, r.Method))
+	codeLabel := orOther(strconv.Itoa(code), http.StatusText(code) != "" || code == callerLeft)
+	s.metrics.requests.WithLabelValues(route, method, codeLabel).Inc()
 	if verb := sc.description.Verb; verb != "" {
 		s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Dec()
-		s.metrics.kube.WithLabelValues(verb, codeLabel(code), sc.lane()).Inc()
+		s.metrics.kube.WithLabelValues(verb, codeLabel, sc.lane()).Inc()
 	}
 
 	level := slog.LevelInfo
@@ -41,8 +43,8 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	}
 	d := &sc.description
 	attrs := []slog.Attr{
-		slog.String("request_id", sc.requestID), slog.String("method", methodLabel(r.Method)),
-		slog.String("route", routeLabel(r)), slog.Int("status", code), slog.Int64("bytes", sc.bytes),
+		slog.String("request_id", sc.requestID), slog.String("method", method),
+		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", sc.bytes),
 		slog.Int64("duration_us", time.Since(sc.start).Microseconds()), slog.String("caller", sc.caller),
 		slog.String("forwarded_for", from), slog.String("verb", d.Verb), slog.String("group", d.Group),
 		slog.String("resource", d.Resource), slog.String("subresource", d.Subresource),
@@ -51,12 +53,12 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	s.log.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-// codeLabel limits the labels to codes of HTTP: a backend may send others.
-func codeLabel(code int) string {
-	if http.StatusText(code) == "" && code != callerLeft {
-		return "other"
+// orOther returns a known value of a label, else "other": callers and backends may send any.
+func orOther(value string, known bool) string {
+	if known {
+		return value
 	}
-	return strconv.Itoa(code)
+	return "other"
 }
 
 // routeLabel returns the path of the request's route, "none" if it has none; never the caller's path.
@@ -65,12 +67,4 @@ func routeLabel(r *http.Request) string {
 		return "/" + path
 	}
 	return "none"
-}
-
-// methodLabel limits the labels to methods of the Kubernetes API: a caller may send others.
-func methodLabel(method string) string {
-	if slices.Contains(kube.Methods, method) {
-		return method
-	}
-	return "other"
 }

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,12 +23,12 @@ type gate struct {
 	running map[*scope]struct{}
 	memory  int64            // bytes that they have reserved
 	callers map[string]usage // by caller's address
-	closed  bool
-	empty   chan struct{} // is closed once the gate is closed and no request runs
+	closed  atomic.Bool      // set while mu is held
+	empty   chan struct{}    // is closed once the gate is closed and no request runs
 	drained sync.Once
 }
 
-// usage is how much of the limits one caller uses.
+// usage is how much of the limits is in use, by one caller or all.
 type usage struct {
 	requests int
 	memory   int64 // bytes
@@ -45,7 +46,7 @@ func newGate(l *limits, refused func(limit string), log *slog.Logger) *gate {
 func (g *gate) enter(sc *scope, headers int64, whileDraining bool) (refusal string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed && !whileDraining {
+	if g.closed.Load() && !whileDraining {
 		return shuttingDown
 	}
 	if g.callers[sc.caller].requests >= g.limits.caller {
@@ -108,22 +109,21 @@ func (g *gate) leave(sc *scope) {
 func (g *gate) close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.closed = true
+	g.closed.Store(true)
 	g.closeEmpty()
 }
 
 // closeEmpty closes empty, once, when no request runs any more. g.mu is held.
 func (g *gate) closeEmpty() {
-	if g.closed && len(g.running) == 0 {
+	if g.closed.Load() && len(g.running) == 0 {
 		g.drained.Do(func() { close(g.empty) })
 	}
 }
 
-// state returns the requests that run, the bytes that they have reserved, and whether the gate is closed.
-func (g *gate) state() (running int, memory int64, closed bool) {
+func (g *gate) inUse() usage {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return len(g.running), g.memory, g.closed
+	return usage{len(g.running), g.memory}
 }
 
 const (

@@ -108,10 +108,7 @@ func TestRequestsInFlightAreLimited(t *testing.T) {
 	watch("192.0.2.3", http.StatusOK)
 }
 
-func inUse(s *Server) int {
-	n, _, _ := s.gate.state()
-	return n
-}
+func inUse(s *Server) int { return s.gate.inUse().requests }
 
 // eventually waits up to 10 s until a condition holds.
 func eventually(t *testing.T, holds func() bool) {
@@ -567,7 +564,4 @@ func TestLimitsFitTheMemory(t *testing.T) {
 	}
 }
 
-func memoryInUse(s *Server) int64 {
-	_, n, _ := s.gate.state()
-	return n
-}
+func memoryInUse(s *Server) int64 { return s.gate.inUse().memory }

@@ -191,9 +191,6 @@ func (s *scope) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return &upgraded{conn, s}, buffer, nil
 }
 
-// Unwrap lets http.ResponseController reach what this type does not wrap.
-func (s *scope) Unwrap() http.ResponseWriter { return s.ResponseWriter }
-
 // upgraded is the connection of an upgraded request. It counts the bytes.
 type upgraded struct {
 	net.Conn

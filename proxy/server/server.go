@@ -4,11 +4,15 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,6 +21,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
 	"github.com/pipeops/vm-agent/proxy/runners"
@@ -68,8 +73,8 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 		}),
 	}
 	s.addChecks(client)
-	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
-	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { _, n, _ := s.gate.state(); return n })
+	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse().requests) })
+	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { return s.gate.inUse().memory })
 	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })
 	return s, nil
 }
@@ -193,4 +198,31 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
 	}
 	return server
+}
+
+// newTLSConfig returns a configuration with the run directory's certificate, reloaded when its file changes. If loading
+// fails it keeps the previous one: bootstrap may have written only one of the two files yet.
+func newTLSConfig(runDir string, log *slog.Logger) *tls.Config {
+	cert, key := filepath.Join(runDir, frpc.CertFile), filepath.Join(runDir, frpc.KeyFile)
+	var mu sync.Mutex
+	var changed time.Time
+	var last *tls.Certificate
+	get := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		info, err := os.Stat(cert)
+		if err == nil && (last == nil || !info.ModTime().Equal(changed)) {
+			var pair tls.Certificate
+			if pair, err = tls.LoadX509KeyPair(cert, key); err == nil {
+				last, changed = &pair, info.ModTime()
+			}
+		}
+		if last == nil {
+			log.Debug("no certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
+			return nil, err
+		}
+		return last, nil
+	}
+	// HTTP/1.1 only: an HTTP/2 connection cannot be upgraded.
+	return &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: get}
 }
