@@ -53,9 +53,8 @@ func newAuthenticator(token secret.Secret, overlap time.Duration, m *metrics, lo
 	return &authenticator{failures: m.authFailures, log: log, overlap: overlap, current: current}
 }
 
-// follow reads the token every tokenInterval until ctx ends. It does not wait for a request: else a token that was
-// replaced meanwhile would be valid until its own next use, and for the overlap from there. If reading fails the token
-// stays as it was; if there is none any more, all callers are refused.
+// follow reads the token every tokenInterval until ctx ends, and not when a request comes: the overlap counts from the
+// change. If reading fails the token stays as it was; if there is none any more, all callers are refused.
 func (a *authenticator) follow(ctx context.Context, read func() (secret.Secret, error)) {
 	failing := false
 	wait.UntilWithContext(ctx, func(context.Context) {
@@ -124,9 +123,8 @@ func (a *authenticator) check(r *http.Request) *refusal {
 	return &refusal{"token", "the bearer token is not this agent's token: check the token in the kubeconfig or client"}
 }
 
-// recordFailure counts a refusal, and logs the first of each caller in a window. It returns how long the caller must
-// wait, 0 if it may try again at once. Only wrong tokens have to wait: many callers share the address of their gateway,
-// and one of them must not lock out the others.
+// recordFailure counts a refusal, and logs the first of each caller in a window. It returns how long the caller's wrong
+// tokens must wait, else 0. Right ones never do: many callers share the address of their gateway.
 func (a *authenticator) recordFailure(caller string, refused *refusal) time.Duration {
 	a.failures.WithLabelValues(refused.reason).Inc()
 	a.mu.Lock()

@@ -79,17 +79,12 @@ func (c *check) refresh(ctx context.Context) error {
 	defer cancel()
 	err := c.run(ctx)
 	c.last.Store(&result{time.Now(), err})
-	c.passed.Set(boolValue(err == nil))
+	c.passed.Set(boolValue[err == nil])
 	return err
 }
 
-// boolValue returns the value of a metric that says yes or no.
-func boolValue(yes bool) float64 {
-	if yes {
-		return 1
-	}
-	return 0
-}
+// boolValue is the value of a metric that says yes or no.
+var boolValue = map[bool]float64{true: 1, false: 0}
 
 // getReady answers GET /ready: with the checks that ?only= names, or all, without those that ?exclude= names. It says
 // why a check fails on the operations listener, and on the tunnel listener to callers with the agent's token.
@@ -204,32 +199,29 @@ func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err 
 		}
 	}
 	t.last.Store(&now)
-	t.metrics.tunnelUp.Set(boolValue(now.Connected))
-	t.metrics.renewalFailing.Set(boolValue(failing))
+	t.metrics.tunnelUp.Set(boolValue[now.Connected])
+	t.metrics.renewalFailing.Set(boolValue[failing])
 	t.metrics.leaseEnd.Set(leaseEnd)
 }
 
 // leaseProblem returns why the lease is not renewed, and since when; empty if the renewal works.
 func leaseProblem(lease *frpc.Lease) string {
+	const check = ": check the bootstrap container and its log, and that the run directory is not full"
 	end := lease.ExpiresAt.Format(time.RFC3339)
 	switch expired := !lease.ExpiresAt.IsZero() && time.Now().After(lease.ExpiresAt); {
 	case lease.Renewal != nil:
 		return fmt.Sprintf("the renewal of the lease has failed since %s: %s",
 			lease.Renewal.FailingSince.Format(time.RFC3339), lease.Renewal.Error)
 	case expired:
-		return "the lease expired at " + end + ", and frps will refuse the next login: " + checkBootstrap
+		return "the lease expired at " + end + ", and frps will refuse the next login" + check
 	case overdue(lease):
-		return "the renewal of the lease is overdue, and it expires at " + end + ": " + checkBootstrap
-	default:
-		return ""
+		return "the renewal of the lease is overdue, and it expires at " + end + check
 	}
+	return ""
 }
 
-const checkBootstrap = "check the bootstrap container and its log, and that the run directory is not full"
-
-// overdue reports whether more than 85% of the lease's life is over. bootstrap renews a lease after 65 to 75% and
-// records a failure in it, but cannot if it has ended or the run directory is full. Leases shorter than two minutes are
-// never overdue.
+// overdue reports whether more than 85% of a life of two minutes or more is over. bootstrap renews a lease after 65 to
+// 75% and records a failure in it, but cannot if it has ended or the run directory is full.
 func overdue(lease *frpc.Lease) bool {
 	life := lease.ExpiresAt.Sub(lease.IssuedAt) // negative for a lease without an end
 	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85

@@ -61,7 +61,7 @@ func (s *Server) routes(l listener) []route {
 	return rows
 }
 
-// getActivity answers GET /activity, by which bootstrap decides whether a restart of frpc cuts off anybody.
+// getActivity answers GET /activity: bootstrap restarts frpc when no request runs.
 func (s *Server) getActivity(w http.ResponseWriter, _ *http.Request) {
 	answer.WriteJSON(w, http.StatusOK, agentapi.Activity{RequestsInFlight: s.tunnelRequests.Load()})
 }
