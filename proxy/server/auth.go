@@ -163,7 +163,7 @@ func fail(w http.ResponseWriter, r *http.Request, code int, why string, retryAft
 
 // throttle counts a refusal. It answers 429 and returns true if the caller has failed too often.
 func (s *Server) throttle(w http.ResponseWriter, r *http.Request, refused *refusal) bool {
-	caller := scopeOf(r).caller
+	caller := scopeOf(w).caller
 	wait := s.auth.recordFailure(caller, refused)
 	if wait > 0 {
 		why := fmt.Sprintf("too many wrong credentials from %s: %s", caller, refused.why)
@@ -183,7 +183,7 @@ func (s *Server) protect(next http.HandlerFunc, whileDraining bool) http.Handler
 			}
 			return
 		}
-		sc := scopeOf(r)
+		sc := scopeOf(w)
 		sc.authenticated = true
 		if isKubernetes(r) {
 			sc.description, sc.streams = kube.Describe(r), true

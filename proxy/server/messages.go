@@ -35,7 +35,7 @@ type message struct {
 
 // postMessage answers POST /api/control-plane/message.
 func (s *Server) postMessage(w http.ResponseWriter, r *http.Request) {
-	if !s.gate.reserve(scopeOf(r), maxMessage, false) {
+	if !s.gate.reserve(scopeOf(w), maxMessage, false) {
 		fail(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
 		return
 	}
@@ -97,7 +97,7 @@ func readMessage(w http.ResponseWriter, r *http.Request) []byte {
 		answer.WriteProblem(w, http.StatusUnsupportedMediaType, "send the body as Content-Type: application/json")
 		return nil
 	}
-	scopeOf(r).body.Within(messageTime)
+	scopeOf(w).body.Within(messageTime)
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessage))
 	switch _, tooLarge := errors.AsType[*http.MaxBytesError](err); {
 	case tooLarge:

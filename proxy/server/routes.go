@@ -4,6 +4,7 @@ import (
 	_ "embed"
 	"net/http"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -29,36 +30,34 @@ type listener string
 const (
 	tunnel     listener = "tunnel"     // for frpc
 	operations listener = "operations" // for the kubelet and Prometheus
+	both       listener = "both"       // in the table of routes
 )
 
 // route is one row of the API.
 type route struct {
 	method  string // GET answers HEAD too
 	path    string
-	bearer  bool // on the tunnel listener, the caller needs the agent's token
-	ops     bool // served on the operations listener too, without a token
+	on      listener // without it, a route is not served
+	bearer  bool     // on the tunnel listener, the caller needs the agent's token
 	handler http.HandlerFunc
 }
 
-// routes returns all routes except the Kubernetes API, which handler serves before it looks at these: a ServeMux would
-// redirect some of its paths.
+// routes returns the routes of a listener, except the Kubernetes API, which handler serves before it looks at these: a
+// ServeMux would redirect some of its paths.
 func (s *Server) routes(l listener) []route {
-	rows := []route{
+	return slices.DeleteFunc([]route{
 		// Depends on nothing but the process: a restart would fix nothing else.
-		{method: "GET", path: agentapi.HealthPath, ops: true, handler: always(map[string]string{"status": "ok"})},
-		{method: "GET", path: agentapi.ReadyPath, ops: true, handler: s.getReady(l)},
-		{method: "GET", path: agentapi.VersionPath, ops: true, handler: always(version.Get())},
-		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
-		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.postHeartbeat},
-		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.postMessage},
-		{method: "POST", path: commandPattern, bearer: true, handler: s.postCommand},
-		{method: "GET", path: "/openapi.yaml", handler: getOpenAPI},
-		{method: "GET", path: "/metrics", ops: true, bearer: true, handler: s.metrics.handler.ServeHTTP},
-	}
-	if l == operations {
-		rows = append(rows, route{method: "GET", path: agentapi.ActivityPath, ops: true, handler: s.getActivity})
-	}
-	return rows
+		{method: "GET", path: agentapi.HealthPath, on: both, handler: always(map[string]string{"status": "ok"})},
+		{method: "GET", path: agentapi.ReadyPath, on: both, handler: s.getReady(l)},
+		{method: "GET", path: agentapi.VersionPath, on: both, handler: always(version.Get())},
+		{method: "GET", path: "/api/agent/status", on: tunnel, bearer: true, handler: s.getStatus},
+		{method: "POST", path: "/api/agent/heartbeat", on: tunnel, bearer: true, handler: s.postHeartbeat},
+		{method: "POST", path: "/api/control-plane/message", on: tunnel, bearer: true, handler: s.postMessage},
+		{method: "POST", path: commandPattern, on: tunnel, bearer: true, handler: s.postCommand},
+		{method: "GET", path: "/openapi.yaml", on: tunnel, handler: getOpenAPI},
+		{method: "GET", path: "/metrics", on: both, bearer: true, handler: s.metrics.handler.ServeHTTP},
+		{method: "GET", path: agentapi.ActivityPath, on: operations, handler: s.getActivity},
+	}, func(r route) bool { return r.on != l && r.on != both })
 }
 
 // getActivity answers GET /activity: bootstrap restarts frpc when no request runs.
@@ -72,9 +71,6 @@ const commandPattern = "/api/runners/{runner_id}/command"
 func (s *Server) handler(l listener) http.Handler {
 	mux := http.NewServeMux()
 	for _, r := range s.routes(l) {
-		if l == operations && !r.ops {
-			continue
-		}
 		handler := r.handler
 		if r.bearer && l == tunnel {
 			handler = s.protect(handler, r.path != commandPattern)
@@ -124,7 +120,7 @@ func notFound(l listener) http.HandlerFunc {
 
 // kubernetes answers requests below kube.Prefix.
 func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
-	sc := scopeOf(r)
+	sc := scopeOf(w)
 	s.kube.Serve(w, r, &sc.description, sc.body, func(bytes int64, optional bool) bool {
 		return s.gate.reserve(sc, bytes, optional)
 	})
@@ -132,7 +128,7 @@ func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 
 // postCommand answers POST /api/runners/{runner_id}/command.
 func (s *Server) postCommand(w http.ResponseWriter, r *http.Request) {
-	sc := scopeOf(r)
+	sc := scopeOf(w)
 	sc.streams = true
 	defer func() { s.metrics.commands.WithLabelValues(strconv.Itoa(sc.status())).Inc() }()
 	s.runners.Relay(w, r, r.PathValue("runner_id"), sc.body)

@@ -3,7 +3,6 @@ package server
 import (
 	"bufio"
 	"cmp"
-	"context"
 	"crypto/rand"
 	"io"
 	"log/slog"
@@ -45,12 +44,10 @@ type scope struct {
 	blocked atomic.Int64 // since when a write has been waiting, in Unix nanoseconds; 0: none is
 }
 
-type scopeKey struct{}
+// scopeOf returns the scope of the request that w answers. It panics for one that observe has not seen.
+func scopeOf(w http.ResponseWriter) *scope { return w.(*scope) }
 
-// scopeOf returns a request's scope. It panics for a request that observe has not seen.
-func scopeOf(r *http.Request) *scope { return r.Context().Value(scopeKey{}).(*scope) }
-
-// observe puts a scope with an id into the context of every request, and counts and logs the answers.
+// observe gives every request a scope with an id, and counts and logs its answer.
 func (s *Server) observe(l listener, next http.Handler) http.Handler {
 	inFlight := s.metrics.inFlight.WithLabelValues(string(l))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -68,7 +65,7 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 		}
 		// A copy: net/http looks at its own request's body to see whether the caller still sends, and then closes the
 		// connection gently, so that the answer is not lost.
-		r = r.WithContext(context.WithValue(r.Context(), scopeKey{}, sc))
+		r = r.WithContext(r.Context())
 		r.Header.Set("X-Request-Id", sc.requestID)
 		if r.Body != http.NoBody {
 			sc.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
