@@ -26,7 +26,6 @@ import (
 	"github.com/pipeops/vm-agent/proxy/server"
 )
 
-// Exit codes.
 const (
 	exitOK     = 0
 	exitFailed = 1

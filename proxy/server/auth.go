@@ -23,8 +23,7 @@ import (
 )
 
 const (
-	// tokenInterval is how often the token's file is read.
-	tokenInterval = 2 * time.Second
+	tokenInterval = 2 * time.Second // between two readings of the token's file
 	// Within failureWindow a caller may fail maxFailures times before it gets 429. At most maxCallers are told apart.
 	failureWindow = time.Minute
 	maxFailures   = 20

@@ -42,14 +42,14 @@ func newGate(l *limits, refused func(limit string), log *slog.Logger) *gate {
 }
 
 // enter admits a request whose headers use so many bytes of memory, and returns why not, or "": then leave must follow.
-// Once the gate is closed, it admits only requests with whileDraining.
+// One caller has at most three quarters of all requests. Once the gate is closed, enter admits only whileDraining.
 func (g *gate) enter(sc *scope, headers int64, whileDraining bool) (refusal string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed.Load() && !whileDraining {
 		return shuttingDown
 	}
-	if g.callers[sc.caller].requests >= g.limits.caller {
+	if g.callers[sc.caller].requests >= g.limits.requests*3/4 {
 		g.refused("caller")
 		return "too many requests of this caller are being answered: try again"
 	}
@@ -96,7 +96,6 @@ func (g *gate) take(sc *scope, bytes int64, optional bool) bool {
 	return true
 }
 
-// leave takes a request out of the counts.
 func (g *gate) leave(sc *scope) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

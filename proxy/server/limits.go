@@ -6,7 +6,6 @@ type limits struct {
 	headerMemory   int64 // bytes for headers until their request is authenticated, for each listener
 	requestMemory  int64 // bytes for headers and small bodies of authenticated requests
 	requests       int   // authenticated requests for the API server or a runner, streams included
-	caller         int   // of these, from one caller's address
 	stalledCalls   int   // of these, calls whose caller neither reads nor sends
 	stalledReads   int   // of these, calls whose caller does not read
 	stalledStreams int   // and watches, logs and upgrades
@@ -24,10 +23,9 @@ const (
 // newLimits returns limits that fit memory, in bytes, with what the proxy itself needs.
 func newLimits(memory int64) *limits {
 	memory = max(memory-baseMemory, memory/4)
-	requests := int(memory / (160 << 10))
 	return &limits{
 		connections: int(memory / (100 << 10)), headerMemory: memory / 8, requestMemory: memory / 5,
-		requests: requests, caller: requests * 3 / 4,
+		requests:       int(memory / (160 << 10)),
 		stalledCalls:   16,
 		stalledReads:   2, // an answer of 10 MB holds 100 of the 245 seats that the API server has for the agent
 		stalledStreams: int(memory / 8 / stalledMemory),

@@ -78,7 +78,7 @@ func silent(w http.ResponseWriter, r *http.Request) {
 }
 
 func TestRequestsInFlightAreLimited(t *testing.T) {
-	s := withLimits(t, func(l *limits) { l.requests, l.caller = 3, 2 }, silent)
+	s := withLimits(t, func(l *limits) { l.requests = 3 }, silent)
 	addr := listening(t, s)
 	watch := func(from string, want int) net.Conn {
 		t.Helper()
@@ -558,7 +558,7 @@ func TestLimitsFitTheMemory(t *testing.T) {
 		if sum > memory*5/4 {
 			t.Errorf("%d MiB: the limits allow %d MiB", memory>>20, sum>>20)
 		}
-		if l.requests < 1 || l.requests >= l.connections || l.caller >= l.requests {
+		if l.requests < 1 || l.requests >= l.connections {
 			t.Errorf("%d MiB: %+v", memory>>20, l)
 		}
 	}

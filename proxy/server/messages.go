@@ -33,7 +33,6 @@ type message struct {
 	Data      json.RawMessage `json:"data"`
 }
 
-// postMessage answers POST /api/control-plane/message.
 func (s *Server) postMessage(w http.ResponseWriter, r *http.Request) {
 	if !s.gate.reserve(scopeOf(w), maxMessage, false) {
 		fail(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)

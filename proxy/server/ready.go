@@ -30,7 +30,6 @@ const (
 	loginAge = 15 * time.Second
 )
 
-// addChecks adds the checks of /ready.
 func (s *Server) addChecks(api *kube.Client) {
 	s.tunnel = &tunnelCheck{config: s.config, metrics: s.metrics}
 	if lease, err := frpc.ReadLease(s.config.RunDir); err == nil {
@@ -61,7 +60,6 @@ type check struct {
 	last    atomic.Pointer[result]
 }
 
-// result is what a check has found.
 type result struct {
 	at  time.Time
 	err error
@@ -317,7 +315,7 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 // getStatus answers GET /api/agent/status. What cannot be read is null, with a reason.
 func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
-	_ = s.checks["tunnel"].refresh(r.Context()) // the error is in the status
+	_ = s.checks[agentapi.CheckTunnel].refresh(r.Context()) // the error is in the status
 	answer.WriteJSON(w, http.StatusOK, status{
 		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
 		Tunnel: s.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),

@@ -67,7 +67,6 @@ func (s *Server) getActivity(w http.ResponseWriter, _ *http.Request) {
 
 const commandPattern = "/api/runners/{runner_id}/command"
 
-// handler serves one listener.
 func (s *Server) handler(l listener) http.Handler {
 	mux := http.NewServeMux()
 	for _, r := range s.routes(l) {
@@ -118,7 +117,6 @@ func notFound(l listener) http.HandlerFunc {
 	}
 }
 
-// kubernetes answers requests below kube.Prefix.
 func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(w)
 	s.kube.Serve(w, r, &sc.description, sc.body, func(bytes int64, optional bool) bool {
@@ -126,7 +124,6 @@ func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// postCommand answers POST /api/runners/{runner_id}/command.
 func (s *Server) postCommand(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(w)
 	sc.streams = true
@@ -137,7 +134,6 @@ func (s *Server) postCommand(w http.ResponseWriter, r *http.Request) {
 // isKubernetes reports whether handler has found that the request is for the Kubernetes API.
 func isKubernetes(r *http.Request) bool { return r.Pattern == kube.Prefix+"/" }
 
-// always returns a handler that answers with body.
 func always(body any) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) { answer.WriteJSON(w, http.StatusOK, body) }
 }

@@ -238,7 +238,6 @@ func (s *scope) FlushError() error {
 	return http.NewResponseController(s.ResponseWriter).Flush()
 }
 
-// Hijack takes over the connection for an upgrade.
 func (s *scope) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, buffer, err := http.NewResponseController(s.ResponseWriter).Hijack()
 	if err != nil {

@@ -87,11 +87,6 @@ func (s *Server) Run(ctx context.Context) error {
 	defer cut(nil)
 	proxy := s.config.Proxy
 	var servers []*http.Server
-	defer func() {
-		for _, server := range servers {
-			_ = server.Close()
-		}
-	}()
 	failed := make(chan error, 2)
 	for _, l := range []struct {
 		listener
@@ -108,6 +103,7 @@ func (s *Server) Run(ctx context.Context) error {
 		server := newHTTPServer(requests, l.listener, s.handler(l.listener), s.log)
 		server.ConnState = bounded.ConnState
 		servers = append(servers, server)
+		defer func() { _ = server.Close() }()
 		go func() {
 			if err := server.Serve(bounded); !errors.Is(err, http.ErrServerClosed) {
 				failed <- fmt.Errorf("%s: %w", l.key, err)
