@@ -25,7 +25,6 @@ import (
 	"github.com/pipeops/vm-agent/proxy/server"
 )
 
-// Exit codes.
 const (
 	exitOK     = 0
 	exitFailed = 1
@@ -77,19 +76,18 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	configPath := flags.String("config", "", "YAML configuration `file` (default "+config.DefaultPath+", if it exists)")
 	showVersion := flags.Bool("version", false, "print the version as JSON and exit")
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return exitOK
-	} else if err != nil {
-		return exitUsage
-	}
 	complain := func(err error) int {
 		_, _ = fmt.Fprintln(stderr, "proxy:", err)
 		return exitUsage
 	}
-	if flags.NArg() > 0 {
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		return exitOK
+	case err != nil:
+		return exitUsage
+	case flags.NArg() > 0:
 		return complain(fmt.Errorf("unknown argument %q: see proxy --help", flags.Arg(0)))
-	}
-	if *showVersion {
+	case *showVersion:
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
 	}
@@ -133,11 +131,8 @@ func changeLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar) {
 	}
 }
 
-// defaultMemory is the memory in bytes that the limits are computed from where nothing limits the proxy's.
-const defaultMemory = 1 << 30
-
 // limitMemory returns how many bytes of memory the proxy may use: GOMEMLIMIT if it is set, else four fifths of the
-// container's limit, which it sets as Go's memory limit.
+// container's limit, which it sets as Go's memory limit, else 1 GiB.
 func limitMemory() int64 {
 	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
 		return limit
@@ -149,5 +144,5 @@ func limitMemory() int64 {
 			return limit / 5 * 4
 		}
 	}
-	return defaultMemory
+	return 1 << 30
 }

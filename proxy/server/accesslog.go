@@ -11,27 +11,25 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// answered counts and logs a request. It must be deferred: it records a panic of the handler, and panics again.
+// answered counts and logs a request, without its query, headers and body, and without its path below the Kubernetes
+// API: objects' names may be secret. It must be deferred: it records a panic of the handler, and panics again.
 func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	sc.conn.Answered()
 	code := sc.status()
 	if p := recover(); p != nil {
 		if p != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
-			code = http.StatusInternalServerError // ReverseProxy drops a connection by ErrAbortHandler; others are bugs
+			code = http.StatusInternalServerError // a bug; ReverseProxy drops connections by ErrAbortHandler
 		}
 		defer panic(p)
 	}
-	s.metrics.requests.WithLabelValues(routeLabel(r), methodLabel(r.Method), codeLabel(code)).Inc()
+	route, method := routeLabel(r), orOther(r.Method, slices.Contains(kube.Methods, r.Method))
+	codeLabel := orOther(strconv.Itoa(code), http.StatusText(code) != "" || code == callerLeft)
+	s.metrics.requests.WithLabelValues(route, method, codeLabel).Inc()
 	if verb := sc.description.Verb; verb != "" {
 		s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Dec()
-		s.metrics.kube.WithLabelValues(verb, codeLabel(code), sc.lane()).Inc()
+		s.metrics.kube.WithLabelValues(verb, codeLabel, sc.lane()).Inc()
 	}
-	s.logRequest(sc, r, l, code)
-}
 
-// logRequest logs a request without its query, headers and body, and without its path below the Kubernetes API:
-// objects' names may be secret.
-func (s *Server) logRequest(sc *scope, r *http.Request, l listener, code int) {
 	level := slog.LevelInfo
 	if l == operations || !sc.authenticated { // probes and scrapes; and callers who could fill the log
 		level = slog.LevelDebug
@@ -45,8 +43,8 @@ func (s *Server) logRequest(sc *scope, r *http.Request, l listener, code int) {
 	}
 	d := &sc.description
 	attrs := []slog.Attr{
-		slog.String("request_id", sc.requestID), slog.String("method", methodLabel(r.Method)),
-		slog.String("route", routeLabel(r)), slog.Int("status", code), slog.Int64("bytes", sc.bytes),
+		slog.String("request_id", sc.requestID), slog.String("method", method),
+		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", sc.bytes),
 		slog.Int64("duration_us", time.Since(sc.start).Microseconds()), slog.String("caller", sc.caller),
 		slog.String("forwarded_for", from), slog.String("verb", d.Verb), slog.String("group", d.Group),
 		slog.String("resource", d.Resource), slog.String("subresource", d.Subresource),
@@ -55,27 +53,18 @@ func (s *Server) logRequest(sc *scope, r *http.Request, l listener, code int) {
 	s.log.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-// codeLabel limits the labels to codes of HTTP: a backend may send others.
-func codeLabel(code int) string {
-	if http.StatusText(code) == "" && code != callerLeft {
-		return "other"
+// orOther returns a known value of a label, else "other": callers and backends may send any.
+func orOther(value string, known bool) string {
+	if known {
+		return value
 	}
-	return strconv.Itoa(code)
+	return "other"
 }
 
 // routeLabel returns the path of the request's route, "none" if it has none; never the caller's path.
 func routeLabel(r *http.Request) string {
-	slash := strings.IndexByte(r.Pattern, '/')
-	if slash < 0 || r.Pattern == "/" {
-		return "none"
+	if _, path, _ := strings.Cut(r.Pattern, "/"); path != "" {
+		return "/" + path
 	}
-	return r.Pattern[slash:]
-}
-
-// methodLabel limits the labels to methods of the Kubernetes API: a caller may send others.
-func methodLabel(method string) string {
-	if slices.Contains(kube.Methods, method) {
-		return method
-	}
-	return "other"
+	return "none"
 }

@@ -23,8 +23,7 @@ import (
 )
 
 const (
-	// tokenInterval is how often the token's file is read.
-	tokenInterval = 2 * time.Second
+	tokenInterval = 2 * time.Second // between two readings of the token's file
 	// Within failureWindow a caller may fail maxFailures times before it gets 429. At most maxCallers are told apart.
 	failureWindow = time.Minute
 	maxFailures   = 20
@@ -37,37 +36,35 @@ type authenticator struct {
 	log      *slog.Logger
 	overlap  time.Duration // how long the previous token stays valid, so that callers can change theirs later
 
-	mu       sync.Mutex
-	current  [sha256.Size]byte
-	empty    bool // there is no token: all callers are refused
-	previous [sha256.Size]byte
-	until    time.Time // previous is valid until then
+	mu                sync.Mutex
+	current, previous [sha256.Size]byte
+	until             time.Time // previous is valid until then
 
 	window  time.Time      // when the counting of callers' failures began
 	callers map[string]int // failures by address
 }
 
+// noToken is current while there is no token: all callers are refused.
+var noToken = sha256.Sum256(nil)
+
 func newAuthenticator(token secret.Secret, overlap time.Duration, m *metrics, log *slog.Logger) *authenticator {
-	return &authenticator{
-		failures: m.authFailures, log: log, overlap: overlap,
-		current: sha256.Sum256([]byte(token.Reveal())), empty: token == "",
-	}
+	current := sha256.Sum256([]byte(token.Reveal()))
+	return &authenticator{failures: m.authFailures, log: log, overlap: overlap, current: current}
 }
 
-// follow reads the token every tokenInterval until ctx ends, and not on a request: else a replaced token would be valid
-// until its own next use. If reading fails the token stays; if there is none any more, all callers are refused.
+// follow reads the token every tokenInterval until ctx ends, and not when a request comes: the overlap counts from the
+// change. If reading fails the token stays as it was; if there is none any more, all callers are refused.
 func (a *authenticator) follow(ctx context.Context, read func() (secret.Secret, error)) {
 	failing := false
 	wait.UntilWithContext(ctx, func(context.Context) {
 		token, err := read()
-		if errors.Is(err, config.ErrNoSecret) {
-			token, err = "", nil
-		}
-		if err != nil && !failing {
-			a.log.Warn("reading the agent token failed: keeping the previous one", "error", err)
-		}
-		if failing = err != nil; !failing {
+		switch {
+		case err == nil || errors.Is(err, config.ErrNoSecret): // then token is empty
 			a.setToken(token)
+			failing = false
+		case !failing:
+			a.log.Warn("reading the agent token failed: keeping the previous one", "error", err)
+			failing = true
 		}
 	}, tokenInterval)
 }
@@ -77,19 +74,18 @@ func (a *authenticator) setToken(token secret.Secret) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	hash := sha256.Sum256([]byte(token.Reveal()))
-	switch {
-	case hash == a.current:
-	case token == "":
-		a.current, a.empty, a.until = hash, true, time.Time{}
-		a.log.Warn("agent token missing: refusing all callers")
-	default:
-		a.previous, a.until = a.current, time.Now().Add(a.overlap)
-		if a.empty { // there was none before
-			a.until = time.Time{}
-		}
-		a.current, a.empty = hash, false
-		a.log.Info("agent token changed", "previous_valid_until", a.until.UTC())
+	if hash == a.current {
+		return
 	}
+	a.previous, a.current, a.until = a.current, hash, time.Time{}
+	if hash == noToken {
+		a.log.Warn("agent token missing: refusing all callers")
+		return
+	}
+	if a.previous != noToken {
+		a.until = time.Now().Add(a.overlap)
+	}
+	a.log.Info("agent token changed", "previous_valid_until", a.until.UTC())
 }
 
 // refusal is why a request's credential is refused.
@@ -98,7 +94,8 @@ type refusal struct {
 	why    string // for the caller
 }
 
-// check returns nil for the agent's token. Comparing hashes in constant time does not even reveal a length.
+// check returns nil for a request with the agent's token. It compares hashes in constant time, so that neither the
+// token nor its length can be measured.
 func (a *authenticator) check(r *http.Request) *refusal {
 	values := r.Header["Authorization"]
 	if len(values) == 0 {
@@ -114,7 +111,7 @@ func (a *authenticator) check(r *http.Request) *refusal {
 	hash := sha256.Sum256([]byte(strings.TrimLeft(token, " ")))
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.empty {
+	if a.current == noToken {
 		return &refusal{"unconfigured", "the agent has no token configured and refuses all callers: set agent.token"}
 	}
 	current := subtle.ConstantTimeCompare(hash[:], a.current[:])
@@ -125,9 +122,8 @@ func (a *authenticator) check(r *http.Request) *refusal {
 	return &refusal{"token", "the bearer token is not this agent's token: check the token in the kubeconfig or client"}
 }
 
-// recordFailure counts a refusal, and logs the first of each caller in a window. It returns how long the caller must
-// wait, 0 if it may try again at once. Only wrong tokens have to wait: many callers share the address of their gateway,
-// and one of them must not lock out the others.
+// recordFailure counts a refusal, and logs the first of each caller in a window. It returns how long the caller's wrong
+// tokens must wait, else 0. Right ones never do: many callers share the address of their gateway.
 func (a *authenticator) recordFailure(caller string, refused *refusal) time.Duration {
 	a.failures.WithLabelValues(refused.reason).Inc()
 	a.mu.Lock()
@@ -148,7 +144,8 @@ func (a *authenticator) recordFailure(caller string, refused *refusal) time.Dura
 	return 0
 }
 
-// fail answers with a metav1.Status below the Kubernetes API, else a problem. retryAfter is in seconds; 0 sends none.
+// fail answers an error in the form that the caller of r expects: kubectl prints a metav1.Status. retryAfter is in
+// seconds; 0 sends none.
 func fail(w http.ResponseWriter, r *http.Request, code int, why string, retryAfter int32) {
 	if isKubernetes(r) {
 		if why != shuttingDown {
@@ -174,7 +171,8 @@ func (s *Server) throttle(w http.ResponseWriter, r *http.Request, refused *refus
 	return wait > 0
 }
 
-// protect calls next for requests with the agent's token that the gate admits; during the drain only if whileDraining.
+// protect returns a handler that calls next for requests with the agent's token that the gate admits. While the agent
+// drains, it admits them only if whileDraining.
 func (s *Server) protect(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if refused := s.auth.check(r); refused != nil {

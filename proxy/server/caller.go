@@ -9,8 +9,8 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// caller returns the caller's address. For tunnels of type https and tcp, frpc sends it in a PROXY header. For type
-// http, frps appends it to the caller's own X-Forwarded-For, so the last one can be trusted.
+// caller returns the address of the request's sender: that of frpc's PROXY header, which tunnels of type https and tcp
+// have, or the last of X-Forwarded-For, which can be trusted because frps appends it.
 func caller(r *http.Request) string {
 	if !inbound.From(r.Context()).Proxied() {
 		if from := forwardedFor(r); from != "" {

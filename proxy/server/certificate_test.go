@@ -61,18 +61,18 @@ func writeCertificate(t *testing.T, dir string, serial int64) *x509.Certificate 
 // TestTunnelListenerServesTLSAndPlainHTTP: the first byte decides. New connections get a new certificate, and open ones
 // continue.
 func TestTunnelListenerServesTLSAndPlainHTTP(t *testing.T) {
-	dir := t.TempDir()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	quiet := slog.New(slog.DiscardHandler)
 	s, _, _ := newTest(t, token)
+	dir := s.config.RunDir
 	server := newHTTPServer(t.Context(), tunnel, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		_, _ = io.WriteString(w, r.Proto+" "+string(body))
 	}), quiet)
-	go func() { _ = server.Serve(s.bound(tunnel, listener.(*net.TCPListener), dir)) }()
+	go func() { _ = server.Serve(s.bound(tunnel, listener.(*net.TCPListener))) }()
 	t.Cleanup(func() { _ = server.Close() })
 
 	caller := func(trusted *x509.Certificate) *http.Client {

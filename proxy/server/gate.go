@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -13,7 +14,7 @@ const shuttingDown = "this instance of the agent is shutting down: try again, th
 
 // gate admits authenticated requests within the limits, and ends stalled ones. Safe for concurrent use.
 type gate struct {
-	limits  limits
+	limits  *limits
 	refused func(limit string) // counts a refusal
 	log     *slog.Logger
 
@@ -21,18 +22,18 @@ type gate struct {
 	running map[*scope]struct{}
 	memory  int64            // bytes that they have reserved
 	callers map[string]usage // by caller's address
-	closed  bool
-	empty   chan struct{} // is closed once the gate is closed and no request runs
+	closed  atomic.Bool      // set while mu is held
+	empty   chan struct{}    // is closed once the gate is closed and no request runs
 	drained sync.Once
 }
 
-// usage is how much of the limits one caller uses.
+// usage is how much of the limits is in use, by one caller or all.
 type usage struct {
 	requests int
 	memory   int64 // bytes
 }
 
-func newGate(l limits, refused func(limit string), log *slog.Logger) *gate {
+func newGate(l *limits, refused func(limit string), log *slog.Logger) *gate {
 	return &gate{
 		limits: l, refused: refused, log: log,
 		running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),
@@ -40,14 +41,14 @@ func newGate(l limits, refused func(limit string), log *slog.Logger) *gate {
 }
 
 // enter admits a request whose headers use so many bytes of memory, and returns why not, or "": then leave must follow.
-// Once the gate is closed, it admits only requests with whileDraining.
+// One caller has at most three quarters of all requests. Once the gate is closed, enter admits only whileDraining.
 func (g *gate) enter(sc *scope, headers int64, whileDraining bool) (refusal string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed && !whileDraining {
+	if g.closed.Load() && !whileDraining {
 		return shuttingDown
 	}
-	if g.callers[sc.caller].requests >= g.limits.caller {
+	if g.callers[sc.caller].requests >= g.limits.requests*3/4 {
 		g.refused("caller")
 		return "too many requests of this caller are being answered: try again"
 	}
@@ -94,7 +95,6 @@ func (g *gate) take(sc *scope, bytes int64, optional bool) bool {
 	return true
 }
 
-// leave takes a request out of the counts.
 func (g *gate) leave(sc *scope) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -107,22 +107,21 @@ func (g *gate) leave(sc *scope) {
 func (g *gate) close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.closed = true
+	g.closed.Store(true)
 	g.closeEmpty()
 }
 
 // closeEmpty closes empty, once, when no request runs any more. g.mu is held.
 func (g *gate) closeEmpty() {
-	if g.closed && len(g.running) == 0 {
+	if g.closed.Load() && len(g.running) == 0 {
 		g.drained.Do(func() { close(g.empty) })
 	}
 }
 
-// state returns the requests that run, the bytes that they have reserved, and whether the gate is closed.
-func (g *gate) state() (running int, memory int64, closed bool) {
+func (g *gate) inUse() usage {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return len(g.running), g.memory, g.closed
+	return usage{len(g.running), g.memory}
 }
 
 const (
@@ -166,10 +165,9 @@ func (g *gate) stalled(now time.Time, of func(*scope) bool) []*scope {
 // end ends the first n requests. g.mu is held.
 func (g *gate) end(requests []*scope, n int, limit string) {
 	for _, sc := range requests[:min(max(n, 0), len(requests))] {
-		if !sc.abort() {
-			continue
+		if sc.abort() {
+			g.refused(limit)
+			g.log.Warn("ended a stalled request", "request_id", sc.requestID, "caller", sc.caller, "limit", limit)
 		}
-		g.refused(limit)
-		g.log.Warn("ended a stalled request", "request_id", sc.requestID, "caller", sc.caller, "limit", limit)
 	}
 }

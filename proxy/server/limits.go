@@ -1,18 +1,11 @@
 package server
 
-import (
-	"net"
-
-	"github.com/pipeops/vm-agent/proxy/inbound"
-)
-
 // limits bound what callers can make the proxy hold. README.md has the table with the reasons.
 type limits struct {
 	connections    int   // open on the tunnel listener; on the operations listener opsConnections
 	headerMemory   int64 // bytes for headers until their request is authenticated, for each listener
 	requestMemory  int64 // bytes for headers and small bodies of authenticated requests
 	requests       int   // authenticated requests for the API server or a runner, streams included
-	caller         int   // of these, from one caller's address
 	stalledCalls   int   // of these, calls whose caller neither reads nor sends
 	stalledReads   int   // of these, calls whose caller does not read
 	stalledStreams int   // and watches, logs and upgrades
@@ -28,37 +21,13 @@ const (
 )
 
 // newLimits returns limits that fit memory, in bytes, with what the proxy itself needs.
-func newLimits(memory int64) limits {
+func newLimits(memory int64) *limits {
 	memory = max(memory-baseMemory, memory/4)
-	requests := int(memory / (160 << 10))
-	return limits{
+	return &limits{
 		connections: int(memory / (100 << 10)), headerMemory: memory / 8, requestMemory: memory / 5,
-		requests: requests, caller: requests * 3 / 4,
+		requests:       int(memory / (160 << 10)),
 		stalledCalls:   16,
 		stalledReads:   2, // an answer of 10 MB holds 100 of the 245 seats that the API server has for the agent
 		stalledStreams: int(memory / 8 / stalledMemory),
 	}
-}
-
-// bound returns a listener on socket that keeps to its limits, and shows them as metrics.
-func (s *Server) bound(l listener, socket *net.TCPListener, runDir string) *inbound.Listener {
-	config := inbound.Config{
-		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
-		TLS: newTLSConfig(runDir, s.log),
-		Closed: func(limit string, caller net.Addr, err error) {
-			s.metrics.refused.WithLabelValues(limit).Inc()
-			s.log.Debug("connection closed", "listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
-		},
-	}
-	prefix := ""
-	if l == operations {
-		config.Connections, config.HeaderMemory, config.TLS = opsConnections, s.limits.headerMemory/4, nil
-		prefix = "operations_"
-	}
-	bounded := inbound.New(socket, config)
-	connections := func() int64 { n, _ := bounded.InUse(); return n }
-	headers := func() int64 { _, n := bounded.InUse(); return n }
-	s.metrics.limit(prefix+"connections", int64(config.Connections), connections)
-	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, headers)
-	return bounded
 }

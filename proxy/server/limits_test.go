@@ -24,7 +24,7 @@ func listening(t *testing.T, s *Server) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bounded := s.bound(tunnel, socket.(*net.TCPListener), t.TempDir())
+	bounded := s.bound(tunnel, socket.(*net.TCPListener))
 	server := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), slog.New(slog.DiscardHandler))
 	server.ConnState = bounded.ConnState
 	go func() { _ = server.Serve(bounded) }()
@@ -42,10 +42,10 @@ func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *Serve
 		upstream.CloseClientConnections()
 		upstream.Close()
 	})
-	l := newLimits(defaultMemory)
-	change(&l)
 	config := &rest.Config{Host: upstream.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
-	return serverWithin(t, config, token, l, slog.New(slog.DiscardHandler))
+	s := serverBefore(t, config, token, slog.New(slog.DiscardHandler))
+	change(s.limits)
+	return s
 }
 
 func refused(s *Server, limit string) float64 {
@@ -75,7 +75,7 @@ func silent(w http.ResponseWriter, r *http.Request) {
 }
 
 func TestRequestsInFlightAreLimited(t *testing.T) {
-	s := withLimits(t, func(l *limits) { l.requests, l.caller = 3, 2 }, silent)
+	s := withLimits(t, func(l *limits) { l.requests = 3 }, silent)
 	addr := listening(t, s)
 	watch := func(from string, want int) net.Conn {
 		t.Helper()
@@ -105,10 +105,7 @@ func TestRequestsInFlightAreLimited(t *testing.T) {
 	watch("192.0.2.3", http.StatusOK)
 }
 
-func inUse(s *Server) int {
-	n, _, _ := s.gate.state()
-	return n
-}
+func inUse(s *Server) int { return s.gate.inUse().requests }
 
 // eventually waits up to 10 s until a condition holds.
 func eventually(t *testing.T, holds func() bool) {
@@ -384,13 +381,10 @@ func TestLimitsFitTheMemory(t *testing.T) {
 		if sum > memory*5/4 {
 			t.Errorf("%d MiB: the limits allow %d MiB", memory>>20, sum>>20)
 		}
-		if l.requests < 1 || l.requests >= l.connections || l.caller >= l.requests {
+		if l.requests < 1 || l.requests >= l.connections {
 			t.Errorf("%d MiB: %+v", memory>>20, l)
 		}
 	}
 }
 
-func memoryInUse(s *Server) int64 {
-	_, n, _ := s.gate.state()
-	return n
-}
+func memoryInUse(s *Server) int64 { return s.gate.inUse().memory }

@@ -20,11 +20,10 @@ import (
 	"github.com/pipeops/vm-agent/proxy/runners"
 )
 
-// maxMessage is the size of a message in bytes.
-const maxMessage = 64 << 10
-
-// messageTime is how long all of a message may take to arrive, as its headers may.
-const messageTime = headerTime
+const (
+	maxMessage  = 64 << 10   // bytes
+	messageTime = headerTime // for all of a message to arrive
+)
 
 // message is what the control plane tells the agent to do.
 type message struct {
@@ -34,22 +33,20 @@ type message struct {
 	Data      json.RawMessage `json:"data"`
 }
 
-// postMessage answers POST /api/control-plane/message.
 func (s *Server) postMessage(w http.ResponseWriter, r *http.Request) {
 	if !s.gate.reserve(scopeOf(r), maxMessage, false) {
 		fail(w, r, http.StatusTooManyRequests, "too many requests are being answered: try again", 1)
 		return
 	}
-	body, ok := readJSON(w, r, maxMessage)
-	if !ok {
+	body := readMessage(w, r)
+	if body == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), runners.RegistryTimeout)
 	defer cancel()
 	m, duplicate, err := s.apply(ctx, body)
-	var invalid answer.InvalidError
-	switch {
-	case errors.As(err, &invalid):
+	switch invalid, ok := errors.AsType[answer.InvalidError](err); {
+	case ok:
 		answer.WriteProblem(w, http.StatusUnprocessableEntity, invalid.Error())
 	case err != nil:
 		runners.WriteError(ctx, w, err)
@@ -92,19 +89,18 @@ func (s *Server) apply(ctx context.Context, body []byte) (m message, duplicate b
 	return m, duplicate, err
 }
 
-// readJSON reads a JSON body of at most limit bytes. It returns false after it has answered with an error.
-func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool) {
+// readMessage reads a body in JSON. It returns nil after it has answered with an error.
+func readMessage(w http.ResponseWriter, r *http.Request) []byte {
 	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || mediaType != "application/json" {
 		answer.WriteProblem(w, http.StatusUnsupportedMediaType, "send the body as Content-Type: application/json")
-		return nil, false
+		return nil
 	}
 	scopeOf(r).body.Within(messageTime)
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
-	var tooLarge *http.MaxBytesError
-	switch {
-	case errors.As(err, &tooLarge):
-		answer.WriteProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", limit))
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessage))
+	switch _, tooLarge := errors.AsType[*http.MaxBytesError](err); {
+	case tooLarge:
+		answer.WriteProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", maxMessage))
 	case err != nil:
 		answer.WriteBodyError(w, err, messageTime)
 	case len(body) == 0:
@@ -113,19 +109,19 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, bool
 		answer.WriteProblem(w, http.StatusBadRequest, "the body is not UTF-8")
 	default:
 		if err = json.Unmarshal(body, new(json.RawMessage)); err == nil {
-			return body, true
+			return body
 		}
 		answer.WriteProblem(w, http.StatusBadRequest, "the body is not valid JSON: "+err.Error())
 	}
-	return nil, false
+	return nil
 }
 
 // decodeStrict decodes a field, or a message if that is "", without unknown or duplicate fields. Errors hold no values.
 func decodeStrict(field string, data []byte, into any) error {
 	strict, err := strictjson.UnmarshalStrict(data, into)
-	var wrongType *json.UnmarshalTypeError
-	switch name := cmp.Or(field, "the message"); {
-	case errors.As(err, &wrongType) && wrongType.Type.Kind() == reflect.String:
+	name := cmp.Or(field, "the message")
+	switch wrongType, ok := errors.AsType[*json.UnmarshalTypeError](err); {
+	case ok && wrongType.Type.Kind() == reflect.String:
 		inner := wrongType.Field[strings.LastIndexByte(wrongType.Field, '.')+1:] // without the names of Go's fields
 		return answer.InvalidError(strings.Trim(field+"."+inner, ".") + ": give a string")
 	case err != nil: // it is valid JSON, so it is missing or of another type

@@ -42,12 +42,8 @@ func newMetrics() *metrics {
 	gauges := func(name, help string, labels ...string) *prometheus.GaugeVec {
 		return factory.NewGaugeVec(prometheus.GaugeOpts{Name: name, Help: help}, labels)
 	}
-	counter := func(name, help string) prometheus.Counter {
-		return factory.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
-	}
-	gauge := func(name, help string) prometheus.Gauge {
-		return factory.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
-	}
+	counter := func(name, help string) prometheus.Counter { return counters(name, help).WithLabelValues() }
+	gauge := func(name, help string) prometheus.Gauge { return gauges(name, help).WithLabelValues() }
 	histogram := func(name, help string) prometheus.Histogram {
 		return factory.NewHistogram(prometheus.HistogramOpts{
 			Name: name, Help: help, Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,

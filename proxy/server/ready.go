@@ -21,48 +21,45 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// checkAge is how long the result of a check of another process is reused: frequent probes cost nothing more.
-const checkAge = time.Second
+const (
+	// checkAge is how long a check of another process is reused: frequent probes cost nothing more.
+	checkAge = time.Second
+	// statusAge is how long a summary of the cluster is reused: frequent requests cost the API server nothing more.
+	statusAge = 5 * time.Second
+	// loginAge is how long a login check is reused: when a frps restarts, all of its agents log in at once.
+	loginAge = 15 * time.Second
+)
 
-// readiness holds the checks of /ready by their names.
-type readiness struct {
-	checks map[string]*check
-	tunnel *tunnelCheck
-}
-
-func newReadiness(api *kube.Client, cfg *config.Config, g *gate, m *metrics) *readiness {
-	t := &tunnelCheck{runDir: cfg.RunDir, frp: cfg.FRP, metrics: m}
-	if lease, err := frpc.ReadLease(cfg.RunDir); err == nil {
-		t.https.Store(lease.Frpc.Tunnel.Type == "https")
+func (s *Server) addChecks(api *kube.Client) {
+	s.tunnel = &tunnelCheck{config: s.config, metrics: s.metrics}
+	if lease, err := frpc.ReadLease(s.config.RunDir); err == nil {
+		s.tunnel.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
-	r := &readiness{tunnel: t, checks: map[string]*check{
+	s.checks = map[string]*check{
 		agentapi.CheckKubernetes: {age: checkAge, run: api.CheckReady},
-		agentapi.CheckTunnel:     {age: checkAge, run: t.run, note: func() string { return t.status().LeaseProblem }},
+		agentapi.CheckTunnel:     {age: checkAge, run: s.tunnel.run},
 		agentapi.CheckShutdown: {run: func(context.Context) error {
-			if _, _, closed := g.state(); closed {
+			if s.gate.closed.Load() {
 				return errors.New("the agent is shutting down and accepts no new requests")
 			}
 			return nil
 		}},
-	}}
-	for name, c := range r.checks {
-		c.passed = m.checks.WithLabelValues(name)
 	}
-	return r
+	for name, c := range s.checks {
+		c.passed = s.metrics.checks.WithLabelValues(name)
+	}
 }
 
 // check is a condition of readiness.
 type check struct {
 	age    time.Duration // how long a result is reused
 	run    func(context.Context) error
-	note   func() string // the detail of a check that passes; may be nil
 	passed prometheus.Gauge
 
 	running sync.Mutex
 	last    atomic.Pointer[result]
 }
 
-// result is what a check has found.
 type result struct {
 	at  time.Time
 	err error
@@ -80,27 +77,15 @@ func (c *check) refresh(ctx context.Context) error {
 	defer cancel()
 	err := c.run(ctx)
 	c.last.Store(&result{time.Now(), err})
-	c.passed.Set(boolValue(err == nil))
+	c.passed.Set(boolValue[err == nil])
 	return err
 }
 
-// boolValue returns the value of a metric that says yes or no.
-func boolValue(yes bool) float64 {
-	if yes {
-		return 1
-	}
-	return 0
-}
+// boolValue is the value of a metric that says yes or no.
+var boolValue = map[bool]float64{true: 1, false: 0}
 
-// refresh refreshes all checks. Called regularly, it keeps their metrics and the tunnel's status current.
-func (r *readiness) refresh(ctx context.Context) {
-	for _, c := range r.checks {
-		_ = c.refresh(ctx)
-	}
-}
-
-// getReady answers GET /ready: with the checks that ?only= names, or all, without those that ?exclude= names. It says why
-// a check fails on the operations listener, and on the tunnel listener to callers with the agent's token.
+// getReady answers GET /ready: with the checks that ?only= names, or all, without those that ?exclude= names. It says
+// why a check fails on the operations listener, and on the tunnel listener to callers with the agent's token.
 func (s *Server) getReady(l listener) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		query, err := url.ParseQuery(r.URL.RawQuery)
@@ -110,7 +95,7 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 		}
 		only, excluded := query["only"], query["exclude"]
 		for _, name := range slices.Concat(only, excluded) {
-			if s.ready.checks[name] == nil {
+			if s.checks[name] == nil {
 				answer.WriteProblem(w, http.StatusBadRequest,
 					fmt.Sprintf("unknown check %.50q: give kubernetes, tunnel or shutdown", name))
 				return
@@ -122,7 +107,7 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 			return
 		}
 		code, ready := http.StatusOK, agentapi.Ready{Status: "ready", Checks: map[string]agentapi.Check{}}
-		for name, c := range s.ready.checks {
+		for name, c := range s.checks {
 			if len(only) > 0 && !slices.Contains(only, name) || slices.Contains(excluded, name) {
 				continue
 			}
@@ -130,15 +115,15 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 			if err != nil {
 				code, ready.Status = http.StatusServiceUnavailable, "not ready"
 			}
-			o := agentapi.Check{OK: err == nil}
+			check := agentapi.Check{OK: err == nil}
 			switch {
 			case !detailed:
 			case err != nil:
-				o.Detail = err.Error()
-			case c.note != nil:
-				o.Detail = c.note()
+				check.Detail = err.Error()
+			case name == agentapi.CheckTunnel:
+				check.Detail = s.tunnel.status().LeaseProblem
 			}
-			ready.Checks[name] = o
+			ready.Checks[name] = check
 		}
 		answer.WriteJSON(w, code, ready)
 	}
@@ -146,31 +131,30 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 
 // tunnelCheck checks the tunnel to frps, and records its state.
 type tunnelCheck struct {
-	runDir  string
-	frp     config.FRP
+	config  *config.Config
 	metrics *metrics
 
 	loginAt time.Time // of the last login check
 	login   error     // its result
 
-	https atomic.Bool // frpc's tunnel is of type https
-
-	mu       sync.Mutex
-	last     tunnelStatus
 	frpcSeen bool // frpc has answered once
 	frpcDown bool // and had ended at the last check
+
+	https atomic.Bool // frpc's tunnel is of type https
+	last  atomic.Pointer[tunnelStatus]
 }
+
+func (t *tunnelCheck) status() tunnelStatus { return *cmp.Or(t.last.Load(), &tunnelStatus{}) }
 
 // run returns why the tunnel is not connected, nil if it is. Calls must not overlap.
 func (t *tunnelCheck) run(ctx context.Context) error {
-	lease, err := frpc.ReadLease(t.runDir)
+	lease, err := frpc.ReadLease(t.config.RunDir)
 	var proxies []frpc.ProxyStatus
 	if err == nil {
-		proxies, err = lease.Frpc.Admin.Status(ctx)
-		if err == nil {
-			err = t.explain(ctx, lease, proxies)
-		} else {
+		if proxies, err = lease.Frpc.Admin.Status(ctx); err != nil {
 			err = fmt.Errorf("%w: check that the frpc container runs, and its log", err)
+		} else {
+			err = t.explain(ctx, lease, proxies)
 		}
 		if problem := leaseProblem(lease); problem != "" && err != nil {
 			err = fmt.Errorf("%w; %s", err, problem)
@@ -182,20 +166,19 @@ func (t *tunnelCheck) run(ctx context.Context) error {
 
 // record updates the status and the metrics. lease and proxies are nil if they could not be read.
 func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	last := t.status()
+	now := tunnelStatus{Connected: err == nil, Since: last.Since, FrpcRestarts: last.FrpcRestarts, Proxies: proxies}
 	if proxies != nil { // frpc answers
 		if t.frpcDown {
-			t.last.FrpcRestarts++
+			now.FrpcRestarts++
 			t.metrics.frpcRestarts.Inc()
 		}
 		t.frpcSeen, t.frpcDown = true, false
 	} else if t.frpcSeen && frpc.StateOf(nil, err) == frpc.Down {
 		t.frpcDown = true
 	}
-	now := tunnelStatus{Connected: err == nil, Since: t.last.Since, FrpcRestarts: t.last.FrpcRestarts, Proxies: proxies}
-	if now.Since == nil || now.Connected != t.last.Connected {
-		now.Since = timeOrNil(time.Now())
+	if now.Since == nil || now.Connected != last.Connected {
+		now.Since = new(time.Now().UTC())
 	}
 	if err != nil {
 		now.Detail = err.Error()
@@ -208,50 +191,39 @@ func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err 
 	failing, leaseEnd := false, 0.0
 	if lease != nil {
 		now.LeaseProblem, failing = leaseProblem(lease), lease.Renewal != nil || overdue(lease)
-		now.LeaseIssuedAt, now.LeaseExpiresAt = timeOrNil(lease.IssuedAt), timeOrNil(lease.ExpiresAt)
+		now.LeaseIssuedAt = new(lease.IssuedAt.UTC())
 		if !lease.ExpiresAt.IsZero() {
-			leaseEnd = float64(lease.ExpiresAt.Unix())
+			now.LeaseExpiresAt, leaseEnd = new(lease.ExpiresAt.UTC()), float64(lease.ExpiresAt.Unix())
 		}
 	}
-	t.last = now
-	t.metrics.tunnelUp.Set(boolValue(now.Connected))
-	t.metrics.renewalFailing.Set(boolValue(failing))
+	t.last.Store(&now)
+	t.metrics.tunnelUp.Set(boolValue[now.Connected])
+	t.metrics.renewalFailing.Set(boolValue[failing])
 	t.metrics.leaseEnd.Set(leaseEnd)
 }
 
 // leaseProblem returns why the lease is not renewed, and since when; empty if the renewal works.
 func leaseProblem(lease *frpc.Lease) string {
+	const check = ": check the bootstrap container and its log, and that the run directory is not full"
 	end := lease.ExpiresAt.Format(time.RFC3339)
 	switch expired := !lease.ExpiresAt.IsZero() && time.Now().After(lease.ExpiresAt); {
 	case lease.Renewal != nil:
 		return fmt.Sprintf("the renewal of the lease has failed since %s: %s",
 			lease.Renewal.FailingSince.Format(time.RFC3339), lease.Renewal.Error)
 	case expired:
-		return "the lease expired at " + end + ", and frps will refuse the next login: " + checkBootstrap
+		return "the lease expired at " + end + ", and frps will refuse the next login" + check
 	case overdue(lease):
-		return "the renewal of the lease is overdue, and it expires at " + end + ": " + checkBootstrap
-	default:
-		return ""
+		return "the renewal of the lease is overdue, and it expires at " + end + check
 	}
+	return ""
 }
 
-const checkBootstrap = "check the bootstrap container and its log, and that the run directory is not full"
-
-// overdue reports whether 85% of the lease's life is over; never for less than two minutes. bootstrap renews a lease
-// after 65 to 75% and records a failure in it, but cannot if it has ended or the run directory is full.
+// overdue reports whether more than 85% of a life of two minutes or more is over. bootstrap renews a lease after 65 to
+// 75% and records a failure in it, but cannot if it has ended or the run directory is full.
 func overdue(lease *frpc.Lease) bool {
 	life := lease.ExpiresAt.Sub(lease.IssuedAt) // negative for a lease without an end
 	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
 }
-
-func (t *tunnelCheck) status() tunnelStatus {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.last
-}
-
-// loginAge is how long the result of a login check is reused: checks must not double the logins after frps restarts.
-const loginAge = 15 * time.Second
 
 // explain returns nil if one of frpc's proxies is running, else why none is. To find out, it may log in to frps.
 func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus) error {
@@ -272,7 +244,91 @@ func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []
 		t.loginAt = time.Now()
 	}
 	if t.login != nil {
-		return t.frp.ExplainLogin(t.login)
+		return t.config.FRP.ExplainLogin(t.login)
 	}
 	return errors.New("frps accepts the login, but frpc has no tunnel yet: check frpc's log if it has none after 20 s")
+}
+
+// status is the answer of GET /api/agent/status.
+type status struct {
+	Agent        agentStatus        `json:"agent"`
+	ControlPlane controlPlaneStatus `json:"control_plane"`
+	Tunnel       tunnelStatus       `json:"tunnel"`
+	Cluster      kube.Summary       `json:"cluster"`
+	Timestamp    time.Time          `json:"timestamp"` // when the cluster was read
+}
+
+type agentStatus struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name"`
+	Cluster   string    `json:"cluster"`
+	Instance  string    `json:"instance"`
+	Version   string    `json:"version"`
+	StartedAt time.Time `json:"started_at"`
+}
+
+// controlPlaneStatus says when the control plane last sent a heartbeat.
+type controlPlaneStatus struct {
+	Heartbeats    uint64     `json:"heartbeats"`     // since the start
+	LastHeartbeat *time.Time `json:"last_heartbeat"` // null: none since the start
+}
+
+// tunnelStatus is the state of frpc and the lease.
+type tunnelStatus struct {
+	Connected      bool               `json:"connected"`
+	Since          *time.Time         `json:"since"`            // when Connected last changed
+	Detail         string             `json:"detail,omitempty"` // why it is not connected
+	FrpcRestarts   uint64             `json:"frpc_restarts"`    // seen since the start: frpc had ended and answered again
+	Proxies        []frpc.ProxyStatus `json:"proxies"`
+	LeaseIssuedAt  *time.Time         `json:"lease_issued_at"`
+	LeaseExpiresAt *time.Time         `json:"lease_expires_at"`        // null: unknown, or never
+	LeaseProblem   string             `json:"lease_problem,omitempty"` // why the lease is not renewed, and since when
+}
+
+// clusterSummary reads the cluster, and shares the last summary. Safe for concurrent use.
+type clusterSummary struct {
+	api     *kube.Client
+	metrics *metrics
+
+	mu   sync.Mutex
+	at   time.Time
+	last kube.Summary
+}
+
+// get returns a summary that is at most statusAge old, and when it was read.
+func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Since(c.at) > statusAge {
+		// Others wait for the result: a caller that leaves must not end the reading.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+		defer cancel()
+		begin := time.Now()
+		c.last = c.api.Summarize(ctx)
+		c.at = time.Now()
+		c.metrics.statusDuration.Observe(c.at.Sub(begin).Seconds())
+		c.metrics.statusRequests.Add(float64(c.last.Requests))
+	}
+	return c.last, c.at
+}
+
+// getStatus answers GET /api/agent/status. What cannot be read is null, with a reason.
+func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
+	summary, at := s.cluster.get(r.Context())
+	_ = s.checks[agentapi.CheckTunnel].refresh(r.Context()) // the error is in the status
+	answer.WriteJSON(w, http.StatusOK, status{
+		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
+		Tunnel: s.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
+	})
+}
+
+// postHeartbeat answers POST /api/agent/heartbeat. It ignores the body.
+func (s *Server) postHeartbeat(w http.ResponseWriter, _ *http.Request) {
+	s.lastHeartbeat.Store(new(time.Now().UTC()))
+	sequence := s.heartbeats.Add(1)
+	s.metrics.lastHeartbeat.SetToCurrentTime()
+	answer.WriteJSON(w, http.StatusOK, map[string]any{
+		"status": "alive", "agent": s.agent, "sequence": sequence,
+		"uptime_seconds": int64(time.Since(s.agent.StartedAt).Seconds()),
+	})
 }

@@ -4,6 +4,7 @@ import (
 	_ "embed"
 	"net/http"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -29,51 +30,46 @@ type listener string
 const (
 	tunnel     listener = "tunnel"     // for frpc
 	operations listener = "operations" // for the kubelet and Prometheus
+	both       listener = "both"       // in the table of routes
 )
 
 // route is one row of the API.
 type route struct {
 	method  string // GET answers HEAD too
 	path    string
-	bearer  bool // on the tunnel listener, the caller needs the agent's token
-	ops     bool // served on the operations listener too, without a token
+	on      listener // without it, a route is not served
+	bearer  bool     // on the tunnel listener, the caller needs the agent's token
 	handler http.HandlerFunc
 }
 
-// routes returns all routes except the Kubernetes API: a ServeMux would redirect some of its paths.
+// routes returns the routes of a listener, except the Kubernetes API, which handler serves before it looks at these: a
+// ServeMux would redirect some of its paths.
 func (s *Server) routes(l listener) []route {
-	rows := []route{
+	return slices.DeleteFunc([]route{
 		// Depends on nothing but the process: a restart would fix nothing else.
-		{method: "GET", path: agentapi.HealthPath, ops: true, handler: always(map[string]string{"status": "ok"})},
-		{method: "GET", path: agentapi.ReadyPath, ops: true, handler: s.getReady(l)},
-		{method: "GET", path: agentapi.VersionPath, ops: true, handler: always(version.Get())},
-		{method: "GET", path: "/api/agent/status", bearer: true, handler: s.getStatus},
-		{method: "POST", path: "/api/agent/heartbeat", bearer: true, handler: s.postHeartbeat},
-		{method: "POST", path: "/api/control-plane/message", bearer: true, handler: s.postMessage},
-		{method: "POST", path: commandPattern, bearer: true, handler: s.postCommand},
-		{method: "GET", path: "/openapi.yaml", handler: getOpenAPI},
-		{method: "GET", path: "/metrics", ops: true, bearer: true, handler: s.metrics.handler.ServeHTTP},
-	}
-	if l == operations {
-		rows = append(rows, route{method: "GET", path: agentapi.ActivityPath, ops: true, handler: s.getActivity})
-	}
-	return rows
+		{method: "GET", path: agentapi.HealthPath, on: both, handler: always(map[string]string{"status": "ok"})},
+		{method: "GET", path: agentapi.ReadyPath, on: both, handler: s.getReady(l)},
+		{method: "GET", path: agentapi.VersionPath, on: both, handler: always(version.Get())},
+		{method: "GET", path: "/api/agent/status", on: tunnel, bearer: true, handler: s.getStatus},
+		{method: "POST", path: "/api/agent/heartbeat", on: tunnel, bearer: true, handler: s.postHeartbeat},
+		{method: "POST", path: "/api/control-plane/message", on: tunnel, bearer: true, handler: s.postMessage},
+		{method: "POST", path: commandPattern, on: tunnel, bearer: true, handler: s.postCommand},
+		{method: "GET", path: "/openapi.yaml", on: tunnel, handler: getOpenAPI},
+		{method: "GET", path: "/metrics", on: both, bearer: true, handler: s.metrics.handler.ServeHTTP},
+		{method: "GET", path: agentapi.ActivityPath, on: operations, handler: s.getActivity},
+	}, func(r route) bool { return r.on != l && r.on != both })
 }
 
-// getActivity answers GET /activity, by which bootstrap decides whether a restart of frpc cuts off anybody.
+// getActivity answers GET /activity: bootstrap restarts frpc when no request runs.
 func (s *Server) getActivity(w http.ResponseWriter, _ *http.Request) {
 	answer.WriteJSON(w, http.StatusOK, agentapi.Activity{RequestsInFlight: s.tunnelRequests.Load()})
 }
 
 const commandPattern = "/api/runners/{runner_id}/command"
 
-// handler serves one listener.
 func (s *Server) handler(l listener) http.Handler {
 	mux := http.NewServeMux()
 	for _, r := range s.routes(l) {
-		if l == operations && !r.ops {
-			continue
-		}
 		handler := r.handler
 		if r.bearer && l == tunnel {
 			handler = s.protect(handler, r.path != commandPattern)
@@ -88,10 +84,12 @@ func (s *Server) handler(l listener) http.Handler {
 	kubernetes, notFound := s.protect(s.kubernetes, false), notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		sent, _, _ := strings.Cut(r.RequestURI, "?") // not decoded
 		switch p := r.URL.EscapedPath(); {
-		case l == tunnel && r.TLS == nil && s.ready.tunnel.https.Load() && r.RequestURI != agentapi.TunnelHealthPath:
-			answer.WriteProblem(w, http.StatusMisdirectedRequest, "the tunnel is of type https: use TLS")
-		case l == tunnel && belowKubernetes(r):
+		case l == tunnel && r.TLS == nil && s.tunnel.https.Load() && r.RequestURI != agentapi.TunnelHealthPath:
+			answer.WriteProblem(w, http.StatusMisdirectedRequest,
+				"the tunnel is of type https: use TLS, and trust the tunnel's certificate")
+		case l == tunnel && strings.HasPrefix(sent+"/", kube.Prefix+"/"):
 			r.Pattern = kube.Prefix + "/"
 			kubernetes(w, r)
 		case r.Method == http.MethodConnect || path.Clean(p) != p:
@@ -107,21 +105,18 @@ func (s *Server) handler(l listener) http.Handler {
 // notFound answers for all other paths. kubectl requests some of them if its server's URL lacks the prefix.
 func notFound(l listener) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		const prefix = "the Kubernetes API is under " + kube.Prefix + "/"
+		const none, prefix = "there is no such path: ", "the Kubernetes API is under " + kube.Prefix + "/"
 		switch p := r.URL.Path; {
 		case l == operations:
-			answer.WriteProblem(w, http.StatusNotFound,
-				"there is no such path: /health, /ready, /version, /activity and /metrics are served here")
+			answer.WriteProblem(w, http.StatusNotFound, none+"/health, /ready, /version, /activity and /metrics are served here")
 		case p == "/api" || p == "/apis" || strings.HasPrefix(p, "/api/v1/") || strings.HasPrefix(p, "/apis/"):
-			kube.WriteStatus(w, r, http.StatusNotFound,
-				"there is no such path: "+prefix+": add that to the server's URL in the kubeconfig", 0)
+			kube.WriteStatus(w, r, http.StatusNotFound, none+prefix+": add that to the server's URL in the kubeconfig", 0)
 		default:
-			answer.WriteProblem(w, http.StatusNotFound, "there is no such path: /openapi.yaml lists all; "+prefix)
+			answer.WriteProblem(w, http.StatusNotFound, none+"/openapi.yaml lists all; "+prefix)
 		}
 	}
 }
 
-// kubernetes answers requests below kube.Prefix.
 func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(r)
 	s.kube.Serve(w, r, &sc.description, sc.body, func(bytes int64, optional bool) bool {
@@ -129,7 +124,6 @@ func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// postCommand answers POST /api/runners/{runner_id}/command.
 func (s *Server) postCommand(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(r)
 	sc.streams = true
@@ -140,13 +134,6 @@ func (s *Server) postCommand(w http.ResponseWriter, r *http.Request) {
 // isKubernetes reports whether handler has found that the request is for the Kubernetes API.
 func isKubernetes(r *http.Request) bool { return r.Pattern == kube.Prefix+"/" }
 
-// belowKubernetes reports whether the path, as it was sent and not decoded, is kube.Prefix or below it.
-func belowKubernetes(r *http.Request) bool {
-	path, _, _ := strings.Cut(r.RequestURI, "?")
-	return path == kube.Prefix || strings.HasPrefix(path, kube.Prefix+"/")
-}
-
-// always returns a handler that answers with body.
 func always(body any) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) { answer.WriteJSON(w, http.StatusOK, body) }
 }

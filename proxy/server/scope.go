@@ -8,14 +8,17 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus/promhttp"
-
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// scope is what the server knows of one request. observe puts it into the request's context.
+// scope is one request: what the server knows of it, and the ResponseWriter of its handler, which marks the answer as
+// the agent's and records its status and size.
 type scope struct {
+	http.ResponseWriter
+
+	metrics   *metrics
+	ended     func() error // an error once the request's context has ended
 	requestID string
 	agentID   string // empty on the operations listener
 	caller    string // address
@@ -36,32 +39,36 @@ type scope struct {
 
 type scopeKey struct{}
 
-// scopeOf returns a request's scope. It panics for a request that observe has not seen.
+// scopeOf returns the scope that observe has put into the request's context. It panics if there is none.
 func scopeOf(r *http.Request) *scope { return r.Context().Value(scopeKey{}).(*scope) }
 
-// observe gives every request a scope with an id, marks every answer as this agent's, counts it and logs it.
+// observe gives every request a scope with an id, and counts and logs its answer.
 func (s *Server) observe(l listener, next http.Handler) http.Handler {
-	observed := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		sc := &scope{requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context())}
+	inFlight := s.metrics.inFlight.WithLabelValues(string(l))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		inFlight.Inc()
+		defer inFlight.Dec()
+		sc := &scope{
+			ResponseWriter: w, metrics: s.metrics, ended: r.Context().Err,
+			requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context()),
+		}
 		sc.conn.HeadersRead()
 		if l == tunnel {
 			sc.agentID = s.agent.ID
 			s.tunnelRequests.Add(1)
 			defer s.tunnelRequests.Add(-1)
 		}
-		body := r.Body
 		// A copy: net/http looks at its own request's body to see whether the caller still sends, and then closes the
 		// connection gently, so that the answer is not lost.
 		r = r.WithContext(context.WithValue(r.Context(), scopeKey{}, sc))
 		r.Header.Set("X-Request-Id", sc.requestID)
-		if body != http.NoBody {
-			sc.body = kube.NewBody(w, body, s.metrics.received.Add)
+		if r.Body != http.NoBody {
+			sc.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
 			r.Body = sc.body
 		}
 		defer s.answered(sc, r, l)
-		next.ServeHTTP(&recorder{ResponseWriter: w, scope: sc, metrics: s.metrics, ended: r.Context().Err}, r)
+		next.ServeHTTP(sc, r)
 	})
-	return promhttp.InstrumentHandlerInFlight(s.metrics.inFlight.WithLabelValues(string(l)), observed)
 }
 
 // callerLeft is the status of a caller who left before there was an answer, as nginx has it.
@@ -70,7 +77,7 @@ const callerLeft = 499
 // status returns the status of the answer, or callerLeft.
 func (s *scope) status() int { return cmp.Or(s.code, callerLeft) }
 
-// lane is the label for how a request uses its connection: call, watch, or upgrade, which has a connection of its own.
+// lane returns call, watch or upgrade for a request for the Kubernetes API.
 func (s *scope) lane() string {
 	return cmp.Or(map[string]string{"watch": "watch", "connect": "upgrade"}[s.description.Verb], "call")
 }
@@ -78,11 +85,12 @@ func (s *scope) lane() string {
 // isStream reports whether the caller may take any time to read the answer.
 func (s *scope) isStream() bool { return s.lane() != "call" || s.description.Subresource == "log" }
 
-// stalledSince returns since when the caller neither reads nor sends, in Unix nanoseconds; 0 if it does.
+// stalledSince returns since when the caller has read nothing of the answer, or sent nothing of the body, in Unix
+// nanoseconds; 0 if neither is so.
 func (s *scope) stalledSince() int64 { return cmp.Or(s.blocked.Load(), s.body.Blocked()) }
 
-// abort ends a stalled request: with an answer if it may still be read, or else, and the second time, by closing the
-// connection. It reports whether this was the first time.
+// abort ends a stalled request: with an answer if there is none yet and the caller may read it, and by closing the
+// connection if that was tried before. It returns false then.
 func (s *scope) abort() (first bool) {
 	if first = !s.aborted; first && s.blocked.Load() == 0 {
 		s.body.Within(0)

@@ -4,11 +4,15 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,6 +21,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
 	"github.com/pipeops/vm-agent/proxy/runners"
@@ -31,9 +36,10 @@ type Server struct {
 	cluster *clusterSummary
 	runners *runners.Runners
 	metrics *metrics
-	ready   *readiness
+	checks  map[string]*check // of /ready, by name
+	tunnel  *tunnelCheck
 	gate    *gate
-	limits  limits
+	limits  *limits
 	log     *slog.Logger
 
 	tunnelRequests atomic.Int64 // in flight on the tunnel listener
@@ -44,11 +50,7 @@ type Server struct {
 
 // New returns a server for the API server of api, with limits for memory in bytes. It starts and opens nothing.
 func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (*Server, error) {
-	return newServer(cfg, api, newLimits(memory), log)
-}
-
-func newServer(cfg *config.Config, api *rest.Config, limits limits, log *slog.Logger) (*Server, error) {
-	m := newMetrics()
+	m, limits := newMetrics(), newLimits(memory)
 	client, err := kube.NewClient(api, m.latency.Observe)
 	if err != nil {
 		return nil, err
@@ -69,9 +71,9 @@ func newServer(cfg *config.Config, api *rest.Config, limits limits, log *slog.Lo
 			MaxCommands: maxCommands, Refused: func() { refused("commands") }, Log: log,
 		}),
 	}
-	s.ready = newReadiness(client, cfg, s.gate, m)
-	m.limit("requests", int64(limits.requests), func() int64 { n, _, _ := s.gate.state(); return int64(n) })
-	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { _, n, _ := s.gate.state(); return n })
+	s.addChecks(client)
+	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse().requests) })
+	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { return s.gate.inUse().memory })
 	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })
 	return s, nil
 }
@@ -79,18 +81,11 @@ func newServer(cfg *config.Config, api *rest.Config, limits limits, log *slog.Lo
 // Run serves both listeners until ctx ends, then drains. It returns an error if a listener fails, and nil after a
 // drain. All goroutines that last longer than a request start here, or in inbound.New.
 func (s *Server) Run(ctx context.Context) error {
-	// Requests outlive ctx: they end by themselves, or with the drain timeout.
+	// Requests, and what watches over them, outlive ctx: they end by themselves, or with the drain timeout.
 	requests, cut := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cut(nil)
-	background, stop := context.WithCancel(context.WithoutCancel(ctx)) // until Run returns, so also while it drains
-	defer stop()
 	proxy := s.config.Proxy
 	var servers []*http.Server
-	defer func() {
-		for _, server := range servers {
-			_ = server.Close()
-		}
-	}()
 	failed := make(chan error, 2)
 	for _, l := range []struct {
 		listener
@@ -103,20 +98,26 @@ func (s *Server) Run(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
-		bounded := s.bound(l.listener, socket.(*net.TCPListener), s.config.RunDir)
+		bounded := s.bound(l.listener, socket.(*net.TCPListener))
 		server := newHTTPServer(requests, l.listener, s.handler(l.listener), s.log)
 		server.ConnState = bounded.ConnState
 		servers = append(servers, server)
+		defer func() { _ = server.Close() }()
 		go func() {
 			if err := server.Serve(bounded); !errors.Is(err, http.ErrServerClosed) {
 				failed <- fmt.Errorf("%s: %w", l.key, err)
 			}
 		}()
 	}
-	go wait.UntilWithContext(ctx, s.ready.refresh, 5*time.Second)
-	go wait.UntilWithContext(background, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
+	// Keeps the checks' metrics, and since when the tunnel is up, current without any request.
+	go wait.UntilWithContext(ctx, func(ctx context.Context) {
+		for _, c := range s.checks {
+			_ = c.refresh(ctx)
+		}
+	}, 5*time.Second)
+	go wait.UntilWithContext(requests, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
 	if s.config.Agent.TokenFile != "" {
-		go s.auth.follow(background, s.config.Agent.CurrentToken)
+		go s.auth.follow(requests, s.config.Agent.CurrentToken)
 	}
 	s.log.Info("serving", "listen_addr", proxy.ListenAddr, "metrics_addr", proxy.MetricsAddr,
 		"agent_id", s.agent.ID, "version", version.Version)
@@ -149,6 +150,33 @@ func (s *Server) Run(ctx context.Context) error {
 // headerTime is how long the headers of a request may take to arrive.
 const headerTime = 32 * time.Second
 
+// bound returns a listener on socket that keeps to its limits, and shows them as metrics.
+func (s *Server) bound(l listener, socket *net.TCPListener) *inbound.Listener {
+	config := inbound.Config{
+		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
+		TLS: newTLSConfig(s.config.RunDir, s.log),
+		Closed: func(limit string, caller net.Addr, err error) {
+			s.metrics.refused.WithLabelValues(limit).Inc()
+			s.log.Debug("connection closed", "listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
+		},
+	}
+	prefix := ""
+	if l == operations {
+		config.Connections, config.HeaderMemory, config.TLS = opsConnections, s.limits.headerMemory/4, nil
+		prefix = "operations_"
+	}
+	bounded := inbound.New(socket, config)
+	s.metrics.limit(prefix+"connections", int64(config.Connections), func() int64 {
+		n, _ := bounded.InUse()
+		return int64(n)
+	})
+	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, func() int64 {
+		_, n := bounded.InUse()
+		return n
+	})
+	return bounded
+}
+
 // newHTTPServer returns the server of one listener. Its requests' contexts end with ctx.
 func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
 	server := &http.Server{
@@ -165,4 +193,31 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
 	}
 	return server
+}
+
+// newTLSConfig returns a configuration with the run directory's certificate, reloaded when its file changes. If loading
+// fails it keeps the previous one: bootstrap may have written only one of the two files yet.
+func newTLSConfig(runDir string, log *slog.Logger) *tls.Config {
+	cert, key := filepath.Join(runDir, frpc.CertFile), filepath.Join(runDir, frpc.KeyFile)
+	var mu sync.Mutex
+	var changed time.Time
+	var last *tls.Certificate
+	get := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		info, err := os.Stat(cert)
+		if err == nil && (last == nil || !info.ModTime().Equal(changed)) {
+			var pair tls.Certificate
+			if pair, err = tls.LoadX509KeyPair(cert, key); err == nil {
+				last, changed = &pair, info.ModTime()
+			}
+		}
+		if last == nil {
+			log.Debug("no certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
+			return nil, err
+		}
+		return last, nil
+	}
+	// HTTP/1.1 only: an HTTP/2 connection cannot be upgraded.
+	return &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: get}
 }

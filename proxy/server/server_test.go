@@ -47,23 +47,15 @@ func newTest(t testing.TB, agentToken secret.Secret) (s *Server, log *bytes.Buff
 	return s, log, map[listener]http.Handler{tunnel: s.handler(tunnel), operations: s.handler(operations)}
 }
 
-// serverBefore returns a server for an API server, with the default limits.
+// serverBefore returns a server for an API server, with runners on *.svc and runnerHosts.
 func serverBefore(
 	t testing.TB, api *rest.Config, agentToken secret.Secret, log *slog.Logger, runnerHosts ...string,
-) *Server {
-	t.Helper()
-	return serverWithin(t, api, agentToken, newLimits(defaultMemory), log, runnerHosts...)
-}
-
-// serverWithin returns a server for an API server, with runners on *.svc and runnerHosts.
-func serverWithin(
-	t testing.TB, api *rest.Config, agentToken secret.Secret, l limits, log *slog.Logger, runnerHosts ...string,
 ) *Server {
 	t.Helper()
 	cfg := &config.Config{RunDir: t.TempDir()}
 	cfg.Agent.ID, cfg.Agent.Token, cfg.Agent.TokenOverlap = "agent-001", agentToken, 5*time.Minute
 	cfg.Runners.AllowedHosts = append([]string{"*.svc"}, runnerHosts...)
-	s, err := newServer(cfg, api, l, log)
+	s, err := New(cfg, api, defaultMemory, log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -434,7 +426,7 @@ func TestCallerIsAnAddress(t *testing.T) {
 // TestPlainHTTPGets421WhileTheTunnelIsHTTPS: except frpc's health check.
 func TestPlainHTTPGets421WhileTheTunnelIsHTTPS(t *testing.T) {
 	s, _, handlers := newTest(t, token)
-	s.ready.tunnel.https.Store(true)
+	s.tunnel.https.Store(true)
 	for path, want := range map[string]int{
 		"/ready?only=shutdown": 200, "/ready?only=shutdown&only=tunnel": 421, "/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
 	} {

@@ -422,7 +422,7 @@ func TestMiddlebox403ClosesNoTunnel(t *testing.T) {
 	wantProblem := func() {
 		t.Helper()
 		eventually(t, func() error {
-			const want = "or something on the way to it, refuses the request (403 Forbidden, text/html): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; unless the next attempts succeed, the tunnel is closed when the lease ends"
+			const want = "or something on the way to it, refuses the request (403 Forbidden, text/html): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; unless a retry succeeds, the tunnel is closed when the lease expires"
 			if code, ready, err := w.agent.Ready(t.Context()); err != nil || code != http.StatusOK ||
 				!strings.Contains(ready.Checks["tunnel"].Detail, want) {
 				return fmt.Errorf("/ready answers %d %+v, %w", code, ready, err)
