@@ -1,11 +1,12 @@
 package frpc
 
 import (
-	"bytes"
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/md5" //nolint:gosec // frp's login is defined with MD5
 	"crypto/tls"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"net/http"
 	"net/url"
 	"path/filepath"
 	"slices"
@@ -126,7 +128,7 @@ func Outdated(version string) string {
 
 // explainHandshake says what went wrong with TLS, as the predicate of a sentence.
 func explainHandshake(err error) (Stage, error) {
-	timeout := net.Error(nil)
+	var timeout net.Error
 	switch rejected := tlsutil.Explain(err); {
 	case rejected != nil && rejected.Nameless():
 		return StageOwnCertificate, errors.New("presents the certificate that frps makes for itself, which nobody can verify")
@@ -177,47 +179,112 @@ func exchangeLogin(conn io.ReadWriter, c Config) (version, refusal string, err e
 	if err != nil {
 		return "", "", err
 	}
-	message := binary.BigEndian.AppendUint64([]byte{'o'}, uint64(len(login)))
-	message = append(message, login...)
-
-	const typeData, flagSYN, streamID = 0, 1, 1
-	frame := []byte{0, typeData, 0, flagSYN}
-	frame = binary.BigEndian.AppendUint32(frame, streamID)
-	frame = binary.BigEndian.AppendUint32(frame, uint32(len(message)))
-	if _, err := conn.Write(append(frame, message...)); err != nil {
+	const typeData, flagSYN, streamID, messageHeader = 0, 1, 1, 9
+	frame := []byte{0, typeData, 0, flagSYN, 0, 0, 0, streamID}
+	frame = binary.BigEndian.AppendUint32(frame, uint32(messageHeader+len(login)))
+	frame = binary.BigEndian.AppendUint64(append(frame, 'o'), uint64(len(login)))
+	if _, err := conn.Write(append(frame, login...)); err != nil {
 		return "", "", err
 	}
 
-	const limit = 1 << 16 // bytes of answer
-	var answer bytes.Buffer
-	for {
-		var header [12]byte
+	var header [12]byte
+	for header[1] != typeData || binary.BigEndian.Uint32(header[8:]) == 0 { // window updates, pings and the like
 		if _, err := io.ReadFull(conn, header[:]); err != nil {
 			return "", "", err
 		}
-		if header[1] != typeData {
-			continue // window updates, pings and the like carry no data
-		}
-		length := int64(binary.BigEndian.Uint32(header[8:]))
-		if length > int64(limit-answer.Len()) {
-			return "", "", errors.New("its answer is too long")
-		}
-		if _, err := io.CopyN(&answer, conn, length); err != nil {
-			return "", "", err
-		}
-		data := answer.Bytes()
-		if len(data) < 9 {
-			continue
-		}
-		if data[0] != '1' {
-			return "", "", errors.New("it does not speak frp")
-		}
-		size := binary.BigEndian.Uint64(data[1:])
-		if uint64(len(data)-9) < size {
-			continue
-		}
-		var resp struct{ Version, Error string }
-		err := json.Unmarshal(data[9:9+size], &resp)
-		return resp.Version, resp.Error, err
 	}
+	// frps writes its answer at once, so yamux puts it into one frame.
+	var message [messageHeader]byte
+	if _, err := io.ReadFull(conn, message[:]); err != nil {
+		return "", "", err
+	}
+	length := binary.BigEndian.Uint64(message[1:])
+	if message[0] != '1' || length > 1<<16 {
+		return "", "", errors.New("it does not speak frp")
+	}
+	var answer struct{ Version, Error string }
+	err = json.NewDecoder(io.LimitReader(conn, int64(length))).Decode(&answer)
+	return answer.Version, answer.Error, err
+}
+
+// connect asks the HTTP proxy at the other end of conn to connect it to addr.
+func connect(conn net.Conn, proxy *url.URL, addr string) error {
+	request := &http.Request{Method: http.MethodConnect, URL: &url.URL{Host: addr}, Host: addr, Header: http.Header{}}
+	if proxy.User != nil {
+		password, _ := proxy.User.Password()
+		credential := proxy.User.Username() + ":" + password
+		request.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(credential)))
+	}
+	return exchangeHead(conn, conn, request, http.StatusOK) // frps says nothing before it is spoken to
+}
+
+// exchangeHead sends a request and reads the head of the answer, which must have the status want.
+func exchangeHead(conn net.Conn, answer io.Reader, request *http.Request, want int) error {
+	if err := request.Write(conn); err != nil {
+		return err
+	}
+	head := bufio.NewReaderSize(&io.LimitedReader{R: answer, N: 64 << 10}, 16)
+	resp, err := http.ReadResponse(head, request) //nolint:bodyclose // what follows the head is the connection
+	if err == nil && resp.StatusCode != want {
+		err = fmt.Errorf("it answers %.200s", resp.Status)
+	}
+	return err
+}
+
+// webSocket reads and writes a stream of bytes in the frames of a WebSocket.
+type webSocket struct {
+	net.Conn
+
+	reader *bufio.Reader
+	left   uint64 // bytes to come of the current frame
+}
+
+// openWebSocket opens frp's WebSocket on conn. Source: frp pkg/util/net/websocket.go.
+func openWebSocket(conn net.Conn, host string) (net.Conn, error) {
+	w := &webSocket{Conn: conn, reader: bufio.NewReader(conn)}
+	return w, exchangeHead(conn, w.reader, &http.Request{URL: &url.URL{Opaque: "/~!frp"}, Host: host, Header: http.Header{
+		"Origin": {"http://" + host}, "Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key": {"AAAAAAAAAAAAAAAAAAAAAA=="},
+	}}, http.StatusSwitchingProtocols)
+}
+
+// Write sends a binary frame. Its mask, which a client must name, is zero. Source: RFC 6455, 5.2.
+func (w *webSocket) Write(p []byte) (int, error) {
+	if len(p) > 1<<16-1 {
+		return 0, errors.New("too long for a frame")
+	}
+	frame := binary.BigEndian.AppendUint16([]byte{0x82, 0x80 | 126}, uint16(len(p)))
+	frame = append(frame, 0, 0, 0, 0)
+	if _, err := w.Conn.Write(append(frame, p...)); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// Read returns bytes of binary frames, and skips all other frames.
+func (w *webSocket) Read(p []byte) (int, error) {
+	for w.left == 0 {
+		var header [2]byte
+		if _, err := io.ReadFull(w.reader, header[:]); err != nil {
+			return 0, err
+		}
+		size := make([]byte, 8) // of the payload: 7 bits, or 2 or 8 bytes after them
+		size[7] = header[1] & 0x7f
+		if long := map[byte]int{126: 2, 127: 8}[size[7]]; long > 0 {
+			size[7] = 0
+			if _, err := io.ReadFull(w.reader, size[8-long:]); err != nil {
+				return 0, err
+			}
+		}
+		w.left = binary.BigEndian.Uint64(size)
+		if control := header[0]&0x08 != 0; control {
+			if _, err := w.reader.Discard(int(w.left)); err != nil {
+				return 0, err
+			}
+			w.left = 0
+		}
+	}
+	n, err := w.reader.Read(p[:min(uint64(len(p)), w.left)])
+	w.left -= uint64(n)
+	return n, err
 }
