@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"k8s.io/apimachinery/pkg/util/sets"
 )
 
 // handshakeCost and headerCost are the bytes of memory per byte read, at most. Measured with the shortest headers.
@@ -48,7 +50,7 @@ type Listener struct {
 	closed chan struct{}
 
 	mu      sync.Mutex
-	open    int
+	open    sets.Set[*Conn]
 	waiting *list.List // of *Conn without an authenticated request, the one that has waited longest first
 	headers int64      // bytes of memory that their headers may use
 }
@@ -56,8 +58,8 @@ type Listener struct {
 // New returns a Listener and starts to accept from inner, until either is closed.
 func New(inner *net.TCPListener, config Config) *Listener {
 	l := &Listener{
-		TCPListener: inner, config: config, waiting: list.New(),
-		ready: make(chan net.Conn), closed: make(chan struct{}),
+		TCPListener: inner, config: config, ready: make(chan net.Conn), closed: make(chan struct{}),
+		open: sets.New[*Conn](), waiting: list.New(),
 	}
 	go l.accept()
 	return l
@@ -93,52 +95,24 @@ func (l *Listener) accept() {
 	}
 }
 
-// admit counts a connection. If there are too many, it closes the one that has waited longest, or c if none waits.
+// admit counts a connection. If there are too many, it closes the one that has waited longest; if that is c, it returns
+// false.
 func (l *Listener) admit(c *Conn) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.open >= l.config.Connections {
-		oldest := l.waiting.Front()
-		if oldest == nil {
-			l.config.Closed(TooMany, c.remote, nil)
-			c.reset()
-			return false
-		}
-		l.evict(oldest.Value.(*Conn), Evicted)
-	}
-	l.open++
+	l.open.Insert(c)
 	c.place = l.waiting.PushBack(c)
+	if l.open.Len() <= l.config.Connections {
+		return true
+	}
+	oldest := l.waiting.Front().Value.(*Conn)
+	if oldest == c {
+		c.evict(TooMany)
+		return false
+	}
+	oldest.evict(Evicted)
 	return true
 }
-
-// evict closes a connection. l.mu is held.
-func (l *Listener) evict(c *Conn, reason string) {
-	l.forget(c)
-	l.config.Closed(reason, c.remote, nil)
-	c.reset() // net/http's next read or write fails
-}
-
-// forget removes a connection from the counts, once. l.mu is held.
-func (l *Listener) forget(c *Conn) {
-	if c.gone {
-		return
-	}
-	c.gone = true
-	l.open--
-	l.releaseHeaders(c)
-	l.protect(c)
-}
-
-// protect removes a connection from those that may be evicted. l.mu is held.
-func (l *Listener) protect(c *Conn) {
-	if c.place != nil {
-		l.waiting.Remove(c.place)
-		c.place = nil
-	}
-}
-
-// releaseHeaders stops counting the memory of a connection's headers. l.mu is held.
-func (l *Listener) releaseHeaders(c *Conn) { l.headers, c.memory = l.headers-c.memory, 0 }
 
 // begin reads a connection's hello, and passes it to Accept.
 func (l *Listener) begin(c *Conn) {
@@ -153,7 +127,7 @@ func (l *Listener) begin(c *Conn) {
 			return
 		}
 		_ = c.SetDeadline(time.Time{})
-		c.locked(l.releaseHeaders)
+		c.locked((*Conn).releaseHeaders)
 	}
 	c.cost.Store(headerCost)
 	select {
@@ -165,16 +139,9 @@ func (l *Listener) begin(c *Conn) {
 
 // ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
-	c := unwrap(conn)
-	if c == nil || state != http.StateIdle {
-		return
-	}
-	c.cost.Store(headerCost)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.releaseHeaders(c)
-	if c.place != nil {
-		l.waiting.MoveToBack(c.place)
+	if c := unwrap(conn); c != nil && state == http.StateIdle {
+		c.cost.Store(headerCost)
+		c.locked((*Conn).releaseHeaders, (*Conn).waitLast)
 	}
 }
 
@@ -182,7 +149,7 @@ func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 func (l *Listener) InUse() (connections int, headers int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.open, l.headers
+	return l.open.Len(), l.headers
 }
 
 // Conn is one connection. A nil *Conn, that of a request which came by another listener, does nothing.
@@ -198,7 +165,6 @@ type Conn struct {
 	// Guarded by the listener's mu.
 	place  *list.Element // in waiting; nil while an authenticated request is being answered
 	memory int64         // counted for its headers
-	gone   bool
 }
 
 type contextKey struct{}
@@ -237,20 +203,14 @@ func (c *Conn) HeadersRead() {
 
 // Authenticated must be called when a request's credential is accepted: until Answered, the connection is not evicted.
 func (c *Conn) Authenticated() {
-	if c != nil {
-		c.locked(c.listener.releaseHeaders)
-		c.locked(c.listener.protect)
-	}
+	c.locked((*Conn).releaseHeaders, (*Conn).protect)
 }
 
 // Answered must be called when a handler has returned. The last bytes of the answer may still be in transit.
 func (c *Conn) Answered() {
-	if c == nil {
-		return
-	}
-	c.locked(func(*Conn) {
-		if c.place == nil && !c.gone {
-			c.place = c.listener.waiting.PushBack(c)
+	c.locked(func(c *Conn) {
+		if l := c.listener; c.place == nil && l.open.Has(c) {
+			c.place = l.waiting.PushBack(c)
 		}
 	})
 }
@@ -274,11 +234,11 @@ func (c *Conn) Read(p []byte) (int, error) {
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c.gone {
+	if !l.open.Has(c) {
 		return false
 	}
-	if c.memory == 0 && c.place != nil {
-		l.waiting.MoveToBack(c.place)
+	if c.memory == 0 {
+		c.waitLast()
 	}
 	c.memory += memory
 	l.headers += memory
@@ -286,10 +246,10 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 		other := e.Value.(*Conn)
 		e = e.Next()
 		if other.memory > 0 {
-			l.evict(other, HeaderMemory)
+			other.evict(HeaderMemory)
 		}
 	}
-	return !c.gone
+	return l.open.Has(c)
 }
 
 // Abort closes the connection, also during a write that waits.
@@ -300,21 +260,59 @@ func (c *Conn) Abort() {
 	}
 }
 
-// reset closes the connection and drops what the kernel has buffered for a caller who does not read.
-func (c *Conn) reset() {
+// Close closes the connection and removes it from the counts.
+func (c *Conn) Close() error {
+	c.locked((*Conn).forget)
+	return c.TCPConn.Close()
+}
+
+// locked makes changes to a connection while the listener's mu is held.
+func (c *Conn) locked(changes ...func(*Conn)) {
+	if c == nil {
+		return
+	}
+	c.listener.mu.Lock()
+	defer c.listener.mu.Unlock()
+	for _, change := range changes {
+		change(c)
+	}
+}
+
+// The listener's mu is held during what follows.
+
+// evict closes the connection, so that net/http's next read or write fails, and drops what the kernel has buffered for
+// a caller who does not read.
+func (c *Conn) evict(reason string) {
+	c.forget()
+	c.listener.config.Closed(reason, c.remote, nil)
 	_ = c.SetLinger(0)
 	_ = c.TCPConn.Close()
 }
 
-// Close closes the connection and removes it from the counts.
-func (c *Conn) Close() error {
-	c.locked(c.listener.forget)
-	return c.TCPConn.Close()
+// forget removes the connection from the counts.
+func (c *Conn) forget() {
+	c.listener.open.Delete(c)
+	c.releaseHeaders()
+	c.protect()
 }
 
-// locked calls change with the connection while the listener's mu is held.
-func (c *Conn) locked(change func(*Conn)) {
-	c.listener.mu.Lock()
-	defer c.listener.mu.Unlock()
-	change(c)
+// protect removes the connection from those that may be evicted.
+func (c *Conn) protect() {
+	if c.place != nil {
+		c.listener.waiting.Remove(c.place)
+		c.place = nil
+	}
+}
+
+// waitLast makes the connection the last to be evicted, if it may be.
+func (c *Conn) waitLast() {
+	if c.place != nil {
+		c.listener.waiting.MoveToBack(c.place)
+	}
+}
+
+// releaseHeaders stops counting the memory of the connection's headers.
+func (c *Conn) releaseHeaders() {
+	c.listener.headers -= c.memory
+	c.memory = 0
 }

@@ -9,10 +9,14 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/http/httputil"
+	"net/netip"
 	"net/url"
 	"os"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pipeops/vm-agent/proxy/answer"
@@ -24,6 +28,7 @@ const (
 	HeaderTimeout  = 30 * time.Second // from the command's last byte to the answer's headers
 	CommandTimeout = 5 * time.Minute  // from the command's headers to the end of the answer
 
+	maxEndpoint      = 2 << 10  // bytes
 	maxCommand       = 10 << 20 // bytes
 	maxAnswer        = 64 << 20 // bytes; the rest is cut off
 	maxAnswerHeaders = 16 << 10 // bytes
@@ -54,12 +59,12 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 	defer cancel()
 	reading, cancelReading := context.WithTimeout(ctx, RegistryTimeout)
 	defer cancelReading()
-	found, known, err := r.find(reading, id)
+	found, err := r.find(reading, id)
 	switch {
 	case err != nil:
 		WriteError(reading, w, err)
 		return
-	case !known:
+	case found == nil:
 		answer.WriteProblem(w, http.StatusNotFound,
 			fmt.Sprintf("no runner %q is assigned to this agent: send it a runner_assigned message", id))
 		return
@@ -143,4 +148,72 @@ func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
 		code = http.StatusGatewayTimeout
 	}
 	answer.WriteProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", c.endpoint.Host, what, err, do))
+}
+
+// namePattern matches DNS names. The last label begins with a letter: some resolvers would read the rest as an IP.
+var namePattern = regexp.MustCompile(`^([a-z0-9_-]+\.)*[a-z][a-z0-9_-]*$`)
+
+// checkEndpoint returns the endpoint parsed, or why it may not be used. It refuses whatever the dialer could take for
+// another host than the one compared here, such as an IP with a zone.
+func (r *Runners) checkEndpoint(endpoint string) (*url.URL, error) {
+	if len(endpoint) > maxEndpoint {
+		return nil, fmt.Errorf("is longer than %d bytes", maxEndpoint)
+	}
+	u, err := url.Parse(endpoint)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" {
+		return nil, errors.New("is not an http or https URL without user and fragment")
+	}
+	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) {
+		return nil, errors.New("names a port that is not among 1 to 65535")
+	}
+	host := strings.ToLower(u.Hostname())
+	ip, err := netip.ParseAddr(host)
+	if err != nil {
+		host = strings.TrimSuffix(host, ".")
+	}
+	if ip.Zone() != "" || err != nil && !namePattern.MatchString(host) {
+		return nil, fmt.Errorf("names the host %.253q, which is neither a DNS name nor an IP", host)
+	}
+	if !r.allows(host, ip) {
+		return nil, fmt.Errorf("names the host %.253q, which is not among runners.allowed_hosts (%s)",
+			host, strings.Join(r.config.AllowedHosts, ", "))
+	}
+	return u, nil
+}
+
+// allows reports whether the allowed hosts name the host. An ip is compared as an address, be it written as IPv4 or
+// mapped to IPv6, and belongs to no domain.
+func (r *Runners) allows(host string, ip netip.Addr) bool {
+	return slices.ContainsFunc(r.config.AllowedHosts, func(allowed string) bool {
+		if ip.IsValid() {
+			addr, err := netip.ParseAddr(allowed)
+			return err == nil && addr.Unmap() == ip.Unmap()
+		}
+		domain, wildcard := strings.CutPrefix(allowed, "*")
+		return host == allowed || wildcard && strings.HasSuffix(host, domain)
+	})
+}
+
+var errForbiddenAddress = errors.New("its name resolves to loopback, a link-local address or a cloud's metadata")
+
+// metadataAddrs are where clouds give machines their credentials, beside the link-local 169.254.169.254.
+var metadataAddrs = []string{
+	"fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "fd00:c1::a9fe:a9fe",
+	"100.100.100.200", "192.0.0.192", "168.63.129.16",
+}
+
+// checkAddress refuses addresses that an allowed name must not resolve to, for example through an ExternalName Service,
+// unless the address itself is among the allowed hosts. The dialer calls it after the name is resolved.
+func (r *Runners) checkAddress(_ context.Context, _, address string, _ syscall.RawConn) error {
+	addr, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return err
+	}
+	ip := addr.Addr().Unmap().WithZone("")
+	internal := ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsMulticast() ||
+		slices.Contains(metadataAddrs, ip.String())
+	if internal && !r.allows("", ip) {
+		return fmt.Errorf("%w (%s)", errForbiddenAddress, ip)
+	}
+	return nil
 }

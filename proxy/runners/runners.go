@@ -41,12 +41,6 @@ const (
 	errInvalidID = answer.InvalidError("data.runner_id: give " + validID)
 )
 
-// Secrets reads and changes Secrets through the API server; [kube.Client] implements it.
-type Secrets interface {
-	ReadSecret(ctx context.Context, namespace, name string) (*kube.Secret, error)
-	ChangeSecret(ctx context.Context, namespace, name string, change kube.Change) error
-}
-
 // Config is what Runners needs to know.
 type Config struct {
 	AgentID      string
@@ -63,13 +57,13 @@ type Runners struct {
 	Transport *http.Transport // sends commands; tests replace its dialer
 
 	config  Config
-	secrets Secrets
+	client  *kube.Client
 	running chan struct{} // holds one for each command that is being relayed
 }
 
 // New returns the runners of a registry, which it does not read yet.
-func New(secrets Secrets, config Config) *Runners {
-	r := &Runners{config: config, secrets: secrets, running: make(chan struct{}, config.MaxCommands)}
+func New(client *kube.Client, config Config) *Runners {
+	r := &Runners{config: config, client: client, running: make(chan struct{}, config.MaxCommands)}
 	r.Transport = &http.Transport{ // without the environment's proxy
 		DialContext:            (&net.Dialer{Timeout: 10 * time.Second, ControlContext: r.checkAddress}).DialContext,
 		TLSHandshakeTimeout:    10 * time.Second,
@@ -132,7 +126,7 @@ var errDuplicate = errors.New("duplicate message")
 
 // change applies a message to the registry, once.
 func (r *Runners) change(ctx context.Context, messageID string, apply kube.Change) (duplicate bool, err error) {
-	err = r.secrets.ChangeSecret(ctx, r.config.Namespace, registryName, func(data map[string][]byte) error {
+	err = r.client.ChangeSecret(ctx, r.config.Namespace, registryName, func(data map[string][]byte) error {
 		var processed []string
 		if stored := data[processedKey]; stored != nil && json.Unmarshal(stored, &processed) != nil {
 			return fmt.Errorf("the key %s of Secret %s is not a list: delete it", processedKey, r.name())
@@ -152,18 +146,18 @@ func (r *Runners) change(ctx context.Context, messageID string, apply kube.Chang
 
 func (r *Runners) name() string { return r.config.Namespace + "/" + registryName }
 
-// find reads a runner from the registry, and reports whether it is there. It keeps no copy, because another replica may
-// change the Secret.
-func (r *Runners) find(ctx context.Context, id string) (found runner, known bool, err error) {
-	registry, err := r.secrets.ReadSecret(ctx, r.config.Namespace, registryName)
-	if err != nil {
-		return found, false, err
+// find reads a runner from the registry; nil if it is not there. It keeps no copy, because another replica may change
+// the Secret.
+func (r *Runners) find(ctx context.Context, id string) (*runner, error) {
+	registry, err := r.client.ReadSecret(ctx, r.config.Namespace, registryName)
+	if err != nil || registry.Data[id] == nil {
+		return nil, err
 	}
-	stored, known := registry.Data[id]
-	if known && json.Unmarshal(stored, &found) != nil {
-		err = fmt.Errorf("the key %s of Secret %s is not a runner: assign it again", id, r.name())
+	found := &runner{}
+	if json.Unmarshal(registry.Data[id], found) != nil {
+		return nil, fmt.Errorf("the key %s of Secret %s is not a runner: assign it again", id, r.name())
 	}
-	return found, known, err
+	return found, nil
 }
 
 // WriteError answers for an err of reading or changing the registry, which had the time of ctx.
