@@ -3,12 +3,17 @@
 package inbound
 
 import (
+	"bytes"
 	"container/list"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +27,15 @@ const handshakeCost, headerCost = 2, 20
 // readBuffer and writeBuffer are the bytes that the kernel buffers for a connection; it uses twice the memory. By
 // default a caller who does not read uses several MiB. With less than 48 KiB to read, loopback has 8 MB/s.
 const readBuffer, writeBuffer = 64 << 10, 32 << 10
+
+// handshakeRecord is the first byte of every TLS connection (RFC 8446, 5.1), and of no HTTP request.
+const handshakeRecord = 0x16
+
+// signature begins a PROXY header. Source: the PROXY protocol, version 2, section 2.2.
+const signature = "\r\n\r\n\x00\r\nQUIT\n"
+
+// maxProxyHeader limits in bytes what may follow the first 16: addresses, ports, and further fields.
+const maxProxyHeader = 512
 
 // Why a connection was closed.
 const (
@@ -101,7 +115,7 @@ func (l *Listener) admit(c *Conn) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.open.Insert(c)
-	c.place = l.waiting.PushBack(c)
+	c.setWaiting(true)
 	if l.open.Len() <= l.config.Connections {
 		return true
 	}
@@ -127,7 +141,7 @@ func (l *Listener) begin(c *Conn) {
 			return
 		}
 		_ = c.SetDeadline(time.Time{})
-		c.locked((*Conn).releaseHeaders)
+		c.locked(c.releaseHeaders)
 	}
 	c.cost.Store(headerCost)
 	select {
@@ -137,11 +151,71 @@ func (l *Listener) begin(c *Conn) {
 	}
 }
 
+// hello reads the PROXY header, if there is one, and does the TLS handshake if the next byte begins one. Else the
+// caller speaks plain HTTP: frpc's health check always does, and a lease may change the tunnel's type.
+func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
+	first, err := c.peek()
+	if err == nil && first == signature[0] {
+		if err = c.readProxyHeader(); err == nil {
+			first, err = c.peek()
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if first != handshakeRecord {
+		return c, nil
+	}
+	conn := tls.Server(c, config)
+	return conn, conn.HandshakeContext(context.Background()) // the connection has a deadline
+}
+
+// peek returns the next byte, which stays unread.
+func (c *Conn) peek() (byte, error) {
+	var first [1]byte
+	if _, err := io.ReadFull(c, first[:]); err != nil {
+		return 0, err
+	}
+	c.unread = first[:]
+	return first[0], nil
+}
+
+// readProxyHeader sets the caller's address from the PROXY header that frpc sends for tunnels of type https and tcp.
+// Source: the PROXY protocol, version 2, section 2.2.
+func (c *Conn) readProxyHeader() error {
+	var head [16]byte
+	if _, err := io.ReadFull(c, head[:]); err != nil {
+		return fmt.Errorf("the PROXY header is incomplete: %w", err)
+	}
+	length := binary.BigEndian.Uint16(head[14:])
+	if !bytes.HasPrefix(head[:], []byte(signature)) || head[12]>>4 != 2 || length > maxProxyHeader {
+		return errors.New("not a PROXY header of version 2")
+	}
+	rest := make([]byte, length)
+	if _, err := io.ReadFull(c, rest); err != nil {
+		return fmt.Errorf("the PROXY header is incomplete: %w", err)
+	}
+	if command := head[12] & 0xf; command == 0 { // LOCAL: the connection is the proxy's own
+		return nil
+	}
+	size := map[byte]int{0x11: 4, 0x21: 16}[head[13]] // TCP over IPv4 and IPv6
+	if size == 0 || len(rest) < 2*size+4 {
+		return errors.New("the PROXY header holds no TCP address")
+	}
+	addr, _ := netip.AddrFromSlice(rest[:size])
+	c.remote = net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(rest[2*size:])))
+	c.proxied = true
+	return nil
+}
+
 // ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 	if c := unwrap(conn); c != nil && state == http.StateIdle {
 		c.cost.Store(headerCost)
-		c.locked((*Conn).releaseHeaders, (*Conn).waitLast)
+		c.locked(func() {
+			c.releaseHeaders()
+			c.setWaiting(true)
+		})
 	}
 }
 
@@ -203,16 +277,15 @@ func (c *Conn) HeadersRead() {
 
 // Authenticated must be called when a request's credential is accepted: until Answered, the connection is not evicted.
 func (c *Conn) Authenticated() {
-	c.locked((*Conn).releaseHeaders, (*Conn).protect)
+	c.locked(func() {
+		c.releaseHeaders()
+		c.setWaiting(false)
+	})
 }
 
 // Answered must be called when a handler has returned. The last bytes of the answer may still be in transit.
 func (c *Conn) Answered() {
-	c.locked(func(c *Conn) {
-		if l := c.listener; c.place == nil && l.open.Has(c) {
-			c.place = l.waiting.PushBack(c)
-		}
-	})
+	c.locked(func() { c.setWaiting(true) })
 }
 
 func (c *Conn) Read(p []byte) (int, error) {
@@ -237,8 +310,8 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 	if !l.open.Has(c) {
 		return false
 	}
-	if c.memory == 0 {
-		c.waitLast()
+	if c.memory == 0 && c.place != nil {
+		c.setWaiting(true)
 	}
 	c.memory += memory
 	l.headers += memory
@@ -262,19 +335,16 @@ func (c *Conn) Abort() {
 
 // Close closes the connection and removes it from the counts.
 func (c *Conn) Close() error {
-	c.locked((*Conn).forget)
+	c.locked(c.forget)
 	return c.TCPConn.Close()
 }
 
-// locked makes changes to a connection while the listener's mu is held.
-func (c *Conn) locked(changes ...func(*Conn)) {
-	if c == nil {
-		return
-	}
-	c.listener.mu.Lock()
-	defer c.listener.mu.Unlock()
-	for _, change := range changes {
-		change(c)
+// locked calls change while the listener's mu is held.
+func (c *Conn) locked(change func()) {
+	if c != nil {
+		c.listener.mu.Lock()
+		defer c.listener.mu.Unlock()
+		change()
 	}
 }
 
@@ -293,21 +363,17 @@ func (c *Conn) evict(reason string) {
 func (c *Conn) forget() {
 	c.listener.open.Delete(c)
 	c.releaseHeaders()
-	c.protect()
+	c.setWaiting(false)
 }
 
-// protect removes the connection from those that may be evicted.
-func (c *Conn) protect() {
+// setWaiting makes an open connection the last of those that may be evicted, or removes it from them.
+func (c *Conn) setWaiting(waiting bool) {
 	if c.place != nil {
 		c.listener.waiting.Remove(c.place)
 		c.place = nil
 	}
-}
-
-// waitLast makes the connection the last to be evicted, if it may be.
-func (c *Conn) waitLast() {
-	if c.place != nil {
-		c.listener.waiting.MoveToBack(c.place)
+	if waiting && c.listener.open.Has(c) {
+		c.place = c.listener.waiting.PushBack(c)
 	}
 }
 
