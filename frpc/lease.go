@@ -89,12 +89,7 @@ func (l Lease) Write(dir string) (written []string, err error) {
 
 // Withdraw removes the files that frpc would log in with.
 func Withdraw(dir string) error {
-	for _, name := range []string{ConfigFile, TokenFile} {
-		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	return nil
+	return cmp.Or(os.RemoveAll(filepath.Join(dir, ConfigFile)), os.RemoveAll(filepath.Join(dir, TokenFile)))
 }
 
 // ReadLease reads lease.json from dir.

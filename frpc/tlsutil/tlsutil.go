@@ -32,11 +32,10 @@ type CertificateError struct {
 
 // Explain finds out whether err is about a server's certificate. It returns nil if not.
 func Explain(err error) *CertificateError {
-	var cause *tls.CertificateVerificationError
-	if !errors.As(err, &cause) {
-		return nil
+	if cause, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		return &CertificateError{cause, cause.UnverifiedCertificates[0]}
 	}
-	return &CertificateError{cause, cause.UnverifiedCertificates[0]}
+	return nil
 }
 
 // Nameless reports whether the certificate has neither a subject nor names, so that nobody can verify it.

@@ -40,7 +40,8 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 		answer.WriteProblem(w, http.StatusBadRequest, "invalid runner id: give "+validID)
 		return
 	}
-	if slices.Contains(kube.ListOf(req, "Via"), "1.1 "+r.config.AgentID) {
+	via := "1.1 " + r.config.AgentID
+	if slices.Contains(kube.ListOf(req, "Via"), via) {
 		answer.WriteProblem(w, http.StatusLoopDetected,
 			fmt.Sprintf("the endpoint of runner %q leads back to this agent: assign it another one", id))
 		return
@@ -75,41 +76,29 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 		return
 	}
 	endpoint.RawQuery = strings.Trim(endpoint.RawQuery+"&"+req.URL.RawQuery, "&")
-	c := &command{Runners: r, endpoint: endpoint, token: "Bearer " + found.Token.Reveal(), body: body}
+	c := &command{host: endpoint.Host, body: body}
 	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { c.connected = true }}
 	req = req.WithContext(httptrace.WithClientTrace(ctx, trace))
 	req.Body = http.MaxBytesReader(w, req.Body, maxCommand)
 	relay := &httputil.ReverseProxy{
-		Rewrite: c.rewrite, Transport: r.Transport, ModifyResponse: c.checkAnswer, ErrorHandler: c.fail,
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.Out.URL, pr.Out.Host = endpoint, ""
+			for _, name := range []string{"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect"} {
+				pr.Out.Header.Del(name)
+			}
+			pr.Out.Header.Add("Via", via)
+			pr.Out.Header.Set("Authorization", "Bearer "+found.Token.Reveal()) // in place of the caller's
+		},
+		Transport: r.Transport, ModifyResponse: checkAnswer, ErrorHandler: c.fail,
 		FlushInterval: -1, // answers may be streams
 		ErrorLog:      slog.NewLogLogger(r.config.Log.Handler(), slog.LevelDebug),
 	}
 	relay.ServeHTTP(w, req)
 }
 
-// command is a command that is being relayed.
-type command struct {
-	*Runners
-
-	endpoint  *url.URL
-	token     string // the Authorization header
-	body      *kube.Body
-	connected bool // the runner may have received part of the command
-}
-
-// rewrite addresses the command to its runner, with the runner's token in place of the caller's.
-func (c *command) rewrite(pr *httputil.ProxyRequest) {
-	pr.Out.URL, pr.Out.Host = c.endpoint, ""
-	for _, name := range []string{"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect"} {
-		pr.Out.Header.Del(name)
-	}
-	pr.Out.Header.Add("Via", "1.1 "+c.config.AgentID)
-	pr.Out.Header.Set("Authorization", c.token)
-}
-
 // checkAnswer refuses invalid statuses and limits the body. Beyond the limit reading fails, so that a cut answer does
 // not look complete.
-func (c *command) checkAnswer(resp *http.Response) error {
+func checkAnswer(resp *http.Response) error {
 	if resp.StatusCode < 200 || resp.StatusCode > 599 {
 		return fmt.Errorf("its status is %d", resp.StatusCode)
 	}
@@ -117,17 +106,25 @@ func (c *command) checkAnswer(resp *http.Response) error {
 	return nil
 }
 
+// command is a command that is being relayed.
+type command struct {
+	host      string // of the runner's endpoint
+	body      *kube.Body
+	connected bool // the runner may have received part of the command
+}
+
 // fail answers for a runner that gave no valid answer. out is the request as rewritten.
 func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
-	var tooLarge *http.MaxBytesError
-	var timeout net.Error
-	late := errors.As(err, &timeout) && timeout.Timeout()
+	code, what := http.StatusBadGateway, "broke off or gave no valid answer"
+	do := "it may have done the command: check its log"
+	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
+		code, what = http.StatusGatewayTimeout, "does not answer"
+	}
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	cause, unread := context.Cause(out.Context()), c.body.Failure()
-	code := http.StatusBadGateway
-	what, do := "broke off or gave no valid answer", "it may have done the command: check its log"
 	switch {
-	case errors.As(err, &tooLarge):
-		why := fmt.Sprintf("the command is larger than %d bytes", tooLarge.Limit)
+	case tooLarge:
+		why := fmt.Sprintf("the command is larger than %d bytes", maxCommand)
 		answer.WriteProblem(w, http.StatusRequestEntityTooLarge, why)
 		return
 	case errors.Is(cause, context.Canceled) && !errors.Is(unread, os.ErrDeadlineExceeded):
@@ -136,18 +133,13 @@ func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
 		answer.WriteBodyError(w, unread, CommandTimeout)
 		return
 	case errors.Is(cause, kube.ErrShutdown):
-		late, what, err = true, "has not answered", errors.New("the agent has stopped")
+		code, what, err = http.StatusGatewayTimeout, "has not answered", errors.New("the agent has stopped")
 	case errors.Is(err, errForbiddenAddress):
 		what, do = "is not called", "give the runner an endpoint in the cluster, or add its IP to runners.allowed_hosts"
 	case !c.connected:
 		what, do = "cannot be reached", "check that it runs, and its endpoint"
-	case late:
-		what = "does not answer"
 	}
-	if late {
-		code = http.StatusGatewayTimeout
-	}
-	answer.WriteProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", c.endpoint.Host, what, err, do))
+	answer.WriteProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", c.host, what, err, do))
 }
 
 // namePattern matches DNS names. The last label begins with a letter: some resolvers would read the rest as an IP.
