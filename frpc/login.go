@@ -95,9 +95,19 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 		return fail(StageFiles, "files for TLS with frps: %w", err)
 	}
 	conn = tls.Client(conn, tlsConfig)
-	if err := conn.(*tls.Conn).HandshakeContext(ctx); err != nil {
-		stage, explained := explainHandshake(err)
-		return fail(stage, "frps at %s %w", addr, explained)
+	err = conn.(*tls.Conn).HandshakeContext(ctx)
+	network, isNet := errors.AsType[net.Error](err)
+	switch rejected := tlsutil.Explain(err); {
+	case err == nil:
+	case rejected != nil && rejected.Nameless():
+		return fail(StageOwnCertificate,
+			"frps at %s presents the certificate that frps makes for itself, which nobody can verify", addr)
+	case rejected != nil:
+		return fail(StageTLS, "frps at %s %w", addr, rejected)
+	case isNet && network.Timeout():
+		return fail(StageTLS, "frps at %s accepts the connection and does not answer: %w", addr, err)
+	default:
+		return fail(StageTLS, "frps at %s fails the TLS handshake: %w", addr, err)
 	}
 	if c.Protocol == "wss" {
 		if conn, err = openWebSocket(conn, tlsConfig.ServerName); err != nil {
@@ -105,13 +115,13 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 		}
 	}
 	version, refusal, err := exchangeLogin(conn, c)
-	if alert := tls.AlertError(0); errors.As(err, &alert) { // with TLS 1.3 it comes after the handshake
+	alert, isAlert := errors.AsType[tls.AlertError](err)
+	switch {
+	case isAlert: // with TLS 1.3 it comes after the handshake
 		return fail(StageTLS, "frps at %s does not accept the agent's client certificate (%w)", addr, alert)
-	}
-	if err != nil {
+	case err != nil:
 		return fail(StageAnswer, "frps at %s does not answer a login: %w", addr, err)
-	}
-	if refusal != "" {
+	case refusal != "":
 		return fail(StageAccept, "frps at %s refuses the login: %s", addr, refusal)
 	}
 	return version, nil
@@ -124,21 +134,6 @@ func Outdated(version string) string {
 		return "frps before 0.71 may never complete the login of an agent whose connection has broken (frp #5391): update it"
 	}
 	return ""
-}
-
-// explainHandshake says what went wrong with TLS, as the predicate of a sentence.
-func explainHandshake(err error) (Stage, error) {
-	var timeout net.Error
-	switch rejected := tlsutil.Explain(err); {
-	case rejected != nil && rejected.Nameless():
-		return StageOwnCertificate, errors.New("presents the certificate that frps makes for itself, which nobody can verify")
-	case rejected != nil:
-		return StageTLS, rejected
-	case errors.As(err, &timeout) && timeout.Timeout():
-		return StageTLS, fmt.Errorf("accepts the connection and does not answer: %w", err)
-	default:
-		return StageTLS, fmt.Errorf("fails the TLS handshake: %w", err)
-	}
 }
 
 func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
@@ -255,10 +250,8 @@ func (w *webSocket) Write(p []byte) (int, error) {
 	}
 	frame := binary.BigEndian.AppendUint16([]byte{0x82, 0x80 | 126}, uint16(len(p)))
 	frame = append(frame, 0, 0, 0, 0)
-	if _, err := w.Conn.Write(append(frame, p...)); err != nil {
-		return 0, err
-	}
-	return len(p), nil
+	n, err := w.Conn.Write(append(frame, p...))
+	return max(0, n-len(frame)), err
 }
 
 // Read returns bytes of binary frames, and skips all other frames.

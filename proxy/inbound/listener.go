@@ -21,21 +21,18 @@ import (
 	"k8s.io/apimachinery/pkg/util/sets"
 )
 
-// handshakeCost and headerCost are the bytes of memory per byte read, at most. Measured with the shortest headers.
-const handshakeCost, headerCost = 2, 20
+const (
+	// Bytes of memory per byte read, at most. Measured with the shortest headers.
+	handshakeCost, headerCost = 2, 20
 
-// readBuffer and writeBuffer are the bytes that the kernel buffers for a connection; it uses twice the memory. By
-// default a caller who does not read uses several MiB. With less than 48 KiB to read, loopback has 8 MB/s.
-const readBuffer, writeBuffer = 64 << 10, 32 << 10
+	// Bytes that the kernel buffers for a connection; it uses twice the memory. By default a caller who does not read
+	// uses several MiB. With less than 48 KiB to read, loopback has 8 MB/s.
+	readBuffer, writeBuffer = 64 << 10, 32 << 10
 
-// handshakeRecord is the first byte of every TLS connection (RFC 8446, 5.1), and of no HTTP request.
-const handshakeRecord = 0x16
-
-// signature begins a PROXY header. Source: the PROXY protocol, version 2, section 2.2.
-const signature = "\r\n\r\n\x00\r\nQUIT\n"
-
-// maxProxyHeader limits in bytes what may follow the first 16: addresses, ports, and further fields.
-const maxProxyHeader = 512
+	handshakeRecord = 0x16                     // begins every TLS connection (RFC 8446, 5.1), and no HTTP request
+	signature       = "\r\n\r\n\x00\r\nQUIT\n" // begins a PROXY header
+	maxProxyHeader  = 512                      // bytes after the first 16: addresses, ports, and further fields
+)
 
 // Why a connection was closed.
 const (
