@@ -106,23 +106,20 @@ func (l *Listener) accept() {
 	}
 }
 
-// admit counts a connection. If there are too many, it closes the one that has waited longest; if that is c, it returns
-// false.
+// admit counts a connection. Beyond the limit it closes the one that has waited longest. It returns false if that is c.
 func (l *Listener) admit(c *Conn) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.open.Insert(c)
 	c.setWaiting(true)
-	if l.open.Len() <= l.config.Connections {
-		return true
+	if l.open.Len() > l.config.Connections {
+		oldest, reason := l.waiting.Front().Value.(*Conn), Evicted
+		if oldest == c {
+			reason = TooMany
+		}
+		oldest.evict(reason)
 	}
-	oldest := l.waiting.Front().Value.(*Conn)
-	if oldest == c {
-		c.evict(TooMany)
-		return false
-	}
-	oldest.evict(Evicted)
-	return true
+	return l.open.Has(c)
 }
 
 // begin reads a connection's hello, and passes it to Accept.

@@ -22,24 +22,22 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// RegistryTimeout is how long reading or changing the registry may take.
-const RegistryTimeout = 10 * time.Second
-
-// The registry is a Secret with a key for each runner, and processedKey. A runner's id begins with a letter or digit,
-// so it is never that key.
 const (
+	// RegistryTimeout is how long reading or changing the registry may take.
+	RegistryTimeout = 10 * time.Second
+
+	// The registry is a Secret with a key for each runner, and processedKey. A runner's id begins with a letter or
+	// digit, so it is never that key.
 	registryName = agentapi.RunnersSecret
 	processedKey = "_processed" // ids of the last messages that changed the registry
 	maxProcessed = 256
 	maxToken     = 8 << 10 // bytes
-)
 
-var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-
-const (
 	validID      = "1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"
 	errInvalidID = answer.InvalidError("data.runner_id: give " + validID)
 )
+
+var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 // Config is what Runners needs to know.
 type Config struct {
