@@ -81,8 +81,7 @@ func (a Admin) call(ctx context.Context, method, path string) ([]byte, error) {
 	return body, err
 }
 
-// ProxyStatus is frpc's view of one of its proxies.
-// Source: GET /api/status of frpc's admin API (frp client/http/model).
+// ProxyStatus is frpc's view of one of its proxies. Source: frp client/http/model.
 type ProxyStatus struct {
 	Name       string `json:"name"`
 	Type       string `json:"type"`

@@ -78,72 +78,82 @@ func (t Tunnel) GivesUp() string {
 
 // TOML renders frpc.toml. It fails only on text that is not UTF-8, which TOML cannot hold; the error names the key.
 func (c Config) TOML() ([]byte, error) {
-	w := tomlWriter{}
-	w.buf.WriteString("# Written by the PipeOps agent's bootstrap. Changes are lost. Holds secrets.\n")
-	w.set("serverAddr", c.ServerAddr)
-	w.set("serverPort", c.ServerPort)
-	w.set("user", c.User)
-	w.set("clientID", c.ClientID)
+	var toml bytes.Buffer
+	var invalid error
+	set := func(key string, value any) { // except zero values; false is written
+		if invalid == nil && !utf8.ValidString(fmt.Sprint(value)) {
+			invalid = fmt.Errorf("frpc.toml: the value of %q is not valid UTF-8", key)
+		}
+		if text := render(value); !slices.Contains([]string{`""`, "0", "[]", "null"}, text) {
+			fmt.Fprintf(&toml, "%s = %s\n", key, text)
+		}
+	}
+
+	toml.WriteString("# Written by the PipeOps agent's bootstrap. Changes are lost. Holds secrets.\n")
+	set("serverAddr", c.ServerAddr)
+	set("serverPort", c.ServerPort)
+	set("user", c.User)
+	set("clientID", c.ClientID)
 	// frpc's default is to exit when the first login fails; a tunnel must keep trying.
-	w.set("loginFailExit", false)
-	w.set("log.level", c.LogLevel)
-	w.set("log.disablePrintColor", true)
-	w.set("auth.method", c.AuthMethod)
+	set("loginFailExit", false)
+	set("log.level", c.LogLevel)
+	set("log.disablePrintColor", true)
+	set("auth.method", c.AuthMethod)
 	if c.AuthMethod == "oidc" {
-		w.set("auth.oidc.tokenSource.type", "file")
-		w.set("auth.oidc.tokenSource.file.path", c.TokenFile)
+		set("auth.oidc.tokenSource.type", "file")
+		set("auth.oidc.tokenSource.file.path", c.TokenFile)
 	} else {
-		w.set("auth.token", c.Token.Reveal())
+		set("auth.token", c.Token.Reveal())
 	}
 	// A frps that requires these refuses an agent without them; any other ignores them.
-	w.set("auth.additionalScopes", []string{"HeartBeats", "NewWorkConns"})
+	set("auth.additionalScopes", []string{"HeartBeats", "NewWorkConns"})
 	for _, k := range slices.Sorted(maps.Keys(c.Metadatas)) { // from JSON, so they are UTF-8
-		w.set("metadatas."+render(k), c.Metadatas[k].Reveal())
+		set("metadatas."+render(k), c.Metadatas[k].Reveal())
 	}
-	w.set("transport.protocol", c.Protocol)
-	w.set("transport.proxyURL", c.ProxyURL.Reveal())
+	set("transport.protocol", c.Protocol)
+	set("transport.proxyURL", c.ProxyURL.Reveal())
 	// Measured with latency (tests/bench): with waiting work connections, the first calls after a login are answered
 	// sooner; with the shorter interval, a frozen frps is noticed within 20 s, not 40.
-	w.set("transport.poolCount", 5)
-	w.set("transport.tcpMuxKeepaliveInterval", 10)
+	set("transport.poolCount", 5)
+	set("transport.tcpMuxKeepaliveInterval", 10)
 	// With multiplexing frpc sends no heartbeats by default, but a frps whose heartbeatTimeout is set waits for them.
-	w.set("transport.heartbeatInterval", 30)
-	w.set("transport.heartbeatTimeout", 90)
-	w.set("transport.tls.trustedCaFile", c.TLS.CAFile)
-	w.set("transport.tls.serverName", c.TLS.ServerName)
-	w.set("transport.tls.certFile", c.TLS.CertFile)
-	w.set("transport.tls.keyFile", c.TLS.KeyFile)
-	w.set("webServer.addr", "127.0.0.1")
-	w.set("webServer.port", c.Admin.Port)
-	w.set("webServer.user", c.Admin.User)
-	w.set("webServer.password", c.Admin.Password.Reveal())
+	set("transport.heartbeatInterval", 30)
+	set("transport.heartbeatTimeout", 90)
+	set("transport.tls.trustedCaFile", c.TLS.CAFile)
+	set("transport.tls.serverName", c.TLS.ServerName)
+	set("transport.tls.certFile", c.TLS.CertFile)
+	set("transport.tls.keyFile", c.TLS.KeyFile)
+	set("webServer.addr", "127.0.0.1")
+	set("webServer.port", c.Admin.Port)
+	set("webServer.user", c.Admin.User)
+	set("webServer.password", c.Admin.Password.Reveal())
 
-	w.buf.WriteString("\n[[proxies]]\n")
-	w.set("name", c.Tunnel.Name)
-	w.set("type", c.Tunnel.Type)
-	w.set("localIP", c.Tunnel.LocalIP)
-	w.set("localPort", c.Tunnel.LocalPort)
-	w.set("subdomain", c.Tunnel.Subdomain)
-	w.set("customDomains", c.Tunnel.CustomDomains)
-	w.set("remotePort", c.Tunnel.RemotePort)
-	w.set("loadBalancer.group", c.Tunnel.Group)
-	w.set("loadBalancer.groupKey", c.Tunnel.GroupKey.Reveal())
+	toml.WriteString("\n[[proxies]]\n")
+	set("name", c.Tunnel.Name)
+	set("type", c.Tunnel.Type)
+	set("localIP", c.Tunnel.LocalIP)
+	set("localPort", c.Tunnel.LocalPort)
+	set("subdomain", c.Tunnel.Subdomain)
+	set("customDomains", c.Tunnel.CustomDomains)
+	set("remotePort", c.Tunnel.RemotePort)
+	set("loadBalancer.group", c.Tunnel.Group)
+	set("loadBalancer.groupKey", c.Tunnel.GroupKey.Reveal())
 	if c.Tunnel.Type != "http" {
 		// The PROXY header is the only way to learn the caller's address. With type http, X-Forwarded-For has it, and
 		// frps sends requests of several callers over one connection.
-		w.set("transport.proxyProtocolVersion", "v2")
+		set("transport.proxyProtocolVersion", "v2")
 	}
 	// frpc registers the tunnel while the proxy accepts requests, and withdraws it when the proxy drains: running
 	// streams go on, new requests go to another replica. It counts all failures, not consecutive ones, so that a
 	// higher maxFailed would only delay the same result.
 	if c.Tunnel.HealthPath != "" {
-		w.set("healthCheck.type", "http")
-		w.set("healthCheck.path", c.Tunnel.HealthPath)
-		w.set("healthCheck.intervalSeconds", 1)
-		w.set("healthCheck.timeoutSeconds", 5)
-		w.set("healthCheck.maxFailed", 1)
+		set("healthCheck.type", "http")
+		set("healthCheck.path", c.Tunnel.HealthPath)
+		set("healthCheck.intervalSeconds", 1)
+		set("healthCheck.timeoutSeconds", 5)
+		set("healthCheck.maxFailed", 1)
 	}
-	return w.buf.Bytes(), w.err
+	return toml.Bytes(), invalid
 }
 
 // AdminPassword returns the admin API's password from an frpc.toml that TOML has rendered; empty if there is none.
@@ -154,28 +164,12 @@ func AdminPassword(toml []byte) (password secret.Secret) {
 	return password
 }
 
-// tomlWriter writes lines of key = value, and keeps the first error.
-type tomlWriter struct {
-	buf bytes.Buffer
-	err error
-}
-
-// set writes a string, a number, a bool or a list of strings. It omits empty values and the number 0.
-func (w *tomlWriter) set(key string, value any) {
-	if w.err == nil && !utf8.ValidString(fmt.Sprint(value)) {
-		w.err = fmt.Errorf("frpc.toml: the value of %q is not valid UTF-8", key)
-	}
-	if rendered := render(value); !slices.Contains([]string{`""`, "0", "[]", "null"}, rendered) {
-		fmt.Fprintf(&w.buf, "%s = %s\n", key, rendered)
-	}
-}
-
 // escaped are the characters that JSON may hold as they are: DEL may not be in TOML, and '{' would be a template.
 var escaped = strings.NewReplacer("\x7f", `\u007F`, "{", `\u007B`)
 
 // render returns a value in the JSON that is also TOML. frp runs the file as a text/template first, so it holds no '{'.
 // No value can start a line, so frp takes none for the "[common]" of its old format.
 func render(value any) string {
-	data, _ := json.Marshal(value) // fails for none of the types that set takes
+	data, _ := json.Marshal(value) // fails for none of the types above
 	return escaped.Replace(string(data))
 }

@@ -38,10 +38,9 @@ func (e *LoginError) Error() string { return e.Err.Error() }
 
 func (e *LoginError) Unwrap() error { return e.Err }
 
-// Stage is a stage of a login.
+// Stage is a stage of a login; they are listed in their order.
 type Stage int
 
-// The stages of a login, in their order.
 const (
 	StageFiles          Stage = iota // read the files for TLS
 	StageDial                        // connect to frps
@@ -129,8 +128,8 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 
 // Outdated says why a version of frps should not be used. It is empty for other versions.
 func Outdated(version string) string {
-	var major, minor int
-	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); n == 2 && major == 0 && minor < 71 {
+	var minor int
+	if n, _ := fmt.Sscanf(version, "0.%d", &minor); n == 1 && minor < 71 {
 		return "frps before 0.71 may never complete the login of an agent whose connection has broken (frp #5391): update it"
 	}
 	return ""

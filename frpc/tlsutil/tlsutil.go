@@ -26,30 +26,27 @@ func CertPool(file string) (*x509.CertPool, error) {
 
 // CertificateError says why a server's certificate is not accepted. Its text is the predicate of a sentence.
 type CertificateError struct {
-	cause       *tls.CertificateVerificationError
-	certificate *x509.Certificate
+	*tls.CertificateVerificationError
 }
 
 // Explain finds out whether err is about a server's certificate. It returns nil if not.
 func Explain(err error) *CertificateError {
 	if cause, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-		return &CertificateError{cause, cause.UnverifiedCertificates[0]}
+		return &CertificateError{cause}
 	}
 	return nil
 }
 
 // Nameless reports whether the certificate has neither a subject nor names, so that nobody can verify it.
 func (e *CertificateError) Nameless() bool {
-	c := e.certificate
+	c := e.UnverifiedCertificates[0]
 	return c.Subject.String() == "" && len(c.DNSNames)+len(c.IPAddresses) == 0
 }
 
 func (e *CertificateError) Error() string {
 	problem, _ := e.explain("", "")
-	return fmt.Sprintf("presents %s (%s)", problem, DescribeCertificate(e.certificate))
+	return fmt.Sprintf("presents %s (%s)", problem, DescribeCertificate(e.UnverifiedCertificates[0]))
 }
-
-func (e *CertificateError) Unwrap() error { return e.cause }
 
 // Advice says what to do. caSetting and nameSetting are the settings that may have to be corrected.
 func (e *CertificateError) Advice(caSetting, nameSetting string) string {
@@ -58,15 +55,14 @@ func (e *CertificateError) Advice(caSetting, nameSetting string) string {
 }
 
 func (e *CertificateError) explain(caSetting, nameSetting string) (problem, advice string) {
-	var unknownCA x509.UnknownAuthorityError
 	var wrongName x509.HostnameError
 	var invalid x509.CertificateInvalidError
 	switch {
-	case errors.As(e.cause, &unknownCA):
+	case errors.As(e.Err, new(x509.UnknownAuthorityError)):
 		return "a certificate signed by an unknown authority", "set " + caSetting + " to the file of its authority"
-	case errors.As(e.cause, &wrongName):
+	case errors.As(e.Err, &wrongName):
 		return "a certificate for another name than " + wrongName.Host, "check " + nameSetting
-	case errors.As(e.cause, &invalid) && invalid.Reason == x509.Expired:
+	case errors.As(e.Err, &invalid) && invalid.Reason == x509.Expired:
 		now := time.Now().UTC().Format(time.RFC3339)
 		return "a certificate that is not valid at " + now, "renew it, or correct the clock of this host or its"
 	default:

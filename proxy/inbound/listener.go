@@ -154,11 +154,8 @@ func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 			first, err = c.peek()
 		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	if first != handshakeRecord {
-		return c, nil
+	if err != nil || first != handshakeRecord {
+		return c, err
 	}
 	conn := tls.Server(c, config)
 	return conn, conn.HandshakeContext(context.Background()) // the connection has a deadline

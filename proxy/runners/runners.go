@@ -119,7 +119,6 @@ func (r *Runners) Unassign(ctx context.Context, messageID, id string) (duplicate
 	})
 }
 
-// errDuplicate is a message that has changed the registry before.
 var errDuplicate = errors.New("duplicate message")
 
 // change applies a message to the registry, once.
@@ -160,15 +159,15 @@ func (r *Runners) find(ctx context.Context, id string) (*runner, error) {
 
 // WriteError answers for an err of reading or changing the registry, which had the time of ctx.
 func WriteError(ctx context.Context, w http.ResponseWriter, err error) {
+	code, detail := http.StatusBadGateway, err.Error()
 	switch {
 	case ctx.Err() != nil:
-		answer.WriteProblem(w, http.StatusGatewayTimeout, err.Error())
+		code = http.StatusGatewayTimeout
 	case apierrors.IsInvalid(err) || apierrors.IsRequestEntityTooLargeError(err):
-		answer.WriteProblem(w, http.StatusInsufficientStorage,
-			"the registry of runners is full: unassign those that are gone: "+err.Error())
-	default:
-		answer.WriteProblem(w, http.StatusBadGateway, err.Error())
+		code = http.StatusInsufficientStorage
+		detail = "the registry of runners is full: unassign those that are gone: " + detail
 	}
+	answer.WriteProblem(w, code, detail)
 }
 
 // IsPrintable reports whether s is 1 to limit printable ASCII characters without spaces.
