@@ -147,14 +147,12 @@ func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 			return nil, err
 		}
 	}
-	if t.CertFile != "" {
-		cert, err := tls.LoadX509KeyPair(t.CertFile, t.KeyFile)
-		if err != nil {
-			return nil, err
-		}
-		config.Certificates = []tls.Certificate{cert}
+	if t.CertFile == "" {
+		return config, nil
 	}
-	return config, nil
+	cert, err := tls.LoadX509KeyPair(t.CertFile, t.KeyFile)
+	config.Certificates = []tls.Certificate{cert}
+	return config, err
 }
 
 // exchangeLogin sends frp's Login message on stream 1 of a yamux session and returns the version and the refusal in

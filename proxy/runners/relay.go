@@ -61,11 +61,11 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 	reading, cancelReading := context.WithTimeout(ctx, RegistryTimeout)
 	defer cancelReading()
 	found, err := r.find(reading, id)
-	switch {
-	case err != nil:
+	if err != nil {
 		WriteError(reading, w, err)
 		return
-	case found == nil:
+	}
+	if found == nil {
 		answer.WriteProblem(w, http.StatusNotFound,
 			fmt.Sprintf("no runner %q is assigned to this agent: send it a runner_assigned message", id))
 		return
