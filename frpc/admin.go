@@ -2,21 +2,21 @@ package frpc
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
-	"strconv"
+	"slices"
+	"syscall"
 	"time"
 )
 
 // adminClient has a transport of its own, so that the environment's proxy settings do not apply to loopback calls.
 var adminClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 5 * time.Second}
-
-// addr is the address of the admin API of the frpc in this pod. Calls take five seconds at most.
-func (a Admin) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(a.Port)) }
 
 // ErrStuck reports that frpc does not stop, because it hangs in its first login.
 var ErrStuck = errors.New("frpc does not stop")
@@ -45,24 +45,86 @@ func (a Admin) Reload(ctx context.Context) error {
 	return err
 }
 
+// Status returns frpc's proxies. There are none while frpc is not logged in to frps.
+func (a Admin) Status(ctx context.Context) ([]ProxyStatus, error) {
+	body, err := a.call(ctx, http.MethodGet, "/api/status")
+	if err != nil {
+		return nil, err
+	}
+	var byType map[string][]ProxyStatus
+	if err := json.Unmarshal(body, &byType); err != nil {
+		return nil, fmt.Errorf("frpc's admin API: status is not JSON: %w", err)
+	}
+	return append([]ProxyStatus{}, slices.Concat(slices.Collect(maps.Values(byType))...)...), nil // not nil: frpc answers
+}
+
+func (a Admin) addr() string { return fmt.Sprintf("127.0.0.1:%d", a.Port) }
+
 func (a Admin) call(ctx context.Context, method, path string) ([]byte, error) {
-	addr := a.addr()
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+addr+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+a.addr()+path, nil)
 	if err != nil {
 		return nil, err
 	}
 	req.SetBasicAuth(a.User, a.Password.Reveal())
 	resp, err := adminClient.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("frpc's admin API at %s does not answer: %w", addr, err)
+		return nil, fmt.Errorf("frpc's admin API at %s does not answer: %w", a.addr(), err)
 	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	if err != nil {
-		return nil, fmt.Errorf("frpc's admin API at %s: %w", addr, err)
-	}
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("frpc's admin API at %s answers %s to %s %s", addr, resp.Status, method, path)
+		err = fmt.Errorf("it answers %s to %s %s", resp.Status, method, path)
 	}
-	return body, nil
+	if err != nil {
+		err = fmt.Errorf("frpc's admin API at %s: %w", a.addr(), err)
+	}
+	return body, err
+}
+
+// ProxyStatus is frpc's view of one of its proxies. Source: frp client/http/model.
+type ProxyStatus struct {
+	Name       string `json:"name"`
+	Type       string `json:"type"`
+	Status     string `json:"status"` // new, wait start, start error, running, check failed or closed
+	Err        string `json:"err"`    // why frps refused it
+	RemoteAddr string `json:"remote_addr"`
+}
+
+// State is how far frpc has come on its way to frps.
+type State int
+
+// The states, from the answer of the admin API or its absence.
+const (
+	Unknown   State = iota // the admin API gives no usable answer
+	Down                   // frpc does not run: nobody listens at the admin API; at its start it reads frpc.toml anew
+	LoggedOut              // frpc is not logged in to frps, or cannot log in
+	Rejected               // frps accepts the login and refuses the tunnel
+	Withdrawn              // frpc has withdrawn the tunnel, because its health check fails
+	Starting               // frpc is logged in and about to register the tunnel
+	Running                // the tunnel is registered at frps
+)
+
+// StateOf classifies the result of Status. frpc.toml has one proxy, so the first one decides.
+//
+// Its callers differ by intention in Withdrawn and Starting: bootstrap takes them for connected, because a new lease
+// or a restart would improve nothing; the proxy and doctor report them, because callers cannot reach the agent.
+func StateOf(proxies []ProxyStatus, err error) State {
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return Down
+	case err != nil:
+		return Unknown
+	case len(proxies) == 0:
+		return LoggedOut
+	}
+	switch p := proxies[0]; {
+	case p.Status == "running":
+		return Running
+	case p.Status == "start error" || p.Err != "": // frpc keeps the error while it tries again
+		return Rejected
+	case p.Status == "check failed":
+		return Withdrawn
+	default:
+		return Starting
+	}
 }

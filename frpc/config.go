@@ -4,11 +4,10 @@ package frpc
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"maps"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -79,125 +78,98 @@ func (t Tunnel) GivesUp() string {
 
 // TOML renders frpc.toml. It fails only on text that is not UTF-8, which TOML cannot hold; the error names the key.
 func (c Config) TOML() ([]byte, error) {
-	w := tomlWriter{}
-	w.buf.WriteString("# Written by the PipeOps agent's bootstrap. Changes are lost. Holds secrets.\n")
-	w.text("serverAddr", c.ServerAddr)
-	w.number("serverPort", c.ServerPort)
-	w.text("user", c.User)
-	w.text("clientID", c.ClientID)
+	var toml bytes.Buffer
+	var invalid error
+	set := func(key string, value any) { // except zero values; false is written
+		if invalid == nil && !utf8.ValidString(fmt.Sprint(value)) {
+			invalid = fmt.Errorf("frpc.toml: the value of %q is not valid UTF-8", key)
+		}
+		if text := render(value); !slices.Contains([]string{`""`, "0", "[]", "null"}, text) {
+			fmt.Fprintf(&toml, "%s = %s\n", key, text)
+		}
+	}
+
+	toml.WriteString("# Written by the PipeOps agent's bootstrap. Changes are lost. Holds secrets.\n")
+	set("serverAddr", c.ServerAddr)
+	set("serverPort", c.ServerPort)
+	set("user", c.User)
+	set("clientID", c.ClientID)
 	// frpc's default is to exit when the first login fails; a tunnel must keep trying.
-	w.buf.WriteString("loginFailExit = false\n")
-	w.text("log.level", c.LogLevel)
-	w.buf.WriteString("log.disablePrintColor = true\n")
-	w.text("auth.method", c.AuthMethod)
+	set("loginFailExit", false)
+	set("log.level", c.LogLevel)
+	set("log.disablePrintColor", true)
+	set("auth.method", c.AuthMethod)
 	if c.AuthMethod == "oidc" {
-		w.text("auth.oidc.tokenSource.type", "file")
-		w.text("auth.oidc.tokenSource.file.path", c.TokenFile)
+		set("auth.oidc.tokenSource.type", "file")
+		set("auth.oidc.tokenSource.file.path", c.TokenFile)
 	} else {
-		w.text("auth.token", c.Token.Reveal())
+		set("auth.token", c.Token.Reveal())
 	}
 	// A frps that requires these refuses an agent without them; any other ignores them.
-	w.texts("auth.additionalScopes", []string{"HeartBeats", "NewWorkConns"})
-	for _, k := range slices.Sorted(maps.Keys(c.Metadatas)) {
-		w.text("metadatas."+quote(k), c.Metadatas[k].Reveal())
+	set("auth.additionalScopes", []string{"HeartBeats", "NewWorkConns"})
+	for _, k := range slices.Sorted(maps.Keys(c.Metadatas)) { // from JSON, so they are UTF-8
+		set("metadatas."+render(k), c.Metadatas[k].Reveal())
 	}
-	w.text("transport.protocol", c.Protocol)
-	w.text("transport.proxyURL", c.ProxyURL.Reveal())
+	set("transport.protocol", c.Protocol)
+	set("transport.proxyURL", c.ProxyURL.Reveal())
 	// Measured with latency (tests/bench): with waiting work connections, the first calls after a login are answered
 	// sooner; with the shorter interval, a frozen frps is noticed within 20 s, not 40.
-	w.number("transport.poolCount", 5)
-	w.number("transport.tcpMuxKeepaliveInterval", 10)
+	set("transport.poolCount", 5)
+	set("transport.tcpMuxKeepaliveInterval", 10)
 	// With multiplexing frpc sends no heartbeats by default, but a frps whose heartbeatTimeout is set waits for them.
-	w.number("transport.heartbeatInterval", 30)
-	w.number("transport.heartbeatTimeout", 90)
-	w.text("transport.tls.trustedCaFile", c.TLS.CAFile)
-	w.text("transport.tls.serverName", c.TLS.ServerName)
-	w.text("transport.tls.certFile", c.TLS.CertFile)
-	w.text("transport.tls.keyFile", c.TLS.KeyFile)
-	w.text("webServer.addr", "127.0.0.1")
-	w.number("webServer.port", c.Admin.Port)
-	w.text("webServer.user", c.Admin.User)
-	w.text("webServer.password", c.Admin.Password.Reveal())
+	set("transport.heartbeatInterval", 30)
+	set("transport.heartbeatTimeout", 90)
+	set("transport.tls.trustedCaFile", c.TLS.CAFile)
+	set("transport.tls.serverName", c.TLS.ServerName)
+	set("transport.tls.certFile", c.TLS.CertFile)
+	set("transport.tls.keyFile", c.TLS.KeyFile)
+	set("webServer.addr", "127.0.0.1")
+	set("webServer.port", c.Admin.Port)
+	set("webServer.user", c.Admin.User)
+	set("webServer.password", c.Admin.Password.Reveal())
 
-	w.buf.WriteString("\n[[proxies]]\n")
-	w.text("name", c.Tunnel.Name)
-	w.text("type", c.Tunnel.Type)
-	w.text("localIP", c.Tunnel.LocalIP)
-	w.number("localPort", c.Tunnel.LocalPort)
-	w.text("subdomain", c.Tunnel.Subdomain)
-	w.texts("customDomains", c.Tunnel.CustomDomains)
-	w.number("remotePort", c.Tunnel.RemotePort)
-	w.text("loadBalancer.group", c.Tunnel.Group)
-	w.text("loadBalancer.groupKey", c.Tunnel.GroupKey.Reveal())
+	toml.WriteString("\n[[proxies]]\n")
+	set("name", c.Tunnel.Name)
+	set("type", c.Tunnel.Type)
+	set("localIP", c.Tunnel.LocalIP)
+	set("localPort", c.Tunnel.LocalPort)
+	set("subdomain", c.Tunnel.Subdomain)
+	set("customDomains", c.Tunnel.CustomDomains)
+	set("remotePort", c.Tunnel.RemotePort)
+	set("loadBalancer.group", c.Tunnel.Group)
+	set("loadBalancer.groupKey", c.Tunnel.GroupKey.Reveal())
 	if c.Tunnel.Type != "http" {
 		// The PROXY header is the only way to learn the caller's address. With type http, X-Forwarded-For has it, and
 		// frps sends requests of several callers over one connection.
-		w.text("transport.proxyProtocolVersion", "v2")
+		set("transport.proxyProtocolVersion", "v2")
 	}
 	// frpc registers the tunnel while the proxy accepts requests, and withdraws it when the proxy drains: running
 	// streams go on, new requests go to another replica. It counts all failures, not consecutive ones, so that a
 	// higher maxFailed would only delay the same result.
 	if c.Tunnel.HealthPath != "" {
-		w.text("healthCheck.type", "http")
-		w.text("healthCheck.path", c.Tunnel.HealthPath)
-		w.number("healthCheck.intervalSeconds", 1)
-		w.number("healthCheck.timeoutSeconds", 5)
-		w.number("healthCheck.maxFailed", 1)
+		set("healthCheck.type", "http")
+		set("healthCheck.path", c.Tunnel.HealthPath)
+		set("healthCheck.intervalSeconds", 1)
+		set("healthCheck.timeoutSeconds", 5)
+		set("healthCheck.maxFailed", 1)
 	}
-	return w.buf.Bytes(), w.err
+	return toml.Bytes(), invalid
 }
 
 // AdminPassword returns the admin API's password from an frpc.toml that TOML has rendered; empty if there is none.
-func AdminPassword(toml []byte) secret.Secret {
+func AdminPassword(toml []byte) (password secret.Secret) {
 	_, after, _ := bytes.Cut(toml, []byte("\nwebServer.password = "))
-	quoted, _, _ := bytes.Cut(after, []byte("\n"))
-	password, _ := strconv.Unquote(string(quoted)) // what quote escapes, Go escapes the same way
-	return secret.Secret(password)
+	rendered, _, _ := bytes.Cut(after, []byte("\n"))
+	_ = json.Unmarshal(rendered, &password) // the inverse of render
+	return password
 }
 
-// tomlWriter writes lines of key = value, omits zero values, and keeps the first error.
-type tomlWriter struct {
-	buf bytes.Buffer
-	err error
-}
+// escaped are the characters that JSON may hold as they are: DEL may not be in TOML, and '{' would be a template.
+var escaped = strings.NewReplacer("\x7f", `\u007F`, "{", `\u007B`)
 
-func (w *tomlWriter) text(key, value string) {
-	if value != "" {
-		w.line(key, quote(value))
-	}
-}
-
-func (w *tomlWriter) texts(key string, values []string) {
-	var quoted []string
-	for _, v := range values {
-		quoted = append(quoted, quote(v))
-	}
-	if len(quoted) > 0 {
-		w.line(key, "["+strings.Join(quoted, ", ")+"]")
-	}
-}
-
-func (w *tomlWriter) number(key string, value int) {
-	if value != 0 {
-		w.line(key, strconv.Itoa(value))
-	}
-}
-
-func (w *tomlWriter) line(key, value string) {
-	if !utf8.ValidString(key+value) && w.err == nil {
-		w.err = fmt.Errorf("frpc.toml: the value of %q is not valid UTF-8", strings.ToValidUTF8(key, "?"))
-	}
-	fmt.Fprintf(&w.buf, "%s = %s\n", key, value)
-}
-
-var (
-	backslashed = strings.NewReplacer(`"`, `\"`, `\`, `\\`)
-	numbered    = regexp.MustCompile(`[\x00-\x1f\x7f{]`)
-)
-
-// quote returns a TOML basic string. It also escapes '{', because frp runs the file as a text/template first. No value
-// can start a line, so frp takes none for the "[common]" of its old format.
-func quote(s string) string {
-	s = backslashed.Replace(s)
-	return `"` + numbered.ReplaceAllStringFunc(s, func(c string) string { return fmt.Sprintf(`\u%04X`, c[0]) }) + `"`
+// render returns a value in the JSON that is also TOML. frp runs the file as a text/template first, so it holds no '{'.
+// No value can start a line, so frp takes none for the "[common]" of its old format.
+func render(value any) string {
+	data, _ := json.Marshal(value) // fails for none of the types above
+	return escaped.Replace(string(data))
 }

@@ -99,7 +99,7 @@ func TestWriteRestoresOnlyMissingOrChangedFiles(t *testing.T) {
 }
 
 func TestAdminPasswordIsReadBack(t *testing.T) {
-	for _, want := range []secret.Secret{"p", "", `a"b\c{{.}}'#=`, "\x00\x1f\x7f\n\u0080\u2028🦊", "webServer.password = \"x\""} {
+	for _, want := range []secret.Secret{"p", "", "<&>", `a"b\c{{.}}'#=`, "\x00\x1f\x7f\n\u0080\u2028🦊", "webServer.password = \"x\""} {
 		c := lease().Frpc
 		c.User, c.Token, c.Admin.Password = "webServer.password = \"y\"", "\nwebServer.password = \"y\"", want
 		toml, err := c.TOML()

@@ -87,14 +87,9 @@ func (l Lease) Write(dir string) (written []string, err error) {
 	return written, nil
 }
 
-// Withdraw removes the files that frpc would log in with.
+// Withdraw removes the files that frpc would log in with, if they exist.
 func Withdraw(dir string) error {
-	for _, name := range []string{ConfigFile, TokenFile} {
-		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	return nil
+	return cmp.Or(os.RemoveAll(filepath.Join(dir, ConfigFile)), os.RemoveAll(filepath.Join(dir, TokenFile)))
 }
 
 // ReadLease reads lease.json from dir.
@@ -122,12 +117,8 @@ func ReadLease(dir string) (*Lease, error) {
 func writeFile(path string, data []byte) error {
 	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
 	_ = os.Remove(tmp)
-	file, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(data)
-	if err = cmp.Or(err, file.Sync(), file.Close()); err == nil {
+	err := os.WriteFile(tmp, data, 0o600)
+	if err == nil {
 		err = os.Rename(tmp, path)
 	}
 	if err != nil {

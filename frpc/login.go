@@ -1,11 +1,12 @@
 package frpc
 
 import (
-	"bytes"
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/md5" //nolint:gosec // frp's login is defined with MD5
 	"crypto/tls"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"net/http"
 	"net/url"
 	"path/filepath"
 	"slices"
@@ -36,10 +38,9 @@ func (e *LoginError) Error() string { return e.Err.Error() }
 
 func (e *LoginError) Unwrap() error { return e.Err }
 
-// Stage is a stage of a login.
+// Stage is a stage of a login; they are listed in their order.
 type Stage int
 
-// The stages of a login, in their order.
 const (
 	StageFiles          Stage = iota // read the files for TLS
 	StageDial                        // connect to frps
@@ -93,9 +94,19 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 		return fail(StageFiles, "files for TLS with frps: %w", err)
 	}
 	conn = tls.Client(conn, tlsConfig)
-	if err := conn.(*tls.Conn).HandshakeContext(ctx); err != nil {
-		stage, explained := explainHandshake(err)
-		return fail(stage, "frps at %s %w", addr, explained)
+	err = conn.(*tls.Conn).HandshakeContext(ctx)
+	network, isNet := errors.AsType[net.Error](err)
+	switch rejected := tlsutil.Explain(err); {
+	case err == nil:
+	case rejected != nil && rejected.Nameless():
+		return fail(StageOwnCertificate,
+			"frps at %s presents the certificate that frps makes for itself, which nobody can verify", addr)
+	case rejected != nil:
+		return fail(StageTLS, "frps at %s %w", addr, rejected)
+	case isNet && network.Timeout():
+		return fail(StageTLS, "frps at %s accepts the connection and does not answer: %w", addr, err)
+	default:
+		return fail(StageTLS, "frps at %s fails the TLS handshake: %w", addr, err)
 	}
 	if c.Protocol == "wss" {
 		if conn, err = openWebSocket(conn, tlsConfig.ServerName); err != nil {
@@ -103,13 +114,13 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 		}
 	}
 	version, refusal, err := exchangeLogin(conn, c)
-	if alert := tls.AlertError(0); errors.As(err, &alert) { // with TLS 1.3 it comes after the handshake
+	alert, isAlert := errors.AsType[tls.AlertError](err)
+	switch {
+	case isAlert: // with TLS 1.3 it comes after the handshake
 		return fail(StageTLS, "frps at %s does not accept the agent's client certificate (%w)", addr, alert)
-	}
-	if err != nil {
+	case err != nil:
 		return fail(StageAnswer, "frps at %s does not answer a login: %w", addr, err)
-	}
-	if refusal != "" {
+	case refusal != "":
 		return fail(StageAccept, "frps at %s refuses the login: %s", addr, refusal)
 	}
 	return version, nil
@@ -117,26 +128,11 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 
 // Outdated says why a version of frps should not be used. It is empty for other versions.
 func Outdated(version string) string {
-	var major, minor int
-	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); n == 2 && major == 0 && minor < 71 {
+	var minor int
+	if n, _ := fmt.Sscanf(version, "0.%d", &minor); n == 1 && minor < 71 {
 		return "frps before 0.71 may never complete the login of an agent whose connection has broken (frp #5391): update it"
 	}
 	return ""
-}
-
-// explainHandshake says what went wrong with TLS, as the predicate of a sentence.
-func explainHandshake(err error) (Stage, error) {
-	timeout := net.Error(nil)
-	switch rejected := tlsutil.Explain(err); {
-	case rejected != nil && rejected.Nameless():
-		return StageOwnCertificate, errors.New("presents the certificate that frps makes for itself, which nobody can verify")
-	case rejected != nil:
-		return StageTLS, rejected
-	case errors.As(err, &timeout) && timeout.Timeout():
-		return StageTLS, fmt.Errorf("accepts the connection and does not answer: %w", err)
-	default:
-		return StageTLS, fmt.Errorf("fails the TLS handshake: %w", err)
-	}
 }
 
 func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
@@ -151,14 +147,12 @@ func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
 			return nil, err
 		}
 	}
-	if t.CertFile != "" {
-		cert, err := tls.LoadX509KeyPair(t.CertFile, t.KeyFile)
-		if err != nil {
-			return nil, err
-		}
-		config.Certificates = []tls.Certificate{cert}
+	if t.CertFile == "" {
+		return config, nil
 	}
-	return config, nil
+	cert, err := tls.LoadX509KeyPair(t.CertFile, t.KeyFile)
+	config.Certificates = []tls.Certificate{cert}
+	return config, err
 }
 
 // exchangeLogin sends frp's Login message on stream 1 of a yamux session and returns the version and the refusal in
@@ -170,54 +164,110 @@ func exchangeLogin(conn io.ReadWriter, c Config) (version, refusal string, err e
 	if c.AuthMethod != "oidc" {
 		key = fmt.Sprintf("%x", md5.Sum([]byte(key+strconv.FormatInt(now, 10)))) //nolint:gosec // see above
 	}
-	login, err := json.Marshal(map[string]any{
+	login, _ := json.Marshal(map[string]any{ // fails for none of these types
 		"version": "0.0.0", "hostname": "login-check", "user": c.User, "timestamp": now,
 		"privilege_key": key, "metas": c.Metadatas,
 	})
-	if err != nil {
-		return "", "", err
-	}
-	message := binary.BigEndian.AppendUint64([]byte{'o'}, uint64(len(login)))
-	message = append(message, login...)
-
-	const typeData, flagSYN, streamID = 0, 1, 1
-	frame := []byte{0, typeData, 0, flagSYN}
-	frame = binary.BigEndian.AppendUint32(frame, streamID)
-	frame = binary.BigEndian.AppendUint32(frame, uint32(len(message)))
-	if _, err := conn.Write(append(frame, message...)); err != nil {
+	const typeData, flagSYN, streamID, messageHeader = 0, 1, 1, 9
+	frame := []byte{0, typeData, 0, flagSYN, 0, 0, 0, streamID}
+	frame = binary.BigEndian.AppendUint32(frame, uint32(messageHeader+len(login)))
+	frame = binary.BigEndian.AppendUint64(append(frame, 'o'), uint64(len(login)))
+	if _, err := conn.Write(append(frame, login...)); err != nil {
 		return "", "", err
 	}
 
-	const limit = 1 << 16 // bytes of answer
-	var answer bytes.Buffer
-	for {
-		var header [12]byte
+	var header [12]byte
+	for header[1] != typeData || binary.BigEndian.Uint32(header[8:]) == 0 { // window updates, pings and the like
 		if _, err := io.ReadFull(conn, header[:]); err != nil {
 			return "", "", err
 		}
-		if header[1] != typeData {
-			continue // window updates, pings and the like carry no data
-		}
-		length := int64(binary.BigEndian.Uint32(header[8:]))
-		if length > int64(limit-answer.Len()) {
-			return "", "", errors.New("its answer is too long")
-		}
-		if _, err := io.CopyN(&answer, conn, length); err != nil {
-			return "", "", err
-		}
-		data := answer.Bytes()
-		if len(data) < 9 {
-			continue
-		}
-		if data[0] != '1' {
-			return "", "", errors.New("it does not speak frp")
-		}
-		size := binary.BigEndian.Uint64(data[1:])
-		if uint64(len(data)-9) < size {
-			continue
-		}
-		var resp struct{ Version, Error string }
-		err := json.Unmarshal(data[9:9+size], &resp)
-		return resp.Version, resp.Error, err
 	}
+	// frps writes its answer at once, so yamux puts it into one frame.
+	var message [messageHeader]byte
+	if _, err := io.ReadFull(conn, message[:]); err != nil {
+		return "", "", err
+	}
+	length := binary.BigEndian.Uint64(message[1:])
+	if message[0] != '1' || length > 1<<16 {
+		return "", "", errors.New("it does not speak frp")
+	}
+	var answer struct{ Version, Error string }
+	err = json.NewDecoder(io.LimitReader(conn, int64(length))).Decode(&answer)
+	return answer.Version, answer.Error, err
+}
+
+// connect asks the HTTP proxy at the other end of conn to connect it to addr.
+func connect(conn net.Conn, proxy *url.URL, addr string) error {
+	request := &http.Request{Method: http.MethodConnect, URL: &url.URL{Host: addr}, Host: addr, Header: http.Header{}}
+	if proxy.User != nil {
+		password, _ := proxy.User.Password()
+		credential := proxy.User.Username() + ":" + password
+		request.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(credential)))
+	}
+	return exchangeHead(conn, conn, request, http.StatusOK) // frps says nothing before it is spoken to
+}
+
+// exchangeHead sends a request and reads the head of the answer, which must have the status want.
+func exchangeHead(conn net.Conn, answer io.Reader, request *http.Request, want int) error {
+	if err := request.Write(conn); err != nil {
+		return err
+	}
+	head := bufio.NewReaderSize(&io.LimitedReader{R: answer, N: 64 << 10}, 16)
+	resp, err := http.ReadResponse(head, request) //nolint:bodyclose // what follows the head is the connection
+	if err == nil && resp.StatusCode != want {
+		err = fmt.Errorf("it answers %.200s", resp.Status)
+	}
+	return err
+}
+
+// webSocket reads and writes a stream of bytes in the frames of a WebSocket.
+type webSocket struct {
+	net.Conn
+
+	reader *bufio.Reader
+	left   uint64 // bytes to come of the current frame
+}
+
+// openWebSocket opens frp's WebSocket on conn. Source: frp pkg/util/net/websocket.go.
+func openWebSocket(conn net.Conn, host string) (net.Conn, error) {
+	w := &webSocket{Conn: conn, reader: bufio.NewReader(conn)}
+	return w, exchangeHead(conn, w.reader, &http.Request{URL: &url.URL{Opaque: "/~!frp"}, Host: host, Header: http.Header{
+		"Origin": {"http://" + host}, "Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key": {"AAAAAAAAAAAAAAAAAAAAAA=="},
+	}}, http.StatusSwitchingProtocols)
+}
+
+// Write sends a binary frame. Its mask, which a client must name, is zero. Source: RFC 6455, 5.2.
+func (w *webSocket) Write(p []byte) (int, error) {
+	if len(p) > 1<<16-1 {
+		return 0, errors.New("too long for a frame")
+	}
+	frame := binary.BigEndian.AppendUint16([]byte{0x82, 0x80 | 126}, uint16(len(p)))
+	frame = append(frame, 0, 0, 0, 0)
+	n, err := w.Conn.Write(append(frame, p...))
+	return max(0, n-len(frame)), err
+}
+
+// Read returns bytes of binary frames, and skips all other frames.
+func (w *webSocket) Read(p []byte) (int, error) {
+	for w.left == 0 {
+		var header [2]byte
+		_, err := io.ReadFull(w.reader, header[:])
+		size := make([]byte, 8) // of the payload: 7 bits, or 2 or 8 bytes after them
+		size[7] = header[1] & 0x7f
+		if long := map[byte]int{126: 2, 127: 8}[size[7]]; err == nil && long > 0 {
+			_, err = io.ReadFull(w.reader, size[8-long:])
+		}
+		w.left = binary.BigEndian.Uint64(size)
+		if control := header[0]&0x08 != 0; err == nil && control {
+			_, err = w.reader.Discard(int(w.left))
+			w.left = 0
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	n, err := w.reader.Read(p[:min(uint64(len(p)), w.left)])
+	w.left -= uint64(n)
+	return n, err
 }

@@ -3,23 +3,36 @@
 package inbound
 
 import (
+	"bytes"
 	"container/list"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"k8s.io/apimachinery/pkg/util/sets"
 )
 
-// handshakeCost and headerCost are the bytes of memory per byte read, at most. Measured with the shortest headers.
-const handshakeCost, headerCost = 2, 20
+const (
+	// Bytes of memory per byte read, at most. Measured with the shortest headers.
+	handshakeCost, headerCost = 2, 20
 
-// readBuffer and writeBuffer are the bytes that the kernel buffers for a connection; it uses twice the memory. By
-// default a caller who does not read uses several MiB. With less than 48 KiB to read, loopback has 8 MB/s.
-const readBuffer, writeBuffer = 64 << 10, 32 << 10
+	// Bytes that the kernel buffers for a connection; it uses twice the memory. By default a caller who does not read
+	// uses several MiB. With less than 48 KiB to read, loopback has 8 MB/s.
+	readBuffer, writeBuffer = 64 << 10, 32 << 10
+
+	handshakeRecord = 0x16                     // begins every TLS connection (RFC 8446, 5.1), and no HTTP request
+	signature       = "\r\n\r\n\x00\r\nQUIT\n" // begins a PROXY header
+	maxProxyHeader  = 512                      // bytes after the first 16: addresses, ports, and further fields
+)
 
 // Why a connection was closed.
 const (
@@ -48,7 +61,7 @@ type Listener struct {
 	closed chan struct{}
 
 	mu      sync.Mutex
-	open    int
+	open    sets.Set[*Conn]
 	waiting *list.List // of *Conn without an authenticated request, the one that has waited longest first
 	headers int64      // bytes of memory that their headers may use
 }
@@ -56,8 +69,8 @@ type Listener struct {
 // New returns a Listener and starts to accept from inner, until either is closed.
 func New(inner *net.TCPListener, config Config) *Listener {
 	l := &Listener{
-		TCPListener: inner, config: config, waiting: list.New(),
-		ready: make(chan net.Conn), closed: make(chan struct{}),
+		TCPListener: inner, config: config, ready: make(chan net.Conn), closed: make(chan struct{}),
+		open: sets.New[*Conn](), waiting: list.New(),
 	}
 	go l.accept()
 	return l
@@ -93,52 +106,21 @@ func (l *Listener) accept() {
 	}
 }
 
-// admit counts a connection. If there are too many, it closes the one that has waited longest, or c if none waits.
+// admit counts a connection. Beyond the limit it closes the one that has waited longest. It returns false if that is c.
 func (l *Listener) admit(c *Conn) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.open >= l.config.Connections {
-		oldest := l.waiting.Front()
-		if oldest == nil {
-			l.config.Closed(TooMany, c.remote, nil)
-			c.reset()
-			return false
+	l.open.Insert(c)
+	c.setWaiting(true)
+	if l.open.Len() > l.config.Connections {
+		oldest, reason := l.waiting.Front().Value.(*Conn), Evicted
+		if oldest == c {
+			reason = TooMany
 		}
-		l.evict(oldest.Value.(*Conn), Evicted)
+		oldest.evict(reason)
 	}
-	l.open++
-	c.place = l.waiting.PushBack(c)
-	return true
+	return l.open.Has(c)
 }
-
-// evict closes a connection. l.mu is held.
-func (l *Listener) evict(c *Conn, reason string) {
-	l.forget(c)
-	l.config.Closed(reason, c.remote, nil)
-	c.reset() // net/http's next read or write fails
-}
-
-// forget removes a connection from the counts, once. l.mu is held.
-func (l *Listener) forget(c *Conn) {
-	if c.gone {
-		return
-	}
-	c.gone = true
-	l.open--
-	l.releaseHeaders(c)
-	l.protect(c)
-}
-
-// protect removes a connection from those that may be evicted. l.mu is held.
-func (l *Listener) protect(c *Conn) {
-	if c.place != nil {
-		l.waiting.Remove(c.place)
-		c.place = nil
-	}
-}
-
-// releaseHeaders stops counting the memory of a connection's headers. l.mu is held.
-func (l *Listener) releaseHeaders(c *Conn) { l.headers, c.memory = l.headers-c.memory, 0 }
 
 // begin reads a connection's hello, and passes it to Accept.
 func (l *Listener) begin(c *Conn) {
@@ -153,7 +135,7 @@ func (l *Listener) begin(c *Conn) {
 			return
 		}
 		_ = c.SetDeadline(time.Time{})
-		c.locked(l.releaseHeaders)
+		c.locked(c.releaseHeaders)
 	}
 	c.cost.Store(headerCost)
 	select {
@@ -163,26 +145,76 @@ func (l *Listener) begin(c *Conn) {
 	}
 }
 
+// hello reads the PROXY header, if there is one, and does the TLS handshake if the next byte begins one. Else the
+// caller speaks plain HTTP: frpc's health check always does, and a lease may change the tunnel's type.
+func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
+	first, err := c.peek()
+	if err == nil && first == signature[0] {
+		if err = c.readProxyHeader(); err == nil {
+			first, err = c.peek()
+		}
+	}
+	if err != nil || first != handshakeRecord {
+		return c, err
+	}
+	conn := tls.Server(c, config)
+	return conn, conn.HandshakeContext(context.Background()) // the connection has a deadline
+}
+
+// peek returns the next byte, which stays unread.
+func (c *Conn) peek() (byte, error) {
+	var first [1]byte
+	if _, err := io.ReadFull(c, first[:]); err != nil {
+		return 0, err
+	}
+	c.unread = first[:]
+	return first[0], nil
+}
+
+// readProxyHeader sets the caller's address from the PROXY header that frpc sends for tunnels of type https and tcp.
+// Source: the PROXY protocol, version 2, section 2.2.
+func (c *Conn) readProxyHeader() error {
+	var head [16]byte
+	if _, err := io.ReadFull(c, head[:]); err != nil {
+		return fmt.Errorf("the PROXY header is incomplete: %w", err)
+	}
+	length := binary.BigEndian.Uint16(head[14:])
+	if !bytes.HasPrefix(head[:], []byte(signature)) || head[12]>>4 != 2 || length > maxProxyHeader {
+		return errors.New("not a PROXY header of version 2")
+	}
+	rest := make([]byte, length)
+	if _, err := io.ReadFull(c, rest); err != nil {
+		return fmt.Errorf("the PROXY header is incomplete: %w", err)
+	}
+	if command := head[12] & 0xf; command == 0 { // LOCAL: the connection is the proxy's own
+		return nil
+	}
+	size := map[byte]int{0x11: 4, 0x21: 16}[head[13]] // TCP over IPv4 and IPv6
+	if size == 0 || len(rest) < 2*size+4 {
+		return errors.New("the PROXY header holds no TCP address")
+	}
+	addr, _ := netip.AddrFromSlice(rest[:size])
+	c.remote = net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(rest[2*size:])))
+	c.proxied = true
+	return nil
+}
+
 // ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
-	c := unwrap(conn)
-	if c == nil || state != http.StateIdle {
-		return
-	}
-	c.cost.Store(headerCost)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.releaseHeaders(c)
-	if c.place != nil {
-		l.waiting.MoveToBack(c.place)
+	if c := unwrap(conn); c != nil && state == http.StateIdle {
+		c.cost.Store(headerCost)
+		c.locked(func() {
+			c.releaseHeaders()
+			c.setWaiting(true)
+		})
 	}
 }
 
 // InUse returns how many connections are open, and how many bytes of memory unfinished headers may use.
-func (l *Listener) InUse() (connections, headers int64) {
+func (l *Listener) InUse() (connections int, headers int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return int64(l.open), l.headers
+	return l.open.Len(), l.headers
 }
 
 // Conn is one connection. A nil *Conn, that of a request which came by another listener, does nothing.
@@ -198,7 +230,6 @@ type Conn struct {
 	// Guarded by the listener's mu.
 	place  *list.Element // in waiting; nil while an authenticated request is being answered
 	memory int64         // counted for its headers
-	gone   bool
 }
 
 type contextKey struct{}
@@ -237,22 +268,15 @@ func (c *Conn) HeadersRead() {
 
 // Authenticated must be called when a request's credential is accepted: until Answered, the connection is not evicted.
 func (c *Conn) Authenticated() {
-	if c != nil {
-		c.locked(c.listener.releaseHeaders)
-		c.locked(c.listener.protect)
-	}
+	c.locked(func() {
+		c.releaseHeaders()
+		c.setWaiting(false)
+	})
 }
 
 // Answered must be called when a handler has returned. The last bytes of the answer may still be in transit.
 func (c *Conn) Answered() {
-	if c == nil {
-		return
-	}
-	c.locked(func(*Conn) {
-		if c.place == nil && !c.gone {
-			c.place = c.listener.waiting.PushBack(c)
-		}
-	})
+	c.locked(func() { c.setWaiting(true) })
 }
 
 func (c *Conn) Read(p []byte) (int, error) {
@@ -268,16 +292,17 @@ func (c *Conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// charge counts memory for headers, and returns false if c was closed. Beyond the limit, connections are closed whose
-// headers have been unfinished for longest: slow or endless headers must not block those that arrive at once.
+// charge counts memory for headers that were read. Beyond the limit it closes connections, the one whose headers have
+// been unfinished for longest first: callers who are slow, or send without end, must not keep out those who send whole
+// headers at once. It returns false if c was closed.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c.gone {
+	if !l.open.Has(c) {
 		return false
 	}
 	if c.memory == 0 && c.place != nil {
-		l.waiting.MoveToBack(c.place)
+		c.setWaiting(true)
 	}
 	c.memory += memory
 	l.headers += memory
@@ -285,10 +310,10 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 		other := e.Value.(*Conn)
 		e = e.Next()
 		if other.memory > 0 {
-			l.evict(other, HeaderMemory)
+			other.evict(HeaderMemory)
 		}
 	}
-	return !c.gone
+	return l.open.Has(c)
 }
 
 // Abort closes the connection, also during a write that waits.
@@ -299,21 +324,52 @@ func (c *Conn) Abort() {
 	}
 }
 
-// reset closes the connection and drops what the kernel has buffered for a caller who does not read.
-func (c *Conn) reset() {
+// Close closes the connection and removes it from the counts.
+func (c *Conn) Close() error {
+	c.locked(c.forget)
+	return c.TCPConn.Close()
+}
+
+// locked calls change while the listener's mu is held.
+func (c *Conn) locked(change func()) {
+	if c != nil {
+		c.listener.mu.Lock()
+		defer c.listener.mu.Unlock()
+		change()
+	}
+}
+
+// The listener's mu is held during what follows.
+
+// evict closes the connection, so that net/http's next read or write fails, and drops what the kernel has buffered for
+// a caller who does not read.
+func (c *Conn) evict(reason string) {
+	c.forget()
+	c.listener.config.Closed(reason, c.remote, nil)
 	_ = c.SetLinger(0)
 	_ = c.TCPConn.Close()
 }
 
-// Close closes the connection and removes it from the counts.
-func (c *Conn) Close() error {
-	c.locked(c.listener.forget)
-	return c.TCPConn.Close()
+// forget removes the connection from the counts.
+func (c *Conn) forget() {
+	c.listener.open.Delete(c)
+	c.releaseHeaders()
+	c.setWaiting(false)
 }
 
-// locked calls change with the connection while the listener's mu is held.
-func (c *Conn) locked(change func(*Conn)) {
-	c.listener.mu.Lock()
-	defer c.listener.mu.Unlock()
-	change(c)
+// setWaiting makes an open connection the last of those that may be evicted, or removes it from them.
+func (c *Conn) setWaiting(waiting bool) {
+	if c.place != nil {
+		c.listener.waiting.Remove(c.place)
+		c.place = nil
+	}
+	if waiting && c.listener.open.Has(c) {
+		c.place = c.listener.waiting.PushBack(c)
+	}
+}
+
+// releaseHeaders stops counting the memory of the connection's headers.
+func (c *Conn) releaseHeaders() {
+	c.listener.headers -= c.memory
+	c.memory = 0
 }

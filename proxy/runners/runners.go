@@ -22,29 +22,22 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// RegistryTimeout is how long reading or changing the registry may take.
-const RegistryTimeout = 10 * time.Second
-
-// The registry is a Secret with a key for each runner, and processedKey, which is no runner's id.
 const (
+	// RegistryTimeout is how long reading or changing the registry may take.
+	RegistryTimeout = 10 * time.Second
+
+	// The registry is a Secret with a key for each runner, and processedKey. A runner's id begins with a letter or
+	// digit, so it is never that key.
 	registryName = agentapi.RunnersSecret
-	processedKey = "_processed" // ids of the last messages that changed the registry; a runner's id begins otherwise
+	processedKey = "_processed" // ids of the last messages that changed the registry
 	maxProcessed = 256
 	maxToken     = 8 << 10 // bytes
-)
 
-var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-
-const (
 	validID      = "1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"
 	errInvalidID = answer.InvalidError("data.runner_id: give " + validID)
 )
 
-// Secrets reads and changes Secrets through the API server; [kube.Client] implements it.
-type Secrets interface {
-	ReadSecret(ctx context.Context, namespace, name string) (*kube.Secret, error)
-	ChangeSecret(ctx context.Context, namespace, name string, change kube.Change) error
-}
+var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 // Config is what Runners needs to know.
 type Config struct {
@@ -56,18 +49,19 @@ type Config struct {
 	Log          *slog.Logger
 }
 
-// Runners relays commands to the runners in the registry, which all replicas share. Safe for concurrent use.
+// Runners relays commands to the runners in the registry. The registry is a Secret, so that it survives restarts and
+// is shared by all replicas. Safe for concurrent use.
 type Runners struct {
 	Transport *http.Transport // sends commands; tests replace its dialer
 
 	config  Config
-	secrets Secrets
+	client  *kube.Client
 	running chan struct{} // holds one for each command that is being relayed
 }
 
 // New returns the runners of a registry, which it does not read yet.
-func New(secrets Secrets, config Config) *Runners {
-	r := &Runners{config: config, secrets: secrets, running: make(chan struct{}, config.MaxCommands)}
+func New(client *kube.Client, config Config) *Runners {
+	r := &Runners{config: config, client: client, running: make(chan struct{}, config.MaxCommands)}
 	r.Transport = &http.Transport{ // without the environment's proxy
 		DialContext:            (&net.Dialer{Timeout: 10 * time.Second, ControlContext: r.checkAddress}).DialContext,
 		TLSHandshakeTimeout:    10 * time.Second,
@@ -125,12 +119,11 @@ func (r *Runners) Unassign(ctx context.Context, messageID, id string) (duplicate
 	})
 }
 
-// errDuplicate is a message that has changed the registry before.
 var errDuplicate = errors.New("duplicate message")
 
 // change applies a message to the registry, once.
 func (r *Runners) change(ctx context.Context, messageID string, apply kube.Change) (duplicate bool, err error) {
-	err = r.secrets.ChangeSecret(ctx, r.config.Namespace, registryName, func(data map[string][]byte) error {
+	err = r.client.ChangeSecret(ctx, r.config.Namespace, registryName, func(data map[string][]byte) error {
 		var processed []string
 		if stored := data[processedKey]; stored != nil && json.Unmarshal(stored, &processed) != nil {
 			return fmt.Errorf("the key %s of Secret %s is not a list: delete it", processedKey, r.name())
@@ -150,29 +143,31 @@ func (r *Runners) change(ctx context.Context, messageID string, apply kube.Chang
 
 func (r *Runners) name() string { return r.config.Namespace + "/" + registryName }
 
-// find reads a runner, and reports whether there is one. It caches nothing: another replica may change the registry.
-func (r *Runners) find(ctx context.Context, id string) (found runner, known bool, err error) {
-	registry, err := r.secrets.ReadSecret(ctx, r.config.Namespace, registryName)
-	if err != nil {
-		return found, false, err
+// find reads a runner from the registry; nil if it is not there. It keeps no copy, because another replica may change
+// the Secret.
+func (r *Runners) find(ctx context.Context, id string) (*runner, error) {
+	registry, err := r.client.ReadSecret(ctx, r.config.Namespace, registryName)
+	if err != nil || registry.Data[id] == nil {
+		return nil, err
 	}
-	stored, known := registry.Data[id]
-	if known && json.Unmarshal(stored, &found) != nil {
-		err = fmt.Errorf("the key %s of Secret %s is not a runner: assign it again", id, r.name())
+	found := &runner{}
+	if json.Unmarshal(registry.Data[id], found) != nil {
+		return nil, fmt.Errorf("the key %s of Secret %s is not a runner: assign it again", id, r.name())
 	}
-	return found, known, err
+	return found, nil
 }
 
 // WriteError answers for an err of reading or changing the registry, which had the time of ctx.
 func WriteError(ctx context.Context, w http.ResponseWriter, err error) {
-	code, why := http.StatusBadGateway, err.Error()
+	code, detail := http.StatusBadGateway, err.Error()
 	switch {
 	case ctx.Err() != nil:
 		code = http.StatusGatewayTimeout
 	case apierrors.IsInvalid(err) || apierrors.IsRequestEntityTooLargeError(err):
-		code, why = http.StatusInsufficientStorage, "the registry of runners is full: unassign those that are gone: "+why
+		code = http.StatusInsufficientStorage
+		detail = "the registry of runners is full: unassign those that are gone: " + detail
 	}
-	answer.WriteProblem(w, code, why)
+	answer.WriteProblem(w, code, detail)
 }
 
 // IsPrintable reports whether s is 1 to limit printable ASCII characters without spaces.
