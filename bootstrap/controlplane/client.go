@@ -91,16 +91,6 @@ func (f *Failure) Error() string { return f.Err.Error() }
 
 func (f *Failure) Unwrap() error { return f.Err }
 
-// RequestLease requests a lease once, with the agent's token as it now is. certificate is the PEM that callers of a
-// tunnel of type https will see, or empty. The failure never holds the token, though the control plane may repeat it.
-func (c *Client) RequestLease(ctx context.Context, certificate []byte) (Answer, *Failure) {
-	answer, fail := c.request(ctx, certificate)
-	if token, err := c.agent.CurrentToken(); fail != nil && err == nil {
-		fail.Err = token.RedactIn(fail.Err)
-	}
-	return answer, fail
-}
-
 // Reach asks for any answer at all, without the token. It returns the state of TLS, nil over plain HTTP.
 func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.agent.APIURL+"/", nil)
@@ -114,12 +104,19 @@ func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
 	return resp.TLS, resp.Body.Close()
 }
 
-func (c *Client) request(ctx context.Context, certificate []byte) (Answer, *Failure) {
+// RequestLease requests a lease once, with the agent's token as it now is. certificate is the PEM that callers of a
+// tunnel of type https will see, or empty. The failure never holds the token, though the control plane may repeat it.
+func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer Answer, fail *Failure) {
 	agent, hop := c.agent, "the control plane at "+c.agent.APIURL
 	token, err := agent.CurrentToken()
 	if err != nil {
 		return Answer{}, &Failure{Err: fmt.Errorf("%s: %w", config.Name("agent.token_file"), err)}
 	}
+	defer func() {
+		if fail != nil {
+			fail.Err = token.RedactIn(fail.Err)
+		}
+	}()
 	body, _ := json.Marshal(Request{ // cannot fail: strings only
 		AgentID: agent.ID, AgentName: agent.Name, ClusterName: agent.ClusterName,
 		Instance: agent.Instance, Version: version.Version, Certificate: string(certificate),
@@ -140,22 +137,20 @@ func (c *Client) request(ctx context.Context, certificate []byte) (Answer, *Fail
 	const limit = 1 << 20
 	data, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
 	if err != nil {
-		err = fmt.Errorf("%s broke off its answer: %w: check the proxies and firewalls on the way", hop, err)
-		return Answer{}, &Failure{Err: err}
+		return Answer{}, &Failure{Err: fmt.Errorf("%s broke off its answer: %w: check the network to it", hop, err)}
 	}
 	if resp.StatusCode != http.StatusOK {
 		return Answer{}, c.refusal(hop, resp, data)
 	}
-	var answer Answer
+	apiURL := config.Name("agent.api_url")
 	switch err = json.Unmarshal(data, &answer); {
 	case len(data) > limit:
-		err = fmt.Errorf("%s answers with more than 1 MiB: check %s", hop, config.Name("agent.api_url"))
+		err = fmt.Errorf("%s answers with more than 1 MiB: check %s", hop, apiURL)
 	case err != nil:
 		err = fmt.Errorf("%s answers with something other than a lease (%s, %w): check %s",
-			hop, contentType(resp), err, config.Name("agent.api_url"))
+			hop, contentType(resp), err, apiURL)
 	case answer.FRPToken == "":
-		err = fmt.Errorf("%s answers without frp_token: check %s, or contact the control plane's operator",
-			hop, config.Name("agent.api_url"))
+		err = fmt.Errorf("%s answers without frp_token: check %s, or contact the control plane's operator", hop, apiURL)
 	}
 	if err != nil {
 		return Answer{}, &Failure{Err: err, Final: true}
@@ -185,18 +180,17 @@ func (c *Client) refusal(hop string, resp *http.Response, body []byte) *Failure 
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	fromControlPlane := mediaType == "application/json"
 	apiURL, code := config.Name("agent.api_url"), resp.StatusCode
-	fail := &Failure{Final: true}
+	denied := code == http.StatusUnauthorized || code == http.StatusForbidden
+	fail := &Failure{Final: true, Refused: denied}
+	fail.Revoked = denied && fromControlPlane && isProblem && problem.Revoked
 	switch {
-	case (code == http.StatusUnauthorized || code == http.StatusForbidden) && !fromControlPlane:
-		fail.Refused = true
+	case denied && !fromControlPlane:
 		fail.Err = fmt.Errorf("%s, or something on the way to it, refuses the request (%s, %s): "+
 			"check %s, and the proxies and firewalls on the way", hop, said, contentType(resp), apiURL)
 	case code == http.StatusUnauthorized:
-		fail.Refused, fail.Revoked = true, isProblem && problem.Revoked
 		fail.Err = fmt.Errorf("%s refuses the agent's token (%s): check %s, or get a new one from the control plane",
 			hop, said, config.Name("agent.token"))
-	case code == http.StatusForbidden:
-		fail.Refused, fail.Revoked = true, isProblem && problem.Revoked
+	case denied:
 		fail.Err = fmt.Errorf("%s accepts the token but does not let agent %q connect (%s): "+
 			"check %s, and whether the agent was revoked", hop, c.agent.ID, said, config.Name("agent.id"))
 	case code >= 300 && code < 400:
