@@ -17,9 +17,6 @@ import (
 // later.
 const grace, tolerance = 330 * time.Second, 270 * time.Second
 
-// forever is the end of a certificate that never expires (RFC 5280, 4.1.2.5).
-var forever = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
-
 // certificate is what the proxy shows to callers of a tunnel of type https. It is self-signed: the control plane gets
 // it with the request for the lease, and trusts no other. The key never leaves the run directory.
 type certificate struct {
@@ -34,14 +31,14 @@ func newCertificate(agentID string, tunnel frpc.Tunnel, end time.Time) (*certifi
 	if err != nil {
 		return nil, err
 	}
+	notAfter := end.Add(grace)
+	if end.IsZero() {
+		notAfter = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // never, by RFC 5280, 4.1.2.5
+	}
 	template := &x509.Certificate{
 		Subject: pkix.Name{CommonName: agentID}, DNSNames: certificateNames(agentID, tunnel),
-		NotBefore: time.Now().Add(-24 * time.Hour), // clocks differ
-		NotAfter:  forever,
-		KeyUsage:  x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	if !end.IsZero() {
-		template.NotAfter = end.Add(grace)
+		NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: notAfter, // clocks differ
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
@@ -69,6 +66,6 @@ func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
 
 // fits reports whether the certificate has the names of the tunnel and expires at about end.
 func (c *certificate) fits(agentID string, tunnel frpc.Tunnel, end time.Time) bool {
-	return c != nil && slices.Equal(c.names, certificateNames(agentID, tunnel)) &&
+	return slices.Equal(c.names, certificateNames(agentID, tunnel)) &&
 		(c.end.Equal(end) || !c.end.IsZero() && !end.IsZero() && c.end.Sub(end).Abs() <= tolerance)
 }
