@@ -81,8 +81,7 @@ func (r *renewer) inherit(next *frpc.Lease) {
 // adopt makes lease, which is written, the current one, and schedules its renewal.
 func (r *renewer) adopt(lease frpc.Lease, now time.Time) {
 	r.lease = lease
-	r.backoff, r.notYet = backoffMin, now.Add(renewalMin)
-	r.renewAt = time.Time{}
+	r.backoff, r.notYet, r.renewAt = backoffMin, now.Add(renewalMin), time.Time{}
 	if lease.ExpiresAt.IsZero() {
 		return
 	}
@@ -109,9 +108,9 @@ func (r *renewer) run(ctx context.Context) error {
 	for {
 		now := time.Now()
 		r.repair()
-		state := stateOf(ctx, admin)
+		state := frpc.StateOf(admin.Status(ctx))
 		r.recordState(state, now)
-		if connected(state) && !r.tried {
+		if state >= frpc.Withdrawn && !r.tried { // frps accepts what frpc was started with
 			_ = r.tryLogin(ctx, r.lease.Frpc)
 		}
 		r.probeFrps(ctx, now)
@@ -166,15 +165,15 @@ func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason stri
 			return // Stale stays: outside Kubernetes, frpc may go on
 		}
 	}
-	if errors.Is(err, syscall.ECONNREFUSED) { // it does not run
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED): // it does not run
 		r.markFresh()
 		return
-	}
-	if err == nil {
+	case err == nil:
 		r.log.Info("restarting frpc", "reason", reason)
 		r.outage = outage{}
 		r.markFresh()
-	} else if !r.unheard {
+	case !r.unheard:
 		r.log.Warn("frpc must be restarted and cannot be stopped: restart its container", "reason", reason, "error", err)
 	}
 	r.unheard = err != nil
@@ -210,7 +209,7 @@ func (r *renewer) repair() {
 func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *controlplane.Failure) error {
 	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
-		if stateOf(ctx, admin) == frpc.Down {
+		if frpc.StateOf(admin.Status(ctx)) == frpc.Down {
 			return fmt.Errorf("%w; the tunnel is closed", refusal)
 		}
 		if stopErr := admin.Stop(ctx); errors.Is(stopErr, frpc.ErrStuck) {
@@ -227,14 +226,6 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 	return fmt.Errorf("%w; the tunnel may still be open, because frpc could not be stopped (%w): delete the pod",
 		refusal, err)
 }
-
-// stateOf asks frpc for its state.
-func stateOf(ctx context.Context, admin frpc.Admin) frpc.State {
-	return frpc.StateOf(admin.Status(ctx))
-}
-
-// connected reports whether frps accepts what frpc was started with.
-func connected(state frpc.State) bool { return state >= frpc.Withdrawn }
 
 // recordState updates the outage with frpc's state.
 func (r *renewer) recordState(state frpc.State, now time.Time) {
@@ -376,11 +367,10 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	r.renewAt = r.notYet
 	r.log.Warn("lease not renewed", "error", fail, "consequence", next, "next_attempt_in", wait.String(),
 		"expires_at", r.lease.ExpiresAt)
-	since := now.UTC()
-	if r.lease.Renewal != nil {
-		since = r.lease.Renewal.FailingSince
+	if r.lease.Renewal == nil {
+		r.lease.Renewal = &frpc.Renewal{FailingSince: now.UTC()}
 	}
-	r.lease.Renewal = &frpc.Renewal{FailingSince: since, Error: fail.Error() + "; " + next}
+	r.lease.Renewal.Error = fail.Error() + "; " + next
 	r.save()
 	return fail
 }
@@ -396,9 +386,8 @@ func (r *renewer) restartReason(now time.Time) string {
 		return "frps accepts the new lease, and not the one that it was started with"
 	case out && !o.rejected && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
 		return "it is logged out although frps accepts logins"
-	default:
-		return ""
 	}
+	return ""
 }
 
 // idle reports whether nothing runs through the tunnel, by the proxy's own count. A proxy that does not answer is not
