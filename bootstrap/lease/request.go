@@ -80,14 +80,15 @@ func requestLease(
 		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
 	}
 	for range 3 {
-		shown := &certificate{}
+		var shown, key []byte
+		names := certificateNames(cfg.Agent.ID, tunnel)
 		if tunnel.Type == "https" {
 			var err error
-			if shown, err = newCertificate(cfg.Agent.ID, tunnel, end); err != nil {
+			if shown, key, err = newCertificate(names, end); err != nil {
 				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
 			}
 		}
-		answer, refusal := issue(ctx, shown.cert)
+		answer, refusal := issue(ctx, shown)
 		if refusal != nil {
 			return frpc.Lease{}, refusal
 		}
@@ -95,14 +96,16 @@ func requestLease(
 		if err != nil {
 			return fail(err)
 		}
-		tunnel, end = lease.Frpc.Tunnel, answer.ExpiresAt
+		tunnel = lease.Frpc.Tunnel
 		if tunnel.Type != "https" {
 			return lease, nil
 		}
-		if shown.fits(cfg.Agent.ID, tunnel, end) {
-			lease.Certificate, lease.Key = shown.cert, shown.key
+		sameNames := slices.Equal(names, certificateNames(cfg.Agent.ID, tunnel))
+		if shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
+			lease.Certificate, lease.Key = shown, key
 			return lease, nil
 		}
+		end = answer.ExpiresAt
 	}
 	return fail(errors.New("the control plane's lease has another tunnel or another end each time: contact its operator"))
 }
