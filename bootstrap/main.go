@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -80,10 +81,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		return exitOK
 	case err != nil:
 		return exitUsage
-	case !slices.Contains([]string{"", "ready", "doctor"}, command):
-		return complain("unknown argument %q: see bootstrap --help", command)
-	case flags.NArg() > 0:
-		return complain("unknown argument %q: see bootstrap --help", flags.Arg(0))
+	case !slices.Contains([]string{"", "ready", "doctor"}, command) || flags.NArg() > 0:
+		return complain("unknown argument %q: see bootstrap --help", cmp.Or(flags.Arg(0), command))
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
 		return complain("these arguments exclude each other: see bootstrap --help")
 	case *timeout <= 0:
@@ -118,7 +117,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	if err := lease.Run(ctx, cfg, *timeout, *once, log); err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0)
 		log.Error("bootstrap ends", "error", err)
-		if mistakes := (*config.Error)(nil); errors.As(err, &mistakes) {
+		if _, invalid := errors.AsType[*config.Error](err); invalid {
 			return exitUsage
 		}
 		return exitFailed
