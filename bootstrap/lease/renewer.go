@@ -19,13 +19,13 @@ import (
 const (
 	pollInterval = 2 * time.Second  // between two requests for frpc's state
 	renewalMin   = 10 * time.Second // between two leases, however short they are
-	backoffMin   = time.Second
-	backoffMax   = time.Minute
 	waitMax      = 90 * time.Second // between two attempts, whatever the control plane asks for
 	confirmAfter = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
 	stuckFor     = 25 * time.Second // how long StuckFile stays: three liveness probes, 5 s apart
 
-	// While frpc is logged out. All have jitter; the first two double after each time.
+	backoffMin, backoffMax = time.Second, time.Minute // between two attempts: has jitter, and doubles each time
+
+	// While frpc is logged out. All have jitter; the first two double each time.
 	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login
 	requestMin, requestMax = 30 * time.Second, 5 * time.Minute // until another lease is requested
 	hangsAfter             = 2 * time.Minute                   // frpc hangs if frps accepts trial logins for this long
@@ -94,15 +94,14 @@ func (r *renewer) adopt(lease frpc.Lease, now time.Time) {
 	}
 }
 
-// unwanted reports whether the tunnel must be closed: the control plane has said twice that the agent is revoked, or
-// the agent was refused until its lease expired.
+// unwanted reports whether the tunnel must be closed: the control plane has confirmed that the agent is revoked, or the
+// agent was refused until its lease expired.
 func (r *renewer) unwanted(now time.Time) bool {
 	expired := !r.lease.ExpiresAt.IsZero() && now.After(r.lease.ExpiresAt)
 	return r.failed != nil && (r.confirmed || r.failed.Refused && expired)
 }
 
-// run renews the lease until ctx ends. An error means that the control plane no longer wants this agent; the tunnel is
-// closed then.
+// run renews the lease until ctx ends. It fails once the control plane no longer wants this agent: it closes the tunnel.
 func (r *renewer) run(ctx context.Context) error {
 	admin := r.lease.Frpc.Admin
 	for {
@@ -121,12 +120,10 @@ func (r *renewer) run(ctx context.Context) error {
 			return closeTunnel(ctx, r.cfg.RunDir, r.lease.Frpc.Admin, r.failed)
 		}
 		r.reload(ctx, admin)
-		reason := r.restartReason(time.Now())
-		if reason == "" && r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.settled) && r.idle(ctx) {
-			reason = "there is a new lease, and no request is in flight"
-		}
-		if reason != "" {
+		if reason := r.restartReason(time.Now()); reason != "" {
 			r.restartFrpc(ctx, admin, reason)
+		} else if r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.settled) && r.idle(ctx) {
+			r.restartFrpc(ctx, admin, "there is a new lease, and no request is in flight")
 		}
 		select {
 		case <-time.After(pollInterval):
@@ -138,17 +135,16 @@ func (r *renewer) run(ctx context.Context) error {
 
 // reload has frpc apply a new lease that differs only in the tunnel. That interrupts no request.
 func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
-	stale := r.lease.Stale
-	if stale == nil {
+	if r.lease.Stale == nil {
 		return
 	}
-	reloaded := stale.Frpc
+	reloaded := r.lease.Stale.Frpc
 	if reloaded.Tunnel = r.lease.Frpc.Tunnel; !sameTOML(reloaded, r.lease.Frpc) {
 		return
 	}
 	if err := admin.Reload(ctx); err != nil {
 		r.log.Warn("frpc cannot reload its configuration", "error", err)
-		stale.Frpc = frpc.Config{} // unknown: only a restart helps
+		r.lease.Stale.Frpc = frpc.Config{} // unknown: only a restart helps
 		return
 	}
 	r.log.Info("frpc reloaded its configuration", "tunnel_type", r.lease.Frpc.Tunnel.Type)
@@ -204,8 +200,7 @@ func (r *renewer) repair() {
 	}
 }
 
-// closeTunnel removes what frpc would log in with, stops frpc, and waits until it no longer runs. It returns the
-// refusal, and whether the tunnel is closed.
+// closeTunnel removes what frpc would log in with, and stops frpc. It returns the refusal, and whether frpc has ended.
 func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *controlplane.Failure) error {
 	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
@@ -276,10 +271,9 @@ func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 		o.logged = err.Error()
 		r.log.Warn("the tunnel is down", "error", err)
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		o.accepted = time.Time{}
-	case o.accepted.IsZero():
+	} else if o.accepted.IsZero() {
 		o.accepted = now
 	}
 	o.probeWait = min(2*o.probeWait, probeMax)
@@ -299,11 +293,9 @@ func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
 // renewalDue reports whether it is time for the next lease: this one expires soon, or frpc has been logged out for a
 // while, because then frps may have moved, or refuse the lease.
 func (r *renewer) renewalDue(now time.Time) bool {
-	if now.Before(r.notYet) {
-		return false
-	}
 	early := !r.outage.since.IsZero() && r.cfg.FRP.Token == "" && !now.Before(r.outage.request)
-	return early || !r.renewAt.IsZero() && !now.Before(r.renewAt)
+	expires := !r.renewAt.IsZero() && !now.Before(r.renewAt)
+	return (early || expires) && !now.Before(r.notYet)
 }
 
 // tokenChanged reports whether the lease was requested with another credential than the current one.
@@ -335,18 +327,19 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 		o.requestWait = min(2*o.requestWait, requestMax)
 		o.request, o.probe = now.Add(jitter(o.requestWait)), now
 	}
+	r.confirmed = false
 	if fail == nil {
 		r.revokedSince = time.Time{}
 		r.inherit(&lease)
 		err := write(r.cfg, lease, r.log)
 		if err == nil {
-			r.token, r.failed, r.confirmed = token, nil, false
+			r.token, r.failed = token, nil
 			r.adopt(lease, now)
 			return nil
 		}
 		fail = &controlplane.Failure{Err: err}
 	}
-	r.failed, r.confirmed = fail, false
+	r.failed = fail
 	wait := min(max(jitter(r.backoff), fail.RetryAfter), waitMax)
 	next := "the tunnel stays as it is"
 	if fail.Refused && !r.lease.ExpiresAt.IsZero() {
@@ -378,20 +371,18 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 // restartReason returns why frpc must be restarted now, even if that interrupts requests. Empty: it need not.
 func (r *renewer) restartReason(now time.Time) string {
 	o, stale := &r.outage, r.lease.Stale
-	out := !o.since.IsZero()
 	switch {
 	case stale != nil && !stale.Until.IsZero() && now.After(stale.Until.Add(-5*time.Second)):
 		return "the credential that it was started with expires"
-	case stale != nil && out && (o.outdated || o.rejected):
+	case stale != nil && (o.outdated || o.rejected):
 		return "frps accepts the new lease, and not the one that it was started with"
-	case out && !o.rejected && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
+	case !o.rejected && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
 		return "it is logged out although frps accepts logins"
 	}
 	return ""
 }
 
-// idle reports whether nothing runs through the tunnel, by the proxy's own count. A proxy that does not answer is not
-// idle.
+// idle reports whether nothing runs through the tunnel, by the proxy's own count. Without an answer, something may run.
 func (r *renewer) idle(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, pollInterval)
 	defer cancel()
