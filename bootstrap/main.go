@@ -33,10 +33,8 @@ const (
 // terminationLog is where the kubelet reads why a container has terminated. It exists only in a pod.
 const terminationLog = "/dev/termination-log"
 
-const usage = `bootstrap gets a tunnel lease from the control plane, writes frpc.toml and lease.json, and renews it.
-
-Usage:
-  bootstrap [flags]          get a lease, write the files, and renew it in time, until SIGTERM
+const usage = `Usage:
+  bootstrap [flags]          get a lease, write frpc.toml and lease.json, and renew the lease until SIGTERM
   bootstrap --once [flags]   get a lease, write the files, and exit
   bootstrap --check          check the configuration and print it, each value with its origin
   bootstrap ready            exit with 0 if the files are written, for a startup probe

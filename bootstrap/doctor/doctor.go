@@ -70,18 +70,18 @@ func Run(ctx context.Context, configPath string, env map[string]string, stdout i
 		}
 	}
 	if asJSON {
-		encoder := json.NewEncoder(stdout)
-		encoder.SetIndent("", "  ")
-		_ = encoder.Encode(findings)
+		encoded, _ := json.MarshalIndent(findings, "", "  ") // cannot fail: strings only
+		_, _ = fmt.Fprintln(stdout, string(encoded))
 	}
 	return healthy
 }
 
 // patient is what doctor examines, and what it has learned so far.
 type patient struct {
-	cfg     *config.Config
-	reached bool        // the control plane answers
-	lease   *frpc.Lease // from the control plane
+	cfg                 *config.Config
+	reached             bool            // the control plane answers
+	lease               *frpc.Lease     // from the control plane
+	operations, callers agentapi.Client // of the proxy's listeners, set by the step proxy
 }
 
 const ownToken = "frp.token is set: there is no control plane"
@@ -191,12 +191,19 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 }
 
 func (p *patient) proxy(ctx context.Context) (result, detail string) {
+	p.operations = agentapi.Client{ListenAddr: p.cfg.Proxy.MetricsAddr, Token: p.cfg.Agent.Token}
+	p.callers = agentapi.Client{ListenAddr: p.cfg.Proxy.ListenAddr, Token: p.cfg.Agent.Token}
+	if current, err := lease.Read(p.cfg.RunDir); err == nil && current.Certificate != nil {
+		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for the agent's id
+		trusted.AppendCertsFromPEM(current.Certificate)
+		p.callers.TLS = &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}
+	}
 	var info version.Info
-	if err := p.call(ctx, p.cfg.Proxy.MetricsAddr, agentapi.VersionPath, nil, &info); err != nil {
+	if err := p.operations.Call(ctx, agentapi.VersionPath, nil, &info); err != nil {
 		return failed, err.Error() + ": check that the proxy container runs, and its log"
 	}
-	if p.tunnelTLS() != nil {
-		if err := p.call(ctx, p.cfg.Proxy.ListenAddr, agentapi.VersionPath, nil, &info); err != nil {
+	if p.callers.TLS != nil {
+		if err := p.callers.Call(ctx, agentapi.VersionPath, nil, &info); err != nil {
 			return failed, fmt.Sprintf("TLS with the proxy and the tunnel's certificate failed: %v: see the proxy's log", err)
 		}
 	}
@@ -205,8 +212,8 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 
 func (p *patient) kubernetes(ctx context.Context) (result, detail string) {
 	var ready agentapi.Ready
-	path := agentapi.ReadyPath + "?only=" + agentapi.CheckKubernetes
-	if err := p.call(ctx, p.cfg.Proxy.MetricsAddr, path, nil, &ready); err != nil {
+	const path = agentapi.ReadyPath + "?only=" + agentapi.CheckKubernetes
+	if err := p.operations.Call(ctx, path, nil, &ready); err != nil {
 		return skipped, "the proxy comes first"
 	}
 	if check := ready.Checks[agentapi.CheckKubernetes]; !check.OK {
@@ -228,7 +235,7 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 	} {
 		body := fmt.Appendf(nil, review, access.verb, access.resource, access.name, access.namespace)
 		var answer struct{ Status struct{ Allowed bool } }
-		if err := p.call(ctx, p.cfg.Proxy.ListenAddr, reviews, body, &answer); err != nil {
+		if err := p.callers.Call(ctx, reviews, body, &answer); err != nil {
 			return skipped, "the proxy and the API server come first"
 		}
 		granted[answer.Status.Allowed] = append(granted[answer.Status.Allowed], access.what)
@@ -242,29 +249,4 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 		return ok, "may " + may
 	}
 	return ok, "may " + may + "; may not " + mayNot + ": grant it to the agent's ServiceAccount if it should"
-}
-
-// tunnelTLS returns the callers' side of TLS with the proxy: for the agent's id, and trusting only the tunnel's
-// certificate. It is nil unless the tunnel is of type https.
-func (p *patient) tunnelTLS() *tls.Config {
-	current, err := lease.Read(p.cfg.RunDir)
-	if err != nil || current.Certificate == nil {
-		return nil
-	}
-	trusted := x509.NewCertPool()
-	trusted.AppendCertsFromPEM(current.Certificate)
-	return &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}
-}
-
-// call sends a request with the agent's token to the proxy's listener at addr: a POST if there is a body.
-func (p *patient) call(ctx context.Context, addr, path string, body []byte, answer any) error {
-	token, err := p.cfg.Agent.CurrentToken()
-	if err != nil {
-		return err
-	}
-	proxy := agentapi.Client{ListenAddr: addr, Token: token}
-	if addr == p.cfg.Proxy.ListenAddr {
-		proxy.TLS = p.tunnelTLS()
-	}
-	return proxy.Call(ctx, path, body, answer)
 }
