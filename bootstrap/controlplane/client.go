@@ -93,10 +93,7 @@ func (f *Failure) Unwrap() error { return f.Err }
 
 // Reach asks for any answer at all, without the token. It returns the state of TLS, nil over plain HTTP.
 func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.agent.APIURL+"/", nil)
-	if err != nil {
-		return nil, err
-	}
+	req, _ := http.NewRequestWithContext(ctx, http.MethodGet, c.agent.APIURL+"/", nil) // checked by its setting
 	resp, err := c.HTTP.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("the control plane at %s %w", c.agent.APIURL, explain(err))
@@ -121,10 +118,7 @@ func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer A
 		AgentID: agent.ID, AgentName: agent.Name, ClusterName: agent.ClusterName,
 		Instance: agent.Instance, Version: version.Version, Certificate: string(certificate),
 	})
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, agent.APIURL+authPath, bytes.NewReader(body))
-	if err != nil {
-		return Answer{}, &Failure{Err: err, Final: true}
-	}
+	req, _ := http.NewRequestWithContext(ctx, http.MethodPost, agent.APIURL+authPath, bytes.NewReader(body))
 	req.Header.Set("Authorization", "Bearer "+token.Reveal())
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Accept", "application/json")
@@ -181,8 +175,8 @@ func (c *Client) refusal(hop string, resp *http.Response, body []byte) *Failure 
 	fromControlPlane := mediaType == "application/json"
 	apiURL, code := config.Name("agent.api_url"), resp.StatusCode
 	denied := code == http.StatusUnauthorized || code == http.StatusForbidden
-	fail := &Failure{Final: true, Refused: denied}
-	fail.Revoked = denied && fromControlPlane && isProblem && problem.Revoked
+	revoked := denied && fromControlPlane && isProblem && problem.Revoked
+	fail := &Failure{Final: true, Refused: denied, Revoked: revoked}
 	switch {
 	case denied && !fromControlPlane:
 		fail.Err = fmt.Errorf("%s, or something on the way to it, refuses the request (%s, %s): "+
@@ -224,20 +218,18 @@ func contentType(resp *http.Response) string {
 
 // explain turns an error of the HTTP client into what happened and what to do, as the predicate of a sentence.
 func explain(err error) error {
-	var dns *net.DNSError
-	var noTLS tls.RecordHeaderError
-	var timeout net.Error
 	apiURL := config.Name("agent.api_url")
 	if rejected := tlsutil.Explain(err); rejected != nil {
 		return fmt.Errorf("%w: %s", rejected, rejected.Advice(config.Name("agent.ca_file"), apiURL))
 	}
-	problem := "cannot be reached"
-	switch {
-	case errors.As(err, &dns):
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return fmt.Errorf("cannot be found: %w: check %s and the cluster's DNS", dns, apiURL)
-	case errors.As(err, &noTLS), errors.Is(err, http.ErrSchemeMismatch):
+	}
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok || errors.Is(err, http.ErrSchemeMismatch) {
 		return errors.New("does not speak TLS: check the port in " + apiURL)
-	case errors.As(err, &timeout) && timeout.Timeout():
+	}
+	problem := "cannot be reached"
+	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
 		problem = "does not answer"
 	}
 	err = cmp.Or(errors.Unwrap(err), err) // without "Post <url>", which the sentence already has

@@ -101,7 +101,7 @@ func (r *renewer) unwanted(now time.Time) bool {
 	return r.failed != nil && (r.confirmed || r.failed.Refused && expired)
 }
 
-// run renews the lease until ctx ends. It fails once the control plane no longer wants this agent: it closes the tunnel.
+// run renews the lease until ctx ends. It closes the tunnel and fails if the control plane no longer wants this agent.
 func (r *renewer) run(ctx context.Context) error {
 	admin := r.lease.Frpc.Admin
 	for {

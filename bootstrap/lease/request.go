@@ -30,10 +30,7 @@ type issuer func(ctx context.Context, certificate []byte) (controlplane.Answer, 
 func newIssuer(cfg *config.Config) (issuer, error) {
 	if cfg.FRP.Token == "" {
 		client, err := controlplane.New(cfg.Agent)
-		if err != nil {
-			return nil, err
-		}
-		return client.RequestLease, nil
+		return client.RequestLease, err
 	}
 	return func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
 		token, err := cfg.FRP.CurrentToken()

@@ -81,8 +81,7 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 func lock(runDir string) (release func(), err error) {
 	dir, err := os.Open(runDir)
 	if err != nil {
-		return nil, fmt.Errorf("open the run directory: %w: check %s and the volume mounted there",
-			err, config.Name("run_dir"))
+		return nil, fmt.Errorf("open the run directory: %w: check %s and its volume", err, config.Name("run_dir"))
 	}
 	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		_ = dir.Close()
@@ -91,8 +90,8 @@ func lock(runDir string) (release func(), err error) {
 	return func() { _ = dir.Close() }, nil
 }
 
-// Read returns the lease in the run directory. It fails unless all of the lease's files are there; the lease is nil only
-// if lease.json is missing or broken.
+// Read returns the lease in the run directory. It fails unless all of the lease's files are there. The lease is nil if
+// lease.json is missing or broken.
 func Read(runDir string) (*frpc.Lease, error) {
 	lease, err := frpc.ReadLease(runDir)
 	if err != nil {
@@ -145,8 +144,7 @@ func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 }
 
 func unwritable(err error) error {
-	return fmt.Errorf("write the run directory: %w: check %s, and that the volume mounted there is not full",
-		err, config.Name("run_dir"))
+	return fmt.Errorf("write the run directory: %w: check %s, and that its disk is not full", err, config.Name("run_dir"))
 }
 
 // reportStuck writes StuckFile for the time stuckFor, so that frpc's liveness probe fails and the kubelet kills frpc.
