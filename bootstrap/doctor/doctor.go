@@ -84,7 +84,7 @@ type patient struct {
 	operations, callers agentapi.Client // of the proxy's listeners, set by the step proxy
 }
 
-const ownToken = "frp.token is set: there is no control plane"
+const noControlPlane = "frp.token is set: there is no control plane"
 
 func (p *patient) configuration(context.Context) (result, detail string) {
 	if warning := p.cfg.Agent.TokenWarning(); warning != "" {
@@ -95,7 +95,7 @@ func (p *patient) configuration(context.Context) (result, detail string) {
 
 func (p *patient) dns(ctx context.Context) (result, detail string) {
 	if p.cfg.FRP.Token != "" {
-		return skipped, ownToken
+		return skipped, noControlPlane
 	}
 	u, _ := url.Parse(p.cfg.Agent.APIURL) // checked by its setting
 	if proxy, err := http.ProxyFromEnvironment(&http.Request{URL: u}); err == nil && proxy != nil {
@@ -111,7 +111,7 @@ func (p *patient) dns(ctx context.Context) (result, detail string) {
 // controlPlane sends a request without the token: any answer will do.
 func (p *patient) controlPlane(ctx context.Context) (result, detail string) {
 	if p.cfg.FRP.Token != "" {
-		return skipped, ownToken
+		return skipped, noControlPlane
 	}
 	client, err := controlplane.New(p.cfg.Agent)
 	if err != nil {
@@ -139,7 +139,7 @@ func (p *patient) authentication(ctx context.Context) (result, detail string) {
 	}
 	p.lease = &granted
 	if p.cfg.FRP.Token != "" {
-		return skipped, ownToken
+		return skipped, noControlPlane
 	}
 	end := "without an end"
 	if !granted.ExpiresAt.IsZero() {

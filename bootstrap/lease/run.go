@@ -144,7 +144,7 @@ func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 }
 
 func unwritable(err error) error {
-	return fmt.Errorf("write the run directory: %w: check %s, and that its disk is not full", err, config.Name("run_dir"))
+	return fmt.Errorf("write the run directory: %w: check %s, and that it is not full", err, config.Name("run_dir"))
 }
 
 // reportStuck writes StuckFile for the time stuckFor, so that frpc's liveness probe fails and the kubelet kills frpc.
