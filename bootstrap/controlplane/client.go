@@ -71,8 +71,7 @@ func New(agent config.Agent) (*Client, error) {
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
 	return &Client{agent: agent, HTTP: &http.Client{
-		Transport: transport,
-		Timeout:   30 * time.Second,
+		Transport: transport, Timeout: 30 * time.Second,
 		// A redirect would carry the token to a host that nobody configured.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}, nil

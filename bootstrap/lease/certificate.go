@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"slices"
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
@@ -41,13 +42,10 @@ func newCertificate(names []string, end time.Time) (certificate, key []byte, err
 	return certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), err
 }
 
-// certificateNames returns the names that callers may ask for.
+// certificateNames returns the names that callers may ask for: the agent's id and the tunnel's domains.
 func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
-	names := []string{agentID}
-	if tunnel.Subdomain != "" && tunnel.Subdomain != agentID {
-		names = append(names, tunnel.Subdomain)
-	}
-	return append(names, tunnel.CustomDomains...)
+	names := append([]string{agentID, tunnel.Subdomain}, tunnel.CustomDomains...)
+	return slices.Compact(slices.DeleteFunc(names, func(name string) bool { return name == "" }))
 }
 
 // sameEnd reports whether a certificate for a lease that expires at end is as good for one that expires at other.

@@ -1,11 +1,14 @@
+// Package lease gets leases for the tunnel, writes them for frpc and the proxy, and renews them.
 package lease
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	mathrand "math/rand/v2"
 	"net"
@@ -13,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
@@ -21,6 +25,64 @@ import (
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
+
+// Run gets a lease, writes its files, and unless once is set renews it until ctx ends. It fails if there is no lease
+// after timeout, and if the control plane no longer wants the agent.
+func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bool, log *slog.Logger) error {
+	release, err := lock(cfg.RunDir)
+	if err != nil {
+		return err
+	}
+	defer release()
+	stuck := filepath.Join(cfg.RunDir, frpc.StuckFile)
+	_ = os.Remove(stuck) // left by a bootstrap that was killed
+	defer func() { _ = os.Remove(stuck) }()
+	if warning := cfg.Agent.TokenWarning(); warning != "" {
+		log.Warn(warning)
+	}
+	if cfg.FRP.TLS.InsecureSkipVerify {
+		log.Warn("frpc does not verify frps", "reason", config.Name("frp.tls.insecure_skip_verify")+" is set",
+			"consequence", "whoever can redirect the connection gets the agent's credential")
+	}
+	issue, err := newIssuer(cfg)
+	if err != nil {
+		return err
+	}
+	r := &renewer{cfg: cfg, issue: issue, login: frpc.Login, log: log, backoff: backoffMin}
+	toml, _ := os.ReadFile(filepath.Join(cfg.RunDir, frpc.ConfigFile)) // empty: there is none
+	old, readErr := Read(cfg.RunDir)
+	if readErr == nil && !once {
+		// This container was restarted. frpc may run with these files, so they stay until there is a new lease.
+		r.lease, r.renewAt = *old, time.Now()
+		markStale(&r.lease, toml)
+		return r.run(ctx)
+	}
+	// frpc may still run with older files, of which some are missing or broken.
+	admin := frpc.Admin{Port: cfg.FRP.AdminPort, User: adminUser, Password: frpc.AdminPassword(toml)}
+	if old != nil {
+		admin = old.Frpc.Admin
+	}
+	if r.token, err = r.credential(); err != nil {
+		return err
+	}
+	first, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	r.lease.Frpc.Admin.Password = admin.Password
+	lease, fail := requestLease(first, cfg, retryUntilLease(issue, log), r.lease)
+	if fail != nil {
+		noTunnel := old == nil && admin.Password == "" && errors.Is(readErr, fs.ErrNotExist)
+		if fail.Revoked && !noTunnel {
+			return closeTunnel(ctx, cfg.RunDir, admin, fail)
+		}
+		return fail
+	}
+	markStale(&lease, toml)
+	if err := write(cfg, lease, log); err != nil || once {
+		return err
+	}
+	r.adopt(lease, time.Now())
+	return r.run(ctx)
+}
 
 // issuer grants a lease: the control plane does, or the operator's own token for their own frps. certificate is the PEM
 // that callers of a tunnel of type https will see, or empty.
@@ -49,20 +111,19 @@ func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 	if err != nil {
 		return frpc.Lease{}, err
 	}
-	var certificate []byte
-	if current, err := Read(cfg.RunDir); err == nil {
-		certificate = current.Certificate
+	current, err := Read(cfg.RunDir)
+	if err != nil {
+		current = &frpc.Lease{}
 	}
-	answer, fail := issue(ctx, certificate)
+	answer, fail := issue(ctx, current.Certificate)
 	if fail != nil {
 		return frpc.Lease{}, fail
 	}
 	return newLease(cfg, answer, frpc.Admin{})
 }
 
-// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. The lease decides
-// what the certificate must hold, and is not known before the request: so the first request shows a certificate made
-// for the last lease, and if that does not fit, a second request shows one that does.
+// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. What that must hold
+// is known from the lease only: so the first request shows one made for the last lease, and if need be a second another.
 func requestLease(
 	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
 ) (frpc.Lease, *controlplane.Failure) {
@@ -78,9 +139,9 @@ func requestLease(
 	}
 	for range 3 {
 		var shown, key []byte
+		var err error
 		names := certificateNames(cfg.Agent.ID, tunnel)
 		if tunnel.Type == "https" {
-			var err error
 			if shown, key, err = newCertificate(names, end); err != nil {
 				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
 			}
@@ -239,4 +300,82 @@ func publicRoots() ([]byte, error) {
 	}
 	return nil, fmt.Errorf("this host has no list of public authorities to verify frps by: set %s, "+
 		"or accept any certificate with %s", config.Name("frp.tls.ca_file"), config.Name("frp.tls.insecure_skip_verify"))
+}
+
+// lock locks the run directory until release is called or the process ends, because two processes that write there
+// would replace each other's password of frpc. It locks the directory itself: a file in it could be removed.
+func lock(runDir string) (release func(), err error) {
+	dir, err := os.Open(runDir)
+	if err != nil {
+		return nil, fmt.Errorf("open the run directory: %w: check %s and its volume", err, config.Name("run_dir"))
+	}
+	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		_ = dir.Close()
+		return nil, fmt.Errorf("lock the run directory %s: %w: another bootstrap uses it, stop that one first", runDir, err)
+	}
+	return func() { _ = dir.Close() }, nil
+}
+
+// Read returns the lease in the run directory. It fails unless all of the lease's files are there. The lease is nil if
+// lease.json is missing or broken.
+func Read(runDir string) (*frpc.Lease, error) {
+	lease, err := frpc.ReadLease(runDir)
+	if err != nil {
+		return nil, err
+	}
+	lease.Frpc.Tunnel.HealthPath = agentapi.TunnelHealthPath // one of another version may lack it
+	read := func(name string, needed bool) (data []byte) {
+		if needed && err == nil {
+			data, err = os.ReadFile(filepath.Join(runDir, name))
+		}
+		return data
+	}
+	https := lease.Frpc.Tunnel.Type == "https"
+	read(frpc.ConfigFile, true)
+	lease.Roots = read(frpc.RootsFile, lease.Frpc.TLS.CAFile == filepath.Join(runDir, frpc.RootsFile))
+	lease.Certificate = read(frpc.CertFile, https)
+	lease.Key = read(frpc.KeyFile, https)
+	return lease, err
+}
+
+// markStale records in the lease that frpc may run with another frpc.toml: toml, which bootstrap found at its start.
+func markStale(lease *frpc.Lease, toml []byte) {
+	if now, err := lease.Frpc.TOML(); err == nil && lease.Stale == nil && len(toml) > 0 && !bytes.Equal(toml, now) {
+		lease.Stale = &frpc.Stale{}
+	}
+}
+
+// sameTOML reports whether two configurations have the same frpc.toml. Both must be valid for Config.TOML.
+func sameTOML(a, b frpc.Config) bool {
+	before, _ := a.TOML()
+	after, _ := b.TOML()
+	return bytes.Equal(before, after)
+}
+
+// write writes the lease's files into the run directory, and logs what the lease is.
+func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
+	if _, err := lease.Write(cfg.RunDir); err != nil {
+		return unwritable(err)
+	}
+	if lacks := lease.Frpc.Tunnel.GivesUp(); lacks != "" {
+		log.Warn("the tunnel is not of type https", "tunnel_type", lease.Frpc.Tunnel.Type, "consequence", lacks,
+			"next_step", "set "+config.Name("frp.tunnel.type")+" to https, which refuses other leases too")
+	}
+	if !lease.ExpiresAt.IsZero() {
+		log = log.With("expires_at", lease.ExpiresAt)
+	}
+	log.Info("lease written", "run_dir", cfg.RunDir, "server_addr", lease.Frpc.ServerAddr,
+		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type)
+	return nil
+}
+
+func unwritable(err error) error {
+	return fmt.Errorf("write the run directory: %w: check %s, and that it is not full", err, config.Name("run_dir"))
+}
+
+// reportStuck writes StuckFile for the time stuckFor, so that frpc's liveness probe fails and the kubelet kills frpc.
+func reportStuck(runDir string) error {
+	file := filepath.Join(runDir, frpc.StuckFile)
+	time.AfterFunc(stuckFor, func() { _ = os.Remove(file) })
+	return os.WriteFile(file, nil, 0o600)
 }
