@@ -127,8 +127,7 @@ func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer A
 		return Answer{}, &Failure{Err: fmt.Errorf("%s %w", hop, explain(err))}
 	}
 	defer func() { _ = resp.Body.Close() }()
-	const limit = 1 << 20
-	data, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	data, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20+1))
 	if err != nil {
 		return Answer{}, &Failure{Err: fmt.Errorf("%s broke off its answer: %w: check the network to it", hop, err)}
 	}
@@ -137,7 +136,7 @@ func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer A
 	}
 	apiURL := config.Name("agent.api_url")
 	switch err = json.Unmarshal(data, &answer); {
-	case len(data) > limit:
+	case len(data) > 1<<20:
 		err = fmt.Errorf("%s answers with more than 1 MiB: check %s", hop, apiURL)
 	case err != nil:
 		err = fmt.Errorf("%s answers with something other than a lease (%s, %w): check %s",

@@ -94,13 +94,12 @@ func newIssuer(cfg *config.Config) (issuer, error) {
 		client, err := controlplane.New(cfg.Agent)
 		return client.RequestLease, err
 	}
-	return func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) {
+	return func(context.Context, []byte) (answer controlplane.Answer, fail *controlplane.Failure) {
 		token, err := cfg.FRP.CurrentToken()
 		if err != nil {
-			err = fmt.Errorf("%s: %w", config.Name("frp.token_file"), err)
-			return controlplane.Answer{}, &controlplane.Failure{Err: err}
+			fail = &controlplane.Failure{Err: fmt.Errorf("%s: %w", config.Name("frp.token_file"), err)}
 		}
-		return controlplane.Answer{FRPToken: token}, nil
+		return controlplane.Answer{FRPToken: token}, fail
 	}, nil
 }
 
@@ -111,18 +110,15 @@ func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 	if err != nil {
 		return frpc.Lease{}, err
 	}
-	current, err := Read(cfg.RunDir)
-	if err != nil {
-		current = &frpc.Lease{}
-	}
-	answer, fail := issue(ctx, current.Certificate)
+	current, _ := Read(cfg.RunDir) // there may be none
+	answer, fail := issue(ctx, cmp.Or(current, &frpc.Lease{}).Certificate)
 	if fail != nil {
 		return frpc.Lease{}, fail
 	}
 	return newLease(cfg, answer, frpc.Admin{})
 }
 
-// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. What that must hold
+// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. What it must hold
 // is known from the lease only: so the first request shows one made for the last lease, and if need be a second another.
 func requestLease(
 	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,

@@ -271,10 +271,8 @@ func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 		o.logged = err.Error()
 		r.log.Warn("the tunnel is down", "error", err)
 	}
-	if err != nil {
+	if o.accepted = cmp.Or(o.accepted, now); err != nil {
 		o.accepted = time.Time{}
-	} else if o.accepted.IsZero() {
-		o.accepted = now
 	}
 	o.probeWait = min(2*o.probeWait, probeMax)
 	o.probe = now.Add(jitter(o.probeWait))
@@ -314,10 +312,7 @@ func (r *renewer) credential() (secret.Secret, error) {
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.
 func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
-	token, err := r.credential()
-	if err != nil {
-		token = r.token
-	}
+	token, _ := r.credential() // if that fails, so does the request
 	lease, fail := requestLease(ctx, r.cfg, r.issue, r.lease)
 	if ctx.Err() != nil {
 		return nil // bootstrap stops
@@ -346,9 +341,7 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 		next = "unless a retry succeeds, the tunnel is closed when the lease expires"
 	}
 	if fail.Revoked {
-		if r.revokedSince.IsZero() {
-			r.revokedSince = now
-		}
+		r.revokedSince = cmp.Or(r.revokedSince, now)
 		elapsed := now.Sub(r.revokedSince)
 		r.confirmed, wait = elapsed >= confirmAfter, max(wait, confirmAfter-elapsed)
 		next = "the tunnel is closed if the next answer is the same"
@@ -360,9 +353,7 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	r.renewAt = r.notYet
 	r.log.Warn("lease not renewed", "error", fail, "consequence", next, "next_attempt_in", wait.String(),
 		"expires_at", r.lease.ExpiresAt)
-	if r.lease.Renewal == nil {
-		r.lease.Renewal = &frpc.Renewal{FailingSince: now.UTC()}
-	}
+	r.lease.Renewal = cmp.Or(r.lease.Renewal, &frpc.Renewal{FailingSince: now.UTC()})
 	r.lease.Renewal.Error = fail.Error() + "; " + next
 	r.save()
 	return fail
