@@ -28,10 +28,8 @@ const (
 	// TunnelHealthPath is where frpc asks, always in plain HTTP, whether to keep the tunnel registered. It names the
 	// one check that decides this, so that another check of readiness never withdraws every tunnel.
 	TunnelHealthPath = ReadyPath + "?only=" + CheckShutdown
-)
 
-// Names of the checks of ReadyPath. Its query may select checks with only=NAME, and leave some out with exclude=NAME.
-const (
+	// Names of the checks of ReadyPath. Its query may select checks with only=NAME, and leave some out with exclude=NAME.
 	CheckKubernetes = "kubernetes"
 	CheckTunnel     = "tunnel"
 	CheckShutdown   = "shutdown"
