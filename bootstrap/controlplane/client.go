@@ -57,20 +57,21 @@ type Answer struct {
 type Client struct {
 	HTTP  *http.Client
 	agent config.Agent
+	frp   config.FRP
 }
 
-// New returns a client for the control plane of agent. It fails only on the file that agent.ca_file names.
-func New(agent config.Agent) (*Client, error) {
+// New returns a client for the agent's control plane. It fails only on the file that agent.ca_file names.
+func New(cfg *config.Config) (*Client, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone() // HTTPS_PROXY and NO_PROXY apply
-	if agent.CAFile != "" {
-		pool, err := tlsutil.CertPool(agent.CAFile)
+	if cfg.Agent.CAFile != "" && cfg.FRP.Token == "" {
+		pool, err := tlsutil.CertPool(cfg.Agent.CAFile)
 		if err != nil {
 			mistake := fmt.Sprintf("%s: %v: correct the path or mount the file", config.Name("agent.ca_file"), err)
 			return nil, &config.Error{Mistakes: []string{mistake}}
 		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
-	return &Client{agent: agent, HTTP: &http.Client{
+	return &Client{agent: cfg.Agent, frp: cfg.FRP, HTTP: &http.Client{
 		Transport: transport, Timeout: 30 * time.Second,
 		// A redirect would carry the token to a host that nobody configured.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -102,7 +103,15 @@ func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
 
 // RequestLease requests a lease once, with the agent's token as it now is. certificate is the PEM that callers of a
 // tunnel of type https will see, or empty. The failure never holds the token, though the control plane may repeat it.
+// Where frp.token is set, there is no control plane: then the lease is that token.
 func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer Answer, fail *Failure) {
+	if c.frp.Token != "" {
+		token, err := c.frp.CurrentToken()
+		if err != nil {
+			fail = &Failure{Err: fmt.Errorf("%s: %w", config.Name("frp.token_file"), err)}
+		}
+		return Answer{FRPToken: token}, fail
+	}
 	agent, hop := c.agent, "the control plane at "+c.agent.APIURL
 	token, err := agent.CurrentToken()
 	if err != nil {

@@ -113,7 +113,7 @@ func (p *patient) controlPlane(ctx context.Context) (result, detail string) {
 	if p.cfg.FRP.Token != "" {
 		return skipped, noControlPlane
 	}
-	client, err := controlplane.New(p.cfg.Agent)
+	client, err := controlplane.New(p.cfg)
 	if err != nil {
 		return failed, err.Error()
 	}

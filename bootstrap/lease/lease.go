@@ -5,7 +5,12 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -44,11 +49,11 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 		log.Warn("frpc does not verify frps", "reason", config.Name("frp.tls.insecure_skip_verify")+" is set",
 			"consequence", "whoever can redirect the connection gets the agent's credential")
 	}
-	issue, err := newIssuer(cfg)
+	client, err := controlplane.New(cfg)
 	if err != nil {
 		return err
 	}
-	r := &renewer{cfg: cfg, issue: issue, login: frpc.Login, log: log, backoff: backoffMin}
+	r := &renewer{cfg: cfg, issue: client.RequestLease, login: frpc.Login, log: log, backoff: backoffMin}
 	toml, _ := os.ReadFile(filepath.Join(cfg.RunDir, frpc.ConfigFile)) // empty: there is none
 	old, readErr := Read(cfg.RunDir)
 	if readErr == nil && !once {
@@ -68,7 +73,7 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	first, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	r.lease.Frpc.Admin.Password = admin.Password
-	lease, fail := requestLease(first, cfg, retryUntilLease(issue, log), r.lease)
+	lease, fail := requestLease(first, cfg, retryUntilLease(r.issue, log), r.lease)
 	if fail != nil {
 		noTunnel := old == nil && admin.Password == "" && errors.Is(readErr, fs.ErrNotExist)
 		if fail.Revoked && !noTunnel {
@@ -84,42 +89,26 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	return r.run(ctx)
 }
 
-// issuer grants a lease: the control plane does, or the operator's own token for their own frps. certificate is the PEM
-// that callers of a tunnel of type https will see, or empty.
+// issuer is [controlplane.Client.RequestLease], or one that retries it.
 type issuer func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure)
-
-// newIssuer returns the issuer that the configuration chooses.
-func newIssuer(cfg *config.Config) (issuer, error) {
-	if cfg.FRP.Token == "" {
-		client, err := controlplane.New(cfg.Agent)
-		return client.RequestLease, err
-	}
-	return func(context.Context, []byte) (answer controlplane.Answer, fail *controlplane.Failure) {
-		token, err := cfg.FRP.CurrentToken()
-		if err != nil {
-			fail = &controlplane.Failure{Err: fmt.Errorf("%s: %w", config.Name("frp.token_file"), err)}
-		}
-		return controlplane.Answer{FRPToken: token}, fail
-	}, nil
-}
 
 // Try requests a lease and writes nothing. It shows the certificate that is in use, because the control plane would
 // trust another one in its place.
 func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
-	issue, err := newIssuer(cfg)
+	client, err := controlplane.New(cfg)
 	if err != nil {
 		return frpc.Lease{}, err
 	}
 	current, _ := Read(cfg.RunDir) // there may be none
-	answer, fail := issue(ctx, cmp.Or(current, &frpc.Lease{}).Certificate)
+	answer, fail := client.RequestLease(ctx, cmp.Or(current, &frpc.Lease{}).Certificate)
 	if fail != nil {
 		return frpc.Lease{}, fail
 	}
 	return newLease(cfg, answer, frpc.Admin{})
 }
 
-// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. What it must hold
-// is known from the lease only: so the first request shows one made for the last lease, and if need be a second another.
+// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. What that holds
+// depends on the lease: so the first request shows one made for the last lease, and if need be a second one that fits.
 func requestLease(
 	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
 ) (frpc.Lease, *controlplane.Failure) {
@@ -162,6 +151,46 @@ func requestLease(
 		end = answer.ExpiresAt
 	}
 	return fail(errors.New("the control plane's lease has another tunnel or another end each time: contact its operator"))
+}
+
+// A certificate outlives the lease that it was made for by grace, and fits leases that end within tolerance.
+const grace, tolerance = 330 * time.Second, 270 * time.Second
+
+// newCertificate makes what the proxy shows to callers of a tunnel of type https, PEM, for a lease that expires at end;
+// zero: never. The first name is the agent's id. The certificate is self-signed: the control plane gets it with the
+// request for the lease, and trusts no other. The key never leaves the run directory.
+func newCertificate(names []string, end time.Time) (certificate, key []byte, err error) {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	notAfter := end.Add(grace)
+	if end.IsZero() {
+		notAfter = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // never, by RFC 5280, 4.1.2.5
+	}
+	template := &x509.Certificate{
+		Subject: pkix.Name{CommonName: names[0]}, DNSNames: names,
+		NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: notAfter, // clocks differ
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		return nil, nil, err
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	return certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), err
+}
+
+// certificateNames returns the names that callers may ask for: the agent's id and the tunnel's domains.
+func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
+	names := append([]string{agentID, tunnel.Subdomain}, tunnel.CustomDomains...)
+	return slices.Compact(slices.DeleteFunc(names, func(name string) bool { return name == "" }))
+}
+
+// sameEnd reports whether a certificate for a lease that expires at end is as good for one that expires at other.
+func sameEnd(end, other time.Time) bool {
+	return end.Equal(other) || !end.IsZero() && !other.IsZero() && end.Sub(other).Abs() <= tolerance
 }
 
 // retryUntilLease returns an issuer that retries until there is a lease, the failure is final, or ctx ends.

@@ -705,7 +705,7 @@ func TestLeaseExpiresByTheClockOfTheControlPlane(t *testing.T) {
 			_, _ = fmt.Fprintf(w, `{"frp_token":"f","expires_at":%q}`, end.Format(time.RFC3339))
 		}))
 		r := newRenewer(t, giving())
-		client, err := controlplane.New(configuration(t, environment(t, server.URL)).Agent)
+		client, err := controlplane.New(configuration(t, environment(t, server.URL)))
 		if err != nil {
 			t.Fatal(err)
 		}
