@@ -23,7 +23,6 @@ import (
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
-// Exit codes.
 const (
 	exitOK     = 0
 	exitFailed = 1 // no lease, or a step of doctor failed: the last line names the hop, the cause and the next step

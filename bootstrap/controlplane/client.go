@@ -23,8 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
-// authPath is the only endpoint of the control plane that the agent calls.
-const authPath = "/auth/frp-token"
+const authPath = "/auth/frp-token" // the only endpoint of the control plane that the agent calls
 
 // Request is the body of POST /auth/frp-token.
 type Request struct {
@@ -33,8 +32,7 @@ type Request struct {
 	ClusterName string `json:"cluster_name"`
 	Instance    string `json:"instance"`
 	Version     string `json:"version"`
-	// Certificate is the PEM that the proxy will show to callers of a tunnel of type https; empty for other types.
-	Certificate string `json:"tls_certificate,omitempty"`
+	Certificate string `json:"tls_certificate,omitempty"` // PEM, for callers of a tunnel of type https
 }
 
 // Answer is the control plane's answer. Only frp_token is required.
@@ -49,8 +47,7 @@ type Answer struct {
 	Tunnel      frpc.Tunnel              `json:"tunnel"` // its local fields do not count
 	Permissions []string                 `json:"permissions"`
 
-	// Ends is ExpiresAt by the clock of this host, which may differ from the control plane's; zero: no end.
-	Ends time.Time `json:"-"`
+	Ends time.Time `json:"-"` // ExpiresAt by the clock of this host, not the control plane's; zero: never
 }
 
 // Client requests leases. Safe for concurrent use.

@@ -31,8 +31,7 @@ type finding struct {
 	Detail string `json:"detail"`
 }
 
-// Results of a step.
-const ok, failed, skipped = "ok", "failed", "skipped"
+const ok, failed, skipped = "ok", "failed", "skipped" // results of a step
 
 // Run takes every step of the way, writes what it finds to stdout, and reports whether no step failed. It writes no
 // file; the lease that it requests is not used.
@@ -122,11 +121,10 @@ func (p *patient) controlPlane(ctx context.Context) (result, detail string) {
 		return failed, err.Error()
 	}
 	p.reached = true
-	detail = p.cfg.Agent.APIURL + " answers"
-	if state != nil {
-		detail += " over TLS with " + tlsutil.DescribeCertificate(state.PeerCertificates[0])
+	if state == nil { // plain HTTP
+		return ok, p.cfg.Agent.APIURL + " answers"
 	}
-	return ok, detail
+	return ok, p.cfg.Agent.APIURL + " answers over TLS with " + tlsutil.DescribeCertificate(state.PeerCertificates[0])
 }
 
 func (p *patient) authentication(ctx context.Context) (result, detail string) {

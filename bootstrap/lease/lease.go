@@ -220,14 +220,14 @@ func jitter(d time.Duration) time.Duration {
 	return d/2 + mathrand.N(max(d, 1)) //nolint:gosec // no secret
 }
 
-// adminUser is the user that bootstrap and the proxy are for frpc's admin API.
-const adminUser = "pipeops"
+const adminUser = "pipeops" // who bootstrap and the proxy are for frpc's admin API
 
 // newLease joins the configuration and the control plane's answer; the answer wins. admin is the admin API of the last
 // lease, if any, because frpc may still run with it; what admin leaves out gets a default, the password a random one.
 func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) (frpc.Lease, error) {
 	tunnel := joinTunnel(cfg, answer.Tunnel)
-	if err := check(cfg, answer, tunnel); err != nil {
+	err := check(cfg, answer, tunnel)
+	if err != nil {
 		token, _ := cfg.Agent.CurrentToken() // the answer may repeat it
 		return frpc.Lease{}, token.RedactIn(fmt.Errorf("the control plane's lease %w", err))
 	}
@@ -249,7 +249,6 @@ func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) 
 		},
 	}
 	if tls := &lease.Frpc.TLS; tls.CAFile == "" && !tls.InsecureSkipVerify {
-		var err error
 		if lease.Roots, err = publicRoots(); err != nil {
 			return frpc.Lease{}, err
 		}

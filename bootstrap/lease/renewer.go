@@ -22,8 +22,8 @@ const (
 	waitMax      = 90 * time.Second // between two attempts, whatever the control plane asks for
 	confirmAfter = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
 	stuckFor     = 25 * time.Second // how long StuckFile stays: three liveness probes, 5 s apart
-
-	backoffMin, backoffMax = time.Second, time.Minute // between two attempts: has jitter, and doubles each time
+	backoffMin   = time.Second      // between two attempts: has jitter, and doubles each time
+	backoffMax   = time.Minute
 
 	// While frpc is logged out. All have jitter; the first two double each time.
 	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login
@@ -218,8 +218,7 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 			err = ctx.Err()
 		}
 	}
-	return fmt.Errorf("%w; the tunnel may still be open, because frpc could not be stopped (%w): delete the pod",
-		refusal, err)
+	return fmt.Errorf("%w; the tunnel may still be open, because frpc does not stop (%w): delete the pod", refusal, err)
 }
 
 // recordState updates the outage with frpc's state.
@@ -238,10 +237,8 @@ func (r *renewer) recordState(state frpc.State, now time.Time) {
 		r.outage = outage{}
 	case frpc.LoggedOut, frpc.Rejected:
 		if r.outage.since.IsZero() {
-			r.outage = outage{
-				since: now, probe: now.Add(jitter(probeMin)), probeWait: probeMin,
-				request: now.Add(jitter(requestMin)), requestWait: requestMin,
-			}
+			r.outage = outage{since: now, probeWait: probeMin, requestWait: requestMin}
+			r.outage.probe, r.outage.request = now.Add(jitter(probeMin)), now.Add(jitter(requestMin))
 		}
 		r.outage.rejected = state == frpc.Rejected
 	}
