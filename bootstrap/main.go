@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,7 +23,6 @@ import (
 	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
-// Exit codes.
 const (
 	exitOK     = 0
 	exitFailed = 1 // no lease, or a step of doctor failed: the last line names the hop, the cause and the next step
@@ -32,10 +32,8 @@ const (
 // terminationLog is where the kubelet reads why a container has terminated. It exists only in a pod.
 const terminationLog = "/dev/termination-log"
 
-const usage = `bootstrap gets a tunnel lease from the control plane, writes frpc.toml and lease.json, and renews it.
-
-Usage:
-  bootstrap [flags]          get a lease, write the files, and renew it in time, until SIGTERM
+const usage = `Usage:
+  bootstrap [flags]          get a lease, write frpc.toml and lease.json, and renew the lease until SIGTERM
   bootstrap --once [flags]   get a lease, write the files, and exit
   bootstrap --check          check the configuration and print it, each value with its origin
   bootstrap ready            exit with 0 if the files are written, for a startup probe
@@ -80,10 +78,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		return exitOK
 	case err != nil:
 		return exitUsage
-	case !slices.Contains([]string{"", "ready", "doctor"}, command):
-		return complain("unknown argument %q: see bootstrap --help", command)
-	case flags.NArg() > 0:
-		return complain("unknown argument %q: see bootstrap --help", flags.Arg(0))
+	case !slices.Contains([]string{"", "ready", "doctor"}, command) || flags.NArg() > 0:
+		return complain("unknown argument %q: see bootstrap --help", cmp.Or(flags.Arg(0), command))
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
 		return complain("these arguments exclude each other: see bootstrap --help")
 	case *timeout <= 0:
@@ -118,7 +114,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	if err := lease.Run(ctx, cfg, *timeout, *once, log); err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0)
 		log.Error("bootstrap ends", "error", err)
-		if mistakes := (*config.Error)(nil); errors.As(err, &mistakes) {
+		if _, invalid := errors.AsType[*config.Error](err); invalid {
 			return exitUsage
 		}
 		return exitFailed

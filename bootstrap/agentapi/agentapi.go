@@ -2,6 +2,21 @@
 // answer of VersionPath is a version.Info.
 package agentapi
 
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/frpc/secret"
+)
+
 // Paths of the proxy's HTTP API that bootstrap and frpc use.
 const (
 	HealthPath       = "/health"
@@ -10,15 +25,11 @@ const (
 	ActivityPath     = "/activity" // operations listener only
 	KubernetesPrefix = "/api/k8s"
 
-	// TunnelHealthPath is where frpc asks whether to keep the tunnel registered. It names the one check that decides
-	// this, so that another check of readiness never withdraws every tunnel. frpc asks in plain HTTP, also where the
-	// tunnel is of type https.
+	// TunnelHealthPath is where frpc asks, always in plain HTTP, whether to keep the tunnel registered. It names the
+	// one check that decides this, so that another check of readiness never withdraws every tunnel.
 	TunnelHealthPath = ReadyPath + "?only=" + CheckShutdown
-)
 
-// Names of the checks of ReadyPath. Its query may select some of them with only=NAME, and leave some out with
-// exclude=NAME, each as often as needed.
-const (
+	// Names of the checks of ReadyPath. Its query may select checks with only=NAME, and leave some out with exclude=NAME.
 	CheckKubernetes = "kubernetes"
 	CheckTunnel     = "tunnel"
 	CheckShutdown   = "shutdown"
@@ -42,4 +53,46 @@ type Check struct {
 // Activity is the answer of ActivityPath.
 type Activity struct {
 	RequestsInFlight int64 `json:"requests_in_flight"` // on the tunnel listener, streams included
+}
+
+// Client calls the proxy of this pod, past every HTTP proxy of the environment.
+type Client struct {
+	ListenAddr string        // of one of the proxy's listeners, as configured
+	Token      secret.Secret // of the agent; empty: none is sent
+	TLS        *tls.Config   // nil: plain HTTP
+}
+
+// Call decodes the JSON answer to a GET, or to a POST if there is a body. Status 503 is an answer of ReadyPath, and
+// otherwise an error like the others from 400 on. Calls take ten seconds at most.
+func (c Client) Call(ctx context.Context, path string, body []byte, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	method, scheme := http.MethodGet, "http"
+	if body != nil {
+		method = http.MethodPost
+	}
+	if c.TLS != nil {
+		scheme = "https"
+	}
+	url := scheme + "://" + config.Local(c.ListenAddr) + path
+	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	if c.Token != "" {
+		req.Header.Set("Authorization", "Bearer "+c.Token.Reveal())
+	}
+	resp, err := (&http.Transport{DisableKeepAlives: true, TLSClientConfig: c.TLS}).RoundTrip(req)
+	if err != nil {
+		return fmt.Errorf("the proxy does not answer: %w", err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	accepted := resp.StatusCode < http.StatusBadRequest ||
+		resp.StatusCode == http.StatusServiceUnavailable && strings.HasPrefix(path, ReadyPath)
+	err = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer)
+	if err != nil || !accepted {
+		return fmt.Errorf("the proxy answers %s to %s %s", resp.Status, method, path)
+	}
+	return nil
 }

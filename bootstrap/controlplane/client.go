@@ -23,8 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
-// authPath is the only endpoint of the control plane that the agent calls.
-const authPath = "/auth/frp-token"
+const authPath = "/auth/frp-token" // the only endpoint of the control plane that the agent calls
 
 // Request is the body of POST /auth/frp-token.
 type Request struct {
@@ -33,8 +32,7 @@ type Request struct {
 	ClusterName string `json:"cluster_name"`
 	Instance    string `json:"instance"`
 	Version     string `json:"version"`
-	// Certificate is the PEM that the proxy will show to callers of a tunnel of type https; empty for other types.
-	Certificate string `json:"tls_certificate,omitempty"`
+	Certificate string `json:"tls_certificate,omitempty"` // PEM, for callers of a tunnel of type https
 }
 
 // Answer is the control plane's answer. Only frp_token is required.
@@ -49,30 +47,29 @@ type Answer struct {
 	Tunnel      frpc.Tunnel              `json:"tunnel"` // its local fields do not count
 	Permissions []string                 `json:"permissions"`
 
-	// Ends is ExpiresAt by the clock of this host, which may differ from the control plane's; zero: no end.
-	Ends time.Time `json:"-"`
+	Ends time.Time `json:"-"` // ExpiresAt by the clock of this host, not the control plane's; zero: never
 }
 
 // Client requests leases. Safe for concurrent use.
 type Client struct {
 	HTTP  *http.Client
 	agent config.Agent
+	frp   config.FRP
 }
 
-// New returns a client for the control plane of agent. It fails only on the file that agent.ca_file names.
-func New(agent config.Agent) (*Client, error) {
+// New returns a client for the agent's control plane. It fails only on the file that agent.ca_file names.
+func New(cfg *config.Config) (*Client, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone() // HTTPS_PROXY and NO_PROXY apply
-	if agent.CAFile != "" {
-		pool, err := tlsutil.CertPool(agent.CAFile)
+	if cfg.Agent.CAFile != "" && cfg.FRP.Token == "" {
+		pool, err := tlsutil.CertPool(cfg.Agent.CAFile)
 		if err != nil {
 			mistake := fmt.Sprintf("%s: %v: correct the path or mount the file", config.Name("agent.ca_file"), err)
 			return nil, &config.Error{Mistakes: []string{mistake}}
 		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
-	return &Client{agent: agent, HTTP: &http.Client{
-		Transport: transport,
-		Timeout:   30 * time.Second,
+	return &Client{agent: cfg.Agent, frp: cfg.FRP, HTTP: &http.Client{
+		Transport: transport, Timeout: 30 * time.Second,
 		// A redirect would carry the token to a host that nobody configured.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}, nil
@@ -91,22 +88,9 @@ func (f *Failure) Error() string { return f.Err.Error() }
 
 func (f *Failure) Unwrap() error { return f.Err }
 
-// RequestLease requests a lease once, with the agent's token as it now is. certificate is the PEM that callers of a
-// tunnel of type https will see, or empty. The failure never holds the token, though the control plane may repeat it.
-func (c *Client) RequestLease(ctx context.Context, certificate []byte) (Answer, *Failure) {
-	answer, fail := c.request(ctx, certificate)
-	if token, err := c.agent.CurrentToken(); fail != nil && err == nil {
-		fail.Err = token.RedactIn(fail.Err)
-	}
-	return answer, fail
-}
-
 // Reach asks for any answer at all, without the token. It returns the state of TLS, nil over plain HTTP.
 func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.agent.APIURL+"/", nil)
-	if err != nil {
-		return nil, err
-	}
+	req, _ := http.NewRequestWithContext(ctx, http.MethodGet, c.agent.APIURL+"/", nil) // checked by its setting
 	resp, err := c.HTTP.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("the control plane at %s %w", c.agent.APIURL, explain(err))
@@ -114,20 +98,32 @@ func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
 	return resp.TLS, resp.Body.Close()
 }
 
-func (c *Client) request(ctx context.Context, certificate []byte) (Answer, *Failure) {
+// RequestLease requests a lease once, with the agent's token as it now is. certificate is the PEM that callers of a
+// tunnel of type https will see, or empty. The failure never holds the token, though the control plane may repeat it.
+// Where frp.token is set, there is no control plane: then the lease is that token.
+func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer Answer, fail *Failure) {
+	if c.frp.Token != "" {
+		token, err := c.frp.CurrentToken()
+		if err != nil {
+			fail = &Failure{Err: fmt.Errorf("%s: %w", config.Name("frp.token_file"), err)}
+		}
+		return Answer{FRPToken: token}, fail
+	}
 	agent, hop := c.agent, "the control plane at "+c.agent.APIURL
 	token, err := agent.CurrentToken()
 	if err != nil {
 		return Answer{}, &Failure{Err: fmt.Errorf("%s: %w", config.Name("agent.token_file"), err)}
 	}
+	defer func() {
+		if fail != nil {
+			fail.Err = token.RedactIn(fail.Err)
+		}
+	}()
 	body, _ := json.Marshal(Request{ // cannot fail: strings only
 		AgentID: agent.ID, AgentName: agent.Name, ClusterName: agent.ClusterName,
 		Instance: agent.Instance, Version: version.Version, Certificate: string(certificate),
 	})
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, agent.APIURL+authPath, bytes.NewReader(body))
-	if err != nil {
-		return Answer{}, &Failure{Err: err, Final: true}
-	}
+	req, _ := http.NewRequestWithContext(ctx, http.MethodPost, agent.APIURL+authPath, bytes.NewReader(body))
 	req.Header.Set("Authorization", "Bearer "+token.Reveal())
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Accept", "application/json")
@@ -137,25 +133,22 @@ func (c *Client) request(ctx context.Context, certificate []byte) (Answer, *Fail
 		return Answer{}, &Failure{Err: fmt.Errorf("%s %w", hop, explain(err))}
 	}
 	defer func() { _ = resp.Body.Close() }()
-	const limit = 1 << 20
-	data, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	data, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20+1))
 	if err != nil {
-		err = fmt.Errorf("%s broke off its answer: %w: check the proxies and firewalls on the way", hop, err)
-		return Answer{}, &Failure{Err: err}
+		return Answer{}, &Failure{Err: fmt.Errorf("%s broke off its answer: %w: check the network to it", hop, err)}
 	}
 	if resp.StatusCode != http.StatusOK {
 		return Answer{}, c.refusal(hop, resp, data)
 	}
-	var answer Answer
+	apiURL := config.Name("agent.api_url")
 	switch err = json.Unmarshal(data, &answer); {
-	case len(data) > limit:
-		err = fmt.Errorf("%s answers with more than 1 MiB: check %s", hop, config.Name("agent.api_url"))
+	case len(data) > 1<<20:
+		err = fmt.Errorf("%s answers with more than 1 MiB: check %s", hop, apiURL)
 	case err != nil:
 		err = fmt.Errorf("%s answers with something other than a lease (%s, %w): check %s",
-			hop, contentType(resp), err, config.Name("agent.api_url"))
+			hop, contentType(resp), err, apiURL)
 	case answer.FRPToken == "":
-		err = fmt.Errorf("%s answers without frp_token: check %s, or contact the control plane's operator",
-			hop, config.Name("agent.api_url"))
+		err = fmt.Errorf("%s answers without frp_token: check %s, or contact the control plane's operator", hop, apiURL)
 	}
 	if err != nil {
 		return Answer{}, &Failure{Err: err, Final: true}
@@ -185,18 +178,17 @@ func (c *Client) refusal(hop string, resp *http.Response, body []byte) *Failure 
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	fromControlPlane := mediaType == "application/json"
 	apiURL, code := config.Name("agent.api_url"), resp.StatusCode
-	fail := &Failure{Final: true}
+	denied := code == http.StatusUnauthorized || code == http.StatusForbidden
+	revoked := denied && fromControlPlane && isProblem && problem.Revoked
+	fail := &Failure{Final: true, Refused: denied, Revoked: revoked}
 	switch {
-	case (code == http.StatusUnauthorized || code == http.StatusForbidden) && !fromControlPlane:
-		fail.Refused = true
+	case denied && !fromControlPlane:
 		fail.Err = fmt.Errorf("%s, or something on the way to it, refuses the request (%s, %s): "+
 			"check %s, and the proxies and firewalls on the way", hop, said, contentType(resp), apiURL)
 	case code == http.StatusUnauthorized:
-		fail.Refused, fail.Revoked = true, isProblem && problem.Revoked
 		fail.Err = fmt.Errorf("%s refuses the agent's token (%s): check %s, or get a new one from the control plane",
 			hop, said, config.Name("agent.token"))
-	case code == http.StatusForbidden:
-		fail.Refused, fail.Revoked = true, isProblem && problem.Revoked
+	case denied:
 		fail.Err = fmt.Errorf("%s accepts the token but does not let agent %q connect (%s): "+
 			"check %s, and whether the agent was revoked", hop, c.agent.ID, said, config.Name("agent.id"))
 	case code >= 300 && code < 400:
@@ -230,20 +222,18 @@ func contentType(resp *http.Response) string {
 
 // explain turns an error of the HTTP client into what happened and what to do, as the predicate of a sentence.
 func explain(err error) error {
-	var dns *net.DNSError
-	var noTLS tls.RecordHeaderError
-	var timeout net.Error
 	apiURL := config.Name("agent.api_url")
 	if rejected := tlsutil.Explain(err); rejected != nil {
 		return fmt.Errorf("%w: %s", rejected, rejected.Advice(config.Name("agent.ca_file"), apiURL))
 	}
-	problem := "cannot be reached"
-	switch {
-	case errors.As(err, &dns):
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return fmt.Errorf("cannot be found: %w: check %s and the cluster's DNS", dns, apiURL)
-	case errors.As(err, &noTLS), errors.Is(err, http.ErrSchemeMismatch):
+	}
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok || errors.Is(err, http.ErrSchemeMismatch) {
 		return errors.New("does not speak TLS: check the port in " + apiURL)
-	case errors.As(err, &timeout) && timeout.Timeout():
+	}
+	problem := "cannot be reached"
+	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
 		problem = "does not answer"
 	}
 	err = cmp.Or(errors.Unwrap(err), err) // without "Post <url>", which the sentence already has

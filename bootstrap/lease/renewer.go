@@ -19,13 +19,13 @@ import (
 const (
 	pollInterval = 2 * time.Second  // between two requests for frpc's state
 	renewalMin   = 10 * time.Second // between two leases, however short they are
-	backoffMin   = time.Second
-	backoffMax   = time.Minute
 	waitMax      = 90 * time.Second // between two attempts, whatever the control plane asks for
 	confirmAfter = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
 	stuckFor     = 25 * time.Second // how long StuckFile stays: three liveness probes, 5 s apart
+	backoffMin   = time.Second      // between two attempts: has jitter, and doubles each time
+	backoffMax   = time.Minute
 
-	// While frpc is logged out. All have jitter; the first two double after each time.
+	// While frpc is logged out. All have jitter; the first two double each time.
 	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login
 	requestMin, requestMax = 30 * time.Second, 5 * time.Minute // until another lease is requested
 	hangsAfter             = 2 * time.Minute                   // frpc hangs if frps accepts trial logins for this long
@@ -81,8 +81,7 @@ func (r *renewer) inherit(next *frpc.Lease) {
 // adopt makes lease, which is written, the current one, and schedules its renewal.
 func (r *renewer) adopt(lease frpc.Lease, now time.Time) {
 	r.lease = lease
-	r.backoff, r.notYet = backoffMin, now.Add(renewalMin)
-	r.renewAt = time.Time{}
+	r.backoff, r.notYet, r.renewAt = backoffMin, now.Add(renewalMin), time.Time{}
 	if lease.ExpiresAt.IsZero() {
 		return
 	}
@@ -95,23 +94,22 @@ func (r *renewer) adopt(lease frpc.Lease, now time.Time) {
 	}
 }
 
-// unwanted reports whether the tunnel must be closed: the control plane has said twice that the agent is revoked, or
-// the agent was refused until its lease expired.
+// unwanted reports whether the tunnel must be closed: the control plane has confirmed that the agent is revoked, or the
+// agent was refused until its lease expired.
 func (r *renewer) unwanted(now time.Time) bool {
 	expired := !r.lease.ExpiresAt.IsZero() && now.After(r.lease.ExpiresAt)
 	return r.failed != nil && (r.confirmed || r.failed.Refused && expired)
 }
 
-// run renews the lease until ctx ends. An error means that the control plane no longer wants this agent; the tunnel is
-// closed then.
+// run renews the lease until ctx ends. It closes the tunnel and fails if the control plane no longer wants this agent.
 func (r *renewer) run(ctx context.Context) error {
 	admin := r.lease.Frpc.Admin
 	for {
 		now := time.Now()
 		r.repair()
-		state := stateOf(ctx, admin)
+		state := frpc.StateOf(admin.Status(ctx))
 		r.recordState(state, now)
-		if connected(state) && !r.tried {
+		if state >= frpc.Withdrawn && !r.tried { // frps accepts what frpc was started with
 			_ = r.tryLogin(ctx, r.lease.Frpc)
 		}
 		r.probeFrps(ctx, now)
@@ -122,12 +120,10 @@ func (r *renewer) run(ctx context.Context) error {
 			return closeTunnel(ctx, r.cfg.RunDir, r.lease.Frpc.Admin, r.failed)
 		}
 		r.reload(ctx, admin)
-		reason := r.restartReason(time.Now())
-		if reason == "" && r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.settled) && r.idle(ctx) {
-			reason = "there is a new lease, and no request is in flight"
-		}
-		if reason != "" {
+		if reason := r.restartReason(time.Now()); reason != "" {
 			r.restartFrpc(ctx, admin, reason)
+		} else if r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.settled) && r.idle(ctx) {
+			r.restartFrpc(ctx, admin, "there is a new lease, and no request is in flight")
 		}
 		select {
 		case <-time.After(pollInterval):
@@ -139,17 +135,16 @@ func (r *renewer) run(ctx context.Context) error {
 
 // reload has frpc apply a new lease that differs only in the tunnel. That interrupts no request.
 func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
-	stale := r.lease.Stale
-	if stale == nil {
+	if r.lease.Stale == nil {
 		return
 	}
-	reloaded := stale.Frpc
+	reloaded := r.lease.Stale.Frpc
 	if reloaded.Tunnel = r.lease.Frpc.Tunnel; !sameTOML(reloaded, r.lease.Frpc) {
 		return
 	}
 	if err := admin.Reload(ctx); err != nil {
 		r.log.Warn("frpc cannot reload its configuration", "error", err)
-		stale.Frpc = frpc.Config{} // unknown: only a restart helps
+		r.lease.Stale.Frpc = frpc.Config{} // unknown: only a restart helps
 		return
 	}
 	r.log.Info("frpc reloaded its configuration", "tunnel_type", r.lease.Frpc.Tunnel.Type)
@@ -166,15 +161,15 @@ func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason stri
 			return // Stale stays: outside Kubernetes, frpc may go on
 		}
 	}
-	if errors.Is(err, syscall.ECONNREFUSED) { // it does not run
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED): // it does not run
 		r.markFresh()
 		return
-	}
-	if err == nil {
+	case err == nil:
 		r.log.Info("restarting frpc", "reason", reason)
 		r.outage = outage{}
 		r.markFresh()
-	} else if !r.unheard {
+	case !r.unheard:
 		r.log.Warn("frpc must be restarted and cannot be stopped: restart its container", "reason", reason, "error", err)
 	}
 	r.unheard = err != nil
@@ -205,12 +200,11 @@ func (r *renewer) repair() {
 	}
 }
 
-// closeTunnel removes what frpc would log in with, stops frpc, and waits until it no longer runs. It returns the
-// refusal, and whether the tunnel is closed.
+// closeTunnel removes what frpc would log in with, and stops frpc. It returns the refusal, and whether frpc has ended.
 func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *controlplane.Failure) error {
 	err := frpc.Withdraw(runDir)
 	for attempt := 0; err == nil; attempt++ {
-		if stateOf(ctx, admin) == frpc.Down {
+		if frpc.StateOf(admin.Status(ctx)) == frpc.Down {
 			return fmt.Errorf("%w; the tunnel is closed", refusal)
 		}
 		if stopErr := admin.Stop(ctx); errors.Is(stopErr, frpc.ErrStuck) {
@@ -224,17 +218,8 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 			err = ctx.Err()
 		}
 	}
-	return fmt.Errorf("%w; the tunnel may still be open, because frpc could not be stopped (%w): delete the pod",
-		refusal, err)
+	return fmt.Errorf("%w; the tunnel may still be open, because frpc does not stop (%w): delete the pod", refusal, err)
 }
-
-// stateOf asks frpc for its state.
-func stateOf(ctx context.Context, admin frpc.Admin) frpc.State {
-	return frpc.StateOf(admin.Status(ctx))
-}
-
-// connected reports whether frps accepts what frpc was started with.
-func connected(state frpc.State) bool { return state >= frpc.Withdrawn }
 
 // recordState updates the outage with frpc's state.
 func (r *renewer) recordState(state frpc.State, now time.Time) {
@@ -252,10 +237,8 @@ func (r *renewer) recordState(state frpc.State, now time.Time) {
 		r.outage = outage{}
 	case frpc.LoggedOut, frpc.Rejected:
 		if r.outage.since.IsZero() {
-			r.outage = outage{
-				since: now, probe: now.Add(jitter(probeMin)), probeWait: probeMin,
-				request: now.Add(jitter(requestMin)), requestWait: requestMin,
-			}
+			r.outage = outage{since: now, probeWait: probeMin, requestWait: requestMin}
+			r.outage.probe, r.outage.request = now.Add(jitter(probeMin)), now.Add(jitter(requestMin))
 		}
 		r.outage.rejected = state == frpc.Rejected
 	}
@@ -285,11 +268,8 @@ func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 		o.logged = err.Error()
 		r.log.Warn("the tunnel is down", "error", err)
 	}
-	switch {
-	case err != nil:
+	if o.accepted = cmp.Or(o.accepted, now); err != nil {
 		o.accepted = time.Time{}
-	case o.accepted.IsZero():
-		o.accepted = now
 	}
 	o.probeWait = min(2*o.probeWait, probeMax)
 	o.probe = now.Add(jitter(o.probeWait))
@@ -308,11 +288,9 @@ func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
 // renewalDue reports whether it is time for the next lease: this one expires soon, or frpc has been logged out for a
 // while, because then frps may have moved, or refuse the lease.
 func (r *renewer) renewalDue(now time.Time) bool {
-	if now.Before(r.notYet) {
-		return false
-	}
 	early := !r.outage.since.IsZero() && r.cfg.FRP.Token == "" && !now.Before(r.outage.request)
-	return early || !r.renewAt.IsZero() && !now.Before(r.renewAt)
+	expires := !r.renewAt.IsZero() && !now.Before(r.renewAt)
+	return (early || expires) && !now.Before(r.notYet)
 }
 
 // tokenChanged reports whether the lease was requested with another credential than the current one.
@@ -331,10 +309,7 @@ func (r *renewer) credential() (secret.Secret, error) {
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.
 func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
-	token, err := r.credential()
-	if err != nil {
-		token = r.token
-	}
+	token, _ := r.credential() // if that fails, so does the request
 	lease, fail := requestLease(ctx, r.cfg, r.issue, r.lease)
 	if ctx.Err() != nil {
 		return nil // bootstrap stops
@@ -344,27 +319,26 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 		o.requestWait = min(2*o.requestWait, requestMax)
 		o.request, o.probe = now.Add(jitter(o.requestWait)), now
 	}
+	r.confirmed = false
 	if fail == nil {
 		r.revokedSince = time.Time{}
 		r.inherit(&lease)
 		err := write(r.cfg, lease, r.log)
 		if err == nil {
-			r.token, r.failed, r.confirmed = token, nil, false
+			r.token, r.failed = token, nil
 			r.adopt(lease, now)
 			return nil
 		}
 		fail = &controlplane.Failure{Err: err}
 	}
-	r.failed, r.confirmed = fail, false
+	r.failed = fail
 	wait := min(max(jitter(r.backoff), fail.RetryAfter), waitMax)
 	next := "the tunnel stays as it is"
 	if fail.Refused && !r.lease.ExpiresAt.IsZero() {
 		next = "unless a retry succeeds, the tunnel is closed when the lease expires"
 	}
 	if fail.Revoked {
-		if r.revokedSince.IsZero() {
-			r.revokedSince = now
-		}
+		r.revokedSince = cmp.Or(r.revokedSince, now)
 		elapsed := now.Sub(r.revokedSince)
 		r.confirmed, wait = elapsed >= confirmAfter, max(wait, confirmAfter-elapsed)
 		next = "the tunnel is closed if the next answer is the same"
@@ -376,11 +350,8 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	r.renewAt = r.notYet
 	r.log.Warn("lease not renewed", "error", fail, "consequence", next, "next_attempt_in", wait.String(),
 		"expires_at", r.lease.ExpiresAt)
-	since := now.UTC()
-	if r.lease.Renewal != nil {
-		since = r.lease.Renewal.FailingSince
-	}
-	r.lease.Renewal = &frpc.Renewal{FailingSince: since, Error: fail.Error() + "; " + next}
+	r.lease.Renewal = cmp.Or(r.lease.Renewal, &frpc.Renewal{FailingSince: now.UTC()})
+	r.lease.Renewal.Error = fail.Error() + "; " + next
 	r.save()
 	return fail
 }
@@ -388,21 +359,18 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 // restartReason returns why frpc must be restarted now, even if that interrupts requests. Empty: it need not.
 func (r *renewer) restartReason(now time.Time) string {
 	o, stale := &r.outage, r.lease.Stale
-	out := !o.since.IsZero()
 	switch {
 	case stale != nil && !stale.Until.IsZero() && now.After(stale.Until.Add(-5*time.Second)):
 		return "the credential that it was started with expires"
-	case stale != nil && out && (o.outdated || o.rejected):
+	case stale != nil && (o.outdated || o.rejected):
 		return "frps accepts the new lease, and not the one that it was started with"
-	case out && !o.rejected && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
+	case !o.rejected && !o.accepted.IsZero() && now.Sub(o.accepted) >= hangsAfter:
 		return "it is logged out although frps accepts logins"
-	default:
-		return ""
 	}
+	return ""
 }
 
-// idle reports whether nothing runs through the tunnel, by the proxy's own count. A proxy that does not answer is not
-// idle.
+// idle reports whether nothing runs through the tunnel, by the proxy's own count. Without an answer, something may run.
 func (r *renewer) idle(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, pollInterval)
 	defer cancel()

@@ -681,8 +681,9 @@ func TestControlPlaneIsShownACertificateForTheLease(t *testing.T) {
 		fits(next.Certificate, frpc.Tunnel{CustomDomains: []string{"b.agents.example"}}, end) {
 		t.Error("fits another end, or another tunnel")
 	}
-	forever, err := newCertificate("agent-001", tunnel, time.Time{})
-	if err != nil || !forever.fits("agent-001", tunnel, time.Time{}) || forever.fits("agent-001", tunnel, end) || !fits(forever.cert, tunnel, time.Time{}) {
+	never := time.Time{}
+	forever, _, err := newCertificate(certificateNames("agent-001", tunnel), never)
+	if err != nil || !sameEnd(never, never) || sameEnd(never, end) || sameEnd(end, never) || !fits(forever, tunnel, never) {
 		t.Errorf("a lease without an end: %v", err)
 	}
 	if matches, _ := filepath.Glob(filepath.Join(cfg.RunDir, "*")); len(matches) != 5 {
@@ -704,7 +705,7 @@ func TestLeaseExpiresByTheClockOfTheControlPlane(t *testing.T) {
 			_, _ = fmt.Fprintf(w, `{"frp_token":"f","expires_at":%q}`, end.Format(time.RFC3339))
 		}))
 		r := newRenewer(t, giving())
-		client, err := controlplane.New(configuration(t, environment(t, server.URL)).Agent)
+		client, err := controlplane.New(configuration(t, environment(t, server.URL)))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -69,7 +69,7 @@ func TestTunnelClosesOnlyForARevokedOrRefusedAgent(t *testing.T) {
 				env := environment(t, "https://control.example")
 				env["PIPEOPS_FRP_ADMIN_PORT"] = strconv.Itoa(port)
 				cfg := configuration(t, env)
-				client, err := controlplane.New(cfg.Agent)
+				client, err := controlplane.New(cfg)
 				if err != nil {
 					t.Fatal(err)
 				}
