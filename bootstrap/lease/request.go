@@ -1,0 +1,107 @@
+package lease
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/controlplane"
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// issuer is [controlplane.Client.RequestLease], or one that retries it.
+type issuer func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure)
+
+// Try requests a lease and writes nothing. It shows the certificate that is in use, because the control plane would
+// trust another one in its place.
+func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
+	client, err := controlplane.New(cfg)
+	if err != nil {
+		return frpc.Lease{}, err
+	}
+	current, _ := Read(cfg.RunDir) // there may be none
+	answer, fail := client.RequestLease(ctx, cmp.Or(current, &frpc.Lease{}).Certificate)
+	if fail != nil {
+		return frpc.Lease{}, fail
+	}
+	return newLease(cfg, answer, frpc.Admin{})
+}
+
+// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. What that holds
+// depends on the lease: so the first request shows one made for the last lease, and if need be a second one that fits.
+func requestLease(
+	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
+) (frpc.Lease, *controlplane.Failure) {
+	fail := func(err error) (frpc.Lease, *controlplane.Failure) {
+		return frpc.Lease{}, &controlplane.Failure{Err: err, Final: true}
+	}
+	tunnel, end := last.Frpc.Tunnel, time.Time{}
+	switch {
+	case tunnel.Type == "": // the first
+		tunnel, end = cfg.FRP.Tunnel, time.Now().Add(24*time.Hour)
+	case !last.ExpiresAt.IsZero():
+		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
+	}
+	for range 3 {
+		var shown, key []byte
+		var err error
+		names := certificateNames(cfg.Agent.ID, tunnel)
+		if tunnel.Type == "https" {
+			if shown, key, err = newCertificate(names, end); err != nil {
+				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
+			}
+		}
+		answer, refusal := issue(ctx, shown)
+		if refusal != nil {
+			return frpc.Lease{}, refusal
+		}
+		lease, err := newLease(cfg, answer, last.Frpc.Admin)
+		if err != nil {
+			return fail(err)
+		}
+		tunnel = lease.Frpc.Tunnel
+		if tunnel.Type != "https" {
+			return lease, nil
+		}
+		sameNames := slices.Equal(names, certificateNames(cfg.Agent.ID, tunnel))
+		if shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
+			lease.Certificate, lease.Key = shown, key
+			return lease, nil
+		}
+		end = answer.ExpiresAt
+	}
+	return fail(errors.New("the control plane's lease has another tunnel or another end each time: contact its operator"))
+}
+
+// retryUntilLease returns an issuer that retries until there is a lease, the failure is final, or ctx ends.
+func retryUntilLease(issue issuer, log *slog.Logger) issuer {
+	return func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
+		for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
+			answer, fail := issue(ctx, certificate)
+			if fail == nil || fail.Final {
+				return answer, fail
+			}
+			wait := max(jitter(delay), fail.RetryAfter)
+			if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
+				return answer, &controlplane.Failure{Err: fmt.Errorf("%w (gave up after --timeout)", fail)}
+			}
+			log.Warn("no lease yet", "error", fail, "next_attempt_in", wait.String())
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done(): // by a signal: the deadline is later
+				return answer, &controlplane.Failure{Err: errors.New("stopped by a signal before there was a lease")}
+			}
+		}
+	}
+}
+
+// jitter returns a random duration around d, so that agents which failed together do not retry together.
+func jitter(d time.Duration) time.Duration {
+	return d/2 + mathrand.N(max(d, 1)) //nolint:gosec // no secret
+}
