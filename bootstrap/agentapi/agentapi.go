@@ -35,8 +35,8 @@ const (
 	CheckShutdown   = "shutdown"
 )
 
-// RunnersSecret is the name of the Secret, in the agent's namespace, that holds the registry of runners.
-const RunnersSecret = "pipeops-agent-runners"
+// RunnersRegistry is the name of the Secret, in the agent's namespace, that holds the registry of runners.
+const RunnersRegistry = "pipeops-agent-runners"
 
 // Ready is the answer of ReadyPath.
 type Ready struct {

@@ -229,7 +229,7 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 	for _, access := range []struct{ what, verb, resource, name, namespace string }{
 		{"list pods", "list", "pods", "", ""},
 		{"list nodes", "list", "nodes", "", ""},
-		{"keep runners", "update", "secrets", agentapi.RunnersSecret, p.cfg.Kubernetes.Namespace},
+		{"keep runners", "update", "secrets", agentapi.RunnersRegistry, p.cfg.Kubernetes.Namespace},
 	} {
 		body := fmt.Appendf(nil, review, access.verb, access.resource, access.name, access.namespace)
 		var answer struct{ Status struct{ Allowed bool } }

@@ -31,7 +31,7 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	_ = os.Remove(stuck) // left by a bootstrap that was killed
 	defer func() { _ = os.Remove(stuck) }()
 	if warning := cfg.Agent.TokenWarning(); warning != "" {
-		log.Warn(warning)
+		log.Warn("weak agent token", "reason", warning)
 	}
 	if cfg.FRP.TLS.InsecureSkipVerify {
 		log.Warn("frpc does not verify frps", "reason", config.Name("frp.tls.insecure_skip_verify")+" is set",

@@ -28,7 +28,7 @@ const (
 
 	// The registry is a Secret with a key for each runner, and processedKey. A runner's id begins with a letter or
 	// digit, so it is never that key.
-	registryName = agentapi.RunnersSecret
+	registryName = agentapi.RunnersRegistry
 	processedKey = "_processed" // ids of the last messages that changed the registry
 	maxProcessed = 256
 	maxToken     = 8 << 10 // bytes
