@@ -1,6 +1,7 @@
 package manifests
 
 import (
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -81,6 +82,15 @@ func TestComposeRunsTheSameAsThePod(t *testing.T) {
 	for _, image := range regexp.MustCompile(`docker\.io/[^/]+/[^:]+:\S+`).FindAllString(readme, -1) {
 		if frpc, _, _ := strings.Cut(got["frpc"].Image, "@"); image != got["proxy"].Image && image != frpc {
 			t.Errorf("the README runs %s", image)
+		}
+	}
+	for name, service := range project.Services {
+		want := fmt.Sprintf("--memory %dm", service.MemLimit>>20)
+		if limit := service.Environment["GOMEMLIMIT"]; limit != nil {
+			want += " -e GOMEMLIMIT=" + *limit
+		}
+		if !regexp.MustCompile(`\$run --name pipeops-` + name + `( \S+ \S+)* ` + want + `( |$)`).MatchString(readme) {
+			t.Errorf("the README does not run %s with %s, as Compose does", name, want)
 		}
 	}
 }
