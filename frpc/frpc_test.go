@@ -227,15 +227,15 @@ func TestLeaseHoldsSecretsInTheClear(t *testing.T) {
 	}
 }
 
-// TestWithdrawRemovesAllCredentials: nothing is left that frpc could log in with.
-func TestWithdrawRemovesAllCredentials(t *testing.T) {
+// TestRemoveLoginLeavesNothingToLogInWith: nothing is left that frpc could log in with.
+func TestRemoveLoginLeavesNothingToLogInWith(t *testing.T) {
 	dir, l := t.TempDir(), lease()
 	l.Frpc.AuthMethod, l.Frpc.TokenFile = "oidc", filepath.Join(dir, TokenFile)
 	if _, err := l.Write(dir); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := Withdraw(dir); err != nil {
+		if err := RemoveLogin(dir); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -25,19 +25,19 @@ const (
 
 // Lease is what the control plane granted for the tunnel, and the configuration of frpc for it.
 type Lease struct {
-	IssuedAt    time.Time `json:"issued_at"`
-	ExpiresAt   time.Time `json:"expires_at,omitzero"` // by the clock of this host; zero: never
-	Permissions []string  `json:"permissions,omitempty"`
-	Frpc        Config    `json:"frpc"`
-	Renewal     *Renewal  `json:"renewal,omitempty"` // set while bootstrap cannot get the next lease
-	Stale       *Stale    `json:"stale,omitempty"`   // set while frpc may run with an earlier frpc.toml
+	IssuedAt    time.Time      `json:"issued_at"`
+	ExpiresAt   time.Time      `json:"expires_at,omitzero"` // by the clock of this host; zero: never
+	Permissions []string       `json:"permissions,omitempty"`
+	Frpc        Config         `json:"frpc"`
+	Renewal     *FailedRenewal `json:"renewal,omitempty"` // set while bootstrap cannot get the next lease
+	Stale       *Stale         `json:"stale,omitempty"`   // set while frpc may run with an earlier frpc.toml
 
 	Certificate, Key []byte `json:"-"` // PEM, for a tunnel of type https: files of their own
 	Roots            []byte `json:"-"` // PEM, for RootsFile
 }
 
-// Renewal says why there is no next lease.
-type Renewal struct {
+// FailedRenewal says why there is no next lease.
+type FailedRenewal struct {
 	FailingSince time.Time `json:"failing_since"`
 	Error        string    `json:"error"`
 }
@@ -87,8 +87,8 @@ func (l Lease) Write(dir string) (written []string, err error) {
 	return written, nil
 }
 
-// Withdraw removes the files that frpc would log in with, if they exist.
-func Withdraw(dir string) error {
+// RemoveLogin removes the files that frpc would log in with, if they exist.
+func RemoveLogin(dir string) error {
 	return cmp.Or(os.RemoveAll(filepath.Join(dir, ConfigFile)), os.RemoveAll(filepath.Join(dir, TokenFile)))
 }
 

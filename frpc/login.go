@@ -24,8 +24,8 @@ import (
 	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
-// ErrCannotLogin reports a way to frps that Login does not support.
-var ErrCannotLogin = errors.New("see frpc's log for the reason")
+// ErrUnsupported means that Login supports neither the protocol nor the proxy.
+var ErrUnsupported = errors.New("see frpc's log for the reason")
 
 // LoginError names the stage at which a login failed. Its text has the hop and the cause; what to do depends on
 // settings, which the caller knows.
@@ -38,7 +38,7 @@ func (e *LoginError) Error() string { return e.Err.Error() }
 
 func (e *LoginError) Unwrap() error { return e.Err }
 
-// Stage is a stage of a login; they are listed in their order.
+// Stage is a stage of a login.
 type Stage int
 
 const (
@@ -53,15 +53,15 @@ const (
 	StageAccept                      // frps accepts the login
 )
 
-// Login takes the way of frpc to frps (HTTP proxy, TCP, TLS, WebSocket, login), disconnects, and returns the version of
-// frps. It exists because frpc reports the reason for a failed login only in its log. nil means that frps accepts the
-// login; other errors are a *LoginError. For protocols quic and kcp, and for proxies other than HTTP, the error is
-// ErrCannotLogin. Login does not know frpc's environment, where http_proxy would be a proxy.
+// Login connects and logs in to frps as frpc does (HTTP proxy, TCP, TLS, WebSocket, login), and disconnects. It
+// returns the version of frps. It exists because frpc reports the reason for a failed login only in its log. nil means
+// that frps accepts the login; other errors are a *LoginError. For protocols quic and kcp, and for proxies other than
+// HTTP, the error is ErrUnsupported. Login does not know frpc's environment, where http_proxy would be a proxy.
 func Login(ctx context.Context, c Config) (version string, err error) {
 	addr := net.JoinHostPort(c.ServerAddr, strconv.Itoa(c.ServerPort))
 	proxy, err := url.Parse(c.ProxyURL.Reveal())
 	if err != nil || !slices.Contains([]string{"", "http"}, proxy.Scheme) || c.Protocol == "quic" || c.Protocol == "kcp" {
-		return "", fmt.Errorf("frpc is not logged in to frps at %s: %w", addr, ErrCannotLogin)
+		return "", fmt.Errorf("frpc is not logged in to frps at %s: %w", addr, ErrUnsupported)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

@@ -157,7 +157,7 @@ func (p *patient) frps(ctx context.Context) (result, detail string) {
 		verified = "NOT verified, because " + config.Name("frp.tls.insecure_skip_verify") + " is set"
 	}
 	version, err := frpc.Login(ctx, c)
-	if errors.Is(err, frpc.ErrCannotLogin) {
+	if errors.Is(err, frpc.ErrUnsupported) {
 		return skipped, addr + " cannot be tried with protocol " + c.Protocol + " or through this proxy: see the step tunnel"
 	}
 	if err != nil {

@@ -91,7 +91,8 @@ func check(cfg *config.Config, answer controlplane.Answer, tunnel frpc.Tunnel) e
 		return fmt.Errorf("has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
 	case !slices.Contains([]string{"http", "https", "tcp"}, tunnel.Type):
 		return fmt.Errorf("has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
-	case cfg.FRP.Tunnel.Type == "https" && tunnel.Type != "https" && cfg.FRP.TypeConfigured: // else write only warns
+	case cfg.FRP.Tunnel.Type == "https" && tunnel.Type != "https" && cfg.FRP.TypeConfigured:
+		// Without an explicit setting, write warns instead.
 		return fmt.Errorf("has a tunnel of type %s, but %s is https: have the control plane give https, "+
 			"or change the setting if others may read the traffic", tunnel.Type, config.Name("frp.tunnel.type"))
 	case isLocal(answer.ServerAddr) && !strings.EqualFold(answer.ServerAddr, cfg.FRP.ServerAddr):

@@ -77,7 +77,7 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	return r.run(ctx)
 }
 
-const adminUser = "pipeops" // who bootstrap and the proxy are for frpc's admin API
+const adminUser = "pipeops" // the user name for frpc's admin API
 
 // lock locks the run directory until release is called or the process ends, because two processes that write there
 // would replace each other's password of frpc. It locks the directory itself: a file in it could be removed.
@@ -109,6 +109,7 @@ func Read(runDir string) (*frpc.Lease, error) {
 	}
 	https := lease.Frpc.Tunnel.Type == "https"
 	read(frpc.ConfigFile, true)
+	read(frpc.TokenFile, lease.Frpc.AuthMethod == "oidc")
 	lease.Roots = read(frpc.RootsFile, lease.Frpc.TLS.CAFile == filepath.Join(runDir, frpc.RootsFile))
 	lease.Certificate = read(frpc.CertFile, https)
 	lease.Key = read(frpc.KeyFile, https)

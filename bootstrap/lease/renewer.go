@@ -44,9 +44,10 @@ type outage struct {
 	probeWait, requestWait time.Duration
 }
 
-// renewer renews the lease: it requests the next one in time and writes it. It restarts frpc when frpc must log in with
-// the new lease and that interrupts no request, or when frpc cannot log in with what it has. While frps is unreachable,
-// it leaves frpc alone: a restart would only add the kubelet's back-off to the outage.
+// renewer renews the lease: it requests the next one in time and writes it. It restarts frpc for a new lease while no
+// request is in flight; else, even if that cuts requests, when frps accepts only the new lease, 5 s before the old
+// credential expires, or when frpc hangs. While frps is unreachable, it leaves frpc alone: a restart would only add the
+// kubelet's back-off to the outage.
 type renewer struct {
 	cfg   *config.Config
 	issue issuer
@@ -63,11 +64,11 @@ type renewer struct {
 	revokedSince time.Time             // since when the control plane says that the agent is revoked; zero: it does not
 	confirmed    bool                  // the last answer said so again, after confirmAfter
 
-	outage  outage
-	settled time.Time // before this, frpc is not restarted for a new lease just because the tunnel is idle
-	tried   bool      // a trial login has told the version of frps
-	unheard bool      // frpc could not be stopped, and that was logged
-	unsaved bool      // the run directory could not be written, and that was logged
+	outage              outage
+	noIdleRestartBefore time.Time // before this, frpc is not restarted for a new lease just because the tunnel is idle
+	versionKnown        bool      // a trial login has told the version of frps
+	stopFailureLogged   bool      // frpc could not be stopped, and that was logged
+	writeFailureLogged  bool      // the run directory could not be written, and that was logged
 }
 
 // inherit records in the next lease that frpc may still run with the configuration of an earlier one.
@@ -109,7 +110,7 @@ func (r *renewer) run(ctx context.Context) error {
 		r.repair()
 		state := frpc.StateOf(admin.Status(ctx))
 		r.recordState(state, now)
-		if state >= frpc.Withdrawn && !r.tried { // frps accepts what frpc was started with
+		if state >= frpc.Withdrawn && !r.versionKnown { // the tunnel is up, so frps answers: learn its version, once
 			_ = r.tryLogin(ctx, r.lease.Frpc)
 		}
 		r.probeFrps(ctx, now)
@@ -122,7 +123,7 @@ func (r *renewer) run(ctx context.Context) error {
 		r.reload(ctx, admin)
 		if reason := r.restartReason(time.Now()); reason != "" {
 			r.restartFrpc(ctx, admin, reason)
-		} else if r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.settled) && r.idle(ctx) {
+		} else if r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.noIdleRestartBefore) && r.idle(ctx) {
 			r.restartFrpc(ctx, admin, "there is a new lease, and no request is in flight")
 		}
 		select {
@@ -169,10 +170,10 @@ func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason stri
 		r.log.Info("restarting frpc", "reason", reason)
 		r.outage = outage{}
 		r.markFresh()
-	case !r.unheard:
+	case !r.stopFailureLogged:
 		r.log.Warn("frpc must be restarted and cannot be stopped: restart its container", "reason", reason, "error", err)
 	}
-	r.unheard = err != nil
+	r.stopFailureLogged = err != nil
 }
 
 // markFresh records that frpc runs, or will run, with the current files.
@@ -186,10 +187,10 @@ func (r *renewer) markFresh() {
 // save writes the lease to the run directory, and returns the names of the files that were missing or different.
 func (r *renewer) save() []string {
 	written, err := r.lease.Write(r.cfg.RunDir)
-	if err != nil && !r.unsaved {
+	if err != nil && !r.writeFailureLogged {
 		r.log.Warn("retrying every few seconds to write the lease's files", "error", unwritable(err))
 	}
-	r.unsaved = err != nil
+	r.writeFailureLogged = err != nil
 	return written
 }
 
@@ -202,7 +203,7 @@ func (r *renewer) repair() {
 
 // closeTunnel removes what frpc would log in with, and stops frpc. It returns the refusal, and whether frpc has ended.
 func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *controlplane.Failure) error {
-	err := frpc.Withdraw(runDir)
+	err := frpc.RemoveLogin(runDir)
 	for attempt := 0; err == nil; attempt++ {
 		if frpc.StateOf(admin.Status(ctx)) == frpc.Down {
 			return fmt.Errorf("%w; the tunnel is closed", refusal)
@@ -232,7 +233,7 @@ func (r *renewer) recordState(state frpc.State, now time.Time) {
 			r.log.Info("the tunnel is up again", "down_for", now.Sub(r.outage.since).Round(time.Second).String())
 		}
 		if r.outage.requestWait > requestMin { // all agents are back now, with new leases, and must not all log in again
-			r.settled = now.Add(jitter(settleTime))
+			r.noIdleRestartBefore = now.Add(jitter(settleTime))
 		}
 		r.outage = outage{}
 	case frpc.LoggedOut, frpc.Rejected:
@@ -278,10 +279,10 @@ func (r *renewer) probeFrps(ctx context.Context, now time.Time) {
 // tryLogin logs in to frps as frpc would, and warns once of an outdated frps.
 func (r *renewer) tryLogin(ctx context.Context, as frpc.Config) error {
 	version, err := r.login(ctx, as)
-	if outdated := frpc.Outdated(version); outdated != "" && !r.tried {
+	if outdated := frpc.Outdated(version); outdated != "" && !r.versionKnown {
 		r.log.Warn("frps is outdated", "version", version, "consequence", outdated)
 	}
-	r.tried = r.tried || version != ""
+	r.versionKnown = r.versionKnown || version != ""
 	return r.cfg.FRP.ExplainLogin(err)
 }
 
@@ -350,7 +351,7 @@ func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
 	r.renewAt = r.notYet
 	r.log.Warn("lease not renewed", "error", fail, "consequence", next, "next_attempt_in", wait.String(),
 		"expires_at", r.lease.ExpiresAt)
-	r.lease.Renewal = cmp.Or(r.lease.Renewal, &frpc.Renewal{FailingSince: now.UTC()})
+	r.lease.Renewal = cmp.Or(r.lease.Renewal, &frpc.FailedRenewal{FailingSince: now.UTC()})
 	r.lease.Renewal.Error = fail.Error() + "; " + next
 	r.save()
 	return fail

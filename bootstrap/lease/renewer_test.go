@@ -174,7 +174,7 @@ func TestFrpcIsNotRestartedWhileFrpsIsUnreachable(t *testing.T) {
 	}
 	now := time.Now()
 	r.recordState(frpc.Running, now)
-	if wait := r.settled.Sub(now); wait < 150*time.Second || wait > 450*time.Second {
+	if wait := r.noIdleRestartBefore.Sub(now); wait < 150*time.Second || wait > 450*time.Second {
 		t.Errorf("back from the outage, frpc may be restarted for the new lease after %s", wait)
 	}
 }
@@ -486,7 +486,7 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 		t.Errorf("said %q", said)
 	}
 	// What could not be written is written as soon as it can be.
-	r.lease.Renewal = &frpc.Renewal{Error: "it is away"}
+	r.lease.Renewal = &frpc.FailedRenewal{Error: "it is away"}
 	r.cfg.RunDir = dir
 	r.repair()
 	if lease, err := frpc.ReadLease(dir); err != nil || lease.Renewal == nil {

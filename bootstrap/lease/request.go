@@ -18,8 +18,8 @@ import (
 // issuer is [controlplane.Client.RequestLease], or one that retries it.
 type issuer func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure)
 
-// Try requests a lease and writes nothing. It shows the certificate that is in use, because the control plane would
-// trust another one in its place.
+// Try requests a lease and writes nothing. It shows the certificate in use: the control plane would otherwise trust the
+// new one instead.
 func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 	client, err := controlplane.New(cfg)
 	if err != nil {
@@ -33,8 +33,9 @@ func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 	return newLease(cfg, answer, frpc.Admin{})
 }
 
-// requestLease returns a new lease; for a tunnel of type https, the issuer has seen its certificate. What that holds
-// depends on the lease: so the first request shows one made for the last lease, and if need be a second one that fits.
+// requestLease returns a new lease. For a tunnel of type https the request shows a certificate, whose names and end
+// depend on the lease that comes back. So the first request shows one that fits the last lease, and up to two more
+// follow until it fits the new one.
 func requestLease(
 	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
 ) (frpc.Lease, *controlplane.Failure) {

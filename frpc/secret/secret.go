@@ -13,7 +13,7 @@ import (
 // mode 0600 on a memory volume.
 type Secret string
 
-// Reveal returns the secret itself, for the one place that sends it.
+// Reveal returns the secret itself, for code that sends it, writes it to frpc's files, or compares its hash.
 func (s Secret) Reveal() string { return string(s) }
 
 // String returns "[redacted]", or an empty string if there is no secret.

@@ -57,7 +57,7 @@ func (c *Client) call(ctx context.Context, method, path, accept string, body io.
 		if resp.StatusCode == http.StatusUnauthorized {
 			message = errCredential.Error()
 		}
-		// Without its reason: for an existing Secret that is AlreadyExists, which ChangeSecret must see as a conflict.
+		// Without the answer's reason: with AlreadyExists, IsConflict would be false, and ChangeSecret would not retry.
 		return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
 	}
 	if err := read(json.NewDecoder(resp.Body)); err != nil {

@@ -146,8 +146,8 @@ func ambiguous(r *http.Request) string {
 }
 
 // forbidden returns why path (decoded, below Prefix) is not forwarded, or "". nodes/proxy runs commands even with GET
-// (kubernetes/kubernetes#136550). A token made by serviceaccounts/token is valid for years. /metrics, /debug, /logs,
-// /flagz and /statusz show the API server's process and host.
+// (kubernetes/kubernetes#136550). A token made by serviceaccounts/token can be valid for years. /metrics, /debug,
+// /logs, /flagz and /statusz show the API server's process and host.
 func forbidden(path string) string {
 	// Without empty segments: the API server serves nothing at a path that has them, but a server in front of it may.
 	parts := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })

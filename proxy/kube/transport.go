@@ -70,8 +70,8 @@ type Client struct {
 	http2, http1 http.RoundTripper
 	latency      func(seconds float64)
 	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
-	first        chan struct{} // holds the request that finds out
-	noCredential error         // of a credential plugin that does not return; nil: there is no plugin
+	first        chan struct{} // held by the one request that finds out the version
+	noCredential error         // the error if the credential plugin does not return; nil: there is no plugin
 	abandoned    atomic.Int32  // requests that wait for the plugin although their callers have gone
 }
 

@@ -142,7 +142,8 @@ func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
 	answer.WriteProblem(w, code, fmt.Sprintf("the runner at %s %s: %v: %s", c.host, what, err, do))
 }
 
-// namePattern matches DNS names. The last label begins with a letter: some resolvers would read the rest as an IP.
+// namePattern matches DNS names. The last label begins with a letter: some resolvers would read any other name as an
+// IP.
 var namePattern = regexp.MustCompile(`^([a-z0-9_-]+\.)*[a-z][a-z0-9_-]*$`)
 
 // checkEndpoint returns the endpoint parsed, or why it may not be used. It refuses whatever the dialer could take for

@@ -122,8 +122,8 @@ func (a *authenticator) check(r *http.Request) *refusal {
 	return &refusal{"token", "the bearer token is not this agent's token: check the token in the kubeconfig or client"}
 }
 
-// recordFailure counts a refusal, and logs the first of each caller in a window. It returns how long the caller's wrong
-// tokens must wait, else 0. Right ones never do: many callers share the address of their gateway.
+// recordFailure counts a refusal, and logs the first of each caller in a window. It returns for how long the
+// caller's wrong tokens get 429, else 0. Right ones are always accepted: many callers share their gateway's address.
 func (a *authenticator) recordFailure(caller string, refused *refusal) time.Duration {
 	a.failures.WithLabelValues(refused.reason).Inc()
 	a.mu.Lock()
@@ -185,7 +185,7 @@ func (s *Server) protect(next http.HandlerFunc, whileDraining bool) http.Handler
 		sc := scopeOf(r)
 		sc.authenticated = true
 		if isKubernetes(r) {
-			sc.description, sc.streams = kube.Describe(r), true
+			sc.description, sc.answersEarly = kube.Describe(r), true
 			s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Inc()
 		}
 		switch why := s.gate.enter(sc, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), whileDraining); why {

@@ -135,7 +135,7 @@ func (g *gate) endStalled(now time.Time) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	isCall := func(sc *scope) bool { return !sc.isStream() }
-	late := g.stalled(now.Add(stallGrace-callTimeout), isCall)
+	late := g.stalled(now.Add(stallGrace-callTimeout), isCall) // stalled for callTimeout, not only stallGrace
 	g.end(late, len(late), "stalled_calls")
 	reads := g.stalled(now, func(sc *scope) bool { return isCall(sc) && sc.blocked.Load() != 0 })
 	g.end(reads, len(reads)-g.limits.stalledReads, "stalled_reads")

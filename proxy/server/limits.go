@@ -1,9 +1,9 @@
 package server
 
-// limits bound what callers can make the proxy hold. README.md has the table with the reasons.
+// limits bound what callers can make the proxy hold. proxy/README.md has the table with the reasons.
 type limits struct {
 	connections    int   // open on the tunnel listener; on the operations listener opsConnections
-	headerMemory   int64 // bytes for headers until their request is authenticated, for each listener
+	headerMemory   int64 // bytes for headers until their request is authenticated; the operations listener has a quarter
 	requestMemory  int64 // bytes for headers and small bodies of authenticated requests
 	requests       int   // authenticated requests for the API server or a runner, streams included
 	stalledCalls   int   // of these, calls whose caller neither reads nor sends

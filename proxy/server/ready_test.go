@@ -20,7 +20,7 @@ func TestLeaseProblemsAreReported(t *testing.T) {
 		return &frpc.Lease{IssuedAt: now.Add(-age), ExpiresAt: now.Add(left)}
 	}
 	noted := lease(time.Minute, time.Hour)
-	noted.Renewal = &frpc.Renewal{FailingSince: now, Error: "it is away"}
+	noted.Renewal = &frpc.FailedRenewal{FailingSince: now, Error: "it is away"}
 	const overdue = "the renewal of the lease is overdue, and it expires at "
 	for name, test := range map[string]struct {
 		lease   *frpc.Lease

@@ -16,7 +16,7 @@ func (s *scope) WriteHeader(code int) {
 		if !s.authenticated && s.agentID != "" { // else one could pipeline requests, and read no answer
 			s.Header().Set("Connection", "close")
 		}
-		if !s.body.Ended() && (code >= 400 || !s.streams) {
+		if !s.body.Ended() && (code >= 400 || !s.answersEarly) {
 			s.Header().Set("Connection", "close")
 			s.body.Within(2 * time.Second)
 		}

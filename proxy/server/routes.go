@@ -60,7 +60,7 @@ func (s *Server) routes(l listener) []route {
 	}, func(r route) bool { return r.on != l && r.on != both })
 }
 
-// getActivity answers GET /activity: bootstrap restarts frpc when no request runs.
+// getActivity answers GET /activity: bootstrap restarts frpc for a new lease when no request runs.
 func (s *Server) getActivity(w http.ResponseWriter, _ *http.Request) {
 	answer.WriteJSON(w, http.StatusOK, agentapi.Activity{RequestsInFlight: s.tunnelRequests.Load()})
 }
@@ -126,7 +126,7 @@ func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) postCommand(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(r)
-	sc.streams = true
+	sc.answersEarly = true
 	defer func() { s.metrics.commands.WithLabelValues(strconv.Itoa(sc.status())).Inc() }()
 	s.runners.Relay(w, r, r.PathValue("runner_id"), sc.body)
 }

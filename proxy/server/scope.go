@@ -27,7 +27,7 @@ type scope struct {
 	body      *kube.Body    // nil: the request has none
 
 	authenticated bool
-	streams       bool             // the answer may begin before the request has ended
+	answersEarly  bool             // the answer may begin before the request has ended
 	description   kube.Description // of a request for the Kubernetes API, else empty
 	memory        int64            // bytes that the gate has reserved; guarded by the gate's mu
 	aborted       bool             // for being stalled; guarded by the gate's mu
@@ -89,8 +89,8 @@ func (s *scope) isStream() bool { return s.lane() != "call" || s.description.Sub
 // nanoseconds; 0 if neither is so.
 func (s *scope) stalledSince() int64 { return cmp.Or(s.blocked.Load(), s.body.Blocked()) }
 
-// abort ends a stalled request: with an answer if there is none yet and the caller may read it, and by closing the
-// connection if that was tried before. It returns false then.
+// abort ends a stalled request. A caller who sends nothing gets an answer first; one who does not read, or was aborted
+// before, loses the connection. It reports whether this is the first abort.
 func (s *scope) abort() (first bool) {
 	if first = !s.aborted; first && s.blocked.Load() == 0 {
 		s.body.Within(0)

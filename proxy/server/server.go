@@ -79,7 +79,8 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 }
 
 // Run serves both listeners until ctx ends, then drains. It returns an error if a listener fails, and nil after a
-// drain. All goroutines that last longer than a request start here, or in inbound.New.
+// drain. All goroutines that last longer than a request start here, in inbound.New or in main, except those that wait
+// for a credential plugin (kube.Client).
 func (s *Server) Run(ctx context.Context) error {
 	// Requests, and what watches over them, outlive ctx: they end by themselves, or with the drain timeout.
 	requests, cut := context.WithCancelCause(context.WithoutCancel(ctx))
