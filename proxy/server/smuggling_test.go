@@ -156,7 +156,8 @@ func TestEarlyRefusalIsForwarded(t *testing.T) {
 func TestRefusalReachesACallerThatStillSends(t *testing.T) {
 	rec := record(t)
 	for path, want := range map[string]int{
-		"/api/control-plane/message": http.StatusRequestEntityTooLarge, "/api/k8s/refused": http.StatusForbidden, "/nowhere": http.StatusNotFound,
+		"/api/control-plane/message": http.StatusRequestEntityTooLarge, "/api/k8s/refused": http.StatusForbidden,
+		"/nowhere": http.StatusNotFound,
 	} {
 		for range 50 {
 			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+rec.addr+path,
