@@ -302,7 +302,8 @@ logging: {level: warn}
 			`allowed_hosts: ["*.svc", "10.0.0.1"] # environment PIPEOPS_RUNNERS_ALLOWED_HOSTS`,
 			`level: "debug" # derived from agent.debug`,
 		}},
-		"secrets in files": {"frp: {tunnel: {type: tcp, remote_port: 6000}}\nrunners: {allowed_hosts: []}\n", map[string]string{
+		"secrets in files": {"frp: {tunnel: {type: tcp, remote_port: 6000}}\n" +
+			"runners: {allowed_hosts: []}\n", map[string]string{
 			"PIPEOPS_AGENT_ID": "a1", "PIPEOPS_AGENT_TOKEN_FILE": tokenFile, "PIPEOPS_FRP_TOKEN_FILE": tokenFile,
 			"PIPEOPS_FRP_PROXY_URL_FILE": proxyFile,
 		}, []string{
