@@ -43,7 +43,8 @@ func serveTLS(t *testing.T, name string, end time.Time) (url, caFile string) {
 		t.Fatal(err)
 	}
 	server := httptest.NewUnstartedServer(answer(200, "application/json", `{"frp_token":"f"}`))
-	server.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, MinVersion: tls.VersionTLS12}
+	certificate := tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	server.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12}
 	server.Config.ErrorLog = log.New(io.Discard, "", 0)
 	server.StartTLS()
 	t.Cleanup(server.Close)
@@ -78,16 +79,23 @@ func TestConnectionErrorsNameCauseAndNextStep(t *testing.T) {
 	}{
 		{"none", good, goodCA, exitOK, nil},
 		{"dns", "https://control.invalid", "", exitFailed, []string{
-			"the control plane at https://control.invalid cannot be found: lookup control.invalid", "check agent.api_url (PIPEOPS_API_URL) and the cluster's DNS"}},
-		{"refused", "https://" + closed.Addr().String(), "", exitFailed, []string{"cannot be reached: dial tcp " + closed.Addr().String() + ": connect: connection refused: check agent.api_url"}},
-		{"timeout", "https://" + silent.Addr().String(), "", exitFailed, []string{"does not answer: context deadline exceeded: check agent.api_url (PIPEOPS_API_URL), and that the network allows HTTPS connections to it"}},
-		{"no TLS", strings.Replace(plain.URL, "http:", "https:", 1), "", exitFailed, []string{"does not speak TLS: check the port in agent.api_url"}},
+			"the control plane at https://control.invalid cannot be found: lookup control.invalid",
+			"check agent.api_url (PIPEOPS_API_URL) and the cluster's DNS"}},
+		{"refused", "https://" + closed.Addr().String(), "", exitFailed, []string{
+			"cannot be reached: dial tcp " + closed.Addr().String() + ": connect: connection refused: check agent.api_url"}},
+		{"timeout", "https://" + silent.Addr().String(), "", exitFailed, []string{
+			"does not answer: context deadline exceeded: check agent.api_url (PIPEOPS_API_URL), and that the network allows HTTPS connections to it"}},
+		{"no TLS", strings.Replace(plain.URL, "http:", "https:", 1), "", exitFailed, []string{
+			"does not speak TLS: check the port in agent.api_url"}},
 		{"unknown authority", good, "", exitFailed, []string{
-			`presents a certificate signed by an unknown authority (subject "CN=localhost" for localhost, issued by "CN=localhost", valid from `, "set agent.ca_file (PIPEOPS_API_CA_FILE) to the file of its authority"}},
+			`presents a certificate signed by an unknown authority (subject "CN=localhost" for localhost, issued by "CN=localhost", valid from `,
+			"set agent.ca_file (PIPEOPS_API_CA_FILE) to the file of its authority"}},
 		{"wrong name", wrongName, wrongNameCA, exitFailed, []string{
-			`presents a certificate for another name than localhost (subject "CN=other.example" for other.example, `, "check agent.api_url (PIPEOPS_API_URL)"}},
+			`presents a certificate for another name than localhost (subject "CN=other.example" for other.example, `,
+			"check agent.api_url (PIPEOPS_API_URL)"}},
 		{"expired", expired, expiredCA, exitFailed, []string{
-			"presents a certificate that is not valid at ", `(subject "CN=localhost" for localhost, `, "renew it, or correct the clock of this host or its"}},
+			"presents a certificate that is not valid at ", `(subject "CN=localhost" for localhost, `,
+			"renew it, or correct the clock of this host or its"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -113,7 +121,9 @@ func TestBrokenRunDirectoryIsReported(t *testing.T) {
 	env := environment(t, server.URL)
 	dir := env["PIPEOPS_RUN_DIR"]
 	leftover := filepath.Join(dir, "."+frpc.ConfigFile+".new")
-	for name, content := range map[string]string{leftover: "half a fi", filepath.Join(dir, frpc.LeaseFile): "{", filepath.Join(dir, frpc.ConfigFile): "serverAd"} {
+	for name, content := range map[string]string{
+		leftover: "half a fi", filepath.Join(dir, frpc.LeaseFile): "{", filepath.Join(dir, frpc.ConfigFile): "serverAd",
+	} {
 		if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -133,17 +143,20 @@ func TestBrokenRunDirectoryIsReported(t *testing.T) {
 	if err := os.Remove(filepath.Join(dir, frpc.ConfigFile)); err != nil {
 		t.Fatal(err)
 	}
-	if code, _, output := bootstrap(t, env, "ready"); code != exitFailed || !strings.Contains(output, frpc.ConfigFile+": no such file") {
+	code, _, output := bootstrap(t, env, "ready")
+	if code != exitFailed || !strings.Contains(output, frpc.ConfigFile+": no such file") {
 		t.Errorf("ready without frpc.toml: %s", output)
 	}
 	env["PIPEOPS_RUN_DIR"] = leftover // not there
-	if code, lastError, _ := bootstrap(t, env, "--once"); code != exitFailed || !strings.Contains(lastError, "open the run directory: ") || !strings.Contains(lastError, "check run_dir (PIPEOPS_RUN_DIR)") {
+	code, lastError, _ := bootstrap(t, env, "--once")
+	if code != exitFailed || !strings.Contains(lastError, "open the run directory: ") ||
+		!strings.Contains(lastError, "check run_dir (PIPEOPS_RUN_DIR)") {
 		t.Errorf("exit code %d: %s", code, lastError)
 	}
 }
 
-// TestSecondBootstrapForARunDirectoryIsRefused: a second would change frpc's password for the first. It is refused before it sends
-// a request to the control plane; doctor and the probe are not.
+// TestSecondBootstrapForARunDirectoryIsRefused: a second would change frpc's password for the first. It is refused
+// before it sends a request to the control plane; doctor and the probe are not.
 func TestSecondBootstrapForARunDirectoryIsRefused(t *testing.T) {
 	asked := atomic.Int32{}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -165,7 +178,8 @@ func TestSecondBootstrapForARunDirectoryIsRefused(t *testing.T) {
 	}
 	before := asked.Load()
 	for _, args := range [][]string{{"--once"}, nil} {
-		if code, lastError, output := bootstrap(t, env, args...); code != exitFailed || !strings.Contains(lastError, "lock the run directory "+env["PIPEOPS_RUN_DIR"]) {
+		code, lastError, output := bootstrap(t, env, args...)
+		if code != exitFailed || !strings.Contains(lastError, "lock the run directory "+env["PIPEOPS_RUN_DIR"]) {
 			t.Errorf("%v: exit code %d: %s", args, code, output)
 		}
 	}
@@ -196,7 +210,8 @@ func TestAdminPasswordSurvivesBrokenFiles(t *testing.T) {
 	remove := func(name string) func() error { return func() error { return os.Remove(filepath.Join(dir, name)) } }
 	var want secret.Secret
 	for _, harm := range []func() error{
-		func() error { return nil }, write(frpc.LeaseFile, "{"), remove(frpc.LeaseFile), write(frpc.ConfigFile, "serverAd"), remove(frpc.ConfigFile),
+		func() error { return nil }, write(frpc.LeaseFile, "{"), remove(frpc.LeaseFile),
+		write(frpc.ConfigFile, "serverAd"), remove(frpc.ConfigFile),
 	} {
 		if err := harm(); err != nil {
 			t.Fatal(err)

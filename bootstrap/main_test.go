@@ -49,11 +49,13 @@ func TestOnceWritesTheLease(t *testing.T) {
 	var header http.Header
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		header = r.Header
-		if err := json.NewDecoder(r.Body).Decode(&request); err != nil || r.Method != http.MethodPost || r.URL.Path != "/base/auth/frp-token" {
+		if err := json.NewDecoder(r.Body).Decode(&request); err != nil ||
+			r.Method != http.MethodPost || r.URL.Path != "/base/auth/frp-token" {
 			t.Errorf("%s %s: %v", r.Method, r.URL.Path, err)
 		}
-		_, _ = fmt.Fprint(w, `{"frp_token":"f","expires_at":"2026-12-01T00:00:00Z","auth_method":"token","server_addr":"frp.example","server_port":7001,
-			"user":"u","metadatas":{"lease":"l"},"tunnel":{"type":"tcp","remote_port":20001,"group":"g","group_key":"k"},"permissions":["read"],"later":1}`)
+		_, _ = fmt.Fprint(w, `{"frp_token":"f","expires_at":"2026-12-01T00:00:00Z","auth_method":"token",
+			"server_addr":"frp.example","server_port":7001,"user":"u","metadatas":{"lease":"l"},
+			"tunnel":{"type":"tcp","remote_port":20001,"group":"g","group_key":"k"},"permissions":["read"],"later":1}`)
 	}))
 	defer server.Close()
 	env := environment(t, server.URL+"/base/")
@@ -61,7 +63,10 @@ func TestOnceWritesTheLease(t *testing.T) {
 	if code != exitOK {
 		t.Fatalf("exit code %d: %s", code, output)
 	}
-	if want := (controlplane.Request{AgentID: "agent-001", AgentName: "agent-001", ClusterName: "agent-001", Instance: "pod-1", Version: "dev"}); request != want || lastError != "" {
+	want := controlplane.Request{
+		AgentID: "agent-001", AgentName: "agent-001", ClusterName: "agent-001", Instance: "pod-1", Version: "dev",
+	}
+	if request != want || lastError != "" {
 		t.Errorf("the control plane was asked %+v, want %+v", request, want)
 	}
 	if got := header.Get("Authorization"); got != "Bearer "+token {
@@ -72,9 +77,12 @@ func TestOnceWritesTheLease(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := lease.Frpc
-	if c.ServerAddr != "frp.example" || c.ServerPort != 7001 || c.User != "u" || c.Token != "f" || c.Metadatas["lease"] != "l" ||
-		c.Tunnel.Type != "tcp" || c.Tunnel.RemotePort != 20001 || c.Tunnel.Subdomain != "" || c.Tunnel.Group != "g" || c.Tunnel.GroupKey != "k" ||
-		c.Tunnel.Name != "agent-001.pod-1" || c.Tunnel.LocalPort != 8080 || lease.ExpiresAt.Year() != 2026 || lease.Permissions[0] != "read" {
+	if c.ServerAddr != "frp.example" || c.ServerPort != 7001 ||
+		c.User != "u" || c.Token != "f" || c.Metadatas["lease"] != "l" ||
+		c.Tunnel.Type != "tcp" || c.Tunnel.RemotePort != 20001 || c.Tunnel.Subdomain != "" ||
+		c.Tunnel.Group != "g" || c.Tunnel.GroupKey != "k" ||
+		c.Tunnel.Name != "agent-001.pod-1" || c.Tunnel.LocalPort != 8080 ||
+		lease.ExpiresAt.Year() != 2026 || lease.Permissions[0] != "read" {
 		t.Errorf("got lease %+v", lease)
 	}
 	if c.Admin.User == "" || len(c.Admin.Password) < 20 {
@@ -104,7 +112,8 @@ func TestLeaseOverridesTheConfiguredTunnel(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want.Name, want.LocalIP, want.LocalPort, want.HealthPath = "agent-001.pod-1", "127.0.0.1", 8080, "/ready?only=shutdown"
+		want.Name, want.LocalIP, want.LocalPort = "agent-001.pod-1", "127.0.0.1", 8080
+		want.HealthPath = "/ready?only=shutdown"
 		if !reflect.DeepEqual(lease.Frpc.Tunnel, want) {
 			t.Errorf("%s: got %+v, want %+v", body, lease.Frpc.Tunnel, want)
 		}
@@ -150,7 +159,8 @@ func TestAnswersOfTheControlPlane(t *testing.T) {
 			defer server.Close()
 			code, lastError, output := bootstrap(t, environment(t, server.URL), "--once")
 			if code != test.code || !strings.Contains(lastError, test.want) || calls.Load() != test.calls {
-				t.Errorf("exit code %d after %d attempts, want %d after %d; output, want %q:\n%s", code, calls.Load(), test.code, test.calls, test.want, output)
+				t.Errorf("exit code %d after %d attempts, want %d after %d; output, want %q:\n%s",
+					code, calls.Load(), test.code, test.calls, test.want, output)
 			}
 		})
 	}
@@ -202,7 +212,8 @@ func TestShortTokenIsWarnedOf(t *testing.T) {
 		if code != exitOK || strings.Contains(output, warning) != short || strings.Contains(output, token) {
 			t.Errorf("exit code %d: %s", code, output)
 		}
-		if _, _, output := bootstrap(t, env, "doctor"); !strings.HasPrefix(output, "ok       configuration   valid") || strings.Contains(output, warning) != short {
+		if _, _, output := bootstrap(t, env, "doctor"); !strings.HasPrefix(output, "ok       configuration   valid") ||
+			strings.Contains(output, warning) != short {
 			t.Errorf("doctor: %s", output)
 		}
 	}

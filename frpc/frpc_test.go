@@ -25,8 +25,10 @@ func lease() Lease {
 		IssuedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), ExpiresAt: time.Date(2026, 1, 3, 0, 0, 0, 0, time.UTC),
 		Permissions: []string{"read"},
 		Frpc: Config{
-			ServerAddr: "frp.example", ServerPort: 7000, ClientID: "a.1", Protocol: "tcp", AuthMethod: "token", Token: "t", Metadatas: map[string]secret.Secret{"lease": "l"},
-			Admin: Admin{Port: 7400, User: "u", Password: "p"}, Tunnel: Tunnel{Name: "a.1", Type: "http", Subdomain: "a", LocalIP: "127.0.0.1", LocalPort: 8080},
+			ServerAddr: "frp.example", ServerPort: 7000, ClientID: "a.1", Protocol: "tcp",
+			AuthMethod: "token", Token: "t", Metadatas: map[string]secret.Secret{"lease": "l"},
+			Admin:  Admin{Port: 7400, User: "u", Password: "p"},
+			Tunnel: Tunnel{Name: "a.1", Type: "http", Subdomain: "a", LocalIP: "127.0.0.1", LocalPort: 8080},
 		},
 	}
 }
@@ -88,7 +90,8 @@ func TestWriteRestoresOnlyMissingOrChangedFiles(t *testing.T) {
 				t.Fatal(err)
 			}
 			written, err := l.Write(dir)
-			if got, _ := os.ReadFile(path); err != nil || !reflect.DeepEqual(written, []string{name}) || !bytes.Equal(got, want) {
+			if got, _ := os.ReadFile(path); err != nil || !reflect.DeepEqual(written, []string{name}) ||
+				!bytes.Equal(got, want) {
 				t.Errorf("%s: wrote %v, %v, %q", name, written, err, got)
 			}
 		}
@@ -99,7 +102,9 @@ func TestWriteRestoresOnlyMissingOrChangedFiles(t *testing.T) {
 }
 
 func TestAdminPasswordIsReadBack(t *testing.T) {
-	for _, want := range []secret.Secret{"p", "", "<&>", `a"b\c{{.}}'#=`, "\x00\x1f\x7f\n\u0080\u2028🦊", "webServer.password = \"x\""} {
+	for _, want := range []secret.Secret{
+		"p", "", "<&>", `a"b\c{{.}}'#=`, "\x00\x1f\x7f\n\u0080\u2028🦊", "webServer.password = \"x\"",
+	} {
 		c := lease().Frpc
 		c.User, c.Token, c.Admin.Password = "webServer.password = \"y\"", "\nwebServer.password = \"y\"", want
 		toml, err := c.TOML()
@@ -170,7 +175,8 @@ func TestAdminErrorsHoldNoPassword(t *testing.T) {
 			if admin.Port, err = strconv.Atoi(port); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := admin.Status(t.Context()); err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "hunter2") {
+			if _, err := admin.Status(t.Context()); err == nil || !strings.Contains(err.Error(), test.want) ||
+				strings.Contains(err.Error(), "hunter2") {
 				t.Errorf("got error %v, want %q", err, test.want)
 			}
 		})
@@ -204,7 +210,8 @@ func TestLoginNamesTheStageThatFailed(t *testing.T) {
 	web.StartTLS()
 	defer web.Close()
 	c.ServerPort = web.Listener.Addr().(*net.TCPAddr).Port
-	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "presents a certificate signed by an unknown authority") {
+	if _, err := Login(t.Context(), c); err == nil ||
+		!strings.Contains(err.Error(), "presents a certificate signed by an unknown authority") {
 		t.Errorf("a server that cannot be verified: %v", err)
 	}
 	c.TLS.InsecureSkipVerify = true
@@ -274,7 +281,10 @@ func TestStopReportsAStuckFrpc(t *testing.T) {
 func TestWebSocketReadsAndWritesFrames(t *testing.T) {
 	here, there := net.Pipe()
 	defer func() { _ = here.Close(); _ = there.Close() }()
-	frames := []byte{0x02, 3, 'a', 'b', 'c', 0x89, 2, 'p', 'p', 0x80, 126, 0, 2, 'd', 'e', 0x82, 0, 0x82, 127, 0, 0, 0, 0, 0, 0, 0, 1, 'f'}
+	frames := []byte{
+		0x02, 3, 'a', 'b', 'c', 0x89, 2, 'p', 'p', 0x80, 126, 0, 2, 'd', 'e', 0x82, 0,
+		0x82, 127, 0, 0, 0, 0, 0, 0, 0, 1, 'f',
+	}
 	go func() { _, _ = there.Write(frames) }()
 	socket := &webSocket{Conn: here, reader: bufio.NewReader(here)}
 	got := make([]byte, 6)

@@ -39,7 +39,8 @@ func TestExitCodesOfTheCommandLine(t *testing.T) {
 // TestKillChildrenKillsGrandchildren: a credential plugin, and the processes it has started, end with the proxy.
 func TestKillChildrenKillsGrandchildren(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "pids")
-	parent := exec.Command("sh", "-c", `sh -c 'sleep 1000 & echo $$ $! >'"$0"'.new; mv "$0".new "$0"; wait' "$0"; exit 0`, file)
+	const script = `sh -c 'sleep 1000 & echo $$ $! >'"$0"'.new; mv "$0".new "$0"; wait' "$0"; exit 0`
+	parent := exec.Command("sh", "-c", script, file)
 	if err := parent.Start(); err != nil {
 		t.Fatal(err)
 	}

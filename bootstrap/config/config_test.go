@@ -60,8 +60,9 @@ func TestSeedFile(t *testing.T) {
 // TestSeedEnvironment: the variables that the project started with.
 func TestSeedEnvironment(t *testing.T) {
 	c, err := Load("", map[string]string{
-		"PIPEOPS_AGENT_ID": "agent-001", "PIPEOPS_AGENT_NAME": "production-k8s-cluster", "PIPEOPS_AGENT_TOKEN": "your-agent-token",
-		"PIPEOPS_API_URL": "https://control.example", "PIPEOPS_FRP_SERVER_ADDR": "frp.example", "PIPEOPS_FRP_SERVER_PORT": "7001",
+		"PIPEOPS_AGENT_ID": "agent-001", "PIPEOPS_AGENT_NAME": "production-k8s-cluster",
+		"PIPEOPS_AGENT_TOKEN": "your-agent-token", "PIPEOPS_API_URL": "https://control.example",
+		"PIPEOPS_FRP_SERVER_ADDR": "frp.example", "PIPEOPS_FRP_SERVER_PORT": "7001",
 		"PIPEOPS_FRP_TOKEN": "your-frp-token", "KUBECONFIG": "/path/to/kubeconfig",
 	})
 	if err != nil {
@@ -75,12 +76,16 @@ func TestSeedEnvironment(t *testing.T) {
 }
 
 func TestEnvironmentOverFileOverDefault(t *testing.T) {
-	path := file(t, "agent: {id: from-file, name: 'no', token: t}\nfrp: {server_port: 7001, tunnel: {custom_domains: [a.example, b.example]}}\nlogging: {level: warn}\n")
-	c, err := Load(path, map[string]string{"PIPEOPS_AGENT_ID": "from-env", "PIPEOPS_DEBUG": "true", "PIPEOPS_AGENT_NAME": ""})
+	path := file(t, "agent: {id: from-file, name: 'no', token: t}\n"+
+		"frp: {server_port: 7001, tunnel: {custom_domains: [a.example, b.example]}}\nlogging: {level: warn}\n")
+	c, err := Load(path, map[string]string{
+		"PIPEOPS_AGENT_ID": "from-env", "PIPEOPS_DEBUG": "true", "PIPEOPS_AGENT_NAME": "",
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Agent.ID != "from-env" || c.Agent.Name != "no" || c.FRP.ServerPort != 7001 || c.FRP.AdminPort != 7400 || c.Logging.Level != "debug" ||
+	if c.Agent.ID != "from-env" || c.Agent.Name != "no" ||
+		c.FRP.ServerPort != 7001 || c.FRP.AdminPort != 7400 || c.Logging.Level != "debug" ||
 		!reflect.DeepEqual(c.FRP.Tunnel.CustomDomains, []string{"a.example", "b.example"}) || c.FRP.Tunnel.Subdomain != "" {
 		t.Errorf("got %+v", c)
 	}
@@ -103,14 +108,17 @@ func TestSecretsAreReadFromFiles(t *testing.T) {
 
 func TestTokenOverlapMayBeZero(t *testing.T) {
 	for value, want := range map[string]time.Duration{"0": 0, "0s": 0, "90s": 90 * time.Second} {
-		c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_AGENT_TOKEN_OVERLAP": value})
+		c, err := Load("", map[string]string{
+			"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_AGENT_TOKEN_OVERLAP": value,
+		})
 		if err != nil || c.Agent.TokenOverlap != want {
 			t.Errorf("%s: %+v, %v", value, c, err)
 		}
 	}
 }
 
-// TestRemovedSecretDiffersFromUnreadableSecret: a secret that somebody has removed is told from one that cannot be read.
+// TestRemovedSecretDiffersFromUnreadableSecret: a secret that somebody has removed is told from one that cannot be
+// read.
 func TestRemovedSecretDiffersFromUnreadableSecret(t *testing.T) {
 	path := file(t, "hunter2")
 	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": path})
@@ -137,26 +145,36 @@ func TestRemovedSecretDiffersFromUnreadableSecret(t *testing.T) {
 	}
 }
 
-// TestRelativePathsOfExistingFilesAreAccepted: those of files that there are need no ./ before them. Of the kubeconfigs of a list, some may be missing.
+// TestRelativePathsOfExistingFilesAreAccepted: those of files that there are need no ./ before them. Of the
+// kubeconfigs of a list, some may be missing.
 func TestRelativePathsOfExistingFilesAreAccepted(t *testing.T) {
 	t.Chdir(t.TempDir())
 	if err := os.WriteFile("a file", []byte("hunter2"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	kubeconfigs := "a file:/missing:~/.kube/config:"
-	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": "a file", "KUBECONFIG": kubeconfigs, "PIPEOPS_API_CA_FILE": "/" + strings.Repeat("x", 4095)})
-	if err != nil || c.Agent.Token != "hunter2" || c.Agent.TokenFile != "a file" || c.Kubernetes.Kubeconfig != kubeconfigs {
+	c, err := Load("", map[string]string{
+		"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": "a file", "KUBECONFIG": kubeconfigs,
+		"PIPEOPS_API_CA_FILE": "/" + strings.Repeat("x", 4095),
+	})
+	if err != nil || c.Agent.Token != "hunter2" || c.Agent.TokenFile != "a file" ||
+		c.Kubernetes.Kubeconfig != kubeconfigs {
 		t.Errorf("got %+v, %v", c, err)
 	}
 	for _, value := range []string{"missing:/missing", "/missing:apiVersion: v1", "/" + strings.Repeat("hunter2", 1000)} {
-		if _, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": "a file", "KUBECONFIG": value}); err == nil || strings.Contains(err.Error(), value) || strings.Contains(err.Error(), "hunter2") {
+		_, err := Load("", map[string]string{
+			"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN_FILE": "a file", "KUBECONFIG": value,
+		})
+		if err == nil || strings.Contains(err.Error(), value) || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%.20s…: %v", value, err)
 		}
 	}
 }
 
 func TestHTTPSTunnelHasTheSubdomainOfTheAgent(t *testing.T) {
-	c, err := Load("", map[string]string{"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_FRP_TUNNEL_TYPE": "https"})
+	c, err := Load("", map[string]string{
+		"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "t", "PIPEOPS_FRP_TUNNEL_TYPE": "https",
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,8 +183,8 @@ func TestHTTPSTunnelHasTheSubdomainOfTheAgent(t *testing.T) {
 	}
 }
 
-// TestEveryMistakeIsReported: each file of the folder, with the environment in its comments, gives exactly the errors in its
-// comments. {file} stands for its path.
+// TestEveryMistakeIsReported: each file of the folder, with the environment in its comments, gives exactly the errors
+// in its comments. {file} stands for its path.
 func TestEveryMistakeIsReported(t *testing.T) {
 	const folder = "testdata/mistakes"
 	entries, err := os.ReadDir(folder)
@@ -212,14 +230,16 @@ func TestEveryMistakeIsReported(t *testing.T) {
 
 func TestMissingConfigurationFileIsReported(t *testing.T) {
 	_, err := Load("/nonexistent.yaml", required)
-	if err == nil || !strings.Contains(err.Error(), "open /nonexistent.yaml: no such file or directory: correct --config or create the file") {
+	const want = "open /nonexistent.yaml: no such file or directory: correct --config or create the file"
+	if err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("got %v", err)
 	}
 }
 
 func TestPrintedConfigHoldsNoSecret(t *testing.T) {
 	c, err := Load("", map[string]string{
-		"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "hunter2", "PIPEOPS_FRP_TOKEN": "hunter2", "PIPEOPS_FRP_PROXY_URL": "http://u:hunter2@proxy:3128",
+		"PIPEOPS_AGENT_ID": "a", "PIPEOPS_AGENT_TOKEN": "hunter2", "PIPEOPS_FRP_TOKEN": "hunter2",
+		"PIPEOPS_FRP_PROXY_URL": "http://u:hunter2@proxy:3128",
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -240,7 +260,8 @@ func TestSettingsAreDistinct(t *testing.T) {
 	}
 }
 
-// TestDescribedConfigurationLoadsAgain: what is printed is a configuration file for the same configuration, but for the secrets.
+// TestDescribedConfigurationLoadsAgain: what is printed is a configuration file for the same configuration, but for
+// the secrets.
 func TestDescribedConfigurationLoadsAgain(t *testing.T) {
 	tokenFile, proxyFile := file(t, "hunter2\n"), file(t, "http://u:hunter2@proxy:3128\n")
 	putBack := strings.NewReplacer(
@@ -264,8 +285,10 @@ func TestDescribedConfigurationLoadsAgain(t *testing.T) {
 			`allowed_hosts: ["*.svc", "*.svc.cluster.local"] # default`,
 		}},
 		"file and environment": {`
-agent: {id: a1, name: "B\u00fcro \"7\" # \x7f\t[redacted]", instance: pod-1, token: hunter2, api_url: "https://control.example/", debug: true}
-frp: {server_addr: "", token: hunter2, proxy_url: "http://u:hunter2@proxy:3128", tls: {cert_file: ./c, key_file: /k}, tunnel: {type: https, custom_domains: [a.example, b.example]}}
+agent: {id: a1, name: "B\u00fcro \"7\" # \x7f\t[redacted]", instance: pod-1, token: hunter2,
+  api_url: "https://control.example/", debug: true}
+frp: {server_addr: "", token: hunter2, proxy_url: "http://u:hunter2@proxy:3128", tls: {cert_file: ./c, key_file: /k},
+  tunnel: {type: https, custom_domains: [a.example, b.example]}}
 proxy: {drain_timeout: 90s}
 logging: {level: warn}
 `, map[string]string{"PIPEOPS_RUNNERS_ALLOWED_HOSTS": "*.SVC , 10.0.0.1"}, []string{
@@ -279,8 +302,10 @@ logging: {level: warn}
 			`allowed_hosts: ["*.svc", "10.0.0.1"] # environment PIPEOPS_RUNNERS_ALLOWED_HOSTS`,
 			`level: "debug" # derived from agent.debug`,
 		}},
-		"secrets in files": {"frp: {tunnel: {type: tcp, remote_port: 6000}}\nrunners: {allowed_hosts: []}\n", map[string]string{
-			"PIPEOPS_AGENT_ID": "a1", "PIPEOPS_AGENT_TOKEN_FILE": tokenFile, "PIPEOPS_FRP_TOKEN_FILE": tokenFile, "PIPEOPS_FRP_PROXY_URL_FILE": proxyFile,
+		"secrets in files": {"frp: {tunnel: {type: tcp, remote_port: 6000}}\n" +
+			"runners: {allowed_hosts: []}\n", map[string]string{
+			"PIPEOPS_AGENT_ID": "a1", "PIPEOPS_AGENT_TOKEN_FILE": tokenFile, "PIPEOPS_FRP_TOKEN_FILE": tokenFile,
+			"PIPEOPS_FRP_PROXY_URL_FILE": proxyFile,
 		}, []string{
 			`token: # [redacted], from agent.token_file`,
 			`token_file: "` + tokenFile + `" # environment PIPEOPS_AGENT_TOKEN_FILE`,

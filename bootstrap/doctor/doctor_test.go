@@ -43,7 +43,9 @@ func httpsAgent(t *testing.T) (*config.Config, tls.Certificate) {
 // TLS, and doctor trusts only the tunnel's certificate.
 func TestDoctorUsesTLSOnAnHTTPSTunnel(t *testing.T) {
 	proxy := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body := map[string]string{"/version": `{"version":"v1"}`, "/ready": `{"checks":{"kubernetes":{"ok":true}}}`}[r.URL.Path]
+		body := map[string]string{
+			"/version": `{"version":"v1"}`, "/ready": `{"checks":{"kubernetes":{"ok":true}}}`,
+		}[r.URL.Path]
 		if strings.HasSuffix(r.URL.Path, "/selfsubjectaccessreviews") && r.Header.Get("Authorization") == "Bearer "+token {
 			body = `{"status":{"allowed":true}}`
 		}

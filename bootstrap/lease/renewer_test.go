@@ -59,7 +59,10 @@ func configuration(t *testing.T, env map[string]string) *config.Config {
 // newRenewer keeps leases that source gives; the integration tests have a real control plane and a real frpc.
 func newRenewer(t *testing.T, issue issuer) *renewer {
 	t.Helper()
-	r := &renewer{cfg: configuration(t, environment(t, "https://control.example")), issue: issue, login: accepts, log: slog.New(slog.DiscardHandler), backoff: backoffMin}
+	r := &renewer{
+		cfg: configuration(t, environment(t, "https://control.example")), issue: issue, login: accepts,
+		log: slog.New(slog.DiscardHandler), backoff: backoffMin,
+	}
 	r.token = token
 	lease, fail := requestLease(t.Context(), r.cfg, issue, frpc.Lease{})
 	if fail != nil {
@@ -112,9 +115,11 @@ func TestLeaseIsRenewedAtTwoThirdsOfItsLife(t *testing.T) {
 	}
 }
 
-// outageOf lets frpc be logged out for so long, with a look every two seconds, or until it is to be restarted. It returns
-// when leases were requested, when logins were tried, when frpc was to be restarted, and why.
-func outageOf(t *testing.T, r *renewer, state frpc.State, life time.Duration) (requests, logins, restarts []time.Duration, reason string) {
+// outageOf lets frpc be logged out for so long, with a look every two seconds, or until it is to be restarted. It
+// returns when leases were requested, when logins were tried, when frpc was to be restarted, and why.
+func outageOf(t *testing.T, r *renewer, state frpc.State, life time.Duration) (
+	requests, logins, restarts []time.Duration, reason string,
+) {
 	t.Helper()
 	start := time.Now()
 	now := start
@@ -146,7 +151,8 @@ func outageOf(t *testing.T, r *renewer, state frpc.State, life time.Duration) (r
 	return requests, logins, restarts, reason
 }
 
-// TestFrpcIsNotRestartedWhileFrpsIsUnreachable: while frps cannot be reached, frpc is left alone, and leases are requested ever more rarely.
+// TestFrpcIsNotRestartedWhileFrpsIsUnreachable: while frps cannot be reached, frpc is left alone, and leases are
+// requested ever more rarely.
 func TestFrpcIsNotRestartedWhileFrpsIsUnreachable(t *testing.T) {
 	var first []time.Duration
 	for range 20 {
@@ -169,7 +175,8 @@ func TestFrpcIsNotRestartedWhileFrpsIsUnreachable(t *testing.T) {
 	}
 	r := newRenewer(t, giving()) // each lease is another: so frpc.toml changes, and still frpc is left alone
 	r.login = lacking(errUnreachable)
-	if requests, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 10*time.Minute); len(requests) < 3 || len(requests) > 5 || len(restarts) > 0 || r.lease.Stale == nil {
+	requests, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 10*time.Minute)
+	if len(requests) < 3 || len(requests) > 5 || len(restarts) > 0 || r.lease.Stale == nil {
 		t.Errorf("with another lease: requests %v, restarts %v %s", requests, restarts, reason)
 	}
 	now := time.Now()
@@ -202,8 +209,8 @@ func TestOutdatedFrpsIsReportedOnce(t *testing.T) {
 	}
 }
 
-// TestRefusedCredentialRestartsFrpcWithANewLease: frps is there and refuses what frpc was started with. A new lease is requested at once, and
-// frpc restarted when there is one.
+// TestRefusedCredentialRestartsFrpcWithANewLease: frps is there and refuses what frpc was started with. A new lease is
+// requested at once, and frpc restarted when there is one.
 func TestRefusedCredentialRestartsFrpcWithANewLease(t *testing.T) {
 	r := newRenewer(t, giving())
 	r.login = func(_ context.Context, c frpc.Config) (string, error) {
@@ -213,7 +220,9 @@ func TestRefusedCredentialRestartsFrpcWithANewLease(t *testing.T) {
 		return "0.71.0", nil
 	}
 	requests, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 2*time.Minute)
-	if len(requests) != 1 || len(restarts) != 1 || requests[0] > 47*time.Second || restarts[0]-requests[0] > 4*time.Second || reason != "frps accepts the new lease, and not the one that it was started with" {
+	if len(requests) != 1 || len(restarts) != 1 ||
+		requests[0] > 47*time.Second || restarts[0]-requests[0] > 4*time.Second ||
+		reason != "frps accepts the new lease, and not the one that it was started with" {
 		t.Errorf("requests %v, restarts %v: %s", requests, restarts, reason)
 	}
 	r = newRenewer(t, unchanging) // there is no better one
@@ -222,7 +231,8 @@ func TestRefusedCredentialRestartsFrpcWithANewLease(t *testing.T) {
 		t.Errorf("requests %v, restarts %v", requests, restarts)
 	}
 	r = newRenewer(t, giving()) // the login is fine, the tunnel is not
-	if _, logins, restarts, reason := outageOf(t, r, frpc.Rejected, time.Minute); len(logins) > 0 || len(restarts) != 1 || restarts[0] > 47*time.Second {
+	_, logins, restarts, reason := outageOf(t, r, frpc.Rejected, time.Minute)
+	if len(logins) > 0 || len(restarts) != 1 || restarts[0] > 47*time.Second {
 		t.Errorf("rejected: logins %v, restarts %v: %s", logins, restarts, reason)
 	}
 }
@@ -231,7 +241,8 @@ func TestRefusedCredentialRestartsFrpcWithANewLease(t *testing.T) {
 func TestHangingFrpcIsRestarted(t *testing.T) {
 	r := newRenewer(t, unchanging)
 	_, _, restarts, reason := outageOf(t, r, frpc.LoggedOut, 4*time.Minute)
-	if len(restarts) != 1 || restarts[0] < 127*time.Second || restarts[0] > 150*time.Second || reason != "it is logged out although frps accepts logins" {
+	if len(restarts) != 1 || restarts[0] < 127*time.Second || restarts[0] > 150*time.Second ||
+		reason != "it is logged out although frps accepts logins" {
 		t.Errorf("restarted after %v: %s", restarts, reason)
 	}
 	r.outage = outage{}
@@ -261,17 +272,21 @@ func TestFrpcIsRestartedOnlyForAReason(t *testing.T) {
 	if fail := r.renew(t.Context()); fail != nil {
 		t.Fatal(fail)
 	}
-	if r.lease.Stale == nil || r.lease.Stale.Frpc.Token != "lease 1" || r.restartReason(now) != "" || r.restartReason(first.ExpiresAt.Add(-6*time.Second)) != "" {
+	if r.lease.Stale == nil || r.lease.Stale.Frpc.Token != "lease 1" ||
+		r.restartReason(now) != "" || r.restartReason(first.ExpiresAt.Add(-6*time.Second)) != "" {
 		t.Errorf("stale %v: restarted before the old credential expires", r.lease.Stale)
 	}
 	if r.restartReason(first.ExpiresAt.Add(-4*time.Second)) == "" {
 		t.Error("not restarted 4 s before the old credential expires")
 	}
-	if fail := r.renew(t.Context()); fail != nil || !r.lease.Stale.Until.Equal(first.ExpiresAt) || r.lease.Stale.Frpc.Token != "lease 1" {
-		t.Errorf("frpc may still run with the first credential, which ends at %s, not %+v (%v)", first.ExpiresAt, r.lease.Stale, fail)
+	if fail := r.renew(t.Context()); fail != nil ||
+		!r.lease.Stale.Until.Equal(first.ExpiresAt) || r.lease.Stale.Frpc.Token != "lease 1" {
+		t.Errorf("frpc may still run with the first credential, which ends at %s, not %+v (%v)",
+			first.ExpiresAt, r.lease.Stale, fail)
 	}
 	// bootstrap is killed, and started again: what frpc runs with is not forgotten.
-	if old, err := frpc.ReadLease(r.cfg.RunDir); err != nil || old.Stale == nil || !old.Stale.Until.Equal(first.ExpiresAt) || old.Stale.Frpc.Token != "lease 1" {
+	if old, err := frpc.ReadLease(r.cfg.RunDir); err != nil || old.Stale == nil ||
+		!old.Stale.Until.Equal(first.ExpiresAt) || old.Stale.Frpc.Token != "lease 1" {
 		t.Errorf("lease.json does not say that frpc runs with the first credential: %+v, %v", old, err)
 	}
 	r.recordState(frpc.LoggedOut, now)
@@ -291,8 +306,8 @@ func TestFrpcIsRestartedOnlyForAReason(t *testing.T) {
 	}
 }
 
-// TestFailedRenewalKeepsTheLease: the lease stays, its file says why, the attempts grow rare, and what the control plane asks
-// for is respected.
+// TestFailedRenewalKeepsTheLease: the lease stays, its file says why, the attempts grow rare, and what the control
+// plane asks for is respected.
 func TestFailedRenewalKeepsTheLease(t *testing.T) {
 	r := newRenewer(t, giving())
 	first := r.lease
@@ -312,7 +327,8 @@ func TestFailedRenewalKeepsTheLease(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if lease.Renewal == nil || lease.Renewal.Error != "it is away; the tunnel stays as it is" || lease.Renewal.FailingSince.After(time.Now()) || lease.Frpc.Token != first.Frpc.Token {
+	if lease.Renewal == nil || lease.Renewal.Error != "it is away; the tunnel stays as it is" ||
+		lease.Renewal.FailingSince.After(time.Now()) || lease.Frpc.Token != first.Frpc.Token {
 		t.Errorf("lease.json says %+v", lease)
 	}
 	r.issue = giving()
@@ -324,8 +340,8 @@ func TestFailedRenewalKeepsTheLease(t *testing.T) {
 	}
 }
 
-// TestFailedRenewalsBackOff: attempts that fail grow rare, from a second to a minute, more or less; and no sooner than the control
-// plane asks for.
+// TestFailedRenewalsBackOff: attempts that fail grow rare, from a second to a minute, more or less; and no sooner than
+// the control plane asks for.
 func TestFailedRenewalsBackOff(t *testing.T) {
 	r := newRenewer(t, giving())
 	retryAfter := time.Duration(0)
@@ -388,7 +404,8 @@ func TestAdminPasswordIsRandomAndKept(t *testing.T) {
 			t.Fatal(err)
 		}
 		passwords[lease.Frpc.Admin.Password] = len(lease.Frpc.Admin.Password) >= 26
-		if next, err := newLease(cfg, controlplane.Answer{FRPToken: "f"}, lease.Frpc.Admin); err != nil || next.Frpc.Admin != lease.Frpc.Admin {
+		next, err := newLease(cfg, controlplane.Answer{FRPToken: "f"}, lease.Frpc.Admin)
+		if err != nil || next.Frpc.Admin != lease.Frpc.Admin {
 			t.Errorf("%+v, %v", next.Frpc.Admin, err)
 		}
 	}
@@ -439,15 +456,16 @@ func TestChangedTunnelIsReloaded(t *testing.T) {
 		}
 		mu.Lock()
 		want := map[bool]int{true: 1}[test.reload]
-		if len(asked) != want || want == 1 && asked[0] != "GET /api/reload?strictConfig=true" || (r.lease.Stale != nil) != test.stale {
+		if len(asked) != want || want == 1 && asked[0] != "GET /api/reload?strictConfig=true" ||
+			(r.lease.Stale != nil) != test.stale {
 			t.Errorf("%+v: asked %v, stale %+v", test.change, asked, r.lease.Stale)
 		}
 		mu.Unlock()
 	}
 }
 
-// TestRunDirectoryIsRepaired: the renewer holds everything that it writes, also after its own restart, says once what it
-// has restored, and says once that it cannot.
+// TestRunDirectoryIsRepaired: the renewer holds everything that it writes, also after its own restart, says once what
+// it has restored, and says once that it cannot.
 func TestRunDirectoryIsRepaired(t *testing.T) {
 	r := newRenewer(t, func(_ context.Context, _ []byte) (controlplane.Answer, *controlplane.Failure) {
 		return controlplane.Answer{FRPToken: "f", AuthMethod: "oidc", Tunnel: frpc.Tunnel{Type: "https"}}, nil
@@ -482,7 +500,8 @@ func TestRunDirectoryIsRepaired(t *testing.T) {
 	for range 3 {
 		r.repair()
 	}
-	if said := log.String(); strings.Count(said, "\n") != 1 || !strings.Contains(said, "write the run directory: ") || !strings.Contains(said, "is not full") {
+	if said := log.String(); strings.Count(said, "\n") != 1 ||
+		!strings.Contains(said, "write the run directory: ") || !strings.Contains(said, "is not full") {
 		t.Errorf("said %q", said)
 	}
 	// What could not be written is written as soon as it can be.
@@ -512,24 +531,29 @@ func TestForeignFrpcTomlMarksTheLeaseStale(t *testing.T) {
 // TestLeaseMustNotNameALocalFrps: to the host of the agent or its neighbours, unless the configuration does.
 func TestLeaseMustNotNameALocalFrps(t *testing.T) {
 	for _, addr := range []string{
-		"127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "::ffff:169.254.169.254", "fe80::1", "0.0.0.0", "::", "::ffff:0.0.0.0", "224.0.0.1", "ff02::1",
-		"localhost", "LOCALHOST", "frps.localhost",
+		"127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "::ffff:169.254.169.254", "fe80::1",
+		"0.0.0.0", "::", "::ffff:0.0.0.0", "224.0.0.1", "ff02::1", "localhost", "LOCALHOST", "frps.localhost",
 	} {
 		env := environment(t, "https://control.example")
 		_, err := newLease(configuration(t, env), controlplane.Answer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{})
-		if err == nil || !strings.Contains(err.Error(), `names "`+addr+`" as frps`) || !strings.Contains(err.Error(), "set frp.server_addr (PIPEOPS_FRP_SERVER_ADDR)") {
+		if err == nil || !strings.Contains(err.Error(), `names "`+addr+`" as frps`) ||
+			!strings.Contains(err.Error(), "set frp.server_addr (PIPEOPS_FRP_SERVER_ADDR)") {
 			t.Errorf("%s: %v", addr, err)
 		}
 		env["PIPEOPS_FRP_SERVER_ADDR"] = addr
-		if lease, err := newLease(configuration(t, env), controlplane.Answer{FRPToken: "f", ServerAddr: strings.ToLower(addr)}, frpc.Admin{}); err != nil || !strings.EqualFold(lease.Frpc.ServerAddr, addr) {
+		answer := controlplane.Answer{FRPToken: "f", ServerAddr: strings.ToLower(addr)}
+		lease, err := newLease(configuration(t, env), answer, frpc.Admin{})
+		if err != nil || !strings.EqualFold(lease.Frpc.ServerAddr, addr) {
 			t.Errorf("%s, as configured: %v", addr, err)
 		}
-		if _, err := newLease(configuration(t, env), controlplane.Answer{FRPToken: "f", ServerAddr: "127.9.9.9"}, frpc.Admin{}); err == nil {
+		answer.ServerAddr = "127.9.9.9"
+		if _, err := newLease(configuration(t, env), answer, frpc.Admin{}); err == nil {
 			t.Errorf("127.9.9.9 where %s is configured", addr)
 		}
 	}
 	for _, addr := range []string{"", "frp.example", "localhost.example", "192.0.2.1", "10.0.0.1", "2001:db8::1"} {
-		if _, err := newLease(configuration(t, environment(t, "https://control.example")), controlplane.Answer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{}); err != nil {
+		cfg := configuration(t, environment(t, "https://control.example"))
+		if _, err := newLease(cfg, controlplane.Answer{FRPToken: "f", ServerAddr: addr}, frpc.Admin{}); err != nil {
 			t.Errorf("%q: %v", addr, err)
 		}
 	}
@@ -553,7 +577,9 @@ func TestLeaseMustNotRemoveTLS(t *testing.T) {
 		answer := controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: got}}
 		for origin, cfg := range map[string]*config.Config{"file": fromFile, "environment": configuration(t, env)} {
 			_, err := newLease(cfg, answer, frpc.Admin{})
-			if want := "the control plane's lease has a tunnel of type " + got + ", but frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) is https"; err == nil || !strings.Contains(err.Error(), want) {
+			want := "the control plane's lease has a tunnel of type " + got +
+				", but frp.tunnel.type (PIPEOPS_FRP_TUNNEL_TYPE) is https"
+			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s from the %s: %v", got, origin, err)
 			}
 		}
@@ -564,12 +590,15 @@ func TestLeaseMustNotRemoveTLS(t *testing.T) {
 			t.Fatal(err)
 		}
 		var log strings.Builder
-		if err := write(cfg, lease, slog.New(slog.NewTextHandler(&log, nil))); err != nil || !strings.Contains(log.String(), "level=WARN msg=\"the tunnel is not of type https\"") {
+		if err := write(cfg, lease, slog.New(slog.NewTextHandler(&log, nil))); err != nil ||
+			!strings.Contains(log.String(), "level=WARN msg=\"the tunnel is not of type https\"") {
 			t.Errorf("%v, said %s", err, log.String())
 		}
 	}
 	// The other way is an improvement.
-	if _, err := newLease(configuration(t, environment(t, "https://control.example")), controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, frpc.Admin{}); err != nil {
+	cfg := configuration(t, environment(t, "https://control.example"))
+	answer := controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}
+	if _, err := newLease(cfg, answer, frpc.Admin{}); err != nil {
 		t.Error(err)
 	}
 }
@@ -631,7 +660,8 @@ func TestLeaseWithoutHealthPathStillWorks(t *testing.T) {
 	}
 }
 
-// TestControlPlaneIsShownACertificateForTheLease: the control plane is shown a certificate with the names and the life of the lease.
+// TestControlPlaneIsShownACertificateForTheLease: the control plane is shown a certificate with the names and the life
+// of the lease.
 func TestControlPlaneIsShownACertificateForTheLease(t *testing.T) {
 	end := time.Now().Add(3 * time.Hour).Truncate(time.Second)
 	var shown [][]byte
@@ -677,13 +707,15 @@ func TestControlPlaneIsShownACertificateForTheLease(t *testing.T) {
 	if fail != nil || len(shown) != 3 || string(next.Key) == string(lease.Key) {
 		t.Errorf("%v, asked %d times; the key is new: %v", fail, len(shown), string(next.Key) != string(lease.Key))
 	}
-	if fits(next.Certificate, tunnel, end.Add(time.Hour)) || fits(next.Certificate, tunnel, end.Add(-time.Hour)) || fits(next.Certificate, tunnel, time.Time{}) ||
+	if fits(next.Certificate, tunnel, end.Add(time.Hour)) || fits(next.Certificate, tunnel, end.Add(-time.Hour)) ||
+		fits(next.Certificate, tunnel, time.Time{}) ||
 		fits(next.Certificate, frpc.Tunnel{CustomDomains: []string{"b.agents.example"}}, end) {
 		t.Error("fits another end, or another tunnel")
 	}
 	never := time.Time{}
 	forever, _, err := newCertificate(certificateNames("agent-001", tunnel), never)
-	if err != nil || !sameEnd(never, never) || sameEnd(never, end) || sameEnd(end, never) || !fits(forever, tunnel, never) {
+	if err != nil || !sameEnd(never, never) || sameEnd(never, end) || sameEnd(end, never) ||
+		!fits(forever, tunnel, never) {
 		t.Errorf("a lease without an end: %v", err)
 	}
 	if matches, _ := filepath.Glob(filepath.Join(cfg.RunDir, "*")); len(matches) != 5 {
@@ -691,8 +723,8 @@ func TestControlPlaneIsShownACertificateForTheLease(t *testing.T) {
 	}
 }
 
-// TestLeaseExpiresByTheClockOfTheControlPlane: a wrong clock here must not renew all the time, or too late; and what some take
-// for a time that never comes is none.
+// TestLeaseExpiresByTheClockOfTheControlPlane: a wrong clock here must not renew all the time, or too late; and what
+// some take for a time that never comes is none.
 func TestLeaseExpiresByTheClockOfTheControlPlane(t *testing.T) {
 	for _, want := range []time.Duration{time.Hour, 73 * 365 * 24 * time.Hour, 0} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -721,13 +753,15 @@ func TestLeaseExpiresByTheClockOfTheControlPlane(t *testing.T) {
 			}
 			continue
 		}
-		if got := r.lease.ExpiresAt.Sub(begin); (got-want).Abs() > 5*time.Second || r.renewAt.Sub(begin) < want/2 || r.renewAt.Sub(begin) > want*4/5 {
+		if got := r.lease.ExpiresAt.Sub(begin); (got-want).Abs() > 5*time.Second ||
+			r.renewAt.Sub(begin) < want/2 || r.renewAt.Sub(begin) > want*4/5 {
 			t.Errorf("a lease of %s ends after %s, and is renewed after %s", want, got, r.renewAt.Sub(begin))
 		}
 	}
 }
 
-// TestMaliciousLeaseIsRefused: what a control plane, or who is taken for one, might say. A clear error, and the files stay.
+// TestMaliciousLeaseIsRefused: what a control plane, or who is taken for one, might say. A clear error, and the files
+// stay.
 func TestMaliciousLeaseIsRefused(t *testing.T) {
 	r := newRenewer(t, giving())
 	before, err := frpc.ReadLease(r.cfg.RunDir)
@@ -755,10 +789,12 @@ func TestMaliciousLeaseIsRefused(t *testing.T) {
 	}
 	// frpc refuses keys that are not the type's.
 	for _, tunnel := range []frpc.Tunnel{
-		{Type: "tcp", Subdomain: "s", CustomDomains: []string{"d.example"}, RemotePort: 16001}, {Type: "http", Subdomain: "s", RemotePort: 16001},
+		{Type: "tcp", Subdomain: "s", CustomDomains: []string{"d.example"}, RemotePort: 16001},
+		{Type: "http", Subdomain: "s", RemotePort: 16001},
 	} {
 		lease, err := newLease(r.cfg, controlplane.Answer{FRPToken: "f", Tunnel: tunnel}, frpc.Admin{})
-		if got := lease.Frpc.Tunnel; err != nil || (got.RemotePort != 0) == (got.Subdomain != "") || len(got.CustomDomains) > 0 {
+		if got := lease.Frpc.Tunnel; err != nil || (got.RemotePort != 0) == (got.Subdomain != "") ||
+			len(got.CustomDomains) > 0 {
 			t.Errorf("%+v, %v", got, err)
 		}
 	}

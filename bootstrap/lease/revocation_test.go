@@ -36,8 +36,8 @@ var (
 	lease200   = says{200, "application/json", ""} // a lease for ten minutes
 )
 
-// TestTunnelClosesOnlyForARevokedOrRefusedAgent: at once only when the control plane itself says twice, half a minute apart, that the
-// agent is revoked; with the lease where the agent is refused until then; and else not at all.
+// TestTunnelClosesOnlyForARevokedOrRefusedAgent: at once only when the control plane itself says twice, half a minute
+// apart, that the agent is revoked; with the lease where the agent is refused until then; and else not at all.
 func TestTunnelClosesOnlyForARevokedOrRefusedAgent(t *testing.T) {
 	const life, never = 10 * time.Minute, 0
 	for name, test := range map[string]struct {
@@ -89,7 +89,10 @@ func TestTunnelClosesOnlyForARevokedOrRefusedAgent(t *testing.T) {
 				if fail != nil {
 					t.Fatal(fail)
 				}
-				k := &renewer{cfg: cfg, issue: client.RequestLease, log: slog.New(slog.DiscardHandler), backoff: backoffMin, lease: lease, token: token, renewAt: time.Now()}
+				k := &renewer{
+					cfg: cfg, issue: client.RequestLease, log: slog.New(slog.DiscardHandler), backoff: backoffMin,
+					lease: lease, token: token, renewAt: time.Now(),
+				}
 				start := time.Now()
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 				defer cancel()

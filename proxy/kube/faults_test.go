@@ -83,8 +83,9 @@ func TestBackend401IsForwarded(t *testing.T) {
 		w.WriteHeader(http.StatusUnauthorized)
 	})
 	for target, want := range map[string]int{
-		"/api/v1/namespaces/a/services/s/proxy/": http.StatusUnauthorized, "/api/v1/namespaces/a/pods/p/log": http.StatusUnauthorized,
-		"/api/v1/namespaces/a/pods/p": http.StatusBadGateway, "/version": http.StatusBadGateway,
+		"/api/v1/namespaces/a/services/s/proxy/": http.StatusUnauthorized,
+		"/api/v1/namespaces/a/pods/p/log":        http.StatusUnauthorized,
+		"/api/v1/namespaces/a/pods/p":            http.StatusBadGateway, "/version": http.StatusBadGateway,
 	} {
 		w := httptest.NewRecorder()
 		proxy.ServeHTTP(w, httptest.NewRequest(http.MethodGet, Prefix+target, nil))
@@ -98,7 +99,8 @@ func TestBrokenBodyGets400(t *testing.T) {
 	proxy := before(t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
 	server := httptest.NewServer(proxy)
 	defer server.Close()
-	resp := send(t, server, "POST "+Prefix+"/api/v1/namespaces HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+	resp := send(t, server, "POST "+Prefix+"/api/v1/namespaces HTTP/1.1\r\nHost: a\r\n"+
+		"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
 	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusBadRequest ||
 		!strings.Contains(string(body), "the body of the request cannot be read") {
 		t.Errorf("answered %s: %s", resp.Status, body)

@@ -25,8 +25,10 @@ func FuzzRequest(f *testing.F) {
 	for _, seed := range []string{
 		"GET /api/k8s/api/v1/pods HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer callers\r\nImpersonate-User: x\r\n\r\n",
 		"GET /api/k8s/a/%2e%2E/b HTTP/1.1\r\nHost: a\r\nConnection: Authorization, upgrade\r\nUpgrade: h2c\r\n\r\n",
-		"GET /api/k8s//x%2Fy?a=b;c&%zz HTTP/1.0\r\nConnection: upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Protocol: a, base64url.bearer.authorization.k8s.io.YQ\r\n\r\n",
-		"POST http://h/api/k8s/a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nX-Remote-User: x\r\nCookie: a=b\r\n\r\n0\r\n\r\n",
+		"GET /api/k8s//x%2Fy?a=b;c&%zz HTTP/1.0\r\nConnection: upgrade\r\nUpgrade: WebSocket\r\n" +
+			"Sec-WebSocket-Protocol: a, base64url.bearer.authorization.k8s.io.YQ\r\n\r\n",
+		"POST http://h/api/k8s/a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n" +
+			"X-Remote-User: x\r\nCookie: a=b\r\n\r\n0\r\n\r\n",
 		"CONNECT /api/k8s/a HTTP/1.1\r\nHost: a\r\n\r\n",
 		"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n",
 		"GET /api/k8s/api/v1/nodes/n/proxy/exec HTTP/1.1\r\nHost: a\r\nX-Request-Id: callers\r\nAudit-Id: callers\r\n\r\n",

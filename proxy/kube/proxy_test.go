@@ -109,7 +109,8 @@ func TestPathsAreForwardedByteForByteOrRefused(t *testing.T) {
 		{"/n%C3%A4me", "/base/n%C3%A4me"},
 		{"/..", ""}, {"/../x", ""}, {"/a/./b", ""}, {"/a/%2e%2e/b", ""}, {"/a/.%2E/b", ""}, {"/a%2f..%2fb", ""},
 		{"/a\\b", ""}, {"/a%5cb", ""}, {"/a%00b", ""}, {"/n\xc3\xa4me", ""}, {"/a\"b", ""},
-		{"/api/v1/nodes/n/proxy/exec", ""}, {"/api/v1/nodes/n/proxy", ""}, {"/api/v1//nodes/n/%70roxy/x", ""}, {"//api/v1/nodes/https:n:10250/proxy/", ""},
+		{"/api/v1/nodes/n/proxy/exec", ""}, {"/api/v1/nodes/n/proxy", ""}, {"/api/v1//nodes/n/%70roxy/x", ""},
+		{"//api/v1/nodes/https:n:10250/proxy/", ""},
 		{"/api/v1/namespaces/a/serviceaccounts/b/token", ""}, {"/api//v1/namespaces/a/serviceaccounts/b/%74oken/", ""},
 		{"/api/v1/namespaces/a/serviceaccounts/b", "/base/api/v1/namespaces/a/serviceaccounts/b"},
 		{"/metrics", ""}, {"/debug/pprof/", ""}, {"/logs/kube-apiserver.log", ""}, {"//metrics", ""},
@@ -138,11 +139,13 @@ func TestOnlyTheAgentsCredentialIsForwarded(t *testing.T) {
 	u := newUpstream(t)
 	server := front(t, u.URL)
 	for name, sent := range map[string]string{
-		"plain":     "Authorization: Bearer callers\r\nCookie: a=b\r\nX-Remote-User: root\r\nX-Remote-Extra-Scopes: x\r\nx-remote-group: system:masters\r\nX-Forwarded-For: 1.2.3.4\r\nForwarded: for=1.2.3.4\r\nX-Real-Ip: 1.2.3.4\r\n",
-		"twice":     "Authorization: Bearer callers\r\nAuthorization: Basic eDp5\r\n",
-		"as hop":    "Authorization: Bearer callers\r\nConnection: Authorization, Audit-Id, X-Request-Id\r\n",
-		"audit id":  "Audit-Id: callers\r\n",
-		"protocols": "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-Websocket-Protocol: base64url.bearer.authorization.k8s.io.Y2FsbGVycw, v4.channel.k8s.io\r\n",
+		"plain": "Authorization: Bearer callers\r\nCookie: a=b\r\nX-Remote-User: root\r\nX-Remote-Extra-Scopes: x\r\n" +
+			"x-remote-group: system:masters\r\nX-Forwarded-For: 1.2.3.4\r\nForwarded: for=1.2.3.4\r\nX-Real-Ip: 1.2.3.4\r\n",
+		"twice":    "Authorization: Bearer callers\r\nAuthorization: Basic eDp5\r\n",
+		"as hop":   "Authorization: Bearer callers\r\nConnection: Authorization, Audit-Id, X-Request-Id\r\n",
+		"audit id": "Audit-Id: callers\r\n",
+		"protocols": "Connection: Upgrade\r\nUpgrade: websocket\r\n" +
+			"Sec-Websocket-Protocol: base64url.bearer.authorization.k8s.io.Y2FsbGVycw, v4.channel.k8s.io\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			resp := send(t, server, "GET "+Prefix+"/version HTTP/1.1\r\nHost: a\r\nX-Request-Id: the-request\r\n"+
@@ -197,7 +200,11 @@ func TestOnlyUpgradesUseHTTP1(t *testing.T) {
 	u.StartTLS()
 	defer u.Close()
 	server := front(t, u.URL)
-	for sent, want := range map[string]string{"": "HTTP/2.0", "Connection: Upgrade\r\nUpgrade: websocket\r\n": "HTTP/1.1", "Connection: upgrade\r\nUpgrade: spdy/3.1\r\n": "HTTP/1.1"} {
+	for sent, want := range map[string]string{
+		"": "HTTP/2.0",
+		"Connection: Upgrade\r\nUpgrade: websocket\r\n": "HTTP/1.1",
+		"Connection: upgrade\r\nUpgrade: spdy/3.1\r\n":  "HTTP/1.1",
+	} {
 		send(t, server, "GET "+Prefix+"/x HTTP/1.1\r\nHost: a\r\n"+sent+"\r\n")
 		if protocol != want {
 			t.Errorf("%q went upstream by %s, want %s", sent, protocol, want)
@@ -222,7 +229,9 @@ func TestErrorsAreStatuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			server := front(t, test.host)
-			for _, accept := range []string{"application/json", "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"} {
+			for _, accept := range []string{
+				"application/json", "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
+			} {
 				resp := send(t, server, "GET "+Prefix+"/api HTTP/1.1\r\nHost: a\r\nAccept: "+accept+"\r\n\r\n")
 				var status metav1.Status
 				if err := json.NewDecoder(resp.Body).Decode(&status); err != nil {

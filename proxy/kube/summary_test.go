@@ -38,8 +38,10 @@ func TestSummaryOfALargeClusterTakesFewRequests(t *testing.T) {
 			}
 			var items []string
 			for i := from; i < to; i++ {
-				items = append(items, fmt.Sprintf(`{"metadata":{"name":"n%d"},"status":{"conditions":[{"type":"DiskPressure","status":"True"},{"type":"Ready","status":"%s"}],
-					"capacity":{"cpu":"2","memory":"4Gi","pods":"110"},"allocatable":{"cpu":"1500m","memory":"3Gi"},"nodeInfo":{"kubeletVersion":"v1.%d.0"}}}`,
+				items = append(items, fmt.Sprintf(`{"metadata":{"name":"n%d"},"status":{
+					"conditions":[{"type":"DiskPressure","status":"True"},{"type":"Ready","status":"%s"}],
+					"capacity":{"cpu":"2","memory":"4Gi","pods":"110"},"allocatable":{"cpu":"1500m","memory":"3Gi"},
+					"nodeInfo":{"kubeletVersion":"v1.%d.0"}}}`,
 					i, map[bool]string{true: "True", false: "Unknown"}[i%3 > 0], 35+i%2))
 			}
 			_, _ = fmt.Fprintf(w, `{"kind":"NodeList","metadata":{"continue":%q},"items":[%s],"more":[1]}`, next,
@@ -53,11 +55,14 @@ func TestSummaryOfALargeClusterTakesFewRequests(t *testing.T) {
 	}
 	if n := s.Nodes; n == nil || n.Total != nodes || n.Ready != 800 || n.Versions["v1.35.0"] != 600 ||
 		n.Versions["v1.36.0"] != 600 ||
-		n.Capacity != (Resources{CPU: 2000 * nodes, Memory: 4 << 30 * nodes}) || n.Allocatable != (Resources{CPU: 1500 * nodes, Memory: 3 << 30 * nodes}) {
+		n.Capacity != (Resources{CPU: 2000 * nodes, Memory: 4 << 30 * nodes}) ||
+		n.Allocatable != (Resources{CPU: 1500 * nodes, Memory: 3 << 30 * nodes}) {
 		t.Errorf("got nodes %+v", n)
 	}
 	if s.Namespaces != nil || s.Deployments != nil || len(s.Unavailable) != 2 ||
-		!strings.Contains(s.Unavailable["namespaces"], "does not say how many") || !strings.HasSuffix(s.Unavailable["deployments"], "answers GET /apis/apps/v1/deployments: deployments.apps is forbidden") {
+		!strings.Contains(s.Unavailable["namespaces"], "does not say how many") ||
+		!strings.HasSuffix(s.Unavailable["deployments"],
+			"answers GET /apis/apps/v1/deployments: deployments.apps is forbidden") {
 		t.Errorf("unavailable: %v", s.Unavailable)
 	}
 	if n := requests.Load(); n != 8 {

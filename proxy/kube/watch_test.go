@@ -116,8 +116,10 @@ func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
 }
 
 func TestOnlyWatchesEndWithTheDrain(t *testing.T) {
-	for query, contentType := range map[string]string{"pods?follow=true": "text/plain",
-		"pods?watch=false": "application/json", "pods?watch=0": "application/json", "pods/p?watch=true": "application/json", "pods?watch=true": "application/cbor-seq"} {
+	for query, contentType := range map[string]string{
+		"pods?follow=true": "text/plain", "pods?watch=false": "application/json", "pods?watch=0": "application/json",
+		"pods/p?watch=true": "application/json", "pods?watch=true": "application/cbor-seq",
+	} {
 		w := watch(t, query, contentType)
 		w.sent(t, "first\n")
 		w.proxy.Drain()
@@ -167,7 +169,8 @@ func TestWatchesShareConnections(t *testing.T) {
 		_ = http.NewResponseController(w).Flush()
 		<-r.Context().Done()
 	}))
-	api.Config.ErrorLog = log.New(io.Discard, "", 0)                          // connections that are closed before they are made
+	// connections that are closed before they are made
+	api.Config.ErrorLog = log.New(io.Discard, "", 0)
 	api.Config.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: perConnection} // kube-apiserver's default
 	api.Config.ConnState = func(_ net.Conn, state http.ConnState) {
 		if state == http.StateNew {

@@ -29,7 +29,9 @@ func writeCertificate(t *testing.T, dir string, serial int64) *x509.Certificate 
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(serial), DNSNames: []string{"agent-001"}, NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(serial), DNSNames: []string{"agent-001"}, NotAfter: time.Now().Add(time.Hour),
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -81,7 +83,8 @@ func TestTunnelListenerServesTLSAndPlainHTTP(t *testing.T) {
 			pool.AddCert(trusted)
 		}
 		transport := &http.Transport{
-			TLSClientConfig: &tls.Config{RootCAs: pool, ServerName: "agent-001", MinVersion: tls.VersionTLS12}, ForceAttemptHTTP2: true,
+			TLSClientConfig:   &tls.Config{RootCAs: pool, ServerName: "agent-001", MinVersion: tls.VersionTLS12},
+			ForceAttemptHTTP2: true,
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				return (&net.Dialer{}).DialContext(ctx, "tcp", listener.Addr().String())
 			},

@@ -315,7 +315,8 @@ func TestOneCallerLeavesMemoryForOthers(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = conn.Close() })
-		_, _ = io.WriteString(conn, "POST /api/control-plane/message HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.1\r\nContent-Type: application/json\r\n"+auth+"Content-Length: 100\r\n\r\n{")
+		_, _ = io.WriteString(conn, "POST /api/control-plane/message HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.1\r\n"+
+			"Content-Type: application/json\r\n"+auth+"Content-Length: 100\r\n\r\n{")
 	}
 	eventually(t, func() bool { return refused(s, "request_memory") > 0 })
 	watch := "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\nX-Forwarded-For: 192.0.2.2\r\nX-Rest:"
@@ -363,7 +364,8 @@ func TestHeadersOfAnswersAreLimited(t *testing.T) {
 		s := serverBefore(t, config, token, slog.New(slog.DiscardHandler))
 		addr := listening(t, s)
 		for kind, request := range map[string]string{
-			"call": "GET /api/k8s/api/v1/pods", "upgrade": "GET /api/k8s/x HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nX-Rest:",
+			"call":    "GET /api/k8s/api/v1/pods",
+			"upgrade": "GET /api/k8s/x HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nX-Rest:",
 		} {
 			if _, resp, err := call(t, addr, request); err != nil || resp.StatusCode != http.StatusBadGateway {
 				t.Errorf("%s, %s: answered %v, %v", name, kind, resp, err)

@@ -116,7 +116,8 @@ func TestInvalidRunnerIDsGet400(t *testing.T) {
 // API server.
 func FuzzMessage(f *testing.F) {
 	f.Add(`{"id":"1","type":"ping","timestamp":"2026-01-02T03:04:05Z","data":{}}`)
-	f.Add(assigned(`{"runner_id":"r","runner_endpoint":"http://r.a.svc/x?y#z","runner_token":"t","assigned_at":"2026-01-02T03:04:05Z"}`))
+	f.Add(assigned(`{"runner_id":"r","runner_endpoint":"http://r.a.svc/x?y#z","runner_token":"t",` +
+		`"assigned_at":"2026-01-02T03:04:05Z"}`))
 	f.Add(`{"id":"1","type":"runner_unassigned","data":{"runner_id":"r"}}`)
 	f.Add(`{"id":"\u0000","type":null,"data":[[[]]]}`)
 	_, log, handlers := newTest(f, token)

@@ -42,9 +42,12 @@ echo '{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","s
 		}
 	}
 	t.Cleanup(release)
-	return &rest.Config{Host: api.URL, TLSClientConfig: rest.TLSClientConfig{Insecure: true}, ExecProvider: &clientcmdapi.ExecConfig{
-		Command: program, APIVersion: "client.authentication.k8s.io/v1", InteractiveMode: clientcmdapi.NeverExecInteractiveMode,
-	}}, started, release
+	plugin := &clientcmdapi.ExecConfig{
+		Command: program, APIVersion: "client.authentication.k8s.io/v1",
+		InteractiveMode: clientcmdapi.NeverExecInteractiveMode,
+	}
+	insecure := rest.TLSClientConfig{Insecure: true}
+	return &rest.Config{Host: api.URL, TLSClientConfig: insecure, ExecProvider: plugin}, started, release
 }
 
 // TestHangingCredentialPluginIsNamed: no caller waits longer than it wants, and all goroutines end with the plugin.

@@ -49,7 +49,8 @@ func TestLeaseProblemsAreReported(t *testing.T) {
 			if !strings.HasPrefix(problem, test.problem) || (problem == "") != (test.problem == "") {
 				t.Errorf("the problem is %q, want %q", problem, test.problem)
 			}
-			if test.problem == overdue && !strings.HasSuffix(problem, ": check the bootstrap container and its log, and that the run directory is not full") {
+			const hint = ": check the bootstrap container and its log, and that the run directory is not full"
+			if test.problem == overdue && !strings.HasSuffix(problem, hint) {
 				t.Errorf("the problem is %q", problem)
 			}
 		})

@@ -35,7 +35,9 @@ const token = "hunter2"
 const defaultMemory = 1 << 30
 
 // newTest returns a server whose API server accepts all, its log, and its listeners' handlers.
-func newTest(t testing.TB, agentToken secret.Secret) (s *Server, log *bytes.Buffer, handlers map[listener]http.Handler) {
+func newTest(t testing.TB, agentToken secret.Secret) (
+	s *Server, log *bytes.Buffer, handlers map[listener]http.Handler,
+) {
 	t.Helper()
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = io.WriteString(w, "from the API server")
@@ -252,7 +254,10 @@ func TestReadyReportsItsChecks(t *testing.T) {
 		l             listener
 		authorization []string
 		detailed      bool
-	}{{operations, nil, true}, {tunnel, nil, false}, {tunnel, []string{"Bearer wrong"}, false}, {tunnel, []string{"Bearer " + token}, true}} {
+	}{
+		{operations, nil, true}, {tunnel, nil, false},
+		{tunnel, []string{"Bearer wrong"}, false}, {tunnel, []string{"Bearer " + token}, true},
+	} {
 		code, a := ready(test.l, "/ready", test.authorization...)
 		if code != 503 || !a.Checks["kubernetes"].OK || a.Checks["tunnel"].OK || !a.Checks["shutdown"].OK {
 			t.Errorf("%v: %d %+v", test, code, a)
@@ -272,7 +277,8 @@ func TestReadyReportsItsChecks(t *testing.T) {
 	if code, a := ready(operations, "/ready?only=shutdown"); code != 503 || a.Checks["shutdown"].OK || len(a.Checks) != 1 {
 		t.Errorf("draining, and only that is asked: %d %+v", code, a)
 	}
-	if code, a := ready(operations, "/ready?only=kubernetes&only=tunnel&exclude=tunnel"); code != 200 || len(a.Checks) != 1 {
+	code, a := ready(operations, "/ready?only=kubernetes&only=tunnel&exclude=tunnel")
+	if code != 200 || len(a.Checks) != 1 {
 		t.Errorf("only the API server: %d %+v", code, a)
 	}
 	if w := do(handlers[operations], "GET", "/health"); w.Code != 200 {
@@ -428,7 +434,8 @@ func TestPlainHTTPGets421WhileTheTunnelIsHTTPS(t *testing.T) {
 	s, _, handlers := newTest(t, token)
 	s.tunnel.https.Store(true)
 	for path, want := range map[string]int{
-		"/ready?only=shutdown": 200, "/ready?only=shutdown&only=tunnel": 421, "/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
+		"/ready?only=shutdown": 200, "/ready?only=shutdown&only=tunnel": 421,
+		"/ready": 421, "/health": 421, "/api/k8s/version": 421, "/metrics": 421,
 	} {
 		if w := do(handlers[tunnel], "GET", path, "Bearer "+token); w.Code != want {
 			t.Errorf("%s: answered %d %s", path, w.Code, w.Body)

@@ -156,7 +156,8 @@ func TestEarlyRefusalIsForwarded(t *testing.T) {
 func TestRefusalReachesACallerThatStillSends(t *testing.T) {
 	rec := record(t)
 	for path, want := range map[string]int{
-		"/api/control-plane/message": http.StatusRequestEntityTooLarge, "/api/k8s/refused": http.StatusForbidden, "/nowhere": http.StatusNotFound,
+		"/api/control-plane/message": http.StatusRequestEntityTooLarge, "/api/k8s/refused": http.StatusForbidden,
+		"/nowhere": http.StatusNotFound,
 	} {
 		for range 50 {
 			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+rec.addr+path,
@@ -188,7 +189,8 @@ func TestTooLargeHeadersGet431(t *testing.T) {
 		"query":                               {"/x?" + strings.Repeat("a", 2<<20), "", "431 Request Header Fields Too Large"},
 		"long path, said by the agent itself": {"/" + strings.Repeat("a", maxHeaderBytes-1000), "", "431 Request Header Fields Too Large"},
 		"an exec with a long command, of a member of many groups": {
-			"/x?command=" + strings.Repeat("a", 60<<10), strings.Repeat("X-Group: oidc:department-of-redundancy\r\n", 200), "200 OK",
+			"/x?command=" + strings.Repeat("a", 60<<10),
+			strings.Repeat("X-Group: oidc:department-of-redundancy\r\n", 200), "200 OK",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -327,13 +327,14 @@ func TestCutSessionDoesNotLookLikeSuccess(t *testing.T) {
 		_ = conn.Close()
 	}))
 	defer api.Close()
-	s := serverBefore(t, &rest.Config{Host: api.URL, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
 		if err != nil {
 			return nil, err
 		}
 		return lateClose{conn.(*net.TCPConn)}, nil
-	}}, token, slog.New(slog.DiscardHandler))
+	}
+	s := serverBefore(t, &rest.Config{Host: api.URL, Dial: dial}, token, slog.New(slog.DiscardHandler))
 	streams, cut := context.WithCancelCause(t.Context())
 	agent := httptest.NewUnstartedServer(s.handler(tunnel))
 	agent.Config.BaseContext = func(net.Listener) context.Context { return streams }
@@ -344,8 +345,8 @@ func TestCutSessionDoesNotLookLikeSuccess(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close() }()
-	_, _ = io.WriteString(conn, "GET /api/k8s/api/v1/namespaces/a/pods/b/exec HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer "+token+
-		"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	_, _ = io.WriteString(conn, "GET /api/k8s/api/v1/namespaces/a/pods/b/exec HTTP/1.1\r\nHost: a\r\n"+
+		"Authorization: Bearer "+token+"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 	answer := bufio.NewReader(conn)
 	resp, err := http.ReadResponse(answer, nil)
 	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {

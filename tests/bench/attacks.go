@@ -32,9 +32,13 @@ func attacks(ctx context.Context) error {
 		attack func(attack.Target) attack.Attack
 	}{
 		{"header floods", 200, func(t attack.Target) attack.Attack { return attack.HeaderFlood(t, false) }},
-		{"stalled watches, 10 MB each", 500, func(t attack.Target) attack.Attack { return attack.StalledRead(t, "/api/v1/list?watch=true") }},
+		{"stalled watches, 10 MB each", 500, func(t attack.Target) attack.Attack {
+			return attack.StalledRead(t, "/api/v1/list?watch=true")
+		}},
 		{"stalled lists of 10 MB", 100, func(t attack.Target) attack.Attack { return attack.StalledRead(t, "/api/v1/list") }},
-		{"stalled uploads of 256 KiB", 2000, func(t attack.Target) attack.Attack { return attack.StalledUpload(t, "/api/v1/large", 256<<10) }},
+		{"stalled uploads of 256 KiB", 2000, func(t attack.Target) attack.Attack {
+			return attack.StalledUpload(t, "/api/v1/large", 256<<10)
+		}},
 		{"idle connections", 5000, attack.IdleConnection},
 	} {
 		row := fmt.Sprintf("| %d %s |", wave.n, wave.name)

@@ -165,7 +165,8 @@ func frozen(ctx context.Context) error {
 
 // restarted measures how long callers cannot reach the agent when frps is killed and restarted at once.
 func restarted(ctx context.Context) error {
-	fmt.Print("\n| frps killed and started at once, frpc is back after, s | least | median | most |\n| --- | --- | --- | --- |\n")
+	fmt.Print("\n| frps killed and started at once, frpc is back after, s | least | median | most |\n" +
+		"| --- | --- | --- | --- |\n")
 	var took [4][]float64
 	for try := range 6 {
 		fmt.Fprintf(os.Stderr, "restarted: %d of 6\n", try+1)
@@ -263,7 +264,8 @@ func startTunnel(ctx context.Context, kind string, s setting, rtt time.Duration)
 		"serverAddr": "127.0.0.1", "serverPort": relay.(*net.TCPAddr).Port,
 		"transport": map[string]any{"tcpMux": s.mux, "poolCount": s.pool, "tcpMuxKeepaliveInterval": s.keepalive},
 		"proxies": []any{map[string]any{
-			"name": "agent", "type": kind, "localPort": agent.Listener.Addr().(*net.TCPAddr).Port, "customDomains": []string{domains[kind]},
+			"name": "agent", "type": kind, "localPort": agent.Listener.Addr().(*net.TCPAddr).Port,
+			"customDomains": []string{domains[kind]},
 		}},
 	})
 	return t, err

@@ -81,7 +81,8 @@ func proxies(ctx context.Context) error {
 			return err
 		}
 	}
-	fmt.Println("| | CPU µs/call | ours / its | calls/s | p50, p99 ms (32) | p50, p99 ms (1) | 64 MiB down, up MB/s | RSS MB | more during down, up | KB/idle watch | MB left after |")
+	fmt.Println("| | CPU µs/call | ours / its | calls/s | p50, p99 ms (32) | p50, p99 ms (1) | 64 MiB down, up MB/s " +
+		"| RSS MB | more during down, up | KB/idle watch | MB left after |")
 	fmt.Println("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
 	for i, p := range peers {
 		f := &all[i]
@@ -91,8 +92,10 @@ func proxies(ctx context.Context) error {
 			rss, more = fmt.Sprintf("%.0f", f.rss[0]), fmt.Sprintf("%.1f, %.1f", median(f.downRSS), median(f.upRSS))
 			watch, after = fmt.Sprintf("%.0f", f.watchKB), fmt.Sprintf("%.0f", f.afterRSS-f.idleRSS)
 		}
-		fmt.Printf("| %s | %s | %s | %.0f | %.2f, %.2f | %.2f, %.2f | %.0f, %.0f | %s | %s | %s | %s |\n", p.name, cpu, share, median(f.rate),
-			median(f.p50)/1e3, median(f.p99)/1e3, median(f.single50)/1e3, median(f.single99)/1e3, median(f.download), median(f.upload), rss, more, watch, after)
+		fmt.Printf("| %s | %s | %s | %.0f | %.2f, %.2f | %.2f, %.2f | %.0f, %.0f | %s | %s | %s | %s |\n",
+			p.name, cpu, share, median(f.rate),
+			median(f.p50)/1e3, median(f.p99)/1e3, median(f.single50)/1e3, median(f.single99)/1e3,
+			median(f.download), median(f.upload), rss, more, watch, after)
 	}
 	return nil
 }
@@ -102,7 +105,8 @@ func client(n int) *http.Client {
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(true)
 	return &http.Client{Transport: &http.Transport{
-		MaxIdleConnsPerHost: n, DisableCompression: true, Protocols: protocols, TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+		MaxIdleConnsPerHost: n, DisableCompression: true, Protocols: protocols,
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 	}}
 }
 

@@ -48,7 +48,8 @@ func status(ctx context.Context) error {
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		return err
 	}
-	fmt.Println("| pods | nodes | requests to the API server | KB from it | first answer ms | answers while it is good, µs | RSS MB at most |")
+	fmt.Println("| pods | nodes | requests to the API server | KB from it | first answer ms " +
+		"| answers while it is good, µs | RSS MB at most |")
 	fmt.Println("| --- | --- | --- | --- | --- | --- | --- |")
 	pods, nodes := 0, 0
 	for _, size := range []struct{ pods, nodes int }{{500, 10}, {50_000, 1_000}} {
@@ -157,7 +158,8 @@ func fill(ctx context.Context, config *rest.Config, pods, morePods, nodes, moreN
 	}
 	var images []corev1.ContainerImage
 	for i := range 50 {
-		images = append(images, corev1.ContainerImage{Names: []string{fmt.Sprintf("registry.example/a/rather/long/name-%d@sha256:%064d", i, i)}, SizeBytes: 1 << 26})
+		name := fmt.Sprintf("registry.example/a/rather/long/name-%d@sha256:%064d", i, i)
+		images = append(images, corev1.ContainerImage{Names: []string{name}, SizeBytes: 1 << 26})
 	}
 	list := corev1.ResourceList{"cpu": resource.MustParse("4"), "memory": resource.MustParse("16Gi")}
 	if err := inParallel(nodes, moreNodes, func(i int) error {

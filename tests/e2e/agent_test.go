@@ -174,7 +174,9 @@ resources: [../../base]
 components: [`+strings.Join(paths, ", ")+`]
 configMapGenerator: [{name: pipeops-agent, behavior: merge, envs: [agent.env]}]
 secretGenerator:
-  - {name: pipeops-agent, files: [token=agent-token], options: {disableNameSuffixHash: true, labels: {app.kubernetes.io/part-of: pipeops}}}
+  - name: pipeops-agent
+    files: [token=agent-token]
+    options: {disableNameSuffixHash: true, labels: {app.kubernetes.io/part-of: pipeops}}
   - {name: pipeops-agent-tls, files: [ca.crt]}
 patches: [`+i.patches+`]
 `)
@@ -236,7 +238,8 @@ func (i *installed) rights() {
 		may, not   string // verb and resource, and so on
 	}{
 		{nil, "list pods list nodes watch namespaces get pods/log list deployments.apps",
-			"get secrets create pods create pods/exec delete nodes create clusterroles.rbac.authorization.k8s.io * *.* get secrets:pipeops-agent-runners"},
+			"get secrets create pods create pods/exec delete nodes create clusterroles.rbac.authorization.k8s.io * *.* " +
+				"get secrets:pipeops-agent-runners"},
 		{[]string{"runners"}, "list pods get secrets:pipeops-agent-runners update secrets:pipeops-agent-runners",
 			"get secrets create secrets list secrets:pipeops-agent-runners get secrets:pipeops-agent * *.*"},
 		{[]string{"manage"}, "get secrets create pods create pods/exec delete deployments.apps",
@@ -276,12 +279,17 @@ func (i *installed) useKubectl(t *testing.T) {
 	ns := namespace(t)
 	i.mustKubectl(i.caller, "get", "nodes,namespaces")
 	i.write("web.yaml", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"}, "spec": {
-		"selector": {"matchLabels": {"app": "web"}}, "template": {"metadata": {"labels": {"app": "web"}}, "spec": {"terminationGracePeriodSeconds": 1, "containers": [{
-			"name": "web", "image": "`+cluster.Busybox+`", "command": ["/bin/busybox", "sh", "-c", "echo hello; ln -s busybox /bin/tar; mkdir -p /www; echo page >/www/index.html; exec httpd -f -p 8080 -h /www"]}]}}}}`)
+		"selector": {"matchLabels": {"app": "web"}}, "template": {"metadata": {"labels": {"app": "web"}}, "spec": {
+			"terminationGracePeriodSeconds": 1, "containers": [{
+				"name": "web", "image": "`+cluster.Busybox+`", "command": ["/bin/busybox", "sh", "-c", "`+
+		`echo hello; ln -s busybox /bin/tar; mkdir -p /www; echo page >/www/index.html; exec httpd -f -p 8080 -h /www`+
+		`"]}]}}}}`)
 	i.mustKubectl(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "web.yaml"))
 	i.mustKubectl(i.caller, "-n", ns, "rollout", "status", "deployment/web", "--timeout", "1m")
 	for _, name := range []string{"websocket", "spdy"} { // each pod ends with the command attached to it
-		i.mustKubectl(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "echo hello; exec cat")
+		i.mustKubectl(i.caller, "-n", ns, "run", "cat-"+name, "--stdin", "--attach=false", "--restart", "Never",
+			"--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--",
+			"/bin/busybox", "sh", "-c", "echo hello; exec cat")
 		i.mustKubectl(i.caller, "-n", ns, "wait", "--for", "condition=Ready", "pod/cat-"+name, "--timeout", "1m")
 	}
 	for name, env := range map[string][]string{"WebSocket": nil, "SPDY": {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false",
@@ -294,7 +302,9 @@ func (i *installed) useKubectl(t *testing.T) {
 			}{
 				{"", "hello\n", []string{"logs", "deployment/web"}},
 				{"there and back", "there and back", []string{"exec", "-i", "deployment/web", "--", "/bin/busybox", "cat"}},
-				{"typed\n", "typed\n", []string{"run", strings.ToLower(name), "-i", "--rm", "--quiet", "--restart", "Never", "--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--", "/bin/busybox", "sh", "-c", "read line; echo $line"}},
+				{"typed\n", "typed\n", []string{"run", strings.ToLower(name), "-i", "--rm", "--quiet", "--restart", "Never",
+					"--image", cluster.Busybox, "--image-pull-policy", "Never", "--command", "--",
+					"/bin/busybox", "sh", "-c", "read line; echo $line"}},
 			} {
 				out, err := i.run(i.caller, test.stdin, env, append([]string{"-n", ns}, test.args...)...)
 				if err != nil || !strings.Contains(out, test.want) {
@@ -389,11 +399,12 @@ func (i *installed) restarts(t *testing.T) {
 	var mu sync.Mutex
 	seen := map[string]bool{}
 	factory := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithNamespace(ns))
-	if _, err := factory.Core().V1().ConfigMaps().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: func(object any) {
+	handler := cache.ResourceEventHandlerFuncs{AddFunc: func(object any) {
 		mu.Lock()
 		defer mu.Unlock()
 		seen[object.(*corev1.ConfigMap).Name] = true
-	}}); err != nil {
+	}}
+	if _, err := factory.Core().V1().ConfigMaps().Informer().AddEventHandler(handler); err != nil {
 		t.Fatal(err)
 	}
 	factory.Start(t.Context().Done())
@@ -426,7 +437,9 @@ func (i *installed) frpsAway(t *testing.T) {
 	state := func(ready bool) (restarts string) {
 		t.Helper()
 		eventually(t, func() error {
-			out := i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, frpc: {.status.initContainerStatuses[1].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}`)
+			out := i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", "jsonpath={range .items[*]}"+
+				`{.status.conditions[?(@.type=="Ready")].status} bootstrap: {.status.initContainerStatuses[0].restartCount}, `+
+				"frpc: {.status.initContainerStatuses[1].restartCount}, proxy: {.status.containerStatuses[0].restartCount}{end}")
 			var found bool
 			if restarts, found = strings.CutPrefix(out, map[bool]string{true: "True ", false: "False "}[ready]); !found {
 				return fmt.Errorf("the pod is %s", out)

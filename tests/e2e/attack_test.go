@@ -75,7 +75,8 @@ func TestAttacksKillNoContainer(t *testing.T) {
 		t.Fatal(err)
 	}
 	i.write("rolls.yaml", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "rolls"}, "spec": {
-		"replicas": 2, "selector": {"matchLabels": {"app": "rolls"}}, "template": {"metadata": {"labels": {"app": "rolls"}}, "spec": {
+		"replicas": 2, "selector": {"matchLabels": {"app": "rolls"}},
+		"template": {"metadata": {"labels": {"app": "rolls"}}, "spec": {
 			"terminationGracePeriodSeconds": 1, "containers": [{"name": "main", "image": "`+cluster.Busybox+`"}]}}}}`)
 	i.mustKubectl(i.caller, "-n", ns, "apply", "-f", filepath.Join(i.dir, "rolls.yaml"))
 	i.mustKubectl(i.caller, "-n", ns, "rollout", "status", "deployment/rolls", "--timeout", "1m")

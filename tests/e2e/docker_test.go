@@ -29,14 +29,17 @@ func startDocker(t *testing.T) *docker {
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	podman := fmt.Sprintf("podman --root %[1]s/store --runroot %[1]s/run --tmpdir %[1]s/tmp --storage-driver vfs --cgroup-manager cgroupfs --events-backend file", dir)
+	podman := fmt.Sprintf("podman --root %[1]s/store --runroot %[1]s/run --tmpdir %[1]s/tmp "+
+		"--storage-driver vfs --cgroup-manager cgroupfs --events-backend file", dir)
 	socket := "unix://" + filepath.Join(dir, "podman.sock")
 	settings := filepath.Join(dir, "containers.conf")
 	d := &docker{shell: newShell(t, dir, "CONTAINERS_CONF="+settings, "DOCKER_HOST="+socket,
 		"KUBECONFIG="+node.Kubeconfig)}
 	// Otherwise podman would raise the limits, which fails without CAP_SYS_RESOURCE, and share its locks with other
 	// podmans.
-	if err := os.WriteFile(settings, []byte("[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n[engine]\nlock_type = \"file\"\n"), 0o600); err != nil {
+	const limits = "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n" +
+		"[engine]\nlock_type = \"file\"\n"
+	if err := os.WriteFile(settings, []byte(limits), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	d.program("docker", `if [ "$1" = compose ]; then shift; exec docker-compose "$@"; fi; `+inNode(podman))
@@ -48,7 +51,8 @@ func startDocker(t *testing.T) *docker {
 				t.Logf("log of %s: %v\n%s", name, err, out)
 			}
 		}
-		if _, err := d.run("docker rm --all --force --time 1; docker volume rm --all --force; docker rmi --all --force"); err != nil {
+		const clean = "docker rm --all --force --time 1; docker volume rm --all --force; docker rmi --all --force"
+		if _, err := d.run(clean); err != nil {
 			t.Error(err)
 		}
 		// podman's service, and the monitors of `exec` commands, which would run for five minutes more.

@@ -30,8 +30,9 @@ func startFrps(t *testing.T, group *process.Group) *ownFrps {
 		t.Fatal(err)
 	}
 	return &ownFrps{
-		settings: fmt.Sprintf("PIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\nPIPEOPS_FRP_TUNNEL_TYPE=http\nPIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true\n", frpToken, node.HostIP, bindPort),
-		callers:  fmt.Sprintf("http://%s:%d", node.HostIP, vhostPort),
+		settings: fmt.Sprintf("PIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\n"+
+			"PIPEOPS_FRP_TUNNEL_TYPE=http\nPIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true\n", frpToken, node.HostIP, bindPort),
+		callers: fmt.Sprintf("http://%s:%d", node.HostIP, vhostPort),
 	}
 }
 

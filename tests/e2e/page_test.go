@@ -111,7 +111,8 @@ type shell struct {
 func newShell(t *testing.T, dir string, env ...string) *shell {
 	t.Helper()
 	bin := filepath.Join(dir, "bin")
-	return &shell{t, dir, append([]string{"PATH=" + bin + ":" + filepath.Join(harness.Root(t), ".build", "bin") + ":" + os.Getenv("PATH"), "HOME=" + dir}, env...)}
+	path := "PATH=" + bin + ":" + filepath.Join(harness.Root(t), ".build", "bin") + ":" + os.Getenv("PATH")
+	return &shell{t, dir, append([]string{path, "HOME=" + dir}, env...)}
 }
 
 // program adds a script under the given name to PATH.
@@ -206,7 +207,8 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	const rollout = "kubectl -n pipeops-system rollout status"
 
-	if _, err := sh.run(p.command(t, "kubectl apply -k manifests")); err == nil || !strings.Contains(err.Error(), "agent.env: no such file") {
+	if _, err := sh.run(p.command(t, "kubectl apply -k manifests")); err == nil ||
+		!strings.Contains(err.Error(), "agent.env: no such file") {
 		t.Errorf("without its files: %v", err)
 	}
 	do("echo PIPEOPS_AGENT_ID=")
@@ -226,7 +228,8 @@ func installOnCluster(t *testing.T, p *page) {
 	sh.must("cp manifests/overlays/test/ca.crt .")
 	do("kubectl -n pipeops-system create secret generic pipeops-agent-tls")
 	do(rollout)
-	if out := do("kubectl -n pipeops-system exec deployment/pipeops-agent -c bootstrap"); strings.Contains(out, "failed") || strings.Contains(out, "skipped") {
+	out := do("kubectl -n pipeops-system exec deployment/pipeops-agent -c bootstrap")
+	if strings.Contains(out, "failed") || strings.Contains(out, "skipped") {
 		t.Errorf("doctor:\n%s", out)
 	}
 	if out := do("kubectl -n pipeops-system logs"); !strings.Contains(out, "lease") {
@@ -236,7 +239,8 @@ func installOnCluster(t *testing.T, p *page) {
 
 	// An upgrade, and its rollback.
 	mapOf := func() string {
-		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent", "-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
+		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent",
+			"-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
 	}
 	before := mapOf()
 	i.write("agent.env", settings+"PIPEOPS_LOG_LEVEL=debug\n")
@@ -251,7 +255,8 @@ func installOnCluster(t *testing.T, p *page) {
 	do(rollout)
 	stop()
 	if len(l.errors)+len(l.raw) > 0 {
-		t.Errorf("during the upgrade of %d calls %d failed, such as: %v", l.calls.Load(), len(l.errors)+len(l.raw), slices.Concat(l.errors, l.raw)[0])
+		t.Errorf("during the upgrade of %d calls %d failed, such as: %v",
+			l.calls.Load(), len(l.errors)+len(l.raw), slices.Concat(l.errors, l.raw)[0])
 	}
 	if mapOf() == before {
 		t.Error("a changed setting does not roll the pods")
@@ -265,7 +270,8 @@ func installOnCluster(t *testing.T, p *page) {
 	callers("your-agent-token")
 
 	pods := func() string { // with the restarts of their proxies
-		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
+		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "pods", "-o",
+			`jsonpath={range .items[*]}{.metadata.name}: {.status.containerStatuses[*].restartCount}{"\n"}{end}`)
 	}
 	eventually(t, func() error { // the previous pods drain
 		if before = pods(); strings.Count(before, "\n") != 1 {
@@ -301,12 +307,14 @@ func installOnCluster(t *testing.T, p *page) {
 			t.Error(err)
 		}
 	})
-	if _, err := i.run(i.admin, cluster.PrometheusOperatorKinds, nil, "wait", "--for", "condition=Established", "-f", "-"); err != nil {
+	if _, err := i.run(i.admin, cluster.PrometheusOperatorKinds, nil,
+		"wait", "--for", "condition=Established", "-f", "-"); err != nil {
 		t.Fatal(err)
 	}
 	objects := func() []string {
-		names := strings.Fields(i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "name", "-l", "app.kubernetes.io/part-of=pipeops",
-			"clusterroles,clusterrolebindings,namespaces,roles,rolebindings,secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments"))
+		names := strings.Fields(i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "name",
+			"-l", "app.kubernetes.io/part-of=pipeops", "clusterroles,clusterrolebindings,namespaces,roles,rolebindings,"+
+				"secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments"))
 		return slices.DeleteFunc(names, func(name string) bool { // current and previous settings
 			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard"
 		})
@@ -331,10 +339,12 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 
 	sh.must(p.block(t, "kubectl delete clusterrole,clusterrolebinding -l"))
-	if out := i.mustKubectl(i.admin, "get", "namespace,clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
+	if out := i.mustKubectl(i.admin, "get", "namespace,clusterrole,clusterrolebinding",
+		"-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
 		t.Errorf("left: %s", out)
 	}
-	if out, err := i.run(i.caller, "", nil, "get", "--raw", "/version"); err == nil || !strings.Contains(err.Error(), "is not connected to the control plane") {
+	if out, err := i.run(i.caller, "", nil, "get", "--raw", "/version"); err == nil ||
+		!strings.Contains(err.Error(), "is not connected to the control plane") {
 		t.Errorf("the tunnel: %s, %v", out, err)
 	}
 }

@@ -118,13 +118,15 @@ func TestNodePodReachesTheAPIServer(t *testing.T) {
 	ns := namespace(t)
 	p := pod("asks", "")
 	p.Spec.SecurityContext = &corev1.PodSecurityContext{
-		RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To(int64(65532)), SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+		RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To(int64(65532)),
+		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 	}
 	p.Spec.Containers = []corev1.Container{{
 		Name: "kubectl", Image: image, Args: []string{"auth", "whoami", "-o",
 			"jsonpath={.status.userInfo.username} at $(KUBERNETES_SERVICE_HOST)"},
 		SecurityContext: &corev1.SecurityContext{
-			AllowPrivilegeEscalation: ptr.To(false), ReadOnlyRootFilesystem: ptr.To(true), Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+			AllowPrivilegeEscalation: ptr.To(false), ReadOnlyRootFilesystem: ptr.To(true),
+			Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
 		},
 	}}
 	create(t, ns, p, corev1.PodSucceeded)
@@ -191,8 +193,10 @@ func TestNodeOrdersNativeSidecars(t *testing.T) {
 	p.Spec.Volumes = []corev1.Volume{{Name: "shared",
 		VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{Medium: corev1.StorageMediumMemory}}}}
 	p.Spec.Containers[0].VolumeMounts = shared
-	sidecar := pod("sidecar", "trap 'cat /shared/main; exit' TERM; sleep 0.5; touch /shared/sidecar; while :; do sleep 0.1; done").Spec.Containers[0]
-	sidecar.Name, sidecar.RestartPolicy, sidecar.VolumeMounts = "sidecar", ptr.To(corev1.ContainerRestartPolicyAlways), shared
+	const script = "trap 'cat /shared/main; exit' TERM; sleep 0.5; touch /shared/sidecar; while :; do sleep 0.1; done"
+	sidecar := pod("sidecar", script).Spec.Containers[0]
+	sidecar.Name, sidecar.VolumeMounts = "sidecar", shared
+	sidecar.RestartPolicy = ptr.To(corev1.ContainerRestartPolicyAlways)
 	sidecar.StartupProbe = &corev1.Probe{
 		PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/bin/busybox",
 			"test", "-f", "/shared/sidecar"}}},

@@ -26,14 +26,16 @@ func pushImages(t *testing.T, p *page) {
 		}
 		return path
 	}
-	config := write("registry.yaml", "version: 0.1\nlog: {level: error}\nhttp: {addr: "+registry+"}\nstorage: {filesystem: {rootdirectory: "+dir+"/registry}}\n")
+	config := write("registry.yaml", "version: 0.1\nlog: {level: error}\nhttp: {addr: "+registry+"}\n"+
+		"storage: {filesystem: {rootdirectory: "+dir+"/registry}}\n")
 	if _, err := group.Start("registry", nil, "docker-registry", "serve", config); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, func() error { return process.Listening(registry) })
 	sh := newShell(t, dir, "GOFLAGS="+os.Getenv("GOFLAGS"))
 	sh.must("mkdir -p .config/containers")
-	write(".config/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = %[1]q\ninsecure = true\n[[registry]]\nprefix = \"docker.io\"\nlocation = %[1]q\ninsecure = true\n", registry))
+	write(".config/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = %[1]q\ninsecure = true\n"+
+		"[[registry]]\nprefix = \"docker.io\"\nlocation = %[1]q\ninsecure = true\n", registry))
 
 	push := strings.ReplaceAll(p.command(t, "make push"), "registry.example.com", registry)
 	pushed := regexp.MustCompile(regexp.QuoteMeta(registry) +
@@ -48,11 +50,14 @@ func pushImages(t *testing.T, p *page) {
 	// In a copy, because it writes into the manifests; and twice, as for a later version.
 	sh.must(fmt.Sprintf("cp -r %[1]s/Makefile %[1]s/manifests .", root))
 	frpc := regexp.MustCompile(`fatedier/frpc:v[0-9.]+`).FindString(sh.must("cat manifests/docker/compose.yaml"))
-	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/%s", root, registry, frpc))
+	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/%s",
+		root, registry, frpc))
 	digest := strings.TrimSpace(sh.must("skopeo inspect --no-tags --format '{{.Digest}}' docker://docker.io/" + frpc))
 	for range 2 {
 		sh.must(p.command(t, "make frpc-digest"))
-		for _, rendered := range []string{sh.must("kubectl kustomize manifests/base"), sh.must("cat manifests/docker/compose.yaml")} {
+		for _, rendered := range []string{
+			sh.must("kubectl kustomize manifests/base"), sh.must("cat manifests/docker/compose.yaml"),
+		} {
 			if !strings.Contains(rendered, "image: docker.io/"+frpc+"@"+digest+"\n") {
 				t.Errorf("it does not name %s@%s:\n%s", frpc, digest, rendered)
 			}

@@ -76,7 +76,10 @@ func TestResponsesAreForwardedUnchanged(t *testing.T) {
 			}{{direct, api.agent.Host}, {tunnel, caller.Host}} {
 				resp, body := get(t, from.client, from.root+test.path, test.header.Clone())
 				got[i] = seen{resp.Status, map[string][]string{}, body}
-				for _, name := range []string{"Content-Type", "Content-Encoding", "Vary", "Warning", "Cache-Control", "Etag", "Location", "Retry-After", "X-Kubernetes-Pf-Flowschema-Uid"} {
+				for _, name := range []string{
+					"Content-Type", "Content-Encoding", "Vary", "Warning", "Cache-Control", "Etag", "Location", "Retry-After",
+					"X-Kubernetes-Pf-Flowschema-Uid",
+				} {
 					got[i].Header[name] = resp.Header.Values(name)
 				}
 			}

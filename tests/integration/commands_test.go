@@ -41,7 +41,8 @@ func TestRunCommandPrintsAWorkingKubeconfig(t *testing.T) {
 	if got := w.mustKubectl("get", "namespace", "kube-system", "-o", "name"); got != "namespace/kube-system\n" {
 		t.Errorf("kubectl: got %q", got)
 	}
-	curl := regexp.MustCompile(`curl --cacert (\S+) -H "Authorization: Bearer \$\(cat (\S+)\)" (\S+)`).FindStringSubmatch(run.Log())
+	pattern := regexp.MustCompile(`curl --cacert (\S+) -H "Authorization: Bearer \$\(cat (\S+)\)" (\S+)`)
+	curl := pattern.FindStringSubmatch(run.Log())
 	if curl == nil {
 		t.Fatalf("it prints no command for the agent's own API:\n%s", run.Log())
 	}

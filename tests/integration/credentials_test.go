@@ -23,7 +23,8 @@ func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
 		"exec plugin": func(token string) *clientcmdapi.AuthInfo {
 			return &clientcmdapi.AuthInfo{Exec: &clientcmdapi.ExecConfig{
 				APIVersion: "client.authentication.k8s.io/v1", InteractiveMode: clientcmdapi.NeverExecInteractiveMode,
-				Command: "sh", Args: []string{"-c", `printf '{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"%s"}}' "$(cat ` + token + `)"`},
+				Command: "sh", Args: []string{"-c", `printf '{"apiVersion":"client.authentication.k8s.io/v1",` +
+					`"kind":"ExecCredential","status":{"token":"%s"}}' "$(cat ` + token + `)"`},
 			}}
 		},
 	} {

@@ -51,19 +51,25 @@ func TestDoctorFindsTheBrokenHop(t *testing.T) {
 			"permissions":    "may list pods, list nodes, keep runners",
 		}},
 		{"configuration", func(w *world) { w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=nonsense") },
-			[]string{failed, skipped, skipped, skipped, skipped, skipped, skipped, skipped, skipped}, map[string]string{"configuration": "agent.api_url (PIPEOPS_API_URL): is not the URL of a control plane"}},
-		{"no control plane", func(w *world) { w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=https://"+harness.FreeAddr(w.t)) },
-			[]string{ok, ok, failed, skipped, skipped, ok, ok, ok, ok}, map[string]string{"control plane": "connection refused: check agent.api_url"}},
+			[]string{failed, skipped, skipped, skipped, skipped, skipped, skipped, skipped, skipped},
+			map[string]string{"configuration": "agent.api_url (PIPEOPS_API_URL): is not the URL of a control plane"}},
+		{"no control plane", func(w *world) {
+			w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=https://"+harness.FreeAddr(w.t))
+		}, []string{ok, ok, failed, skipped, skipped, ok, ok, ok, ok},
+			map[string]string{"control plane": "connection refused: check agent.api_url"}},
 		{"wrong token", func(w *world) { w.cp.SetAgent(agentID, "another") },
-			[]string{ok, ok, ok, failed, skipped, ok, ok, ok, ok}, map[string]string{"authentication": "refuses the agent's token (401 Unauthorized"}},
+			[]string{ok, ok, ok, failed, skipped, ok, ok, ok, ok},
+			map[string]string{"authentication": "refuses the agent's token (401 Unauthorized"}},
 		{"no frps", func(w *world) {
 			w.cp.StopFrps()
 			wantReady(w.t, w.agent, "tunnel", "frps at ")
-		}, []string{ok, ok, ok, ok, failed, failed, ok, ok, ok}, map[string]string{"frps": "connection refused: check frp.server_addr", "tunnel": "frpc is not logged in to frps"}},
+		}, []string{ok, ok, ok, ok, failed, failed, ok, ok, ok}, map[string]string{
+			"frps": "connection refused: check frp.server_addr", "tunnel": "frpc is not logged in to frps"}},
 		{"no frpc", func(w *world) { w.agent.Frpc.Kill() },
 			[]string{ok, ok, ok, ok, ok, failed, ok, ok, ok}, map[string]string{"tunnel": "check that the frpc container runs"}},
 		{"no proxy", func(w *world) { w.agent.Proxy.Kill() },
-			[]string{ok, ok, ok, ok, ok, ok, failed, skipped, skipped}, map[string]string{"proxy": "check that the proxy container runs"}},
+			[]string{ok, ok, ok, ok, ok, ok, failed, skipped, skipped},
+			map[string]string{"proxy": "check that the proxy container runs"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

@@ -62,7 +62,8 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 		return nil
 	})
 
-	big := `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},"data":{"a":"` + strings.Repeat("x", 4<<20) + `"}}`
+	big := `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},` +
+		`"data":{"a":"` + strings.Repeat("x", 4<<20) + `"}}`
 	eviction := `{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"pod","namespace":"` + ns + `"}}`
 	cases := []struct {
 		what  string

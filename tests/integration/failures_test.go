@@ -102,7 +102,9 @@ func TestReadyExplainsWhyTheTunnelIsDown(t *testing.T) {
 func TestReadyReportsALostTunnel(t *testing.T) {
 	w := connected(t)
 	w.cp.StopFrps()
-	wantReady(t, w.agent, "tunnel", fmt.Sprintf("frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr (PIPEOPS_FRP_SERVER_ADDR) and frp.server_port (PIPEOPS_FRP_SERVER_PORT), and that the network allows TCP connections to it", w.cp.FrpsPort))
+	wantReady(t, w.agent, "tunnel", fmt.Sprintf(
+		"frps at 127.0.0.1:%d cannot be reached: dial tcp 127.0.0.1:%[1]d: connect: connection refused: check frp.server_addr (PIPEOPS_FRP_SERVER_ADDR) and frp.server_port (PIPEOPS_FRP_SERVER_PORT), and that the network allows TCP connections to it",
+		w.cp.FrpsPort))
 	if r := w.kubectl(w.caller, "", "get", "namespaces"); r.Code == 0 ||
 		!strings.Contains(r.Stderr, "the gateway cannot reach frps: dial tcp") {
 		t.Errorf("kubectl: %+v", r)
@@ -134,7 +136,8 @@ func TestUnverifiedFrpsGetsNoCredential(t *testing.T) {
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
 	}
-	wantReady(t, w.agent, "tunnel", "frps at "+addr+" presents the certificate that frps makes for itself, which nobody can verify: ")
+	wantReady(t, w.agent, "tunnel",
+		"frps at "+addr+" presents the certificate that frps makes for itself, which nobody can verify: ")
 	eventually(t, func() error {
 		if strings.Count(w.agent.Frpc.Log(), "connect to server error: ") < 2 {
 			return errors.New(w.agent.Frpc.Log())
@@ -161,7 +164,8 @@ func ownFrps(t *testing.T, token string) (w *world, addr string) {
 		t.Fatal(err)
 	}
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
-		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port), "PIPEOPS_FRP_TLS_CA_FILE=", "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true", "PIPEOPS_FRP_TUNNEL_TYPE=http")
+		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port),
+		"PIPEOPS_FRP_TLS_CA_FILE=", "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true", "PIPEOPS_FRP_TUNNEL_TYPE=http")
 	return w, fmt.Sprintf("127.0.0.1:%d", port)
 }
 
@@ -186,7 +190,8 @@ func startedWithAPIServer(t *testing.T, change func(*rest.Config)) *world {
 // the agent's own credential that the API server refuses.
 func TestAPIServer401BecomesA502(t *testing.T) {
 	w := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
-	const want = "the Kubernetes API server refuses the agent's credential (401 Unauthorized): check the agent's ServiceAccount or kubeconfig; the caller's token was accepted"
+	const want = "the Kubernetes API server refuses the agent's credential (401 Unauthorized): " +
+		"check the agent's ServiceAccount or kubeconfig; the caller's token was accepted"
 	wantReady(t, w.agent, "kubernetes", want)
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
 }
@@ -195,7 +200,8 @@ func TestAPIServer401BecomesA502(t *testing.T) {
 func TestUnreachableAPIServerIsA502(t *testing.T) {
 	closed := harness.FreeAddr(t)
 	w := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + closed })
-	want := "the agent cannot reach the Kubernetes API server at " + closed + ": dial tcp " + closed + ": connect: connection refused: check that it runs, and the agent's kubeconfig"
+	want := "the agent cannot reach the Kubernetes API server at " + closed + ": dial tcp " + closed +
+		": connect: connection refused: check that it runs, and the agent's kubeconfig"
 	wantReady(t, w.agent, "kubernetes", want)
 	wantKubectl(t, w, w.caller, "Error from server (BadGateway): ", want)
 }
@@ -212,8 +218,8 @@ func TestCallersWithoutTheTokenAreRefused(t *testing.T) {
 		"the agent refuses the request: the bearer token is not this agent's token: check the token in the kubeconfig or client")
 	for path, want := range map[string]int{
 		"/health": http.StatusOK, "/ready": http.StatusOK, "/version": http.StatusOK,
-		"/metrics": http.StatusUnauthorized, "/api/k8s/": http.StatusUnauthorized, "/api/k8s/version": http.StatusUnauthorized,
-		"/nothing": http.StatusNotFound,
+		"/metrics": http.StatusUnauthorized, "/api/k8s/": http.StatusUnauthorized,
+		"/api/k8s/version": http.StatusUnauthorized, "/nothing": http.StatusNotFound,
 	} {
 		if resp, body := get(t, http.DefaultClient, w.agent.Tunnel+path, nil); resp.StatusCode != want {
 			t.Errorf("%s: got %s, want %d: %s", path, resp.Status, want, body)
@@ -272,5 +278,6 @@ func TestReadyReportsAStoppedEtcd(t *testing.T) {
 	w := startedWithAPIServer(t, func(config *rest.Config) { *config = *own.Config })
 	w.waitReady()
 	own.Etcd.Kill()
-	wantReady(t, w.agent, "kubernetes", "the Kubernetes API server at "+strings.TrimPrefix(own.Config.Host, "https://")+" answers GET /readyz: 500 Internal Server Error; [-]etcd failed")
+	wantReady(t, w.agent, "kubernetes", "the Kubernetes API server at "+strings.TrimPrefix(own.Config.Host, "https://")+
+		" answers GET /readyz: 500 Internal Server Error; [-]etcd failed")
 }

@@ -66,7 +66,8 @@ func TestKubectlPrintsTheSameThroughTheTunnel(t *testing.T) {
 func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	const (
-		deployment = `{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"d"},"spec":{"replicas":%d,"selector":{"matchLabels":{"a":"b"}},
+		deployment = `{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"d"},"spec":{
+			"replicas":%d,"selector":{"matchLabels":{"a":"b"}},
 			"template":{"metadata":{"labels":{"a":"b"}},"spec":{"containers":[{"name":"c","image":"i"}]}}}}`
 		odd = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"odd"},"data":{},"nonsense":1}`
 	)
@@ -106,7 +107,11 @@ func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 		ns := w.namespace()
 		for _, step := range steps {
 			r := withoutAges(w.kubectl(kubeconfig, step.stdin, append(strings.Fields(step.command), "-n", ns)...))
-			for _, unique := range []*regexp.Regexp{regexp.MustCompile(ns), regexp.MustCompile(`(LIVE|MERGED)-\d+`), regexp.MustCompile(`\d{4}-\d\d-\d\d[T ][0-9:.]+( \+0000)?`), regexp.MustCompile(`uid: \S+`), regexp.MustCompile(`resourceVersion: \S+`)} {
+			for _, unique := range []*regexp.Regexp{
+				regexp.MustCompile(ns), regexp.MustCompile(`(LIVE|MERGED)-\d+`),
+				regexp.MustCompile(`\d{4}-\d\d-\d\d[T ][0-9:.]+( \+0000)?`),
+				regexp.MustCompile(`uid: \S+`), regexp.MustCompile(`resourceVersion: \S+`),
+			} {
 				r.Stdout, r.Stderr = unique.ReplaceAllString(r.Stdout, "X"), unique.ReplaceAllString(r.Stderr, "X")
 			}
 			output[kubeconfig] = append(output[kubeconfig], r)
@@ -258,7 +263,8 @@ func TestAbsentAgentIsNotReportedAsNotFound(t *testing.T) {
 		t.Run(command, func(t *testing.T) {
 			t.Parallel() // kubectl retries ten times, a second apart
 			r := w.kubectl(w.caller, "", strings.Fields(command)...)
-			if r.Code == 0 || !strings.Contains(r.Stderr, `agent "agent-001" is not connected to the control plane: look at its pod's bootstrap and frpc logs`) {
+			if r.Code == 0 || !strings.Contains(r.Stderr,
+				`agent "agent-001" is not connected to the control plane: look at its pod's bootstrap and frpc logs`) {
 				t.Errorf("got %+v", r)
 			}
 		})

@@ -168,7 +168,8 @@ func runningPod(t *testing.T, k *kubelet, ns string) {
 	if _, err := api.Client.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	status := fmt.Sprintf(`{"status":{"addresses":[{"type":"InternalIP","address":"127.0.0.1"}],"daemonEndpoints":{"kubeletEndpoint":{"Port":%d}}}}`, n)
+	status := fmt.Sprintf(`{"status":{"addresses":[{"type":"InternalIP","address":"127.0.0.1"}],`+
+		`"daemonEndpoints":{"kubeletEndpoint":{"Port":%d}}}}`, n)
 	if _, err := api.Client.CoreV1().Nodes().Patch(ctx, node.Name, types.StrategicMergePatchType, []byte(status),
 		metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
@@ -186,7 +187,8 @@ func runningPod(t *testing.T, k *kubelet, ns string) {
 			metav1.DeleteOptions{GracePeriodSeconds: &now})
 		_ = api.Client.CoreV1().Nodes().Delete(context.Background(), node.Name, metav1.DeleteOptions{})
 	})
-	status = `{"status":{"phase":"Running","containerStatuses":[{"name":"c","image":"none","imageID":"","ready":true,"restartCount":0,"state":{"running":{}}}]}}`
+	status = `{"status":{"phase":"Running","containerStatuses":[{"name":"c","image":"none","imageID":"",` +
+		`"ready":true,"restartCount":0,"state":{"running":{}}}]}}`
 	if _, err := api.Client.CoreV1().Pods(ns).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(status),
 		metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
@@ -384,7 +386,9 @@ func TestPortForwardServesConnections(t *testing.T) {
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
 	page := strings.Repeat("x", 1<<20)
-	pod := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(rw, page) }))
+	pod := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(rw, page)
+	}))
 	t.Cleanup(pod.Close)
 	_, port, err := net.SplitHostPort(pod.Listener.Addr().String())
 	if err != nil {
@@ -394,7 +398,8 @@ func TestPortForwardServesConnections(t *testing.T) {
 		forward := w.startKubectl("forward-"+filepath.Base(t.Name()), "port-forward", "pod/pod", "-n", ns, ":"+port)
 		var local []string
 		eventually(t, func() error {
-			if local = regexp.MustCompile(`Forwarding from (127\.0\.0\.1:\d+) ->`).FindStringSubmatch(forward.Log()); local == nil {
+			local = regexp.MustCompile(`Forwarding from (127\.0\.0\.1:\d+) ->`).FindStringSubmatch(forward.Log())
+			if local == nil {
 				return errors.New("not forwarding: " + forward.Log())
 			}
 			return nil

@@ -149,17 +149,26 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 	}
 	try(http.MethodPost, "/api/agent/heartbeat", "/api/agent/heartbeat", agentToken, "")
 	const messages = "/api/control-plane/message"
-	for _, body := range []string{`{"id":"1","type":"ping"}`, `{`, strings.Repeat("x", 1<<20), "plain", `{"id":"1","type":"x"}`} {
+	for _, body := range []string{
+		`{"id":"1","type":"ping"}`, `{`, strings.Repeat("x", 1<<20), "plain", `{"id":"1","type":"x"}`,
+	} {
 		try(http.MethodPost, messages, messages, agentToken, body)
 	}
 	// The agent accepts what matches the schema Message, and refuses the rest with 422.
 	for _, body := range []string{
-		`{"id":"m","type":"ping","data":[5]}`, `{"id":"m","type":"ping","timestamp":null}`, `{"id":"m","type":"ping","timestamp":"now"}`,
-		`{"id":"","type":"ping"}`, `{"id":"` + strings.Repeat("m", 129) + `","type":"ping"}`, `{"id":"ü","type":"ping"}`, `{"id":"m","type":"ping","more":1}`, `{"id":"m"}`,
-		`{"id":"u","type":"runner_unassigned","data":{"runner_id":"r"}}`, `{"id":"m","type":"runner_unassigned","data":{"runner_id":"r","more":1}}`,
-		`{"id":"m","type":"runner_unassigned"}`, `{"id":"m","type":"runner_unassigned","data":{}}`, `{"id":"m","type":"runner_unassigned","data":[]}`, `{"id":"m","type":"runner_unassigned","data":{"runner_id":"_"}}`,
-		`{"id":"a","type":"runner_assigned","data":` + assignment("r", "http://r.a.svc/") + `}`, `{"id":"m","type":"runner_assigned","data":{"runner_id":"r"}}`,
-		`{"id":"m","type":"runner_assigned","data":` + assignment("r", "ftp://r.a.svc/") + `}`, `{"id":"m","type":"runner_assigned","data":` + assignment("r", "http://r.a.svc/"+strings.Repeat("x", 2048)) + `}`,
+		`{"id":"m","type":"ping","data":[5]}`, `{"id":"m","type":"ping","timestamp":null}`,
+		`{"id":"m","type":"ping","timestamp":"now"}`, `{"id":"","type":"ping"}`,
+		`{"id":"` + strings.Repeat("m", 129) + `","type":"ping"}`, `{"id":"ü","type":"ping"}`,
+		`{"id":"m","type":"ping","more":1}`, `{"id":"m"}`,
+		`{"id":"u","type":"runner_unassigned","data":{"runner_id":"r"}}`,
+		`{"id":"m","type":"runner_unassigned","data":{"runner_id":"r","more":1}}`,
+		`{"id":"m","type":"runner_unassigned"}`, `{"id":"m","type":"runner_unassigned","data":{}}`,
+		`{"id":"m","type":"runner_unassigned","data":[]}`,
+		`{"id":"m","type":"runner_unassigned","data":{"runner_id":"_"}}`,
+		`{"id":"a","type":"runner_assigned","data":` + assignment("r", "http://r.a.svc/") + `}`,
+		`{"id":"m","type":"runner_assigned","data":{"runner_id":"r"}}`,
+		`{"id":"m","type":"runner_assigned","data":` + assignment("r", "ftp://r.a.svc/") + `}`,
+		`{"id":"m","type":"runner_assigned","data":` + assignment("r", "http://r.a.svc/"+strings.Repeat("x", 2048)) + `}`,
 	} {
 		value, err := jsonschema.UnmarshalJSON(strings.NewReader(body))
 		if err != nil {
@@ -180,7 +189,8 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, strings.Repeat("x", 11<<20))
 	try(http.MethodPost, command, "/api/runners/sink/command", agentToken, "loop")
 	fillRegistry(t, runnersNS)
-	try(http.MethodPost, messages, messages, agentToken, `{"id":"full","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/"+strings.Repeat("x", 2000))+`}`)
+	try(http.MethodPost, messages, messages, agentToken, `{"id":"full","type":"runner_assigned","data":`+
+		assignment("r", "http://r.a.svc/"+strings.Repeat("x", 2000))+`}`)
 	noRight := viewer(t)
 	w.agent, noRight.agent = noRight.agent, w.agent
 	try(http.MethodPost, messages, messages, agentToken, `{"id":"2","type":"runner_unassigned","data":{"runner_id":"r"}}`)

@@ -255,7 +255,8 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	if w.agent.FrpcRestarts() != 0 || time.Now().Before(first.ExpiresAt) {
 		t.Errorf("frpc was restarted %d times; the first lease ends at %s", w.agent.FrpcRestarts(), first.ExpiresAt)
 	}
-	t.Logf("%d renewals in %s: %d calls, %d failed; watch, exec and log stream uncut; frpc's pid is still %d", renewals, took.Round(time.Second), calls.Load(), failures.Load(), w.agent.Frpc.Pid())
+	t.Logf("%d renewals in %s: %d calls, %d failed; watch, exec and log stream uncut; frpc's pid is still %d",
+		renewals, took.Round(time.Second), calls.Load(), failures.Load(), w.agent.Frpc.Pid())
 }
 
 // list requests a list, and reads all of it.
@@ -378,7 +379,9 @@ func TestChangedTunnelIsReloadedWithoutARestart(t *testing.T) {
 func TestTunnelSurvivesAControlPlaneOutage(t *testing.T) {
 	t.Parallel()
 	w := connectedWithLeases(t, controlplane.Terms{Life: 40 * time.Second})
-	w.cp.Fail(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
+	w.cp.Fail(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}))
 	watch := w.stream()
 	first := w.lease()
 	want := "the renewal of the lease has failed since "
@@ -422,7 +425,9 @@ func TestMiddlebox403ClosesNoTunnel(t *testing.T) {
 	wantProblem := func() {
 		t.Helper()
 		eventually(t, func() error {
-			const want = "or something on the way to it, refuses the request (403 Forbidden, text/html): check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; unless a retry succeeds, the tunnel is closed when the lease expires"
+			const want = "or something on the way to it, refuses the request (403 Forbidden, text/html): " +
+				"check agent.api_url (PIPEOPS_API_URL), and the proxies and firewalls on the way; " +
+				"unless a retry succeeds, the tunnel is closed when the lease expires"
 			if code, ready, err := w.agent.Ready(t.Context()); err != nil || code != http.StatusOK ||
 				!strings.Contains(ready.Checks["tunnel"].Detail, want) {
 				return fmt.Errorf("/ready answers %d %+v, %w", code, ready, err)
@@ -479,7 +484,9 @@ func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 	if code := w.agent.Bootstrap.ExitCode(); code != 1 {
 		t.Errorf("bootstrap ends with %d", code)
 	}
-	const want = `accepts the token but does not let agent \"agent-001\" connect (403 Forbidden: the agent was revoked): check agent.id (PIPEOPS_AGENT_ID), and whether the agent was revoked; the tunnel is closed`
+	const want = `accepts the token but does not let agent \"agent-001\" connect ` +
+		`(403 Forbidden: the agent was revoked): check agent.id (PIPEOPS_AGENT_ID), ` +
+		`and whether the agent was revoked; the tunnel is closed`
 	if took := time.Since(first.FailingSince); took < 30*time.Second || took > 45*time.Second {
 		t.Errorf("the tunnel was closed after %s", took)
 	}

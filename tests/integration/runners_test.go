@@ -41,7 +41,8 @@ func sendMessage(t *testing.T, a *agent.Agent, id, kind, data string, duplicate 
 }
 
 func assignment(runner, endpoint string) string {
-	return fmt.Sprintf(`{"runner_id":%q,"runner_endpoint":%q,"runner_token":"token-of-%[1]s","assigned_at":"2026-01-02T03:04:05Z"}`, runner, endpoint)
+	return fmt.Sprintf(`{"runner_id":%q,"runner_endpoint":%q,"runner_token":"token-of-%[1]s",`+
+		`"assigned_at":"2026-01-02T03:04:05Z"}`, runner, endpoint)
 }
 
 // connectedWithRunners returns a world whose agent is ready, keeps its registry in a namespace of its own, and may

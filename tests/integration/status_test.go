@@ -138,7 +138,8 @@ func TestStatusMatchesTheCluster(t *testing.T) {
 func TestStatusOmitsWhatRBACForbids(t *testing.T) {
 	w := viewer(t)
 	c := w.status().Cluster
-	if c.Nodes != nil || !strings.Contains(c.Unavailable["nodes"], `nodes is forbidden: User "system:serviceaccount:pipeops-system:viewer" cannot list resource "nodes"`) ||
+	if c.Nodes != nil || !strings.Contains(c.Unavailable["nodes"],
+		`nodes is forbidden: User "system:serviceaccount:pipeops-system:viewer" cannot list resource "nodes"`) ||
 		c.Pods == nil || c.Version == nil || !c.Reachable || len(c.Unavailable) != 1 {
 		t.Errorf("got %+v", c)
 	}

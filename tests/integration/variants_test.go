@@ -49,7 +49,8 @@ func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer
 		certificates["trustedCaFile"] = clientCA
 	}
 	data, err := json.Marshal(map[string]any{
-		"bindAddr": "127.0.0.1", "bindPort": s.bind, "kcpBindPort": s.kcp, "quicBindPort": s.quic, "proxyBindAddr": "127.0.0.1",
+		"bindAddr": "127.0.0.1", "bindPort": s.bind, "kcpBindPort": s.kcp, "quicBindPort": s.quic,
+		"proxyBindAddr": "127.0.0.1",
 		"vhostHTTPPort": s.http, "vhostHTTPSPort": s.https, "subDomainHost": "example.internal",
 		"auth":      map[string]any{"token": "the-right-token", "additionalScopes": []string{"HeartBeats", "NewWorkConns"}},
 		"transport": map[string]any{"tls": certificates, "heartbeatTimeout": 35},
@@ -110,7 +111,9 @@ func TestEveryProtocolReachesFrps(t *testing.T) {
 			corporate := goproxy.NewProxyHttpServer()
 			var passed atomic.Int32
 			credential := "Basic " + base64.StdEncoding.EncodeToString([]byte("agent:hunter2"))
-			corporate.OnRequest().HandleConnect(goproxy.FuncHttpsHandler(func(host string, ctx *goproxy.ProxyCtx) (*goproxy.ConnectAction, string) {
+			corporate.OnRequest().HandleConnect(goproxy.FuncHttpsHandler(func(host string, ctx *goproxy.ProxyCtx) (
+				*goproxy.ConnectAction, string,
+			) {
 				if ctx.Req.Header.Get("Proxy-Authorization") != credential {
 					return goproxy.RejectConnect, host
 				}
@@ -192,7 +195,8 @@ func TestUnwritableRunDirectoryIsReported(t *testing.T) {
 		"another's": {`chmod 500 "$PIPEOPS_RUN_DIR" && set -- setpriv --bounding-set=-all --inh-caps=-all "$@"`, "permission denied"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			const script = ` && { "$@"; code=$?; for f in "$PIPEOPS_RUN_DIR"/* "$PIPEOPS_RUN_DIR"/.??*; do [ -e "$f" ] && echo "left: $f"; done; exit $code; }`
+			const script = ` && { "$@"; code=$?; for f in "$PIPEOPS_RUN_DIR"/* "$PIPEOPS_RUN_DIR"/.??*; do ` +
+				`[ -e "$f" ] && echo "left: $f"; done; exit $code; }`
 			p, err := w.group.Start("volume-"+name, append(w.agent.Env, "PIPEOPS_RUN_DIR="+t.TempDir()), "unshare", "--user",
 				"--map-root-user", "--mount",
 				"sh", "-c", test.prepare+script, "sh", harness.Binary(t, "bootstrap"), "--once")

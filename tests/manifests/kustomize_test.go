@@ -199,7 +199,8 @@ func apply(t *testing.T, rendering string) {
 // TestMissingFileIsNamed removes each file that the user must write. The error names the file.
 func TestMissingFileIsNamed(t *testing.T) {
 	for path, names := range map[string][]string{
-		".": {"agent.env", "agent-token"}, "overlays/production": {"agent-token", "frps-ca.crt"}, "overlays/edge": {"agent-token", "frp-token"},
+		".": {"agent.env", "agent-token"}, "overlays/production": {"agent-token", "frps-ca.crt"},
+		"overlays/edge": {"agent-token", "frp-token"},
 	} {
 		for _, name := range names {
 			dir := installation(t)

@@ -138,8 +138,9 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 		strings.Contains(status, `"unavailable":{"`) {
 		t.Errorf("a part of the status is missing: %s", status)
 	}
-	call("POST", "/api/control-plane/message", `{"id":"1","type":"runner_assigned","timestamp":"2026-01-01T00:00:00Z","data":`+
-		`{"runner_id":"r-1","runner_endpoint":"http://r.default.svc:1","runner_token":"t","assigned_at":"2026-01-01T00:00:00Z"}}`)
+	call("POST", "/api/control-plane/message",
+		`{"id":"1","type":"runner_assigned","timestamp":"2026-01-01T00:00:00Z","data":{"runner_id":"r-1",`+
+			`"runner_endpoint":"http://r.default.svc:1","runner_token":"t","assigned_at":"2026-01-01T00:00:00Z"}}`)
 	apply(t, variants(t)["components/runners"]) // again, as an upgrade does
 	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners",
 		metav1.GetOptions{})

@@ -224,7 +224,9 @@ func checkVisible(found []series, expr, legend string) error {
 			}
 		}
 	}
-	if !slices.ContainsFunc(found, func(s series) bool { return !math.IsNaN(s.Value.value) && !math.IsInf(s.Value.value, 0) }) {
+	if !slices.ContainsFunc(found, func(s series) bool {
+		return !math.IsNaN(s.Value.value) && !math.IsInf(s.Value.value, 0)
+	}) {
 		return fmt.Errorf("%s shows nothing: %v", expr, found)
 	}
 	return nil
@@ -342,9 +344,11 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	}
 	// An APIService whose server does not exist: the API server answers 503 for it.
 	const away = `{"apiVersion":"apiregistration.k8s.io/v1","kind":"APIService","metadata":{"name":"v1.away.example"},
-		"spec":{"group":"away.example","version":"v1","groupPriorityMinimum":1,"versionPriority":1,"insecureSkipTLSVerify":true,
+		"spec":{"group":"away.example","version":"v1","groupPriorityMinimum":1,"versionPriority":1,
+		"insecureSkipTLSVerify":true,
 		"service":{"name":"away","namespace":"default"}}}`
-	err = w.cluster.Client.CoreV1().RESTClient().Post().AbsPath("/apis/apiregistration.k8s.io/v1/apiservices").Body([]byte(away)).
+	err = w.cluster.Client.CoreV1().RESTClient().Post().
+		AbsPath("/apis/apiregistration.k8s.io/v1/apiservices").Body([]byte(away)).
 		SetHeader("Content-Type", "application/json").Do(t.Context()).Error()
 	if err != nil {
 		t.Fatal(err)
@@ -375,7 +379,8 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 		}
 	}
 	send(agentToken, http.MethodPost, "/api/control-plane/message", fmt.Sprintf(
-		`{"id":"1","type":"runner_assigned","timestamp":"2026-01-02T03:04:05Z","data":{"runner_id":"r","runner_endpoint":%q,"runner_token":"t","assigned_at":"2026-01-02T03:04:05Z"}}`, runner.URL))
+		`{"id":"1","type":"runner_assigned","timestamp":"2026-01-02T03:04:05Z","data":{"runner_id":"r",`+
+			`"runner_endpoint":%q,"runner_token":"t","assigned_at":"2026-01-02T03:04:05Z"}}`, runner.URL))
 
 	ctx, cancel := context.WithCancel(t.Context())
 	var group sync.WaitGroup
@@ -425,7 +430,8 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	if *pictureOf > 0 {
 		group.Go(func() {
 			for _, step := range []func() error{
-				func() error { w.ControlPlane.StopFrps(); return nil }, func() error { return w.ControlPlane.StartFrps(t.Context()) },
+				func() error { w.ControlPlane.StopFrps(); return nil },
+				func() error { return w.ControlPlane.StartFrps(t.Context()) },
 			} {
 				select {
 				case <-time.After(*pictureOf / 3):

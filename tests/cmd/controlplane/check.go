@@ -55,9 +55,11 @@ func check(ctx context.Context, args []string, stdout io.Writer) error {
 	flags.Func("token-file", "`file` of its token", text(&c.token))
 	flags.StringVar(&c.revokedID, "revoked-id", "", "`id` of an agent that is revoked")
 	flags.Func("revoked-token-file", "`file` of its token", text(&c.revokedToken))
-	flags.Func("ca-file", "PEM `file` of the authorities that sign the certificates (default: the system's)", text(&authorities))
+	flags.Func("ca-file", "PEM `file` of the authorities that sign the certificates (default: the system's)",
+		text(&authorities))
 	flags.StringVar(&c.frps, "frps", "", "`host` that agents have as frp.server_addr, if leases name loopback")
-	flags.StringVar(&c.gateway, "gateway", "", "`URL` of the agent for callers, if it is connected: /version and /api/k8s are below")
+	flags.StringVar(&c.gateway, "gateway", "",
+		"`URL` of the agent for callers, if it is connected: /version and /api/k8s are below")
 	flags.StringVar(&c.away, "away", "", "`URL` for callers of an agent that is known and not connected")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -112,49 +114,59 @@ func (c *checker) rules() []rule {
 	}
 	gateway, away := missing(c.gateway, "--gateway"), missing(c.away, "--away")
 	return []rule{
-		{"lease", "200, JSON, frp_token; expires_at in RFC 3339, a minute from now at least; auth_method token or oidc; a server_addr that is not the agent's own host; a tunnel of type http, https or tcp", "", c.lease},
-		{"wrong token", "401 as JSON, not revoked: the right token may be on its way to the agent", "", func(ctx context.Context) (string, error) {
-			return c.refused(ctx, c.id, "wrong-"+rand.Text(), false)
-		}},
+		{"lease", "200, JSON, frp_token; expires_at in RFC 3339, a minute from now at least; auth_method token or oidc; " +
+			"a server_addr that is not the agent's own host; a tunnel of type http, https or tcp", "", c.lease},
+		{"wrong token", "401 as JSON, not revoked: the right token may be on its way to the agent", "",
+			func(ctx context.Context) (string, error) {
+				return c.refused(ctx, c.id, "wrong-"+rand.Text(), false)
+			}},
 		{"unknown agent", "401 or 403 as JSON, not revoked", "", func(ctx context.Context) (string, error) {
 			return c.refused(ctx, "unknown-"+strings.ToLower(rand.Text()[:8]), c.token, false)
 		}},
-		{"revoked agent", `401 or 403 as JSON with "revoked": true`, missing(c.revokedID, "--revoked-id"), func(ctx context.Context) (string, error) {
-			return c.refused(ctx, c.revokedID, c.revokedToken, true)
-		}},
+		{"revoked agent", `401 or 403 as JSON with "revoked": true`, missing(c.revokedID, "--revoked-id"),
+			func(ctx context.Context) (string, error) {
+				return c.refused(ctx, c.revokedID, c.revokedToken, true)
+			}},
 		{"agent", "200 with the agent's Pipeops-Agent", gateway, func(ctx context.Context) (string, error) {
 			return c.call(ctx, http.MethodGet, c.gateway+"/version", c.token, "",
 				func(a answer) bool { return a.code == http.StatusOK && a.by(c.id) })
 		}},
-		{"refusal", "the agent's 401, untouched: a Status, Pipeops-Agent, WWW-Authenticate", gateway, func(ctx context.Context) (string, error) {
-			return c.call(ctx, http.MethodPost, c.gateway+review, "wrong-"+rand.Text(), reviewOf(0), func(a answer) bool {
-				return a.code == http.StatusUnauthorized && a.by(c.id) && a.header.Get("Www-Authenticate") != "" && a.isStatus()
-			})
-		}},
-		{"bodies", "each of 200 writes of 100 KB, 8 at a time, is answered whole, and comes to the agent once", gateway, c.bodies},
+		{"refusal", "the agent's 401, untouched: a Status, Pipeops-Agent, WWW-Authenticate", gateway,
+			func(ctx context.Context) (string, error) {
+				return c.call(ctx, http.MethodPost, c.gateway+review, "wrong-"+rand.Text(), reviewOf(0), func(a answer) bool {
+					return a.code == http.StatusUnauthorized && a.by(c.id) && a.header.Get("Www-Authenticate") != "" &&
+						a.isStatus()
+				})
+			}},
+		{"bodies", "each of 200 writes of 100 KB, 8 at a time, is answered whole, and comes to the agent once", gateway,
+			c.bodies},
 		{"upgrade", "101 for a WebSocket", gateway, func(ctx context.Context) (string, error) {
 			return c.call(ctx, http.MethodGet, c.gateway+"/api/k8s/api/v1/namespaces?watch=true&timeoutSeconds=1", c.token, "",
 				func(a answer) bool {
 					// 403: RBAC forbids the agent to watch.
 					return a.code == http.StatusSwitchingProtocols || a.code == http.StatusForbidden && a.by(c.id)
-				}, "Origin", c.gateway, "Connection", "Upgrade", "Upgrade", "websocket", "Sec-Websocket-Version", "13", "Sec-Websocket-Key", "AAAAAAAAAAAAAAAAAAAAAA==")
+				}, "Origin", c.gateway, "Connection", "Upgrade", "Upgrade", "websocket",
+				"Sec-Websocket-Version", "13", "Sec-Websocket-Key", "AAAAAAAAAAAAAAAAAAAAAA==")
 		}},
 		{"large headers", "431 or 400 for headers of 200 KB", gateway, func(ctx context.Context) (string, error) {
 			return c.call(ctx, http.MethodGet, c.gateway+"/api/k8s/version", c.token, "", func(a answer) bool {
 				return a.code == http.StatusRequestHeaderFieldsTooLarge || a.code == http.StatusBadRequest
 			}, "X-Large", strings.Repeat("x", 200<<10))
 		}},
-		{"away, reading", "503 with Retry-After and a Status, so that kubectl tries again", away, func(ctx context.Context) (string, error) {
-			return c.call(ctx, http.MethodGet, c.away+"/api/k8s/api/v1/namespaces/default", c.token, "", func(a answer) bool {
-				return a.code == http.StatusServiceUnavailable && a.again() && a.isStatus()
-			})
-		}},
-		{"away, writing", "503 with Retry-After, or 502 without if the agent may have got it, and a Status; no 404, which kubectl takes for an object that is gone", away, func(ctx context.Context) (string, error) {
-			return c.call(ctx, http.MethodPost, c.away+review, c.token, reviewOf(0), func(a answer) bool {
-				return a.isStatus() && (a.code == http.StatusServiceUnavailable && a.again() ||
-					a.code == http.StatusBadGateway && !a.again())
-			})
-		}},
+		{"away, reading", "503 with Retry-After and a Status, so that kubectl tries again", away,
+			func(ctx context.Context) (string, error) {
+				return c.call(ctx, http.MethodGet, c.away+"/api/k8s/api/v1/namespaces/default", c.token, "", func(a answer) bool {
+					return a.code == http.StatusServiceUnavailable && a.again() && a.isStatus()
+				})
+			}},
+		{"away, writing", "503 with Retry-After, or 502 without if the agent may have got it, and a Status; " +
+			"no 404, which kubectl takes for an object that is gone", away,
+			func(ctx context.Context) (string, error) {
+				return c.call(ctx, http.MethodPost, c.away+review, c.token, reviewOf(0), func(a answer) bool {
+					return a.isStatus() && (a.code == http.StatusServiceUnavailable && a.again() ||
+						a.code == http.StatusBadGateway && !a.again())
+				})
+			}},
 	}
 }
 
@@ -304,7 +316,8 @@ const review = "/api/k8s/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 // reviewOf returns a write that every user may make and that changes nothing. Its answer repeats the request.
 func reviewOf(size int) string {
-	return `{"apiVersion":"authorization.k8s.io/v1","kind":"SelfSubjectAccessReview","spec":{"resourceAttributes":{"resource":"pods","verb":"get","name":"` + strings.Repeat("x", size) + `"}}}`
+	return `{"apiVersion":"authorization.k8s.io/v1","kind":"SelfSubjectAccessReview","spec":{"resourceAttributes":` +
+		`{"resource":"pods","verb":"get","name":"` + strings.Repeat("x", size) + `"}}}`
 }
 
 func (c *checker) bodies(ctx context.Context) (string, error) {
@@ -332,7 +345,8 @@ func (c *checker) bodies(ctx context.Context) (string, error) {
 	case came > writes:
 		return "", fmt.Errorf("%d were sent, %d came to the agent (try again if it has other callers now)", writes, came)
 	case came < writes:
-		return fmt.Sprintf("%d were answered; the metrics of the agent that answers for its replicas do not show how often each came", writes), nil
+		return fmt.Sprintf("%d were answered; the metrics of the agent that answers for its replicas do not show "+
+			"how often each came", writes), nil
 	}
 	return fmt.Sprintf("%d were answered, and came once", writes), nil
 }

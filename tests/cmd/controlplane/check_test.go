@@ -136,7 +136,8 @@ func (s *stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		case !right:
 			rule, answer = "wrong token", says(401, `{}`)
 		default:
-			rule, answer = "lease", says(200, `{"frp_token":"t","server_addr":"frps.example","server_port":7000,"tunnel":{"type":"https","custom_domains":["a.example"]}}`)
+			rule, answer = "lease", says(200, `{"frp_token":"t","server_addr":"frps.example","server_port":7000,`+
+				`"tunnel":{"type":"https","custom_domains":["a.example"]}}`)
 		}
 	case strings.HasPrefix(path, "/away/") && r.Method == http.MethodGet:
 		rule, answer = "away, reading", status(503, "1")
@@ -145,7 +146,8 @@ func (s *stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case path == "/a/version":
 		rule, answer = "agent", says(200, `{}`, "Pipeops-Agent", "a")
 	case path == "/a/metrics":
-		answer = says(200, fmt.Sprintf("pipeops_agent_kubernetes_requests_total{code=\"201\",verb=\"create\"} %d\n", s.came.Load()))
+		const counter = "pipeops_agent_kubernetes_requests_total{code=\"201\",verb=\"create\"} %d\n"
+		answer = says(200, fmt.Sprintf(counter, s.came.Load()))
 	case !right:
 		rule, answer = "refusal", status(401, "", "Pipeops-Agent", "a", "WWW-Authenticate", "Bearer")
 	case path == "/a"+review:

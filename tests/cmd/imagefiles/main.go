@@ -45,7 +45,8 @@ func run(version, root, sbom string) error {
 	if err != nil {
 		return err
 	}
-	if err := cdx.NewBOMEncoder(out, cdx.BOMFileFormatJSON).SetPretty(true).EncodeVersion(list, cdx.SpecVersion1_6); err != nil {
+	encoder := cdx.NewBOMEncoder(out, cdx.BOMFileFormatJSON).SetPretty(true)
+	if err := encoder.EncodeVersion(list, cdx.SpecVersion1_6); err != nil {
 		return err
 	}
 	return out.Close()

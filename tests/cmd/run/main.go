@@ -27,7 +27,8 @@ const agentID = "agent-001"
 
 func main() {
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "run runs the whole path on this machine until Ctrl-C. KUBECONFIG names a cluster to use. It has no flags.")
+		fmt.Fprintln(os.Stderr,
+			"run runs the whole path on this machine until Ctrl-C. KUBECONFIG names a cluster to use. It has no flags.")
 	}
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)

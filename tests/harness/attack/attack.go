@@ -141,7 +141,8 @@ func (c *Counts) Broken() error {
 func (c *Counts) String() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	text := fmt.Sprintf("%d attackers, at most %d at once: %d connections opened, %d refused, %d cut", c.attackers, c.most, c.opened, c.refused, c.cut)
+	text := fmt.Sprintf("%d attackers, at most %d at once: %d connections opened, %d refused, %d cut",
+		c.attackers, c.most, c.opened, c.refused, c.cut)
 	for _, code := range slices.Sorted(maps.Keys(c.answers)) {
 		text += fmt.Sprintf(", %d × %d", c.answers[code], code)
 	}
@@ -228,7 +229,10 @@ func (c *connection) established() bool {
 		return false
 	}
 	var info *unix.TCPInfo
-	if controlErr := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); controlErr != nil || err != nil {
+	controlErr := raw.Control(func(fd uintptr) {
+		info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+	})
+	if controlErr != nil || err != nil {
 		return false
 	}
 	const tcpEstablished = 1 // Source: Linux, include/net/tcp_states.h.

@@ -88,7 +88,8 @@ func StalledUpload(t Target, path string, size int) Attack {
 	body := make([]byte, size-1)
 	return func(ctx context.Context, c *Counts) bool {
 		if conn := t.connect(ctx, c, 0); conn != nil {
-			_, err := fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n",
+			_, err := fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\n"+
+				"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n",
 				t.Prefix+path, t.Host, t.Token, size)
 			if err == nil {
 				_, _ = conn.Write(body)
@@ -103,7 +104,8 @@ func StalledUpload(t Target, path string, size int) Attack {
 func Command(t Target, runner string) Attack {
 	return func(ctx context.Context, c *Counts) bool {
 		if conn := t.connect(ctx, c, 0); conn != nil {
-			_, _ = fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Length: 2\r\n\r\n{}", commandPath(runner), t.Host, t.Token)
+			_, _ = fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Length: 2\r\n\r\n{}",
+				commandPath(runner), t.Host, t.Token)
 			conn.await("POST")
 		}
 		return false

@@ -35,7 +35,8 @@ func (c *Calls) Percentile(p int) time.Duration {
 
 func (c *Calls) String() string {
 	text := fmt.Sprintf("%d calls, %d failed; p50 %s, p99 %s, max %s", len(c.took)+len(c.Failures), len(c.Failures),
-		c.Percentile(50).Round(time.Millisecond/10), c.Percentile(99).Round(time.Millisecond), c.Percentile(100).Round(time.Millisecond))
+		c.Percentile(50).Round(time.Millisecond/10), c.Percentile(99).Round(time.Millisecond),
+		c.Percentile(100).Round(time.Millisecond))
 	if len(c.Failures) > 0 {
 		text += fmt.Sprintf("; such as: %v", errors.Join(c.Failures[:min(3, len(c.Failures))]...))
 	}

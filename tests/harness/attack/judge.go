@@ -112,7 +112,8 @@ func (v *Victim) watch(ctx context.Context, begin time.Time) error {
 		}
 		// The next tick finds a process that ends between these two lines.
 		if rss, err := process.Memory(v.Pid, "VmRSS"); err == nil && rss > Limit {
-			return fmt.Errorf("the proxy has %.0f MB after %.1f s of attack: with the pod's limit of %.0f it would be killed", rss, after, Limit)
+			return fmt.Errorf("the proxy has %.0f MB after %.1f s of attack: with the pod's limit of %.0f it would be killed",
+				rss, after, Limit)
 		}
 	}
 }
@@ -143,7 +144,8 @@ func (v *Victim) recovered(ctx context.Context) error {
 		}
 		goroutines, err := v.countGoroutines(ctx)
 		if err == nil && (rss > v.rss+leftMB || goroutines > v.goroutines+leftGoroutines) {
-			err = fmt.Errorf("after the attack the proxy has %.0f MB and %d goroutines; before it had %.0f and %d", rss, goroutines, v.rss, v.goroutines)
+			err = fmt.Errorf("after the attack the proxy has %.0f MB and %d goroutines; before it had %.0f and %d",
+				rss, goroutines, v.rss, v.goroutines)
 		}
 		return err
 	})

@@ -12,7 +12,8 @@ import (
 // Assign assigns a runner to the agent, as its control plane does.
 func (t Target) Assign(ctx context.Context, runner, endpoint string) error {
 	message := fmt.Sprintf(`{"id": "assign-%s", "type": "runner_assigned", "timestamp": "2026-01-02T03:04:05Z", "data": {
-		"runner_id": %[1]q, "runner_endpoint": %q, "runner_token": "secret", "assigned_at": "2026-01-02T03:04:05Z"}}`, runner, endpoint)
+		"runner_id": %[1]q, "runner_endpoint": %q, "runner_token": "secret",
+		"assigned_at": "2026-01-02T03:04:05Z"}}`, runner, endpoint)
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, t.URL("/api/control-plane/message"),
 		strings.NewReader(message))
 	if err != nil {

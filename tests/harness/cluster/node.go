@@ -256,7 +256,8 @@ func (n *Node) join(ctx context.Context, m *Machine) error {
 	if err == nil {
 		// For NetworkPolicies alone: the bridge does not enforce them. It wants to find its node.
 		err = n.startComponent(m, component{"kube-router", "kube-router", []string{
-			"--run-firewall", "--run-router=false", "--run-service-proxy=false", "--run-loadbalancer=false", "--health-port", "0",
+			"--run-firewall", "--run-router=false", "--run-service-proxy=false", "--run-loadbalancer=false",
+			"--health-port", "0",
 			"--service-cluster-ip-range", serviceRange, "--hostname-override", m.name,
 		}})
 	}
@@ -289,7 +290,8 @@ func (n *Node) components() []component {
 	return []component{
 		{"kube-controller-manager", "system:kube-controller-manager", []string{
 			"--leader-elect=false", "--secure-port", "0", "--use-service-account-credentials",
-			"--service-account-private-key-file", filepath.Join(dir, serviceAccountKey), "--root-ca-file", filepath.Join(dir, serverCertificate),
+			"--service-account-private-key-file", filepath.Join(dir, serviceAccountKey),
+			"--root-ca-file", filepath.Join(dir, serverCertificate),
 			"--flex-volume-plugin-dir", filepath.Join(dir, "volume-plugins"), // else it makes one in /usr
 		}},
 		{"kube-scheduler", "system:kube-scheduler", []string{"--leader-elect=false", "--secure-port", "0"}},

@@ -70,7 +70,8 @@ func (c *ControlPlane) gateway() http.Handler {
 		c.mu.Unlock()
 		if !ok || !known {
 			kube.WriteStatus(w, r, http.StatusNotFound,
-				fmt.Sprintf("the control plane knows no agent %.100q: the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
+				fmt.Sprintf("the control plane knows no agent %.100q: "+
+					"the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
 			return
 		}
 		whole(rp, w, r)
@@ -197,7 +198,8 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 	undelivered := errors.As(err, &notDelivered{})
 	switch {
 	case errors.Is(err, errNoAgent):
-		message = fmt.Sprintf("agent %q is not connected to the control plane: look at its pod's bootstrap and frpc logs, and at GET /ready on its port 9090", id)
+		message = fmt.Sprintf("agent %q is not connected to the control plane: "+
+			"look at its pod's bootstrap and frpc logs, and at GET /ready on its port 9090", id)
 		c.mu.Lock()
 		refused, ok := c.refusals[id]
 		c.mu.Unlock()
@@ -215,7 +217,8 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 		kube.WriteStatus(w, r, http.StatusServiceUnavailable, message, 1)
 		return
 	}
-	kube.WriteStatus(w, r, http.StatusBadGateway, "the request may have reached the agent: check whether the request took effect; "+message, 0)
+	kube.WriteStatus(w, r, http.StatusBadGateway,
+		"the request may have reached the agent: check whether the request took effect; "+message, 0)
 }
 
 // cutAgent splits /agents/{id}/rest into id and /rest. It accepts encoded and decoded paths.

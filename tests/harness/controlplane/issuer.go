@@ -49,7 +49,8 @@ func (i *issuer) token(agentID, lease string, until time.Time) (string, error) {
 		until = time.Now().AddDate(10, 0, 0)
 	}
 	return jwt.Signed(signer).Claims(jwt.Claims{
-		Issuer: i.url, Subject: agentID, ID: lease, Audience: jwt.Audience{audience}, IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(until),
+		Issuer: i.url, Subject: agentID, ID: lease, Audience: jwt.Audience{audience},
+		IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(until),
 	}).Serialize()
 }
 

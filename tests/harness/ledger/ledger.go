@@ -102,7 +102,8 @@ func (l *Ledger) account(writer int) string { return fmt.Sprintf("%s-writer-%d",
 func (l *Ledger) Write(ctx context.Context, direct kubernetes.Interface, writes, writers int) error {
 	for writer := range writers {
 		account := &corev1.ServiceAccount{
-			ObjectMeta: metav1.ObjectMeta{Name: l.account(writer)}, ImagePullSecrets: []corev1.LocalObjectReference{{Name: "first"}},
+			ObjectMeta:       metav1.ObjectMeta{Name: l.account(writer)},
+			ImagePullSecrets: []corev1.LocalObjectReference{{Name: "first"}},
 		}
 		if _, err := direct.CoreV1().ServiceAccounts(l.namespace).Create(ctx, account, metav1.CreateOptions{}); err != nil {
 			return err
@@ -123,7 +124,8 @@ func (l *Ledger) Write(ctx context.Context, direct kubernetes.Interface, writes,
 					})
 				} else {
 					l.record(ctx, name, func(ctx context.Context) error {
-						patch := fmt.Sprintf(`[{"op":"add","path":"/imagePullSecrets/-","value":{"name":%q}},{"op":"add","path":"/metadata/annotations","value":{"padding":%q}}]`, name, l.padding)
+						patch := fmt.Sprintf(`[{"op":"add","path":"/imagePullSecrets/-","value":{"name":%q}},`+
+							`{"op":"add","path":"/metadata/annotations","value":{"padding":%q}}]`, name, l.padding)
 						_, err := l.client.CoreV1().ServiceAccounts(l.namespace).Patch(ctx, l.account(writer), types.JSONPatchType,
 							[]byte(patch), metav1.PatchOptions{})
 						return err
@@ -183,7 +185,8 @@ type Balance struct {
 }
 
 func (b Balance) String() string {
-	return fmt.Sprintf("%d acknowledged, %d refused, %d with an unknown outcome (%d of them done), %d retried by client-go, %d wrong",
+	return fmt.Sprintf("%d acknowledged, %d refused, %d with an unknown outcome (%d of them done), "+
+		"%d retried by client-go, %d wrong",
 		b.Acknowledged, b.Refused, b.Unknown, b.UnknownDone, b.Repeated, len(b.Wrong))
 }
 
