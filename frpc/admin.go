@@ -120,10 +120,10 @@ func StateOf(proxies []ProxyStatus, err error) State {
 	switch p := proxies[0]; {
 	case p.Status == "running":
 		return Running
+	case p.Status == "check failed": // the error may be from before
+		return Withdrawn
 	case p.Status == "start error" || p.Err != "": // frpc keeps the error while it tries again
 		return Rejected
-	case p.Status == "check failed":
-		return Withdrawn
 	default:
 		return Starting
 	}

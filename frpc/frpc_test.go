@@ -3,6 +3,7 @@ package frpc
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"io"
@@ -217,6 +218,15 @@ func TestLoginNamesTheStageThatFailed(t *testing.T) {
 	c.TLS.InsecureSkipVerify = true
 	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "does not answer a login") {
 		t.Errorf("a web server: %v", err)
+	}
+	strict := httptest.NewUnstartedServer(http.NotFoundHandler())
+	strict.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
+	strict.StartTLS()
+	defer strict.Close()
+	c.ServerPort = strict.Listener.Addr().(*net.TCPAddr).Port
+	const want = "does not accept the agent's client certificate (tls: certificate required)"
+	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("a server that requires a client certificate: %v", err)
 	}
 	c.Protocol = "kcp"
 	if _, err := Login(t.Context(), c); err == nil || !strings.Contains(err.Error(), "see frpc's log") {

@@ -117,8 +117,12 @@ func ReadLease(dir string) (*Lease, error) {
 func writeFile(path string, data []byte) error {
 	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
 	_ = os.Remove(tmp)
-	err := os.WriteFile(tmp, data, 0o600)
-	if err == nil {
+	file, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) // follows no link
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(data)
+	if err = cmp.Or(err, file.Close()); err == nil {
 		err = os.Rename(tmp, path)
 	}
 	if err != nil {

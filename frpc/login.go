@@ -114,10 +114,10 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 		}
 	}
 	version, refusal, err := exchangeLogin(conn, c)
-	alert, isAlert := errors.AsType[tls.AlertError](err)
+	operation, isNet := errors.AsType[*net.OpError](err)
 	switch {
-	case isAlert: // with TLS 1.3 it comes after the handshake
-		return fail(StageTLS, "frps at %s does not accept the agent's client certificate (%w)", addr, alert)
+	case isNet && operation.Op == "remote error": // a TLS alert: with TLS 1.3 it comes after the handshake
+		return fail(StageTLS, "frps at %s does not accept the agent's client certificate (%w)", addr, operation.Err)
 	case err != nil:
 		return fail(StageAnswer, "frps at %s does not answer a login: %w", addr, err)
 	case refusal != "":

@@ -30,7 +30,8 @@ func TestStateOf(t *testing.T) {
 	for text, want := range map[string]State{
 		"401": Unknown, "cut": Unknown, "<html>": Unknown, "{}": LoggedOut, `{"https":[{"status":"running"}]}`: Running,
 		`{"https":[{"status":"new"}]}`: Starting, `{"https":[{"status":"check failed"}]}`: Withdrawn,
-		`{"https":[{"status":"wait start","err":"taken"}]}`: Rejected, `{"https":[{"status":"start error"}]}`: Rejected,
+		`{"https":[{"status":"check failed","err":"from before"}]}`: Withdrawn,
+		`{"https":[{"status":"wait start","err":"taken"}]}`:         Rejected, `{"https":[{"status":"start error"}]}`: Rejected,
 	} {
 		answer.Store(text)
 		if got := StateOf(admin.Status(t.Context())); got != want {

@@ -261,8 +261,8 @@ var (
 
 // flatten adds the tree's values to values, by dotted key.
 func flatten(tree map[string]any, prefix string, values map[string]any) {
-	for name, v := range tree {
-		key := prefix + name
+	for _, name := range slices.Sorted(maps.Keys(tree)) { // the same of two spellings of a key wins each time
+		key, v := prefix+name, tree[name]
 		if section, ok := v.(map[string]any); isSection(key) && (ok || v == nil) {
 			flatten(section, key+".", values)
 		} else {

@@ -95,7 +95,8 @@ func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the control plane at %s %w", c.agent.APIURL, explain(err))
 	}
-	return resp.TLS, resp.Body.Close()
+	_ = resp.Body.Close()
+	return resp.TLS, nil
 }
 
 // RequestLease requests a lease once, with the agent's token as it now is. certificate is the PEM that callers of a

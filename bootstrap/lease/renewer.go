@@ -310,7 +310,10 @@ func (r *renewer) credential() (secret.Secret, error) {
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.
 func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
-	token, _ := r.credential() // if that fails, so does the request
+	token, err := r.credential()
+	if err != nil {
+		token = r.token
+	}
 	lease, fail := requestLease(ctx, r.cfg, r.issue, r.lease)
 	if ctx.Err() != nil {
 		return nil // bootstrap stops

@@ -194,8 +194,8 @@ func (c *Conn) readProxyHeader() error {
 		return errors.New("the PROXY header holds no TCP address")
 	}
 	addr, _ := netip.AddrFromSlice(rest[:size])
-	c.remote = net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(rest[2*size:])))
-	c.proxied = true
+	remote := netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(rest[2*size:]))
+	c.locked(func() { c.remote, c.proxied = net.TCPAddrFromAddrPort(remote), true })
 	return nil
 }
 

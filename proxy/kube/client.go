@@ -99,9 +99,11 @@ func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secre
 	secret := &Secret{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
-		Data:       map[string][]byte{},
 	}
 	err := c.call(ctx, http.MethodGet, secretsPath(namespace)+"/"+name, acceptObjects, nil, decodeInto(secret))
+	if secret.Data == nil { // null in the answer
+		secret.Data = map[string][]byte{}
+	}
 	if apierrors.IsNotFound(err) {
 		err = nil
 	}

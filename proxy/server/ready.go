@@ -191,7 +191,9 @@ func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err 
 	failing, leaseEnd := false, 0.0
 	if lease != nil {
 		now.LeaseProblem, failing = leaseProblem(lease), lease.Renewal != nil || overdue(lease)
-		now.LeaseIssuedAt = new(lease.IssuedAt.UTC())
+		if !lease.IssuedAt.IsZero() {
+			now.LeaseIssuedAt = new(lease.IssuedAt.UTC())
+		}
 		if !lease.ExpiresAt.IsZero() {
 			now.LeaseExpiresAt, leaseEnd = new(lease.ExpiresAt.UTC()), float64(lease.ExpiresAt.Unix())
 		}
