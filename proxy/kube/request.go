@@ -2,163 +2,103 @@ package kube
 
 import (
 	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httputil"
+	"net/url"
 	"slices"
 	"strings"
 )
 
-// Description says what a request below Prefix asks for, in the terms of RBAC, without objects' names: they may be
-// secret, and are too many for labels.
-type Description struct {
-	Verb        string // get, list, watch, create, update, patch, delete, deletecollection; connect for upgrades
-	Group       string // empty for the core group, and for requests without a resource
-	Resource    string // plural; empty for discovery, /version and the like
-	Subresource string
+// request is a caller's request that is being answered.
+type request struct {
+	*Proxy
+	*Description
+
+	body    *Body // nil if there is none, or it was kept
+	reserve Reserve
 }
 
-// Describe describes a request as the API server reads it.
-// Source: k8s.io/apiserver/pkg/endpoints/request/requestinfo.go.
-func Describe(r *http.Request) Description {
-	d := Description{Verb: cmp.Or(verbs[r.Method], "other")}
-	isUpgrade := func(token string) bool { return strings.EqualFold(token, "upgrade") }
-	if r.Header.Get("Upgrade") != "" && slices.ContainsFunc(ListOf(r, "Connection"), isUpgrade) { // as for ReverseProxy
-		d.Verb = "connect"
+// rewrite addresses the request to the API server and removes the caller's credentials. It runs after the hop-by-hop
+// headers are removed, so that a caller's "Connection: Authorization" removes nothing that is set here. The transport
+// adds the agent's credential, but only where there is none.
+func (r *request) rewrite(pr *httputil.ProxyRequest) {
+	out, target := pr.Out, r.client.target
+	out.URL.Scheme, out.URL.Host, out.Host = target.Scheme, target.Host, ""
+	path := cmp.Or(strings.TrimPrefix(pr.In.URL.EscapedPath(), Prefix), "/") // byte for byte, as the query
+	out.URL.RawPath = strings.TrimRight(target.EscapedPath(), "/") + path
+	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
+	out.URL.RawQuery = pr.In.URL.RawQuery               // ReverseProxy has normalized it
+
+	for name := range out.Header {
+		if hasPrefixFold(name, "X-Remote-") ||
+			slices.Contains([]string{"Authorization", "Cookie", "X-Real-Ip", "Expect"}, name) { // Expect: see Body.stream
+			out.Header.Del(name)
+		}
 	}
-	parts := strings.Split(strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/"), "/")
+	// The API server accepts a token in this list too.
+	// Source: k8s.io/apiserver/pkg/authentication/request/websocket.
+	protocols := slices.DeleteFunc(ListOf(out, "Sec-Websocket-Protocol"), func(protocol string) bool {
+		return protocol == "" || hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.")
+	})
+	out.Header.Del("Sec-Websocket-Protocol")
+	if len(protocols) > 0 && out.Header.Get("Upgrade") != "" {
+		out.Header.Set("Sec-Websocket-Protocol", strings.Join(protocols, ", "))
+	}
+	// From pr.In: a caller's "Connection: X-Request-Id" has removed it from out.
+	out.Header.Set("Audit-Id", pr.In.Header.Get("X-Request-Id"))
+	out.Header.Del("X-Request-Id")
+}
+
+// checkAnswer turns the API server's 401 into an error, which becomes a 502: it refuses the agent's credential and says
+// nothing about the caller's. Below a subresource the 401 is forwarded: it may be a backend's behind services/proxy, or
+// the kubelet's.
+func (r *request) checkAnswer(resp *http.Response) error {
+	if resp.StatusCode < 100 || resp.StatusCode > 599 {
+		return fmt.Errorf("its status %d is not one of HTTP", resp.StatusCode)
+	}
+	if !r.reserve(HeaderMemory(resp.Header), false) {
+		return errNoMemory
+	}
+	if resp.StatusCode == http.StatusUnauthorized && r.Subresource == "" {
+		return errCredential
+	}
+	if resp.StatusCode == http.StatusOK && r.Verb == "watch" {
+		r.endOnDrain(resp)
+	}
+	return nil
+}
+
+// fail answers for an API server that gave no valid answer. out is the request as rewritten.
+func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
+	cause := context.Cause(out.Context())
 	switch {
-	case slices.Contains(parts, ""):
-		return d // not a path of the API server: any segment could be a secret
-	case len(parts) >= 3 && parts[0] == "api":
-		parts = parts[2:]
-	case len(parts) >= 4 && parts[0] == "apis":
-		d.Group, parts = name(parts[1]), parts[3:]
+	case cause != nil && r.body.late() || cause == nil && r.body.Failure() != nil:
+		writeBodyError(w, out, r.body.Failure())
+	case errors.Is(cause, ErrShutdown):
+		// Without Retry-After: the request may have taken effect, and must not be repeated blindly.
+		WriteStatus(w, out, http.StatusGatewayTimeout, cause.Error(), 0)
+	case cause != nil:
+		panic(http.ErrAbortHandler) // the caller has gone; to return would answer 200
 	default:
-		return d
+		code, message := explain(r.client.target.Host, err)
+		r.log.WarnContext(out.Context(), "no answer from the API server",
+			"error", err, "request_id", out.Header.Get("Audit-Id"))
+		WriteStatus(w, out, code, message, 0)
 	}
-	watchPath := parts[0] == "watch" // an old form that is still served
-	if watchPath {
-		parts = parts[1:]
-	}
-	if len(parts) > 2 && parts[0] == "namespaces" && parts[2] != "status" && parts[2] != "finalize" {
-		parts = parts[2:]
-	}
-	if len(parts) > 0 {
-		d.Resource = name(parts[0])
-	}
-	if len(parts) > 2 {
-		d.Subresource = name(parts[2])
-	}
-	switch named := len(parts) > 1; {
-	case d.Verb == "get" && (watchPath || !named && isWatch(r.URL)):
-		d.Verb = "watch"
-	case d.Verb == "get" && !named:
-		d.Verb = "list"
-	case d.Verb == "delete" && !named:
-		d.Verb = "deletecollection"
-	}
-	return d
 }
 
-// ListOf returns the elements of a header that is a comma-separated list, all its lines together.
-func ListOf(r *http.Request, header string) []string {
-	elements := strings.Split(strings.Join(r.Header.Values(header), ","), ",")
-	for i := range elements {
-		elements[i] = strings.TrimSpace(elements[i])
-	}
-	return elements
-}
-
-// name returns s if it can be the name of a group or resource, and else "invalid": callers choose it.
-func name(s string) string {
-	if len(s) > 253 || strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789.-") != "" {
-		return "invalid"
-	}
-	return s
-}
-
-var verbs = map[string]string{
-	http.MethodGet: "get", http.MethodHead: "get", http.MethodPost: "create", http.MethodPut: "update",
-	http.MethodPatch: "patch", http.MethodDelete: "delete",
-}
-
-// Methods are the HTTP methods of the Kubernetes API.
-var Methods = []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch,
-	http.MethodDelete, http.MethodOptions}
-
-func hasPrefixFold(s, prefix string) bool {
-	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
-}
-
-// maxHeaderSize limits a request's headers and target in bytes, as HTTP/2 counts them: enough for an exec with a URL of
-// 60 KB, and 200 groups. It is less than net/http reads, so that the agent's own message is sent; and less than the
-// API server's 1 MiB, beyond which it closes a connection that other requests share.
-const maxHeaderSize = 112 << 10
-
-// admit returns the status and the message of the answer to a request that must not reach the API server; else 0.
-func admit(r *http.Request) (code int, why string) {
-	if why := ambiguous(r); why != "" {
-		return http.StatusBadRequest, "the agent refuses the request: " + why
-	}
-	if !slices.Contains(Methods, r.Method) {
-		return http.StatusMethodNotAllowed,
-			"the agent forwards the methods of the Kubernetes API only: " + strings.Join(Methods, ", ")
-	}
-	if why := forbidden(strings.TrimPrefix(r.URL.Path, Prefix)); why != "" {
-		return http.StatusForbidden, "the agent does not forward this path: " + why
-	}
-	size := len(r.RequestURI)
-	for name, values := range r.Header {
-		if hasPrefixFold(name, "Impersonate-") {
-			return http.StatusForbidden,
-				"the agent does not forward impersonation: remove --as, --as-group and --as-uid"
-		}
+// HeaderMemory returns how many bytes of memory headers take at most, ReverseProxy's copy included. Measured: short
+// headers cost about 120 bytes each.
+func HeaderMemory(header http.Header) int64 {
+	var memory int64
+	for name, values := range header {
+		memory += 2 * int64(len(name)+120)
 		for _, value := range values {
-			size += len(name) + len(value) + 32 // as HTTP/2 counts
+			memory += 2 * int64(len(value)+32)
 		}
 	}
-	if size > maxHeaderSize {
-		return http.StatusRequestHeaderFieldsTooLarge, largeHeaders
-	}
-	if protocols := r.Header.Values("Upgrade"); len(protocols) > 0 && (len(protocols) > 1 ||
-		!strings.EqualFold(protocols[0], "websocket") && !strings.EqualFold(protocols[0], "SPDY/3.1")) {
-		return http.StatusBadRequest, "the agent forwards upgrades to websocket and SPDY/3.1 only"
-	}
-	return 0, ""
-}
-
-// ambiguous returns why the agent and the API server could read the path differently, or "". Such a path is refused:
-// what is decided here would not hold there.
-func ambiguous(r *http.Request) string {
-	raw, _, _ := strings.Cut(r.RequestURI, "?")
-	if r.Method == http.MethodConnect || !strings.HasPrefix(raw, "/") || raw != r.URL.EscapedPath() {
-		return "the request's target must be a path, encoded by the rules of RFC 3986"
-	}
-	if strings.ContainsAny(r.URL.Path, "\\\x00") {
-		return "the path holds a backslash or NUL"
-	}
-	for segment := range strings.SplitSeq(r.URL.Path, "/") {
-		if segment == "." || segment == ".." {
-			return fmt.Sprintf("the path holds the segment %q", segment)
-		}
-	}
-	return ""
-}
-
-// forbidden returns why path (decoded, below Prefix) is not forwarded, or "". nodes/proxy runs commands even with GET
-// (kubernetes/kubernetes#136550). A token made by serviceaccounts/token can be valid for years. /metrics, /debug,
-// /logs, /flagz and /statusz show the API server's process and host.
-func forbidden(path string) string {
-	// Without empty segments: the API server serves nothing at a path that has them, but a server in front of it may.
-	parts := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" })
-	core := len(parts) >= 5 && parts[0] == "api"
-	switch {
-	case core && parts[2] == "nodes" && parts[4] == "proxy":
-		return "nodes/proxy reaches every pod on the node past RBAC and audit: use pods/exec, pods/log or pods/portforward"
-	case core && len(parts) >= 7 && parts[2] == "namespaces" && parts[4] == "serviceaccounts" && parts[6] == "token":
-		return "serviceaccounts/token makes a credential that outlives the agent: create tokens in the cluster"
-	case len(parts) >= 1 && slices.Contains([]string{"metrics", "debug", "logs", "flagz", "statusz"}, parts[0]):
-		return "/" + parts[0] + " is the API server's own: read it in the cluster"
-	}
-	return ""
+	return memory
 }
