@@ -39,6 +39,8 @@ const usage = `Usage:
   bootstrap ready            exit with 0 if the files are written, for a startup probe
   bootstrap doctor [--json]  walk the way from the configuration to the API server, a line for each step
 
+Settings come from the file and from PIPEOPS_ variables: bootstrap/README.md lists them.
+
 `
 
 func main() {

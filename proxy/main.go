@@ -71,7 +71,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	flags.SetOutput(stderr)
 	flags.Usage = func() {
 		_, _ = fmt.Fprint(stderr, "proxy serves the agent's HTTP API and the Kubernetes API under /api/k8s/.\n\n"+
-			"Usage: proxy [flags]\n\n")
+			"Usage: proxy [flags]\n\n"+
+			"Settings come from the file and from PIPEOPS_ variables: bootstrap/README.md lists them.\n\n")
 		flags.PrintDefaults()
 	}
 	configPath := flags.String("config", "", "YAML configuration `file` (default "+config.DefaultPath+", if it exists)")

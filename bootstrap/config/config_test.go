@@ -228,6 +228,14 @@ func TestEveryMistakeIsReported(t *testing.T) {
 	}
 }
 
+func TestListWithoutACheckTakesAnyItem(t *testing.T) {
+	var c Config
+	list := setting{field: func(c *Config) any { return &c.Runners.AllowedHosts }}
+	if err := list.set(&c, "a, b"); err != nil || !slices.Equal(c.Runners.AllowedHosts, []string{"a", "b"}) {
+		t.Errorf("got %q, %v", c.Runners.AllowedHosts, err)
+	}
+}
+
 func TestMissingConfigurationFileIsReported(t *testing.T) {
 	_, err := Load("/nonexistent.yaml", required)
 	const want = "open /nonexistent.yaml: no such file or directory: correct --config or create the file"

@@ -106,11 +106,12 @@ func (s *setting) set(c *Config, v string) (err error) {
 	switch field := s.field(c).(type) {
 	case *[]string:
 		for item := range strings.SplitSeq(v, ",") {
-			accepted, err := s.check(strings.TrimSpace(item))
-			if err != nil {
-				return err
+			if item = strings.TrimSpace(item); s.check != nil {
+				if item, err = s.check(item); err != nil {
+					return err
+				}
 			}
-			*field = append(*field, accepted)
+			*field = append(*field, item)
 		}
 	case *int:
 		*field, err = portNumber(v)

@@ -179,6 +179,8 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 		return failed, err.Error() + ": check that the frpc container runs, and its log"
 	case state == frpc.LoggedOut:
 		return failed, "frpc is not logged in to frps: see the step frps, and frpc's log"
+	case state == frpc.Withdrawn:
+		return failed, "frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: see the step proxy"
 	case state != frpc.Running:
 		t := proxies[0]
 		return failed, fmt.Sprintf("%s of type %s: %s %s: see frpc's log", t.Name, t.Type, t.Status, t.Err)
