@@ -3,6 +3,7 @@ package server
 import (
 	"net/http"
 	"strings"
+	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -16,12 +17,13 @@ import (
 type metrics struct {
 	requests, kube, authFailures, commands, refused   *prometheus.CounterVec
 	received, sent, frpcRestarts, statusRequests      prometheus.Counter
-	inFlight, kubeInFlight, checks, limits            *prometheus.GaugeVec
+	kubeInFlight, checks, limits                      *prometheus.GaugeVec
 	tunnelUp, leaseEnd, renewalFailing, lastHeartbeat prometheus.Gauge
 	latency, statusDuration                           prometheus.Histogram
 
-	factory promauto.Factory
-	handler http.Handler // of /metrics
+	inFlight map[listener]*atomic.Int64 // requests, streams included; also for /activity
+	factory  promauto.Factory
+	handler  http.Handler // of /metrics
 }
 
 // limit adds a limit and how much of it is in use.
@@ -52,7 +54,7 @@ func newMetrics() *metrics {
 	m := &metrics{
 		factory: factory, handler: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
 		requests:       counters("http_requests_total", "HTTP requests answered.", "route", "method", "code"),
-		inFlight:       gauges("http_requests_in_flight", "HTTP requests being answered now, streams included.", "listener"),
+		inFlight:       map[listener]*atomic.Int64{tunnel: {}, operations: {}},
 		received:       counter("http_received_bytes_total", "Bytes of request bodies and of upgraded connections, from callers."),
 		sent:           counter("http_sent_bytes_total", "Bytes of response bodies and of upgraded connections, to callers."),
 		kube:           counters("kubernetes_requests_total", "Requests for the Kubernetes API answered.", "verb", "code", "lane"),
@@ -70,6 +72,12 @@ func newMetrics() *metrics {
 		renewalFailing: gauge("tunnel_lease_renewal_failing", "1 if the renewal of the lease has failed or is overdue, else 0."),
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),
 		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
+	}
+	for l, requests := range m.inFlight {
+		factory.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "http_requests_in_flight", Help: "HTTP requests being answered now, streams included.",
+			ConstLabels: prometheus.Labels{"listener": string(l)},
+		}, func() float64 { return float64(requests.Load()) })
 	}
 	for limit := range strings.FieldsSeq("connections idle header_memory handshake requests caller request_memory " +
 		"stalled_calls stalled_reads stalled_streams commands") {

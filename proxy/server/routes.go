@@ -62,7 +62,7 @@ func (s *Server) routes(l listener) []route {
 
 // getActivity answers GET /activity: bootstrap restarts frpc for a new lease when no request runs.
 func (s *Server) getActivity(w http.ResponseWriter, _ *http.Request) {
-	answer.WriteJSON(w, http.StatusOK, agentapi.Activity{RequestsInFlight: s.tunnelRequests.Load()})
+	answer.WriteJSON(w, http.StatusOK, agentapi.Activity{RequestsInFlight: s.metrics.inFlight[tunnel].Load()})
 }
 
 const commandPattern = "/api/runners/{runner_id}/command"

@@ -44,10 +44,10 @@ func scopeOf(r *http.Request) *scope { return r.Context().Value(scopeKey{}).(*sc
 
 // observe gives every request a scope with an id, and counts and logs its answer.
 func (s *Server) observe(l listener, next http.Handler) http.Handler {
-	inFlight := s.metrics.inFlight.WithLabelValues(string(l))
+	inFlight := s.metrics.inFlight[l]
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		inFlight.Inc()
-		defer inFlight.Dec()
+		inFlight.Add(1)
+		defer inFlight.Add(-1)
 		sc := &scope{
 			ResponseWriter: w, metrics: s.metrics, ended: r.Context().Err,
 			requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context()),
@@ -55,8 +55,6 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 		sc.conn.HeadersRead()
 		if l == tunnel {
 			sc.agentID = s.agent.ID
-			s.tunnelRequests.Add(1)
-			defer s.tunnelRequests.Add(-1)
 		}
 		// A copy: net/http looks at its own request's body to see whether the caller still sends, and then closes the
 		// connection gently, so that the answer is not lost.

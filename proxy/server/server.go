@@ -42,8 +42,6 @@ type Server struct {
 	limits  *limits
 	log     *slog.Logger
 
-	tunnelRequests atomic.Int64 // in flight on the tunnel listener
-
 	heartbeats    atomic.Uint64             // received from the control plane
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
 }
