@@ -25,6 +25,8 @@ import (
 
 const authPath = "/auth/frp-token" // the only endpoint of the control plane that the agent calls
 
+var apiURL = config.Name("agent.api_url") // as messages name it
+
 // Request is the body of POST /auth/frp-token.
 type Request struct {
 	AgentID     string `json:"agent_id"`
@@ -136,7 +138,6 @@ func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer A
 	if resp.StatusCode != http.StatusOK {
 		return Answer{}, c.refusal(hop, resp, data)
 	}
-	apiURL := config.Name("agent.api_url")
 	switch err = json.Unmarshal(data, &answer); {
 	case len(data) > 1<<20:
 		err = fmt.Errorf("%s answers with more than 1 MiB: check %s", hop, apiURL)
@@ -173,7 +174,7 @@ func (c *Client) refusal(hop string, resp *http.Response, body []byte) *Failure 
 	// A proxy or firewall on the way may refuse requests too; its answers are not those of the contract.
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	fromControlPlane := mediaType == "application/json"
-	apiURL, code := config.Name("agent.api_url"), resp.StatusCode
+	code := resp.StatusCode
 	denied := code == http.StatusUnauthorized || code == http.StatusForbidden
 	revoked := denied && fromControlPlane && isProblem && problem.Revoked
 	fail := &Failure{Final: true, Refused: denied, Revoked: revoked}
@@ -218,7 +219,6 @@ func contentType(resp *http.Response) string {
 
 // explain turns an error of the HTTP client into what happened and what to do, as the predicate of a sentence.
 func explain(err error) error {
-	apiURL := config.Name("agent.api_url")
 	if rejected := tlsutil.Explain(err); rejected != nil {
 		return fmt.Errorf("%w: %s", rejected, rejected.Advice(config.Name("agent.ca_file"), apiURL))
 	}
