@@ -50,7 +50,8 @@ func TestNamedCallers(t *testing.T) {
 		t.Error("one user with other groups has the same rights, or another share")
 	}
 	long := strings.Repeat("a", 256)
-	if _, _, err := Identify(request("Impersonate-User", long, "Impersonate-Group", "ütf-8 name"), Named, "p-"); err != nil {
+	_, _, err = Identify(request("Impersonate-User", long, "Impersonate-Group", "ütf-8 name"), Named, "p-")
+	if err != nil {
 		t.Error(err)
 	}
 	for _, headers := range [][]string{
@@ -101,7 +102,8 @@ func TestOwnCredentials(t *testing.T) {
 			http.Header{"Authorization": {"Bearer in-a-protocol"}},
 		},
 	} {
-		if c, _, err := Identify(request(test.headers...), Own, "p-"); err != nil || !reflect.DeepEqual(c.Headers, test.want) {
+		c, _, err := Identify(request(test.headers...), Own, "p-")
+		if err != nil || !reflect.DeepEqual(c.Headers, test.want) {
 			t.Errorf("%q: got %v, %v", test.headers, c.Headers, err)
 		}
 	}
@@ -271,7 +273,7 @@ func TestOwner(t *testing.T) {
 		{200, `{"allow":"none"}`, None},
 		{200, `{"allow":"All"}`, None},
 		{200, `{"allow":""}`, None},
-		{200, `{"allow":"all","untill":"` + future + `"}`, None},
+		{200, `{"allow":"all","ends":"` + future + `"}`, None},
 		{200, `{"allow":"all","until":"tomorrow"}`, None},
 		{200, `{}`, None},
 		{200, `{"allow":"write"}`, Write},
@@ -286,7 +288,7 @@ func TestOwner(t *testing.T) {
 		for level := None; level <= All; level++ {
 			why := o.Refuse(level)
 			if (why == "") != (level <= test.want) || why != "" &&
-				!(strings.Contains(why, "ConfigMap ns/owner") && strings.Contains(why, got.Detail)) {
+				(!strings.Contains(why, "ConfigMap ns/owner") || !strings.Contains(why, got.Detail)) {
 				t.Errorf("%d %s: %s: %q", test.code, test.data, level, why)
 			}
 		}

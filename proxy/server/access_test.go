@@ -231,7 +231,8 @@ func TestOwnerEndsWhatIsNoLongerAllowed(t *testing.T) {
 	if err != nil || watch.StatusCode != http.StatusOK {
 		t.Fatalf("%v, %v", watch, err)
 	}
-	if _, resp, err := call(t, addr, "DELETE /api/k8s/api/v1/pods"); err != nil || resp.StatusCode != http.StatusForbidden {
+	_, resp, err := call(t, addr, "DELETE /api/k8s/api/v1/pods")
+	if err != nil || resp.StatusCode != http.StatusForbidden {
 		t.Errorf("delete: %v, %v", resp, err)
 	}
 	mu.Lock()
