@@ -25,8 +25,8 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	route, method := routeLabel(r), orOther(r.Method, slices.Contains(kube.Methods, r.Method))
 	codeLabel := orOther(strconv.Itoa(code), http.StatusText(code) != "" || code == callerLeft)
 	s.metrics.requests.WithLabelValues(route, method, codeLabel).Inc()
-	if sc.Verb != "" {
-		s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Dec()
+	if sc.inFlight != nil {
+		sc.inFlight.Dec()
 		s.metrics.kube.WithLabelValues(sc.verb(), codeLabel, sc.lane()).Inc()
 	}
 	if isKubernetes(r) {

@@ -188,7 +188,8 @@ func (s *Server) authenticate(r *http.Request) *refusal {
 func (s *Server) identify(sc *scope, r *http.Request) (code int, why string) {
 	sc.Description, sc.answersEarly = kube.Describe(r), true
 	sc.needs = access.Needs(&sc.Description)
-	s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Inc()
+	sc.inFlight = s.metrics.kubeInFlight.WithLabelValues(sc.lane())
+	sc.inFlight.Inc()
 	var err error
 	identity := s.config.Access.Identity
 	sc.who, code, err = access.Identify(r, identity, s.config.Access.Prefix)

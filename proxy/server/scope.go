@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/pipeops/vm-agent/proxy/access"
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
@@ -28,8 +30,9 @@ type scope struct {
 	conn      *inbound.Conn // nil in tests without a listener
 
 	authenticated bool
-	answersEarly  bool // the answer may begin before the request has ended
-	kube.Request       // for the Kubernetes API, else empty
+	answersEarly  bool             // the answer may begin before the request has ended
+	kube.Request                   // for the Kubernetes API, else empty
+	inFlight      prometheus.Gauge // counts it; nil for other requests
 	who           access.Caller
 	needs         access.Level // what the cluster's owner must allow
 	share         string       // with which callers it shares the limits
