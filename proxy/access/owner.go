@@ -37,6 +37,7 @@ type State struct {
 	Until  *time.Time // Allow is None from then; nil: no end
 	Reason string     // the owner's
 	Detail string     // why Allow is not what the ConfigMap says; empty if it is
+	Held   string     // why the ConfigMap is not read, and Allow is what it last said; empty if it is read
 }
 
 // NewOwner returns the owner of the ConfigMap, which it does not read yet: until then nothing is allowed.
@@ -54,7 +55,7 @@ func (o *Owner) State() State {
 	defer o.mu.Unlock()
 	now := o.last
 	if now.Until != nil && !time.Now().Before(*now.Until) {
-		now.Allow, now.Detail = None, "its until has passed"
+		now.Allow, now.Detail = None, "its until, "+now.Until.Format(time.RFC3339)+", has passed"
 	}
 	return now
 }
@@ -90,11 +91,15 @@ func (o *Owner) Follow(ctx context.Context) {
 		o.set(parse(data))
 	case refusal != nil && refusal.ErrStatus.Code < 500 && !apierrors.IsTooManyRequests(err):
 		o.set(State{Detail: err.Error()})
+	default:
+		held := o.State()
+		held.Held = "the API server cannot be reached or is busy: what the ConfigMap last said holds"
+		o.set(held)
 	}
 	now := o.State()
-	if now.Allow != o.logged.Allow || now.Detail != o.logged.Detail {
-		o.log.Warn("what the owner of the cluster allows has changed", "allow", now.Allow.String(),
-			"before", o.logged.Allow.String(), "until", now.Until, "reason", now.Reason, "detail", now.Detail)
+	if now.Allow != o.logged.Allow || now.Detail != o.logged.Detail || now.Held != o.logged.Held {
+		o.log.Warn("what the owner of the cluster allows, or how it is known, has changed", "allow", now.Allow.String(),
+			"before", o.logged.Allow.String(), "until", now.Until, "reason", now.Reason, "detail", now.Detail, "held", now.Held)
 	}
 	o.logged = now
 }

@@ -225,7 +225,7 @@ func TestOwnerEndsWhatIsNoLongerAllowed(t *testing.T) {
 	s := serverWith(t, &rest.Config{Host: api.URL}, slog.New(slog.DiscardHandler), func(cfg *config.Config) {
 		cfg.Agent.Token, cfg.Access.ConfigMap = token, "owner"
 	})
-	s.followOwner(t.Context())
+	s.owner.Follow(t.Context())
 	addr := listening(t, s)
 	_, watch, err := call(t, addr, "GET /api/k8s/api/v1/pods?watch=1")
 	if err != nil || watch.StatusCode != http.StatusOK {
@@ -238,8 +238,9 @@ func TestOwnerEndsWhatIsNoLongerAllowed(t *testing.T) {
 	mu.Lock()
 	allow = "none"
 	mu.Unlock()
-	s.followOwner(t.Context())
-	s.followOwner(t.Context())
+	s.owner.Follow(t.Context())
+	s.endForbidden()
+	s.endForbidden()
 	got, err := io.ReadAll(watch.Body)
 	if err != nil || !strings.Contains(string(got), `"type":"ERROR"`) || !strings.Contains(string(got), "an audit") {
 		t.Errorf("the watch ended with %q, %v", got, err)

@@ -95,10 +95,10 @@ type refusal struct {
 	why    string // for the caller
 }
 
-// check returns nil for a request with the agent's token in the named header. It compares hashes in constant time, so
+// check returns nil for headers with the agent's token in the named one. It compares hashes in constant time, so
 // that neither the token nor its length can be measured.
-func (a *authenticator) check(r *http.Request, header string) *refusal {
-	values, send := r.Header[header], ": send \""+header+": Bearer <agent token>\""
+func (a *authenticator) check(headers http.Header, header string) *refusal {
+	values, send := headers[header], ": send \""+header+": Bearer <agent token>\""
 	if len(values) == 0 {
 		return &refusal{"none", "no credential" + send}
 	}
@@ -176,12 +176,12 @@ func (s *Server) throttle(w http.ResponseWriter, r *http.Request, refused *refus
 // Kubernetes API may have a client certificate instead.
 func (s *Server) authenticate(r *http.Request) *refusal {
 	if s.config.Access.Identity != access.Own || !isKubernetes(r) {
-		return s.auth.check(r, "Authorization")
+		return s.auth.check(r.Header, "Authorization")
 	}
 	if s.config.Proxy.ClientCAFile != "" && r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
 		return nil
 	}
-	return s.auth.check(r, access.GateHeader)
+	return s.auth.check(r.Header, access.GateHeader)
 }
 
 // identify records as whom a request for the Kubernetes API acts, or returns why not, and the status for that.
@@ -197,8 +197,8 @@ func (s *Server) identify(sc *scope, r *http.Request) (code int, why string) {
 	switch {
 	case err != nil:
 		return code, err.Error()
-	case identity == access.Own && s.auth.check(r, "Authorization") == nil:
-		return http.StatusUnauthorized, "Authorization holds the agent's token: send your own token for the cluster there"
+	case identity == access.Own && s.auth.check(sc.Identity, "Authorization") == nil:
+		return http.StatusUnauthorized, "its credential is the agent's token: send your own token for the cluster"
 	case sc.who.Share != "":
 		sc.share = sc.who.Share
 	}

@@ -46,8 +46,8 @@ func (m *metrics) owner(o *access.Owner) {
 		}, func() float64 { return boolValue[o.State().Allow == access.Level(level)] })
 	}
 	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "access_config_failing", Help: "1 if nothing is allowed because the owner's ConfigMap has ended, is invalid or cannot be read.",
-	}, func() float64 { return boolValue[o.State().Detail != ""] })
+		Name: "access_config_failing", Help: "1 if the owner's ConfigMap has ended, is invalid or cannot be read.",
+	}, func() float64 { return boolValue[o.State().Detail != "" || o.State().Held != ""] })
 }
 
 func newMetrics() *metrics {

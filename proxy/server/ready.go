@@ -101,7 +101,7 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 				return
 			}
 		}
-		refused := s.auth.check(r, "Authorization")
+		refused := s.auth.check(r.Header, "Authorization")
 		detailed := l == operations || refused == nil
 		if !detailed && refused.reason != "none" && s.throttle(w, r, refused) {
 			return
@@ -267,7 +267,7 @@ type accessStatus struct {
 	Allow        string     `json:"allow"`
 	Until        *time.Time `json:"until"` // null: no end
 	Reason       string     `json:"reason,omitempty"`
-	Detail       string     `json:"detail,omitempty"` // why allow is not what the owner's ConfigMap says
+	Detail       string     `json:"detail,omitempty"` // why allow is not what the owner's ConfigMap says now
 	OwnNamespace string     `json:"own_namespace"`
 }
 
@@ -333,7 +333,7 @@ func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	answer.WriteJSON(w, http.StatusOK, status{
 		Access: accessStatus{
 			Identity: settings.Identity, Allow: owner.Allow.String(), Until: owner.Until, Reason: owner.Reason,
-			Detail: owner.Detail, OwnNamespace: settings.OwnNamespace,
+			Detail: cmp.Or(owner.Detail, owner.Held), OwnNamespace: settings.OwnNamespace,
 		},
 		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
 		Tunnel: s.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),

@@ -134,8 +134,11 @@ func (s *Server) Run(ctx context.Context) error {
 			_ = c.refresh(ctx)
 		}
 	}, 5*time.Second)
-	go wait.UntilWithContext(requests, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
-	go wait.UntilWithContext(requests, s.followOwner, access.OwnerInterval)
+	go wait.UntilWithContext(requests, func(context.Context) {
+		s.gate.endStalled(time.Now())
+		s.endForbidden()
+	}, stallInterval)
+	go wait.UntilWithContext(requests, s.owner.Follow, access.OwnerInterval)
 	go wait.UntilWithContext(requests, (&reviewer{s, map[right]review{}}).run, reviewInterval)
 	if s.config.Agent.TokenFile != "" {
 		go s.auth.follow(requests, s.config.Agent.CurrentToken)

@@ -100,9 +100,8 @@ func (s *Server) end(reason string, match func(*scope) bool, why *kube.Ended) {
 	s.metrics.streamsEnded.WithLabelValues(reason).Add(float64(s.gate.revoke(match, why)))
 }
 
-// followOwner reads what the cluster's owner allows, and ends what runs and is no longer allowed.
-func (s *Server) followOwner(ctx context.Context) {
-	s.owner.Follow(ctx)
+// endForbidden ends what runs and the cluster's owner no longer allows.
+func (s *Server) endForbidden() {
 	if now := s.owner.State(); now.Allow < access.All {
 		why := &kube.Ended{Why: s.owner.Refuse(now.Allow + 1), Code: http.StatusForbidden}
 		s.end("switch", func(sc *scope) bool { return sc.needs > now.Allow }, why)
