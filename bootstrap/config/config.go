@@ -32,7 +32,9 @@ type Config struct {
 	Proxy struct {
 		ListenAddr, MetricsAddr string
 		DrainTimeout            time.Duration
+		ClientCAFile            string
 	}
+	Access  Access
 	Runners struct{ AllowedHosts []string }
 	RunDir  string
 	Logging struct {
@@ -50,6 +52,9 @@ type Agent struct {
 	APIURL                          string        // without a slash at its end
 	CAFile                          string
 }
+
+// Access is the section access: as whom callers act, and what limits them.
+type Access struct{ Identity, Prefix, ConfigMap, OwnNamespace string }
 
 // FRP is the section frp: the way to frps, and the tunnel.
 type FRP struct {

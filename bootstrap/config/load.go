@@ -183,6 +183,8 @@ func (l *loader) complete() {
 		"is for frp.tunnel.type tcp only: remove it or change the type")
 	l.refuse(tunnel.Type == "tcp" && (tunnel.Subdomain != "" || len(tunnel.CustomDomains) > 0), "frp.tunnel.type",
 		"tcp has no domains: remove frp.tunnel.subdomain and frp.tunnel.custom_domains or change the type")
+	l.refuse(c.Proxy.ClientCAFile != "" && tunnel.Type != "https", "proxy.tls.client_ca_file",
+		"is for frp.tunnel.type https only: remove it or change the type")
 	l.refuse(c.Kubernetes.InCluster && c.Kubernetes.Kubeconfig != "", "kubernetes.in_cluster",
 		"true contradicts "+Name("kubernetes.kubeconfig")+": remove one of them")
 	adminPort := ":" + strconv.Itoa(c.FRP.AdminPort)

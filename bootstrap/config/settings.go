@@ -63,6 +63,12 @@ var settings = []setting{
 	{key: "proxy.listen_addr", env: "PIPEOPS_LISTEN_ADDR", def: "127.0.0.1:8080", doc: "Address of the tunnel listener, for frpc: serves everything.", field: func(c *Config) any { return &c.Proxy.ListenAddr }, check: listenAddr},
 	{key: "proxy.metrics_addr", env: "PIPEOPS_METRICS_ADDR", def: ":9090", doc: "Address of the operations listener, for the kubelet and Prometheus: serves probes, activity and metrics.", field: func(c *Config) any { return &c.Proxy.MetricsAddr }, check: listenAddr},
 	{key: "proxy.drain_timeout", env: "PIPEOPS_DRAIN_TIMEOUT", def: "25s", doc: "How long running streams may continue after SIGTERM.", field: func(c *Config) any { return &c.Proxy.DrainTimeout }},
+	{key: "proxy.tls.client_ca_file", env: "PIPEOPS_PROXY_TLS_CLIENT_CA_FILE", doc: "PEM file of the authorities for callers' client certificates, for tunnels of type https: whoever shows none cannot connect. Default: no certificate is asked for.", field: func(c *Config) any { return &c.Proxy.ClientCAFile }, check: path},
+
+	{key: "access.identity", env: "PIPEOPS_ACCESS_IDENTITY", def: "agent", doc: "As whom callers act at the Kubernetes API: agent (the agent's ServiceAccount), named (the user whom the gateway names) or own (the holder of the caller's own token for the cluster).", field: func(c *Config) any { return &c.Access.Identity }, check: oneOf("agent", "named", "own")},
+	{key: "access.prefix", env: "PIPEOPS_ACCESS_PREFIX", def: "pipeops:", doc: "Begins the names of users and groups in the cluster, with identity named.", field: func(c *Config) any { return &c.Access.Prefix }, check: namePrefix},
+	{key: "access.config_map", env: "PIPEOPS_ACCESS_CONFIG_MAP", doc: "ConfigMap in the agent's namespace by which the cluster's owner limits access. Default: none, and no limit.", field: func(c *Config) any { return &c.Access.ConfigMap }, check: dnsName},
+	{key: "access.own_namespace", env: "PIPEOPS_ACCESS_OWN_NAMESPACE", def: "closed", doc: "closed: callers may not write, exec or read Secrets in the agent's namespace, whatever their rights. What a path does not show passes, such as Secrets in a list of all namespaces. open: they may, and can take the agent over.", field: func(c *Config) any { return &c.Access.OwnNamespace }, check: oneOf("closed", "open")},
 
 	{key: "runners.allowed_hosts", env: "PIPEOPS_RUNNERS_ALLOWED_HOSTS", def: "*.svc,*.svc.cluster.local", doc: "Hosts that commands may be relayed to: names and IPs, or *.DOMAIN for all names below a domain. [] in the file: nowhere.", field: func(c *Config) any { return &c.Runners.AllowedHosts }, check: hostOrBelow},
 
@@ -182,6 +188,9 @@ var (
 	host       = accept(IsHost, "VALUE is not a host: give a name or an IP alone, the port has a setting of its own")
 	checkToken = accept(regexp.MustCompile(`^[!-~]*$`).MatchString, // what an HTTP header can carry
 		"holds a space, a line break or a character outside ASCII: copy the token again")
+	namePrefix = accept(func(v string) bool {
+		return regexp.MustCompile(`^[!-~]+$`).MatchString(v) && !strings.HasPrefix(strings.ToLower(v), "system:")
+	}, "VALUE is not a prefix for names: give printable ASCII characters, not beginning with system:")
 	listenAddr = accept(func(v string) bool {
 		_, port, _ := net.SplitHostPort(v) // no port where there is an error
 		_, err := portNumber(port)

@@ -7,6 +7,7 @@ import (
 	"container/list"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -39,6 +40,7 @@ const (
 	TooMany      = "connections"   // all connections are in use
 	Evicted      = "idle"          // it made room for another
 	HeaderMemory = "header_memory" // unfinished headers used too much memory, and it had been unfinished for longest
+	Certificate  = "certificate"   // the caller's certificate is not valid any more
 	Invalid      = "handshake"     // it sent no valid PROXY header or TLS handshake
 )
 
@@ -158,7 +160,23 @@ func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 		return c, err
 	}
 	conn := tls.Server(c, config)
-	return conn, conn.HandshakeContext(context.Background()) // the connection has a deadline
+	err = conn.HandshakeContext(context.Background()) // the connection has a deadline
+	c.locked(func() { c.peer = conn.ConnectionState().PeerCertificates })
+	return conn, err
+}
+
+// CloseUnless closes the connections whose callers have shown a certificate that is no longer valid. It returns how
+// many.
+func (l *Listener) CloseUnless(valid func(peer []*x509.Certificate) bool) (closed int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for c := range l.open {
+		if len(c.peer) > 0 && !valid(c.peer) {
+			c.evict(Certificate)
+			closed++
+		}
+	}
+	return closed
 }
 
 // peek returns the next byte, which stays unread.
@@ -230,6 +248,7 @@ type Conn struct {
 	// Guarded by the listener's mu.
 	place  *list.Element // in waiting; nil while an authenticated request is being answered
 	memory int64         // counted for its headers
+	peer   []*x509.Certificate
 }
 
 type contextKey struct{}

@@ -34,10 +34,6 @@ func admit(r *http.Request) (code int, why string) {
 	}
 	size := len(r.RequestURI)
 	for name, values := range r.Header {
-		if hasPrefixFold(name, "Impersonate-") {
-			return http.StatusForbidden,
-				"the agent does not forward impersonation: remove --as, --as-group and --as-uid"
-		}
 		for _, value := range values {
 			size += len(name) + len(value) + 32 // as HTTP/2 counts
 		}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
@@ -31,11 +32,19 @@ var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 // call sends a request, with body as JSON if it is not nil, and calls read with the body of a 2xx answer. Any other
 // answer is an *apierrors.StatusError.
 func (c *Client) call(ctx context.Context, method, path, accept string, body io.Reader, read reader) error {
+	return c.callAs(ctx, nil, method, path, accept, body, read)
+}
+
+// callAs is call as the caller that the headers of identity name.
+func (c *Client) callAs(
+	ctx context.Context, identity http.Header, method, path, accept string, body io.Reader, read reader,
+) error {
 	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(c.target.String(), "/")+path, body)
 	if err != nil {
 		return err
 	}
 	req.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {accept}}
+	maps.Copy(req.Header, identity)
 	resp, err := c.RoundTrip(req)
 	if err != nil {
 		_, message := explain(c.target.Host, err)
@@ -84,6 +93,35 @@ func (c *Client) CheckReady(ctx context.Context) error {
 		return nil
 	}
 	return err
+}
+
+// ReadConfigMap returns the data of a ConfigMap.
+func (c *Client) ReadConfigMap(ctx context.Context, namespace, name string) (map[string]string, error) {
+	var configMap struct{ Data map[string]string }
+	path := "/api/v1/namespaces/" + namespace + "/configmaps/" + name
+	err := c.call(ctx, http.MethodGet, path, acceptObjects, nil, decodeInto(&configMap))
+	return configMap.Data, err
+}
+
+func (c *Client) review(ctx context.Context, identity http.Header, d *Description) (allowed bool, err error) {
+	var review struct {
+		APIVersion string `json:"apiVersion"`
+		Kind       string `json:"kind"`
+		Spec       struct {
+			Attributes map[string]string `json:"resourceAttributes"`
+		} `json:"spec"`
+		Status struct{ Allowed bool } `json:"status"`
+	}
+	const group = "authorization.k8s.io/v1"
+	review.APIVersion, review.Kind = group, "SelfSubjectAccessReview"
+	review.Spec.Attributes = map[string]string{
+		"verb": d.Verb, "group": d.Group, "resource": d.Resource, "subresource": d.Subresource,
+		"namespace": d.Namespace, "name": d.Name,
+	}
+	body, _ := json.Marshal(review) // cannot fail: strings only
+	err = c.callAs(ctx, identity, http.MethodPost, "/apis/"+group+"/selfsubjectaccessreviews", acceptObjects,
+		bytes.NewReader(body), decodeInto(&review))
+	return review.Status.Allowed, err
 }
 
 // Secret is a Kubernetes Secret.

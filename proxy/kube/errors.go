@@ -22,24 +22,38 @@ import (
 // Discovery, which kubectl requests first, is answered with a warning, for kubectl does not print its Status, and
 // without Retry-After: kubectl would retry each of five requests ten times before its first word.
 func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message string, retryAfter int32) {
-	reason := metav1.StatusReason(strings.ReplaceAll(http.StatusText(code), " ", "")) // as Kubernetes names its own
-	if code == http.StatusRequestTimeout || code == http.StatusGatewayTimeout {
-		reason = metav1.StatusReasonTimeout
-	}
-	status := metav1.Status{
-		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
-		Status:   metav1.StatusFailure, Message: message, Reason: reason, Code: int32(code),
-	}
 	if strings.Contains(r.Header.Get("Accept"), "g=apidiscovery.k8s.io") {
 		if warning, err := utilnet.NewWarningHeader(299, "-", message); err == nil {
 			w.Header().Add("Warning", warning)
 		}
-	} else if retryAfter > 0 {
+		retryAfter = 0
+	}
+	status := newStatus(code, message)
+	if retryAfter > 0 {
 		status.Details = &metav1.StatusDetails{RetryAfterSeconds: retryAfter}
 		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter)))
 	}
 	answer.WriteJSON(w, code, status) // kubectl decodes a Status from no other type
 }
+
+func newStatus(code int, message string) metav1.Status {
+	reason := metav1.StatusReason(strings.ReplaceAll(http.StatusText(code), " ", "")) // as Kubernetes names its own
+	if code == http.StatusRequestTimeout || code == http.StatusGatewayTimeout {
+		reason = metav1.StatusReasonTimeout
+	}
+	return metav1.Status{
+		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
+		Status:   metav1.StatusFailure, Message: message, Reason: reason, Code: int32(code),
+	}
+}
+
+// Ended is the cause with which a request's context ends when the caller may no longer do what it does.
+type Ended struct {
+	Why  string
+	Code int32 // of the Status in a watch's last event; 0: no event, and the caller watches again
+}
+
+func (e *Ended) Error() string { return "the agent has ended the request: " + e.Why }
 
 // ErrShutdown is the cause with which a request's context ends when the agent stops before the API server has answered.
 var ErrShutdown = errors.New("the agent has stopped before the Kubernetes API server answered: " +

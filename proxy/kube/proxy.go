@@ -1,5 +1,5 @@
 // Package kube is the way to the Kubernetes API server: Proxy forwards callers' requests, and Client sends the agent's
-// own. Callers are authenticated before they reach a Proxy; the API server sees the agent's credential only.
+// own. Callers are authenticated before they reach a Proxy.
 package kube
 
 import (
@@ -16,10 +16,10 @@ import (
 // Prefix is where the Kubernetes API begins. What follows it is the API server's path.
 const Prefix = agentapi.KubernetesPrefix
 
-// Proxy forwards requests below Prefix to the API server, with the agent's credential in place of the caller's.
-// Safe for concurrent use.
+// Proxy forwards requests below Prefix to the API server. Safe for concurrent use.
 type Proxy struct {
 	client       *Client
+	own          bool // callers have credentials of their own: a 401 is about theirs
 	buffers      *buffers
 	watchBuffers *buffers // small ones: watches are many and mostly silent
 	log          *slog.Logger
@@ -28,11 +28,17 @@ type Proxy struct {
 	draining context.Context    // ends with Drain
 }
 
-// NewProxy returns a proxy to client's API server. It starts nothing.
-func NewProxy(client *Client, log *slog.Logger) *Proxy {
-	p := &Proxy{client: client, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10), log: log}
+// NewProxy returns a proxy to client's API server. own says that the client has no credential: callers have. It starts
+// nothing.
+func NewProxy(client *Client, own bool, log *slog.Logger) *Proxy {
+	p := &Proxy{client: client, own: own, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10), log: log}
 	p.draining, p.Drain = context.WithCancel(context.Background())
 	return p
+}
+
+// Review asks the API server whether the caller that the headers of identity name may do what d describes.
+func (p *Proxy) Review(ctx context.Context, identity http.Header, d *Description) (allowed bool, err error) {
+	return p.client.review(ctx, identity, d)
 }
 
 // buffers lends ReverseProxy the buffers that it copies answers with. Without it each answer, however small, would
@@ -51,38 +57,39 @@ func (b *buffers) Put(buffer []byte) { b.Pool.Put(&buffer) }
 // reservation leaves some memory for those that are not.
 type Reserve func(bytes int64, optional bool) bool
 
-// Serve answers a request below Prefix. d is its Description, and body its Body, nil if it has none.
-func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, d *Description, body *Body, reserve Reserve) {
+// Serve answers a request below Prefix. It returns the status with which it refused to forward it; 0 if it did forward.
+func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (refused int) {
 	if code, why := admit(r); code != 0 {
 		if code == http.StatusMethodNotAllowed {
 			w.Header().Set("Allow", strings.Join(Methods, ", "))
 		}
 		WriteStatus(w, r, code, why, 0)
-		return
+		return code
 	}
-	req := &request{Proxy: p, Description: d, reserve: reserve}
-	switch {
+	f := &forward{Proxy: p, Request: req}
+	switch body := req.Body; {
 	case body == nil:
-	case 0 < r.ContentLength && r.ContentLength <= maxRepeatable && reserve(r.ContentLength, true):
+	case 0 < r.ContentLength && r.ContentLength <= maxRepeatable && req.Reserve(r.ContentLength, true):
 		if err := body.keep(r); err != nil {
 			writeBodyError(w, r, err)
-			return
+			return 0
 		}
 	default:
 		body.stream(w, r)
-		req.body = body
+		f.streamed = body
 	}
 	rp := &httputil.ReverseProxy{
 		BufferPool:     p.buffers,
-		Rewrite:        req.rewrite,
+		Rewrite:        f.rewrite,
 		Transport:      p.client,
-		ModifyResponse: req.checkAnswer,
-		ErrorHandler:   req.fail,
+		ModifyResponse: f.checkAnswer,
+		ErrorHandler:   f.fail,
 		ErrorLog:       slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}
-	if d.Verb == "watch" {
+	if req.Verb == "watch" {
 		rp.BufferPool = p.watchBuffers
 	}
 	rp.ServeHTTP(w, r)
-	req.body.afterAnswer(w.Header())
+	f.streamed.afterAnswer(w.Header())
+	return 0
 }

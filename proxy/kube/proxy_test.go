@@ -39,14 +39,13 @@ func newUpstream(t *testing.T) *upstream {
 }
 
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	d := Describe(r)
-	var body *Body
+	req := &Request{Description: Describe(r), Reserve: func(int64, bool) bool { return true }}
 	if r.Body != nil && r.Body != http.NoBody {
-		body = NewBody(w, r.Body, func(float64) {})
+		req.Body = NewBody(w, r.Body, func(float64) {})
 		r = r.WithContext(r.Context())
-		r.Body = body
+		r.Body = req.Body
 	}
-	p.Serve(w, r, &d, body, func(int64, bool) bool { return true })
+	p.Serve(w, r, req)
 }
 
 // proxyTo returns a proxy to an API server.
@@ -56,7 +55,7 @@ func proxyTo(t testing.TB, config *rest.Config) *Proxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return NewProxy(client, slog.New(slog.DiscardHandler))
+	return NewProxy(client, false, slog.New(slog.DiscardHandler))
 }
 
 // front serves a proxy to the API server at host over plain HTTP.
@@ -166,16 +165,37 @@ func TestOnlyTheAgentsCredentialIsForwarded(t *testing.T) {
 	}
 }
 
-func TestImpersonationIsRefused(t *testing.T) {
+// TestOnlyTheIdentityIsSent: whatever a request says of its caller is replaced, also where the caller lists the headers
+// as hop-by-hop.
+func TestOnlyTheIdentityIsSent(t *testing.T) {
 	u := newUpstream(t)
-	server := front(t, u.URL)
-	for _, sent := range []string{
-		"Impersonate-User: admin", "impersonate-group: system:masters", "IMPERSONATE-EXTRA-SCOPES: x", "Impersonate-Uid: 1",
-		"Connection: Impersonate-User\r\nImpersonate-User: admin",
+	proxy := proxyTo(t, &rest.Config{Host: u.URL, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
+	for _, test := range []struct{ identity, want http.Header }{
+		{nil, http.Header{"Authorization": {"Bearer agents-own"}}},
+		{
+			http.Header{"Impersonate-User": {"p:a"}, "Impersonate-Group": {"g", "h"}},
+			http.Header{"Authorization": {"Bearer agents-own"}, "Impersonate-User": {"p:a"}, "Impersonate-Group": {"g", "h"}},
+		},
+		{http.Header{"Authorization": {"Bearer own"}}, http.Header{"Authorization": {"Bearer own"}}},
 	} {
-		resp := send(t, server, "GET "+Prefix+"/version HTTP/1.1\r\nHost: a\r\n"+sent+"\r\n\r\n")
-		if resp.StatusCode != http.StatusForbidden || u.header != nil {
-			t.Errorf("%q: answered %s, the API server saw %v", sent, resp.Status, u.header)
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			proxy.Serve(w, r, &Request{
+				Description: Describe(r), Identity: test.identity, Reserve: func(int64, bool) bool { return true },
+			})
+		}))
+		t.Cleanup(server.Close)
+		send(t, server, "GET "+Prefix+"/version HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer callers\r\n"+
+			"Pipeops-Agent-Authorization: Bearer callers\r\nimpersonate-user: admin\r\nIMPERSONATE-UID: 1\r\n"+
+			"Impersonate-Extra-Scopes: x\r\nImpersonate-Group: system:masters\r\n"+
+			"Connection: Authorization, Impersonate-User, Impersonate-Group\r\n\r\n")
+		got := http.Header{}
+		for name, values := range u.header {
+			if strings.Contains(name, "Authorization") || strings.HasPrefix(name, "Impersonate") {
+				got[name] = values
+			}
+		}
+		if !reflect.DeepEqual(got, test.want) {
+			t.Errorf("the API server saw %v, want %v", got, test.want)
 		}
 	}
 }
@@ -272,7 +292,7 @@ func Example() {
 		fmt.Println(err)
 		return
 	}
-	proxy := NewProxy(client, slog.New(slog.DiscardHandler))
+	proxy := NewProxy(client, false, slog.New(slog.DiscardHandler))
 	request := httptest.NewRequest(http.MethodGet, Prefix+"/api/v1/namespaces?limit=1", nil)
 	request.Header.Set("Authorization", "Bearer callers")
 	proxy.ServeHTTP(httptest.NewRecorder(), request)

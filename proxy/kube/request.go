@@ -5,27 +5,54 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 )
 
-// request is a caller's request that is being answered.
-type request struct {
-	*Proxy
-	*Description
+// Request is a caller's request below Prefix: what decides how it is forwarded.
+type Request struct {
+	Description
 
-	body    *Body // nil if there is none, or it was kept
-	reserve Reserve
+	// Identity holds the headers that say to the API server who calls. Where it has none, the client's credential does.
+	Identity http.Header
+	Body     *Body // nil: there is none
+	Reserve  Reserve
+
+	accepted atomic.Bool // the API server has accepted the credential
+	watch    atomic.Pointer[watchBody]
 }
 
-// rewrite addresses the request to the API server and removes the caller's credentials. It runs after the hop-by-hop
-// headers are removed, so that a caller's "Connection: Authorization" removes nothing that is set here. The transport
-// adds the agent's credential, but only where there is none.
-func (r *request) rewrite(pr *httputil.ProxyRequest) {
-	out, target := pr.Out, r.client.target
+// Accepted reports whether the API server has answered, and not with 401.
+func (r *Request) Accepted() bool { return r.accepted.Load() }
+
+// EndWatch ends a watch between two events, or else returns false. The caller gets an event that holds why, unless its
+// code is 0.
+func (r *Request) EndWatch(why *Ended) bool {
+	body := r.watch.Load()
+	if body != nil {
+		body.end(why)
+	}
+	return body != nil
+}
+
+// forward is a request that is being forwarded.
+type forward struct {
+	*Proxy
+	*Request
+
+	streamed *Body // the body, unless there is none, or it was kept
+}
+
+// rewrite addresses the request to the API server and replaces all that says who calls by the request's Identity. It
+// runs after the hop-by-hop headers are removed, so that a caller's "Connection: Authorization" removes nothing that is
+// set here. The transport adds the agent's credential, but only where there is none.
+func (f *forward) rewrite(pr *httputil.ProxyRequest) {
+	out, target := pr.Out, f.client.target
 	out.URL.Scheme, out.URL.Host, out.Host = target.Scheme, target.Host, ""
 	path := cmp.Or(strings.TrimPrefix(pr.In.URL.EscapedPath(), Prefix), "/") // byte for byte, as the query
 	out.URL.RawPath = strings.TrimRight(target.EscapedPath(), "/") + path
@@ -33,15 +60,13 @@ func (r *request) rewrite(pr *httputil.ProxyRequest) {
 	out.URL.RawQuery = pr.In.URL.RawQuery               // ReverseProxy has normalized it
 
 	for name := range out.Header {
-		if hasPrefixFold(name, "X-Remote-") ||
-			slices.Contains([]string{"Authorization", "Cookie", "X-Real-Ip", "Expect"}, name) { // Expect: see Body.stream
+		if hasPrefixFold(name, "X-Remote-") || hasPrefixFold(name, "Impersonate-") ||
+			slices.Contains(removed, name) {
 			out.Header.Del(name)
 		}
 	}
-	// The API server accepts a token in this list too.
-	// Source: k8s.io/apiserver/pkg/authentication/request/websocket.
 	protocols := slices.DeleteFunc(ListOf(out, "Sec-Websocket-Protocol"), func(protocol string) bool {
-		return protocol == "" || hasPrefixFold(protocol, "base64url.bearer.authorization.k8s.io.")
+		return protocol == "" || hasPrefixFold(protocol, TokenProtocol)
 	})
 	out.Header.Del("Sec-Websocket-Protocol")
 	if len(protocols) > 0 && out.Header.Get("Upgrade") != "" {
@@ -50,41 +75,55 @@ func (r *request) rewrite(pr *httputil.ProxyRequest) {
 	// From pr.In: a caller's "Connection: X-Request-Id" has removed it from out.
 	out.Header.Set("Audit-Id", pr.In.Header.Get("X-Request-Id"))
 	out.Header.Del("X-Request-Id")
+	maps.Copy(out.Header, f.Identity)
 }
 
+// removed are headers that do not reach the API server.
+var removed = []string{
+	"Authorization", "Pipeops-Agent-Authorization", "Cookie", "X-Real-Ip", "Expect", // Expect: see Body.stream
+}
+
+// TokenProtocol begins an element of Sec-WebSocket-Protocol that holds a token, which the API server accepts too.
+// Source: k8s.io/apiserver/pkg/authentication/request/websocket.
+const TokenProtocol = "base64url.bearer.authorization.k8s.io."
+
 // checkAnswer turns the API server's 401 into an error, which becomes a 502: it refuses the agent's credential and says
-// nothing about the caller's. Below a subresource the 401 is forwarded: it may be a backend's behind services/proxy, or
+// nothing about the caller's, unless that is the caller's own. Below a subresource the 401 is forwarded: it may be a backend's behind services/proxy, or
 // the kubelet's.
-func (r *request) checkAnswer(resp *http.Response) error {
+func (f *forward) checkAnswer(resp *http.Response) error {
 	if resp.StatusCode < 100 || resp.StatusCode > 599 {
 		return fmt.Errorf("its status %d is not one of HTTP", resp.StatusCode)
 	}
-	if !r.reserve(HeaderMemory(resp.Header), false) {
+	if !f.Reserve(HeaderMemory(resp.Header), false) {
 		return errNoMemory
 	}
-	if resp.StatusCode == http.StatusUnauthorized && r.Subresource == "" {
+	f.accepted.Store(resp.StatusCode != http.StatusUnauthorized)
+	if resp.StatusCode == http.StatusUnauthorized && f.Subresource == "" && !f.own {
 		return errCredential
 	}
-	if resp.StatusCode == http.StatusOK && r.Verb == "watch" {
-		r.endOnDrain(resp)
+	if resp.StatusCode == http.StatusOK && f.Verb == "watch" {
+		f.endBetweenEvents(resp)
 	}
 	return nil
 }
 
 // fail answers for an API server that gave no valid answer. out is the request as rewritten.
-func (r *request) fail(w http.ResponseWriter, out *http.Request, err error) {
+func (f *forward) fail(w http.ResponseWriter, out *http.Request, err error) {
 	cause := context.Cause(out.Context())
+	ended, _ := errors.AsType[*Ended](cause)
 	switch {
-	case cause != nil && r.body.late() || cause == nil && r.body.Failure() != nil:
-		writeBodyError(w, out, r.body.Failure())
+	case ended != nil:
+		WriteStatus(w, out, http.StatusForbidden, ended.Error(), 0)
+	case cause != nil && f.streamed.late() || cause == nil && f.streamed.Failure() != nil:
+		writeBodyError(w, out, f.streamed.Failure())
 	case errors.Is(cause, ErrShutdown):
 		// Without Retry-After: the request may have taken effect, and must not be repeated blindly.
 		WriteStatus(w, out, http.StatusGatewayTimeout, cause.Error(), 0)
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would answer 200
 	default:
-		code, message := explain(r.client.target.Host, err)
-		r.log.WarnContext(out.Context(), "no answer from the API server",
+		code, message := explain(f.client.target.Host, err)
+		f.log.WarnContext(out.Context(), "no answer from the API server",
 			"error", err, "request_id", out.Header.Get("Audit-Id"))
 		WriteStatus(w, out, code, message, 0)
 	}

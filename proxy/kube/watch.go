@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"io"
 	"net/http"
 	"net/url"
@@ -20,39 +21,58 @@ func isWatch(u *url.URL) bool {
 	return ok && !strings.EqualFold(values[0], "false") && values[0] != "0"
 }
 
-// endOnDrain replaces a watch's body by one that ends cleanly between two events once the proxy drains. client-go takes
-// that for the end that every watch has after a while, and watches again from where it was. A watch in a format whose
-// events cannot be told apart is left alone, and runs until the drain timeout.
-func (p *Proxy) endOnDrain(resp *http.Response) {
-	body := &watchBody{ReadCloser: resp.Body, draining: p.draining, endsEvent: endsLine, between: true}
+// endBetweenEvents replaces a watch's body by one that can end cleanly between two events: when the proxy drains, and
+// when the caller loses its right. client-go takes that for the end that every watch has after a while, and watches
+// again from where it was. A watch in a format whose events cannot be told apart is left alone, and ends less cleanly.
+func (f *forward) endBetweenEvents(resp *http.Response) {
+	body := &watchBody{ReadCloser: resp.Body, endsEvent: endsLine, between: true}
 	switch contentType := resp.Header.Get("Content-Type"); {
 	case strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf"):
 		body.endsEvent = new(framedEvents).read
 	case !strings.HasPrefix(contentType, "application/json"):
 		return
+	default:
+		body.isJSON = true
 	}
-	body.forget = context.AfterFunc(p.draining, func() { body.advance(nil) })
-	body.advance(nil) // ends it now if the proxy drains already
+	body.forget = context.AfterFunc(f.draining, func() { body.end(&Ended{}) })
+	if f.draining.Err() != nil {
+		body.end(&Ended{})
+	}
 	resp.Body = body
+	f.watch.Store(body)
 }
 
 // watchBody is the body of a watch.
 type watchBody struct {
 	io.ReadCloser
 
-	draining  context.Context        // ends when the proxy drains
-	forget    func() bool            // releases the body from draining
+	forget    func() bool            // releases the body from the drain
 	endsEvent func(part []byte) bool // takes the next part and reports whether it ends with an event
+	isJSON    bool
 
 	mu      sync.Mutex
-	between bool // the caller has got whole events only
+	between bool   // the caller has got whole events only
+	ending  *Ended // why it ends after the event that is being sent; nil: it goes on
 	ended   bool
+	last    []byte // what the caller still gets once it has ended
 }
 
+// Read returns io.EOF once the body has ended: the caller's next watch delivers the events that came since.
 func (b *watchBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	if b.advance(p[:n]) {
-		return 0, io.EOF // the caller's next watch delivers the events that came since
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ended {
+		if len(b.last) == 0 {
+			return 0, io.EOF
+		}
+		n = copy(p, b.last)
+		b.last = b.last[n:]
+		return n, nil
+	}
+	if n > 0 {
+		b.between = b.endsEvent(p[:n])
+		b.endBetween()
 	}
 	return n, err
 }
@@ -62,22 +82,26 @@ func (b *watchBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// advance records a part that the caller is about to get, and reports whether the body has ended before. If the proxy
-// drains and the caller has whole events only, it ends the body: the next Read, or one that waits, returns io.EOF.
-func (b *watchBody) advance(part []byte) (ended bool) {
+// end ends the body, at the latest when the event that is being sent has ended.
+func (b *watchBody) end(why *Ended) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.ended {
-		return true
+	b.ending = why
+	b.endBetween()
+}
+
+// endBetween ends the body if it is ending and between events: the next Read, or one that waits, returns what is last.
+// b.mu is held.
+func (b *watchBody) endBetween() {
+	if b.ending == nil || !b.between || b.ended {
+		return
 	}
-	if len(part) > 0 {
-		b.between = b.endsEvent(part)
+	b.ended = true
+	if b.isJSON && b.ending.Code != 0 {
+		b.last, _ = json.Marshal(map[string]any{"type": "ERROR", "object": newStatus(int(b.ending.Code), b.ending.Error())})
+		b.last = append(b.last, '\n')
 	}
-	if b.draining.Err() != nil && b.between {
-		b.ended = true
-		_ = b.ReadCloser.Close() // ends a Read that waits
-	}
-	return false
+	_ = b.ReadCloser.Close() // ends a Read that waits
 }
 
 // endsLine reports whether a part ends with an event in JSON: the API server breaks lines nowhere else.

@@ -109,7 +109,7 @@ func TestWatchThatBeginsWhileDrainingEnds(t *testing.T) {
 	late := &http.Response{
 		Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader("{}\n")),
 	}
-	w.proxy.endOnDrain(late)
+	forwarded(w.proxy).endBetweenEvents(late)
 	if got, err := io.ReadAll(late.Body); err != nil || len(got) != 0 {
 		t.Errorf("got %q, %v", got, err)
 	}
@@ -132,12 +132,45 @@ func TestOnlyWatchesEndWithTheDrain(t *testing.T) {
 func TestClosedWatchesAreReleased(t *testing.T) {
 	w := watch(t, "pods?watch=true", "application/json")
 	resp := &http.Response{Header: http.Header{"Content-Type": {"application/json"}}, Body: http.NoBody}
-	w.proxy.endOnDrain(resp)
+	forwarded(w.proxy).endBetweenEvents(resp)
 	if err := resp.Body.Close(); err != nil {
 		t.Error(err)
 	}
 	if resp.Body.(*watchBody).forget() {
 		t.Error("the watch is still tracked")
+	}
+}
+
+func forwarded(p *Proxy) *forward { return &forward{Proxy: p, Request: &Request{}} }
+
+// TestWatchWithoutARightEnds between two events: one in JSON with an event that says why.
+func TestWatchWithoutARightEnds(t *testing.T) {
+	for contentType, want := range map[string]string{
+		"application/json": `{"object":{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure",` +
+			`"message":"the agent has ended the request: because","reason":"Forbidden","code":403},"type":"ERROR"}` + "\n",
+		"application/vnd.kubernetes.protobuf;stream=watch": "",
+	} {
+		body, events := io.Pipe()
+		f := forwarded(proxyTo(t, &rest.Config{Host: "http://127.0.0.1"}))
+		resp := &http.Response{Header: http.Header{"Content-Type": {contentType}}, Body: body}
+		f.endBetweenEvents(resp)
+		first, rest := "{", "}\n"
+		if want == "" {
+			first, rest = "\x00\x00\x00\x02a", "b"
+		}
+		go func() {
+			_, _ = io.WriteString(events, first)
+			if !f.EndWatch(&Ended{Why: "because", Code: http.StatusForbidden}) {
+				t.Error("it is no watch")
+			}
+			_, _ = io.WriteString(events, rest)
+		}()
+		if got, err := io.ReadAll(resp.Body); err != nil || string(got) != first+rest+want {
+			t.Errorf("%s: got %q, %v, want %q", contentType, got, err, first+rest+want)
+		}
+	}
+	if forwarded(nil).EndWatch(&Ended{}) {
+		t.Error("a request without a watch has ended one")
 	}
 }
 

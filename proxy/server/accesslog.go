@@ -11,8 +11,7 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// answered counts and logs a request, without its query, headers and body, and without its path below the Kubernetes
-// API: objects' names may be secret. It must be deferred: it records a panic of the handler, and panics again.
+// answered counts and logs a request, without its query, headers and body. It must be deferred: it records a panic of the handler, and panics again.
 func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	sc.conn.Answered()
 	code := sc.status()
@@ -25,9 +24,14 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	route, method := routeLabel(r), orOther(r.Method, slices.Contains(kube.Methods, r.Method))
 	codeLabel := orOther(strconv.Itoa(code), http.StatusText(code) != "" || code == callerLeft)
 	s.metrics.requests.WithLabelValues(route, method, codeLabel).Inc()
-	if verb := sc.description.Verb; verb != "" {
+	if sc.Verb != "" {
 		s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Dec()
-		s.metrics.kube.WithLabelValues(verb, codeLabel, sc.lane()).Inc()
+		s.metrics.kube.WithLabelValues(sc.verb(), codeLabel, sc.lane()).Inc()
+	}
+	if isKubernetes(r) {
+		s.metrics.access.WithLabelValues(s.config.Access.Identity, sc.outcome).Inc()
+	} else {
+		sc.outcome = ""
 	}
 
 	level := slog.LevelInfo
@@ -37,20 +41,42 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	if !s.log.Enabled(r.Context(), level) {
 		return
 	}
-	from := ""
-	if sc.conn.Proxied() {
+	attrs := append(sc.attrs(r), slog.Int("status", code), slog.Int64("bytes", sc.bytes.Load()),
+		slog.Int64("duration_us", time.Since(sc.start).Microseconds()), slog.String("outcome", sc.outcome))
+	if sc.Upgrade {
+		attrs = append(attrs, slog.Int64("received_bytes", sc.sent.Load()))
+	}
+	s.log.LogAttrs(r.Context(), level, "request", attrs...)
+}
+
+// attrs say who asks for what, in the lines of the log.
+func (s *scope) attrs(r *http.Request) []slog.Attr {
+	from, user, certificate := "", s.who.User, ""
+	if s.conn.Proxied() {
 		from = forwardedFor(r)
 	}
-	d := &sc.description
-	attrs := []slog.Attr{
-		slog.String("request_id", sc.requestID), slog.String("method", method),
-		slog.String("route", route), slog.Int("status", code), slog.Int64("bytes", sc.bytes),
-		slog.Int64("duration_us", time.Since(sc.start).Microseconds()), slog.String("caller", sc.caller),
-		slog.String("forwarded_for", from), slog.String("verb", d.Verb), slog.String("group", d.Group),
-		slog.String("resource", d.Resource), slog.String("subresource", d.Subresource),
+	if s.Identity.Get("Authorization") != "" && !s.Accepted() {
+		user = "" // it is the token's own account, which nobody has verified
 	}
-	attrs = slices.DeleteFunc(attrs, func(attr slog.Attr) bool { return attr.Value.String() == "" })
-	s.log.LogAttrs(r.Context(), level, "request", attrs...)
+	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		certificate = r.TLS.PeerCertificates[0].Subject.CommonName
+	}
+	method := orOther(r.Method, slices.Contains(kube.Methods, r.Method))
+	return slices.DeleteFunc([]slog.Attr{
+		slog.String("request_id", s.requestID), slog.String("method", method), slog.String("route", routeLabel(r)),
+		slog.String("caller", s.caller), slog.String("forwarded_for", from), slog.String("client_certificate", certificate),
+		slog.String("user", user), slog.String("groups", strings.Join(s.who.Groups, ",")), slog.String("as", s.who.As),
+		slog.String("verb", s.verb()), slog.String("group", s.Group), slog.String("resource", s.Resource),
+		slog.String("subresource", s.Subresource), slog.String("namespace", s.Namespace), slog.String("name", s.Name),
+	}, func(attr slog.Attr) bool { return attr.Value.String() == "" })
+}
+
+// verb returns the verb as metrics and the log have it.
+func (s *scope) verb() string {
+	if s.Upgrade {
+		return "connect"
+	}
+	return s.Verb
 }
 
 // orOther returns a known value of a label, else "other": callers and backends may send any.

@@ -18,6 +18,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc/secret"
+	"github.com/pipeops/vm-agent/proxy/access"
 	"github.com/pipeops/vm-agent/proxy/answer"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -94,19 +95,19 @@ type refusal struct {
 	why    string // for the caller
 }
 
-// check returns nil for a request with the agent's token. It compares hashes in constant time, so that neither the
-// token nor its length can be measured.
-func (a *authenticator) check(r *http.Request) *refusal {
-	values := r.Header["Authorization"]
+// check returns nil for a request with the agent's token in the named header. It compares hashes in constant time, so
+// that neither the token nor its length can be measured.
+func (a *authenticator) check(r *http.Request, header string) *refusal {
+	values, send := r.Header[header], ": send \""+header+": Bearer <agent token>\""
 	if len(values) == 0 {
-		return &refusal{"none", "no credential: send \"Authorization: Bearer <agent token>\""}
+		return &refusal{"none", "no credential" + send}
 	}
 	if len(values) > 1 {
-		return &refusal{"several", "more than one Authorization header: send one"}
+		return &refusal{"several", "more than one " + header + " header: send one"}
 	}
 	scheme, token, _ := strings.Cut(values[0], " ")
 	if !strings.EqualFold(scheme, "Bearer") {
-		return &refusal{"scheme", "the credential is not a bearer token: send \"Authorization: Bearer <agent token>\""}
+		return &refusal{"scheme", "the credential is not a bearer token" + send}
 	}
 	hash := sha256.Sum256([]byte(strings.TrimLeft(token, " ")))
 	a.mu.Lock()
@@ -171,33 +172,90 @@ func (s *Server) throttle(w http.ResponseWriter, r *http.Request, refused *refus
 	return wait > 0
 }
 
-// protect returns a handler that calls next for requests with the agent's token that the gate admits. While the agent
-// drains, it admits them only if whileDraining.
-func (s *Server) protect(next http.HandlerFunc, whileDraining bool) http.HandlerFunc {
+// authenticate returns why a request is refused; nil if it has the agent's token, or in identity own, for the Kubernetes
+// API, a client certificate.
+func (s *Server) authenticate(r *http.Request) *refusal {
+	if s.config.Access.Identity != access.Own || !isKubernetes(r) {
+		return s.auth.check(r, "Authorization")
+	}
+	if s.config.Proxy.ClientCAFile != "" && r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
+		return nil
+	}
+	return s.auth.check(r, access.GateHeader)
+}
+
+// identify records as whom a request for the Kubernetes API acts, or returns why not, and the status for that.
+func (s *Server) identify(sc *scope, r *http.Request) (code int, why string) {
+	sc.Description, sc.answersEarly = kube.Describe(r), true
+	sc.needs = access.Needs(&sc.Description)
+	s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Inc()
+	var err error
+	identity := s.config.Access.Identity
+	sc.who, code, err = access.Identify(r, identity, s.config.Access.Prefix)
+	sc.Identity = sc.who.Headers
+	switch {
+	case err != nil:
+		return code, err.Error()
+	case identity == access.Own && s.auth.check(r, "Authorization") == nil:
+		return http.StatusUnauthorized, "Authorization holds the agent's token: send your own token for the cluster there"
+	case sc.who.Share != "":
+		sc.share = sc.who.Share
+	}
+	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 && identity != access.Named {
+		sc.share = string(r.TLS.PeerCertificates[0].RawSubject)
+	}
+	return 0, ""
+}
+
+// protect returns a handler that calls next for authenticated requests that the cluster's owner and the gate admit.
+// Those for the Kubernetes API need what they ask for, and others needs. While the agent drains, the gate admits them
+// only if whileDraining.
+func (s *Server) protect(next http.HandlerFunc, needs access.Level, whileDraining bool) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if refused := s.auth.check(r); refused != nil {
+		sc := scopeOf(r)
+		sc.needs = needs
+		if refused := s.authenticate(r); refused != nil {
+			sc.outcome = "credential"
 			if !s.throttle(w, r, refused) {
 				w.Header().Set("WWW-Authenticate", `Bearer realm="pipeops-agent"`) // RFC 6750
 				fail(w, r, http.StatusUnauthorized, refused.why, 0)
 			}
 			return
 		}
-		sc := scopeOf(r)
-		sc.authenticated = true
 		if isKubernetes(r) {
-			sc.description, sc.answersEarly = kube.Describe(r), true
-			s.metrics.kubeInFlight.WithLabelValues(sc.lane()).Inc()
+			if code, why := s.identify(sc, r); why != "" {
+				sc.outcome = "identity"
+				fail(w, r, code, why, 0)
+				return
+			}
 		}
+		sc.authenticated = true
 		switch why := s.gate.enter(sc, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), whileDraining); why {
 		case "":
 			defer s.gate.leave(sc)
 			sc.conn.Authenticated()
+			if why := s.refuse(sc); why != "" {
+				fail(w, r, http.StatusForbidden, why, 0)
+				return
+			}
 			next(w, r)
 		case shuttingDown:
+			sc.outcome = "limit"
 			w.Header().Set("Connection", "close") // the caller's next write must not meet a closing connection
 			fail(w, r, http.StatusServiceUnavailable, why, 1)
 		default:
+			sc.outcome = "limit"
 			fail(w, r, http.StatusTooManyRequests, why, 1)
 		}
 	}
+}
+
+// refuse returns why a request must not be served, although its caller is known, or "".
+func (s *Server) refuse(sc *scope) (why string) {
+	if why = s.owner.Refuse(sc.needs); why != "" {
+		sc.outcome = "switch"
+	} else if outcome, closed := s.guard.Refuse(&sc.Description); closed != "" {
+		sc.outcome, why = outcome, closed
+	}
+	return why
 }

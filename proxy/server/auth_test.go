@@ -32,7 +32,7 @@ const tokenOverlap = 5 * time.Minute
 func TestPreviousTokenIsRefusedWithoutOverlap(t *testing.T) {
 	a := newAuthenticator("first", 0, newMetrics(), slog.New(slog.DiscardHandler))
 	a.setToken("second")
-	if a.check(bearer("first")) == nil || a.check(bearer("second")) != nil {
+	if a.check(bearer("first"), "Authorization") == nil || a.check(bearer("second"), "Authorization") != nil {
 		t.Error("the first token is let in, or the second is not")
 	}
 }
@@ -63,7 +63,7 @@ func TestTokenFileIsReloaded(t *testing.T) {
 			t.Helper()
 			for _, token := range []string{"first", "second", "third", "fourth", ""} {
 				want := slices.Contains(accepted, token)
-				if got := a.check(bearer(token)) == nil; got != want {
+				if got := a.check(bearer(token), "Authorization") == nil; got != want {
 					t.Errorf("%q: accepted %v, want %v", token, got, want)
 				}
 			}

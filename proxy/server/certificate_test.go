@@ -74,7 +74,9 @@ func TestTunnelListenerServesTLSAndPlainHTTP(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		_, _ = io.WriteString(w, r.Proto+" "+string(body))
 	}), quiet)
-	go func() { _ = server.Serve(s.bound(tunnel, listener.(*net.TCPListener))) }()
+	go func() {
+		_ = server.Serve(s.bound(tunnel, listener.(*net.TCPListener), (&certificates{runDir: dir, log: quiet}).config()))
+	}()
 	t.Cleanup(func() { _ = server.Close() })
 
 	caller := func(trusted *x509.Certificate) *http.Client {

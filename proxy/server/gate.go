@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
 // shuttingDown is the answer to requests that arrive while the gate is closed.
@@ -21,7 +23,7 @@ type gate struct {
 	mu      sync.Mutex
 	running map[*scope]struct{}
 	memory  int64            // bytes that they have reserved
-	callers map[string]usage // by caller's address
+	callers map[string]usage // by share
 	closed  atomic.Bool      // set while mu is held
 	empty   chan struct{}    // is closed once the gate is closed and no request runs
 	drained sync.Once
@@ -41,18 +43,20 @@ func newGate(l *limits, refused func(limit string), log *slog.Logger) *gate {
 }
 
 // enter admits a request whose headers use so many bytes of memory, and returns why not, or "": then leave must follow.
-// One caller has at most three quarters of all requests. Once the gate is closed, enter admits only whileDraining.
+// One caller has at most three times what is free: alone three quarters of all, beside others less, so that there is
+// always room for one more. Once the gate is closed, enter admits only whileDraining.
 func (g *gate) enter(sc *scope, headers int64, whileDraining bool) (refusal string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed.Load() && !whileDraining {
 		return shuttingDown
 	}
-	if g.callers[sc.caller].requests >= g.limits.requests*3/4 {
+	own, free := g.callers[sc.share].requests, g.limits.requests-len(g.running)
+	if own > 0 && free > 0 && own+1 > 3*(free-1) {
 		g.refused("caller")
 		return "too many requests of this caller are being answered: try again"
 	}
-	if len(g.running) >= g.limits.requests { // ends a stalled request, to make room for the next try
+	if free <= 0 { // ends a stalled request, to make room for the next try
 		g.end(g.stalled(time.Now(), func(*scope) bool { return true }), 1, "requests")
 		g.refused("requests")
 		return "too many requests are being answered: try again"
@@ -61,7 +65,7 @@ func (g *gate) enter(sc *scope, headers int64, whileDraining bool) (refusal stri
 		return "its headers are too large while so many other requests are being answered: try again"
 	}
 	g.running[sc] = struct{}{}
-	g.add(sc.caller, usage{requests: 1})
+	g.add(sc.share, usage{requests: 1})
 	return ""
 }
 
@@ -75,7 +79,7 @@ func (g *gate) add(caller string, more usage) {
 }
 
 // reserve takes memory until leave, and returns false if there is not enough, or the caller would have more than three
-// quarters of it. An optional reservation leaves half for those that are not.
+// times what is free then. An optional reservation leaves half for those that are not.
 func (g *gate) reserve(sc *scope, bytes int64, optional bool) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -85,13 +89,13 @@ func (g *gate) reserve(sc *scope, bytes int64, optional bool) bool {
 // take is reserve with g.mu held.
 func (g *gate) take(sc *scope, bytes int64, optional bool) bool {
 	size := g.limits.requestMemory
-	if g.callers[sc.caller].memory+bytes > size*3/4 || g.memory+bytes > size ||
+	if free := size - g.memory - bytes; free < 0 || g.callers[sc.share].memory+bytes > 3*free ||
 		optional && g.memory+bytes > size/2 {
 		g.refused("request_memory")
 		return false
 	}
 	sc.memory += bytes
-	g.add(sc.caller, usage{memory: bytes})
+	g.add(sc.share, usage{memory: bytes})
 	return true
 }
 
@@ -99,7 +103,7 @@ func (g *gate) leave(sc *scope) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.running, sc)
-	g.add(sc.caller, usage{-1, -sc.memory})
+	g.add(sc.share, usage{-1, -sc.memory})
 	g.closeEmpty()
 }
 
@@ -122,6 +126,21 @@ func (g *gate) inUse() usage {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return usage{len(g.running), g.memory}
+}
+
+// revoke ends the requests that match, and returns how many.
+func (g *gate) revoke(match func(*scope) bool, why *kube.Ended) (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for sc := range g.running {
+		if !sc.revoked && match(sc) {
+			n++
+			sc.revoked = true
+			g.log.Info("ending a request whose right has ended", "request_id", sc.requestID, "reason", why.Why)
+			sc.end(why)
+		}
+	}
+	return n
 }
 
 const (
@@ -153,11 +172,11 @@ func (g *gate) stalled(now time.Time, of func(*scope) bool) []*scope {
 		since := sc.stalledSince()
 		if since != 0 && now.UnixNano()-since >= int64(stallGrace) && of(sc) {
 			stalled = append(stalled, sc)
-			perCaller[sc.caller]++
+			perCaller[sc.share]++
 		}
 	}
 	slices.SortFunc(stalled, func(a, b *scope) int {
-		return cmp.Or(cmp.Compare(perCaller[b.caller], perCaller[a.caller]), cmp.Compare(a.stalledSince(), b.stalledSince()))
+		return cmp.Or(cmp.Compare(perCaller[b.share], perCaller[a.share]), cmp.Compare(a.stalledSince(), b.stalledSince()))
 	})
 	return stalled
 }
@@ -170,4 +189,17 @@ func (g *gate) end(requests []*scope, n int, limit string) {
 			g.log.Warn("ended a stalled request", "request_id", sc.requestID, "caller", sc.caller, "limit", limit)
 		}
 	}
+}
+
+// streams returns one running stream for each right that streams need.
+func (g *gate) streams() map[right]*scope {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	streams := map[right]*scope{}
+	for sc := range g.running {
+		if sc.isStream() && sc.Resource != "" {
+			streams[rightOf(sc)] = sc
+		}
+	}
+	return streams
 }

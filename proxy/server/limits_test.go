@@ -2,6 +2,7 @@ package server
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"log/slog"
@@ -24,7 +25,7 @@ func listening(t *testing.T, s *Server) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bounded := s.bound(tunnel, socket.(*net.TCPListener))
+	bounded := s.bound(tunnel, socket.(*net.TCPListener), &tls.Config{})
 	server := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), slog.New(slog.DiscardHandler))
 	server.ConnState = bounded.ConnState
 	go func() { _ = server.Serve(bounded) }()

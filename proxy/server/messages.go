@@ -16,6 +16,7 @@ import (
 
 	strictjson "sigs.k8s.io/json"
 
+	"github.com/pipeops/vm-agent/proxy/access"
 	"github.com/pipeops/vm-agent/proxy/answer"
 	"github.com/pipeops/vm-agent/proxy/runners"
 )
@@ -48,6 +49,8 @@ func (s *Server) postMessage(w http.ResponseWriter, r *http.Request) {
 	switch invalid, ok := errors.AsType[answer.InvalidError](err); {
 	case ok:
 		answer.WriteProblem(w, http.StatusUnprocessableEntity, invalid.Error())
+	case errors.As(err, new(closedError)):
+		answer.WriteProblem(w, http.StatusForbidden, err.Error())
 	case err != nil:
 		runners.WriteError(ctx, w, err)
 	default:
@@ -57,16 +60,24 @@ func (s *Server) postMessage(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// closedError is why the cluster's owner does not allow a message.
+type closedError string
+
+func (e closedError) Error() string { return string(e) }
+
 // apply does what a message says. It does nothing and reports a duplicate if the same id was applied before.
 func (s *Server) apply(ctx context.Context, body []byte) (m message, duplicate bool, err error) {
 	if err = decodeStrict("", body, &m); err == nil {
 		err = checkTime("timestamp", m.Timestamp)
 	}
+	closed := s.owner.Refuse(access.Write)
 	switch {
 	case err != nil:
 	case !runners.IsPrintable(m.ID, 128):
 		err = answer.InvalidError("id: give 1 to 128 printable ASCII characters, no spaces")
 	case m.Type == "ping":
+	case closed != "" && strings.HasPrefix(m.Type, "runner_"):
+		err = closedError(closed)
 	case m.Type == "runner_assigned":
 		var data runners.Assignment
 		if err = decodeStrict("data", m.Data, &data); err == nil {
@@ -96,7 +107,7 @@ func readMessage(w http.ResponseWriter, r *http.Request) []byte {
 		answer.WriteProblem(w, http.StatusUnsupportedMediaType, "send the body as Content-Type: application/json")
 		return nil
 	}
-	scopeOf(r).body.Within(messageTime)
+	scopeOf(r).Body.Within(messageTime)
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessage))
 	switch _, tooLarge := errors.AsType[*http.MaxBytesError](err); {
 	case tooLarge:

@@ -11,14 +11,17 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/proxy/access"
 )
 
 // metrics are all metrics of the proxy. No label holds a value that a caller chooses.
 type metrics struct {
 	requests, kube, authFailures, commands, refused   *prometheus.CounterVec
+	access, streamsEnded                              *prometheus.CounterVec
 	received, sent, frpcRestarts, statusRequests      prometheus.Counter
 	kubeInFlight, checks, limits                      *prometheus.GaugeVec
 	tunnelUp, leaseEnd, renewalFailing, lastHeartbeat prometheus.Gauge
+	reviewAge                                         prometheus.Gauge
 	latency, statusDuration                           prometheus.Histogram
 
 	inFlight map[listener]*atomic.Int64 // requests, streams included; also for /activity
@@ -32,6 +35,19 @@ func (m *metrics) limit(name string, size int64, inUse func() int64) {
 	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "limit_in_use", Help: "How much of the limit is in use now.", ConstLabels: prometheus.Labels{"limit": name},
 	}, func() float64 { return float64(inUse()) })
+}
+
+// owner adds what the cluster's owner allows.
+func (m *metrics) owner(o *access.Owner) {
+	for level, name := range access.Levels {
+		m.factory.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "access_allow", Help: "1 for the level that the cluster's owner allows, else 0.",
+			ConstLabels: prometheus.Labels{"level": name},
+		}, func() float64 { return boolValue[o.State().Allow == access.Level(level)] })
+	}
+	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "access_config_failing", Help: "1 if nothing is allowed because the owner's ConfigMap has ended, is invalid or cannot be read.",
+	}, func() float64 { return boolValue[o.State().Detail != ""] })
 }
 
 func newMetrics() *metrics {
@@ -67,6 +83,9 @@ func newMetrics() *metrics {
 		refused:        counters("limit_refusals_total", "Connections and requests refused or ended for a limit.", "limit"),
 		limits:         gauges("limit", "The limit, in bytes if its name says so, else a number.", "limit"),
 		authFailures:   counters("authentication_failures_total", "Requests refused for their credential.", "reason"),
+		access:         counters("access_requests_total", "Requests for the Kubernetes API, forwarded or refused by the agent.", "identity", "outcome"),
+		streamsEnded:   counters("streams_ended_total", "Streams ended because their caller lost its right.", "reason"),
+		reviewAge:      gauge("access_review_age_seconds", "The longest time since a running stream was last authorised."),
 		tunnelUp:       gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
 		leaseEnd:       gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
 		renewalFailing: gauge("tunnel_lease_renewal_failing", "1 if the renewal of the lease has failed or is overdue, else 0."),
@@ -79,12 +98,15 @@ func newMetrics() *metrics {
 			ConstLabels: prometheus.Labels{"listener": string(l)},
 		}, func() float64 { return float64(requests.Load()) })
 	}
-	for limit := range strings.FieldsSeq("connections idle header_memory handshake requests caller request_memory " +
+	for limit := range strings.FieldsSeq("connections idle header_memory certificate handshake requests caller request_memory " +
 		"stalled_calls stalled_reads stalled_streams commands") {
 		m.refused.WithLabelValues(limit) // 0 until there is one
 	}
 	for reason := range strings.FieldsSeq("none several scheme token unconfigured") {
 		m.authFailures.WithLabelValues(reason)
+	}
+	for reason := range strings.FieldsSeq("switch rights credential certificate") {
+		m.streamsEnded.WithLabelValues(reason)
 	}
 	info := version.Get()
 	gauges("build_info", "Always 1; the labels say what was built.", "version", "commit", "go_version").

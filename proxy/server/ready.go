@@ -101,7 +101,7 @@ func (s *Server) getReady(l listener) http.HandlerFunc {
 				return
 			}
 		}
-		refused := s.auth.check(r)
+		refused := s.auth.check(r, "Authorization")
 		detailed := l == operations || refused == nil
 		if !detailed && refused.reason != "none" && s.throttle(w, r, refused) {
 			return
@@ -256,8 +256,19 @@ type status struct {
 	Agent        agentStatus        `json:"agent"`
 	ControlPlane controlPlaneStatus `json:"control_plane"`
 	Tunnel       tunnelStatus       `json:"tunnel"`
+	Access       accessStatus       `json:"access"`
 	Cluster      kube.Summary       `json:"cluster"`
 	Timestamp    time.Time          `json:"timestamp"` // when the cluster was read
+}
+
+// accessStatus is as whom callers act, and what limits them.
+type accessStatus struct {
+	Identity     string     `json:"identity"`
+	Allow        string     `json:"allow"`
+	Until        *time.Time `json:"until"` // null: no end
+	Reason       string     `json:"reason,omitempty"`
+	Detail       string     `json:"detail,omitempty"` // why allow is not what the owner's ConfigMap says
+	OwnNamespace string     `json:"own_namespace"`
 }
 
 type agentStatus struct {
@@ -318,7 +329,12 @@ func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
 func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.cluster.get(r.Context())
 	_ = s.checks[agentapi.CheckTunnel].refresh(r.Context()) // the error is in the status
+	owner, settings := s.owner.State(), s.config.Access
 	answer.WriteJSON(w, http.StatusOK, status{
+		Access: accessStatus{
+			Identity: settings.Identity, Allow: owner.Allow.String(), Until: owner.Until, Reason: owner.Reason,
+			Detail: owner.Detail, OwnNamespace: settings.OwnNamespace,
+		},
 		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
 		Tunnel: s.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})

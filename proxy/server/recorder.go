@@ -16,9 +16,9 @@ func (s *scope) WriteHeader(code int) {
 		if !s.authenticated && s.agentID != "" { // else one could pipeline requests, and read no answer
 			s.Header().Set("Connection", "close")
 		}
-		if !s.body.Ended() && (code >= 400 || !s.answersEarly) {
+		if !s.Body.Ended() && (code >= 400 || !s.answersEarly) {
 			s.Header().Set("Connection", "close")
-			s.body.Within(2 * time.Second)
+			s.Body.Within(2 * time.Second)
 		}
 	}
 	s.ResponseWriter.WriteHeader(code)
@@ -39,9 +39,7 @@ func (s *scope) Write(data []byte) (int, error) {
 	if s.code == 0 {
 		s.WriteHeader(http.StatusOK)
 	}
-	n, err := s.send(s.ResponseWriter, data)
-	s.bytes += int64(n)
-	return n, err
+	return s.send(s.ResponseWriter, data)
 }
 
 // send writes data to the caller, counts it, and records that it waits.
@@ -49,6 +47,7 @@ func (s *scope) send(to io.Writer, data []byte) (int, error) {
 	s.blocked.Store(time.Now().UnixNano())
 	n, err := to.Write(data)
 	s.blocked.Store(0)
+	s.bytes.Add(int64(n))
 	s.metrics.sent.Add(float64(n))
 	return n, err
 }
@@ -78,6 +77,7 @@ type upgraded struct {
 
 func (u *upgraded) Read(p []byte) (int, error) {
 	n, err := u.Conn.Read(p)
+	u.scope.sent.Add(int64(n))
 	u.scope.metrics.received.Add(float64(n))
 	return n, err
 }

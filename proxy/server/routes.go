@@ -10,6 +10,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/version"
+	"github.com/pipeops/vm-agent/proxy/access"
 	"github.com/pipeops/vm-agent/proxy/answer"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -39,6 +40,7 @@ type route struct {
 	path    string
 	on      listener // without it, a route is not served
 	bearer  bool     // on the tunnel listener, the caller needs the agent's token
+	needs   access.Level
 	handler http.HandlerFunc
 }
 
@@ -53,7 +55,7 @@ func (s *Server) routes(l listener) []route {
 		{method: "GET", path: "/api/agent/status", on: tunnel, bearer: true, handler: s.getStatus},
 		{method: "POST", path: "/api/agent/heartbeat", on: tunnel, bearer: true, handler: s.postHeartbeat},
 		{method: "POST", path: "/api/control-plane/message", on: tunnel, bearer: true, handler: s.postMessage},
-		{method: "POST", path: commandPattern, on: tunnel, bearer: true, handler: s.postCommand},
+		{method: "POST", path: commandPattern, on: tunnel, bearer: true, needs: access.All, handler: s.postCommand},
 		{method: "GET", path: "/openapi.yaml", on: tunnel, handler: getOpenAPI},
 		{method: "GET", path: "/metrics", on: both, bearer: true, handler: s.metrics.handler.ServeHTTP},
 		{method: "GET", path: agentapi.ActivityPath, on: operations, handler: s.getActivity},
@@ -72,7 +74,7 @@ func (s *Server) handler(l listener) http.Handler {
 	for _, r := range s.routes(l) {
 		handler := r.handler
 		if r.bearer && l == tunnel {
-			handler = s.protect(handler, r.path != commandPattern)
+			handler = s.protect(handler, r.needs, r.path != commandPattern)
 		}
 		mux.HandleFunc(r.method+" "+r.path, handler)
 		allow := strings.Replace(r.method, "GET", "GET, HEAD", 1)
@@ -81,12 +83,13 @@ func (s *Server) handler(l listener) http.Handler {
 			answer.WriteProblem(w, http.StatusMethodNotAllowed, "use "+allow)
 		})
 	}
-	kubernetes, notFound := s.protect(s.kubernetes, false), notFound(l)
+	kubernetes, notFound := s.protect(s.kubernetes, access.None, false), notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		sent, _, _ := strings.Cut(r.RequestURI, "?") // not decoded
 		switch p := r.URL.EscapedPath(); {
-		case l == tunnel && r.TLS == nil && s.tunnel.https.Load() && r.RequestURI != agentapi.TunnelHealthPath:
+		case l == tunnel && r.TLS == nil && r.RequestURI != agentapi.TunnelHealthPath &&
+			(s.tunnel.https.Load() || s.config.Proxy.ClientCAFile != ""):
 			answer.WriteProblem(w, http.StatusMisdirectedRequest,
 				"the tunnel is of type https: use TLS, and trust the tunnel's certificate")
 		case l == tunnel && strings.HasPrefix(sent+"/", kube.Prefix+"/"):
@@ -119,16 +122,21 @@ func notFound(l listener) http.HandlerFunc {
 
 func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(r)
-	s.kube.Serve(w, r, &sc.description, sc.body, func(bytes int64, optional bool) bool {
-		return s.gate.reserve(sc, bytes, optional)
-	})
+	sc.Reserve = func(bytes int64, optional bool) bool { return s.gate.reserve(sc, bytes, optional) }
+	switch s.kube.Serve(w, r, &sc.Request) {
+	case 0:
+	case http.StatusForbidden:
+		sc.outcome = "path"
+	default:
+		sc.outcome = "invalid"
+	}
 }
 
 func (s *Server) postCommand(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(r)
 	sc.answersEarly = true
 	defer func() { s.metrics.commands.WithLabelValues(strconv.Itoa(sc.status())).Inc() }()
-	s.runners.Relay(w, r, r.PathValue("runner_id"), sc.body)
+	s.runners.Relay(w, r, r.PathValue("runner_id"), sc.Body)
 }
 
 // isKubernetes reports whether handler has found that the request is for the Kubernetes API.

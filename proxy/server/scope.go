@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/pipeops/vm-agent/proxy/access"
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -19,21 +20,27 @@ type scope struct {
 
 	metrics   *metrics
 	ended     func() error // an error once the request's context has ended
+	cancel    context.CancelCauseFunc
 	requestID string
 	agentID   string // empty on the operations listener
 	caller    string // address
 	start     time.Time
 	conn      *inbound.Conn // nil in tests without a listener
-	body      *kube.Body    // nil: the request has none
 
 	authenticated bool
-	answersEarly  bool             // the answer may begin before the request has ended
-	description   kube.Description // of a request for the Kubernetes API, else empty
-	memory        int64            // bytes that the gate has reserved; guarded by the gate's mu
-	aborted       bool             // for being stalled; guarded by the gate's mu
+	answersEarly  bool // the answer may begin before the request has ended
+	kube.Request       // for the Kubernetes API, else empty
+	who           access.Caller
+	needs         access.Level // what the cluster's owner must allow
+	share         string       // with which callers it shares the limits
+	outcome       string       // of a request for the Kubernetes API: forwarded, or why not
+	memory        int64        // bytes that the gate has reserved; guarded by the gate's mu
+	revoked       bool         // its right has ended; guarded by the gate's mu
+	aborted       bool         // for being stalled; guarded by the gate's mu
 
 	code    int          // of the answer; 0: none yet
-	bytes   int64        // of the answer's body
+	bytes   atomic.Int64 // of the answer's body, or of an upgraded connection to the caller
+	sent    atomic.Int64 // by the caller over an upgraded connection
 	blocked atomic.Int64 // since when a write has been waiting, in Unix nanoseconds; 0: none is
 }
 
@@ -48,21 +55,24 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		inFlight.Add(1)
 		defer inFlight.Add(-1)
+		ctx, cancel := context.WithCancelCause(r.Context())
+		defer cancel(nil)
 		sc := &scope{
-			ResponseWriter: w, metrics: s.metrics, ended: r.Context().Err,
+			ResponseWriter: w, metrics: s.metrics, ended: ctx.Err, cancel: cancel, outcome: "forwarded",
 			requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context()),
 		}
+		sc.share = sc.caller
 		sc.conn.HeadersRead()
 		if l == tunnel {
 			sc.agentID = s.agent.ID
 		}
 		// A copy: net/http looks at its own request's body to see whether the caller still sends, and then closes the
 		// connection gently, so that the answer is not lost.
-		r = r.WithContext(context.WithValue(r.Context(), scopeKey{}, sc))
+		r = r.WithContext(context.WithValue(ctx, scopeKey{}, sc))
 		r.Header.Set("X-Request-Id", sc.requestID)
 		if r.Body != http.NoBody {
-			sc.body = kube.NewBody(w, r.Body, s.metrics.received.Add)
-			r.Body = sc.body
+			sc.Body = kube.NewBody(w, r.Body, s.metrics.received.Add)
+			r.Body = sc.Body
 		}
 		defer s.answered(sc, r, l)
 		next.ServeHTTP(sc, r)
@@ -77,21 +87,42 @@ func (s *scope) status() int { return cmp.Or(s.code, callerLeft) }
 
 // lane returns call, watch or upgrade for a request for the Kubernetes API.
 func (s *scope) lane() string {
-	return cmp.Or(map[string]string{"watch": "watch", "connect": "upgrade"}[s.description.Verb], "call")
+	switch {
+	case s.Upgrade:
+		return "upgrade"
+	case s.Verb == "watch":
+		return "watch"
+	}
+	return "call"
 }
 
 // isStream reports whether the caller may take any time to read the answer.
-func (s *scope) isStream() bool { return s.lane() != "call" || s.description.Subresource == "log" }
+func (s *scope) isStream() bool { return s.lane() != "call" || s.Subresource == "log" }
+
+// end ends the request for why: a watch with an event that says so, if it can, and all others at once.
+func (s *scope) end(why *kube.Ended) {
+	cut := func() {
+		s.cancel(why)
+		if s.blocked.Load() != 0 {
+			s.conn.Abort()
+		}
+	}
+	if s.EndWatch(why) {
+		time.AfterFunc(time.Second, cut) // if the caller does not read, or the event has no end
+		return
+	}
+	cut()
+}
 
 // stalledSince returns since when the caller has read nothing of the answer, or sent nothing of the body, in Unix
 // nanoseconds; 0 if neither is so.
-func (s *scope) stalledSince() int64 { return cmp.Or(s.blocked.Load(), s.body.Blocked()) }
+func (s *scope) stalledSince() int64 { return cmp.Or(s.blocked.Load(), s.Body.Blocked()) }
 
 // abort ends a stalled request. A caller who sends nothing gets an answer first; one who does not read, or was aborted
 // before, loses the connection. It reports whether this is the first abort.
 func (s *scope) abort() (first bool) {
 	if first = !s.aborted; first && s.blocked.Load() == 0 {
-		s.body.Within(0)
+		s.Body.Within(0)
 	} else {
 		s.conn.Abort()
 	}

@@ -10,9 +10,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,7 +18,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/version"
-	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/access"
 	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/proxy/kube"
 	"github.com/pipeops/vm-agent/proxy/runners"
@@ -33,6 +30,8 @@ type Server struct {
 	agent   agentStatus
 	auth    *authenticator
 	kube    *kube.Proxy
+	owner   *access.Owner
+	guard   access.Guard
 	cluster *clusterSummary
 	runners *runners.Runners
 	metrics *metrics
@@ -53,6 +52,12 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	if err != nil {
 		return nil, err
 	}
+	callers, own := client, cfg.Access.Identity == access.Own
+	if own { // nothing of the agent's own credential, not even a kubeconfig's client certificate
+		if callers, err = kube.NewClient(rest.AnonymousClientConfig(api), m.latency.Observe); err != nil {
+			return nil, err
+		}
+	}
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &Server{
 		config: cfg, metrics: m, limits: limits, log: log,
@@ -60,8 +65,12 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
 			Version: version.Version, StartedAt: time.Now().UTC(),
 		},
-		auth:    newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log),
-		kube:    kube.NewProxy(client, log),
+		auth:  newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log),
+		kube:  kube.NewProxy(callers, own, log),
+		owner: access.NewOwner(client, cfg.Kubernetes.Namespace, cfg.Access.ConfigMap, log),
+		guard: access.Guard{
+			Namespace: cfg.Kubernetes.Namespace, ConfigMap: cfg.Access.ConfigMap, Open: cfg.Access.OwnNamespace == "open",
+		},
 		cluster: &clusterSummary{api: client, metrics: m},
 		gate:    newGate(limits, refused, log),
 		runners: runners.New(client, runners.Config{
@@ -70,6 +79,7 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 		}),
 	}
 	s.addChecks(client)
+	m.owner(s.owner)
 	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse().requests) })
 	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { return s.gate.inUse().memory })
 	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })
@@ -84,6 +94,10 @@ func (s *Server) Run(ctx context.Context) error {
 	requests, cut := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cut(nil)
 	proxy := s.config.Proxy
+	certificates := &certificates{runDir: s.config.RunDir, clientCAFile: proxy.ClientCAFile, log: s.log}
+	if err := certificates.reload(); err != nil {
+		return fmt.Errorf("%s: %w: correct the path, or mount the file", config.Name("proxy.tls.client_ca_file"), err)
+	}
 	var servers []*http.Server
 	failed := make(chan error, 2)
 	for _, l := range []struct {
@@ -97,9 +111,15 @@ func (s *Server) Run(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w: correct the address, or free the port", l.key, err)
 		}
-		bounded := s.bound(l.listener, socket.(*net.TCPListener))
+		bounded := s.bound(l.listener, socket.(*net.TCPListener), certificates.config())
 		server := newHTTPServer(requests, l.listener, s.handler(l.listener), s.log)
 		server.ConnState = bounded.ConnState
+		if l.listener == tunnel && proxy.ClientCAFile != "" {
+			go wait.UntilWithContext(requests, func(context.Context) {
+				closed := certificates.follow(bounded)
+				s.metrics.streamsEnded.WithLabelValues("certificate").Add(float64(closed))
+			}, access.OwnerInterval)
+		}
 		servers = append(servers, server)
 		defer func() { _ = server.Close() }()
 		go func() {
@@ -115,6 +135,8 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 	}, 5*time.Second)
 	go wait.UntilWithContext(requests, func(context.Context) { s.gate.endStalled(time.Now()) }, stallInterval)
+	go wait.UntilWithContext(requests, s.followOwner, access.OwnerInterval)
+	go wait.UntilWithContext(requests, (&reviewer{s, map[right]review{}}).run, reviewInterval)
 	if s.config.Agent.TokenFile != "" {
 		go s.auth.follow(requests, s.config.Agent.CurrentToken)
 	}
@@ -150,10 +172,10 @@ func (s *Server) Run(ctx context.Context) error {
 const headerTime = 32 * time.Second
 
 // bound returns a listener on socket that keeps to its limits, and shows them as metrics.
-func (s *Server) bound(l listener, socket *net.TCPListener) *inbound.Listener {
+func (s *Server) bound(l listener, socket *net.TCPListener, tlsConfig *tls.Config) *inbound.Listener {
 	config := inbound.Config{
 		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
-		TLS: newTLSConfig(s.config.RunDir, s.log),
+		TLS: tlsConfig,
 		Closed: func(limit string, caller net.Addr, err error) {
 			s.metrics.refused.WithLabelValues(limit).Inc()
 			s.log.Debug("connection closed", "listener", string(l), "limit", limit, "caller", caller.String(), "error", err)
@@ -192,31 +214,4 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
 	}
 	return server
-}
-
-// newTLSConfig returns a configuration with the run directory's certificate, reloaded when its file changes. If loading
-// fails it keeps the previous one: bootstrap may have written only one of the two files yet.
-func newTLSConfig(runDir string, log *slog.Logger) *tls.Config {
-	cert, key := filepath.Join(runDir, frpc.CertFile), filepath.Join(runDir, frpc.KeyFile)
-	var mu sync.Mutex
-	var changed time.Time
-	var last *tls.Certificate
-	get := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-		mu.Lock()
-		defer mu.Unlock()
-		info, err := os.Stat(cert)
-		if err == nil && (last == nil || !info.ModTime().Equal(changed)) {
-			var pair tls.Certificate
-			if pair, err = tls.LoadX509KeyPair(cert, key); err == nil {
-				last, changed = &pair, info.ModTime()
-			}
-		}
-		if last == nil {
-			log.Debug("no certificate: check that the tunnel is of type https, and bootstrap's log", "error", err)
-			return nil, err
-		}
-		return last, nil
-	}
-	// HTTP/1.1 only: an HTTP/2 connection cannot be upgraded.
-	return &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: get}
 }

@@ -1,0 +1,129 @@
+package access
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// OwnerInterval is the time between two readings of the owner's ConfigMap.
+const OwnerInterval = 2 * time.Second
+
+const maxReason = 500 // bytes of the owner's reason that are quoted
+
+// Owner is what the cluster's owner allows, by a ConfigMap. Safe for concurrent use.
+type Owner struct {
+	client    *kube.Client
+	namespace string
+	name      string // empty: everything is allowed
+	log       *slog.Logger
+
+	mu     sync.Mutex
+	last   State
+	logged State // by Follow
+}
+
+// State is what the owner allows at a time.
+type State struct {
+	Allow  Level
+	Until  *time.Time // Allow is None from then; nil: no end
+	Reason string     // the owner's
+	Detail string     // why Allow is not what the ConfigMap says; empty if it is
+}
+
+// NewOwner returns the owner of the ConfigMap, which it does not read yet: until then nothing is allowed.
+func NewOwner(client *kube.Client, namespace, name string, log *slog.Logger) *Owner {
+	o := &Owner{client: client, namespace: namespace, name: name, log: log, last: State{Detail: "it is not read yet"}}
+	if name == "" {
+		o.last = State{Allow: All}
+	}
+	return o
+}
+
+// State returns what is allowed now.
+func (o *Owner) State() State {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	now := o.last
+	if now.Until != nil && !time.Now().Before(*now.Until) {
+		now.Allow, now.Detail = None, "its until has passed"
+	}
+	return now
+}
+
+// Refuse returns why a request that needs a level is refused, or "".
+func (o *Owner) Refuse(needs Level) string {
+	now := o.State()
+	if now.Allow >= needs {
+		return ""
+	}
+	why := fmt.Sprintf("the owner of this cluster allows %q, and this needs %q", now.Allow, needs)
+	if now.Detail != "" {
+		why += ", because of ConfigMap " + o.namespace + "/" + o.name + ": " + now.Detail
+	}
+	if now.Reason != "" {
+		why += fmt.Sprintf("; reason: %q", now.Reason)
+	}
+	return why + ": ask who may change ConfigMap " + o.namespace + "/" + o.name
+}
+
+// Follow reads the ConfigMap, and logs a change. It keeps what it knows if the API server cannot be reached or is busy,
+// and allows nothing if it may not read the ConfigMap, or there is no valid one.
+func (o *Owner) Follow(ctx context.Context) {
+	if o.name == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*OwnerInterval)
+	defer cancel()
+	data, err := o.client.ReadConfigMap(ctx, o.namespace, o.name)
+	refusal, _ := errors.AsType[*apierrors.StatusError](err)
+	switch {
+	case err == nil:
+		o.set(parse(data))
+	case refusal != nil && refusal.ErrStatus.Code < 500 && !apierrors.IsTooManyRequests(err):
+		o.set(State{Detail: err.Error()})
+	}
+	now := o.State()
+	if now.Allow != o.logged.Allow || now.Detail != o.logged.Detail {
+		o.log.Warn("what the owner of the cluster allows has changed", "allow", now.Allow.String(),
+			"before", o.logged.Allow.String(), "until", now.Until, "reason", now.Reason, "detail", now.Detail)
+	}
+	o.logged = now
+}
+
+func (o *Owner) set(s State) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.last = s
+}
+
+// parse reads the ConfigMap's data. What is not exactly right allows nothing.
+func parse(data map[string]string) State {
+	s := State{}
+	for key := range data {
+		if !slices.Contains([]string{"allow", "until", "reason"}, key) {
+			return State{Detail: fmt.Sprintf("it has an unknown key %.64q: give allow, until and reason", key)}
+		}
+	}
+	s.Reason = data["reason"][:min(len(data["reason"]), maxReason)]
+	s.Allow = Level(slices.Index(Levels, data["allow"]))
+	if s.Allow < None {
+		return State{Reason: s.Reason, Detail: fmt.Sprintf("its allow is %.64q: give none, read, write or all", data["allow"])}
+	}
+	if until := data["until"]; until != "" {
+		at, err := time.Parse(time.RFC3339, until)
+		if err != nil {
+			return State{Reason: s.Reason, Detail: fmt.Sprintf("its until is %.64q: give a time as 2026-01-02T03:04:05Z", until)}
+		}
+		s.Until = &at
+	}
+	return s
+}

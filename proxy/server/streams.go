@@ -1,0 +1,110 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/pipeops/vm-agent/proxy/access"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+const (
+	// A running stream is authorised again after reviewAfter and up to reviewJitter: within 30 s, with what follows.
+	reviewAfter, reviewJitter = 25 * time.Second, 3 * time.Second
+	reviewInterval            = time.Second // between two looks at what is due
+	maxReviews                = 20          // in one look
+)
+
+// right is what streams that ask the same have in common: one review is for all of them.
+type right struct {
+	caller [sha256.Size]byte
+	kube.Description
+}
+
+// review is when a right was found to hold, and when it is due to be asked for again.
+type review struct{ at, due time.Time }
+
+// reviewer asks the API server again whether the callers of running streams may do what they do.
+type reviewer struct {
+	*Server
+
+	reviews map[right]review
+}
+
+// run reviews the rights that are due.
+func (v *reviewer) run(ctx context.Context) {
+	running := v.gate.streams()
+	maps.DeleteFunc(v.reviews, func(key right, _ review) bool { return running[key] == nil })
+	var due []right
+	oldest, now := time.Duration(0), time.Now()
+	for key, sc := range running {
+		last, known := v.reviews[key]
+		if !known {
+			last = newReview(sc.start)
+			v.reviews[key] = last
+		}
+		if last.due.Before(now) {
+			due = append(due, key)
+		}
+		oldest = max(oldest, now.Sub(last.at))
+	}
+	v.metrics.reviewAge.Set(oldest.Seconds())
+	slices.SortFunc(due, func(a, b right) int { return v.reviews[a].due.Compare(v.reviews[b].due) })
+	for _, key := range due[:min(len(due), maxReviews)] {
+		v.review(ctx, key, running[key])
+	}
+}
+
+func newReview(at time.Time) review {
+	return review{at, at.Add(reviewAfter + rand.N(reviewJitter))} //nolint:gosec // no secret
+}
+
+// review asks for one right, as sc has it, and ends all streams that need it if it has ended. While the API server
+// cannot answer, they go on.
+func (v *reviewer) review(ctx context.Context, key right, sc *scope) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	allowed, err := v.kube.Review(ctx, sc.Identity, &key.Description)
+	unauthorized := apierrors.IsUnauthorized(err) && v.config.Access.Identity == access.Own
+	same := func(other *scope) bool { return other.isStream() && rightOf(other) == key }
+	what := key.Verb + " " + cmp.Or(key.Resource, "this")
+	switch {
+	case err == nil && !allowed, apierrors.IsForbidden(err):
+		why := &kube.Ended{Why: "the caller may no longer " + what, Code: http.StatusForbidden}
+		v.end("rights", same, why)
+	case unauthorized && !(access.Connects(&key.Description) && sc.who.Expired()):
+		// Without an event: the caller comes again, with a fresh credential if it has one.
+		v.end("credential", same, &kube.Ended{Why: "the API server no longer accepts the caller's credential"})
+	case err != nil && !unauthorized:
+		v.log.Debug("a running stream cannot be authorised again", "request_id", sc.requestID, "error", err)
+	}
+	v.reviews[key] = newReview(time.Now())
+}
+
+func rightOf(sc *scope) right {
+	key := right{sc.who.ID, sc.Description}
+	key.Upgrade = false
+	return key
+}
+
+// end ends the running requests that match, for a reason that is a label of metrics.
+func (s *Server) end(reason string, match func(*scope) bool, why *kube.Ended) {
+	s.metrics.streamsEnded.WithLabelValues(reason).Add(float64(s.gate.revoke(match, why)))
+}
+
+// followOwner reads what the cluster's owner allows, and ends what runs and is no longer allowed.
+func (s *Server) followOwner(ctx context.Context) {
+	s.owner.Follow(ctx)
+	if now := s.owner.State(); now.Allow < access.All {
+		why := &kube.Ended{Why: s.owner.Refuse(now.Allow + 1), Code: http.StatusForbidden}
+		s.end("switch", func(sc *scope) bool { return sc.needs > now.Allow }, why)
+	}
+}
