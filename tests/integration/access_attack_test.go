@@ -67,6 +67,7 @@ func identityFault(identity string, r *http.Request) string {
 	for _, header := range []http.Header{r.Header, r.Trailer} {
 		for name, values := range header {
 			switch lower := strings.ToLower(name); {
+			case len(values) == 0: // a trailer that was announced and did not come
 			case lower == "cookie", lower == "pipeops-agent-authorization", strings.HasPrefix(lower, "x-remote-"):
 				return "it has the header " + name
 			case !strings.HasPrefix(lower, "impersonate-") || identity == "own":

@@ -106,7 +106,7 @@ func TestClientCertificates(t *testing.T) {
 		what    string
 		content []byte
 		next    *harness.Authority
-	}{{"another CA", next.PEM, next}, {"no CA", []byte("none"), nil}} {
+	}{{"another CA", next.PEM, next}, {"no CA", nil, nil}} {
 		watch := w.through(w.shows(certificate), base, "/api/k8s/api/v1/namespaces/"+w.ns+"/configmaps?watch=true", header)
 		if err := os.WriteFile(file, step.content, 0o600); err != nil {
 			t.Fatal(err)
@@ -125,31 +125,25 @@ func TestClientCertificates(t *testing.T) {
 	}
 }
 
-// TestMissingClientCALetsNobodyIn starts an agent while the file of the CA is missing. Later the gateway shows a certificate.
-func TestMissingClientCALetsNobodyIn(t *testing.T) {
+// TestMissingClientCAStopsTheProxy starts the proxy while the file of the CA is missing. When it is there, the gateway
+// shows a certificate of it.
+func TestMissingClientCAStopsTheProxy(t *testing.T) {
 	ca := harness.NewAuthority(t)
 	file := writeFile(t, "ca.crt", ca.PEM)
 	w := newAccessWorld(t, "own", "PIPEOPS_PROXY_TLS_CLIENT_CA_FILE="+file)
 	if err := os.Remove(file); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.agent.Start(); err != nil {
+	if err := w.agent.StartProxy(); err != nil {
 		t.Fatal(err)
 	}
-	wantTunnel(t, w.world)
-	_, config := w.cp.Direct(agentID)
-	certificate := ca.Pair(t, "gateway")
-	client, health := w.shows(certificate), "https://"+config.ServerName+"/health"
-	if code, err := status(t.Context(), client, health, nil); err == nil {
-		t.Errorf("answered %d", code)
+	if code := w.agent.Proxy.ExitCode(); code == 0 || !strings.Contains(w.agent.Proxy.Log(), "proxy.tls.client_ca_file") {
+		t.Errorf("exit code %d:\n%s", code, w.agent.Proxy.Log())
 	}
 	if err := os.WriteFile(file, ca.PEM, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error {
-		_, err := status(t.Context(), client, health, nil)
-		return err
-	})
-	w.cp.Show(certificate)
+	w.startAgent()
+	w.cp.Show(ca.Pair(t, "gateway"))
 	w.mustKubectl("get", "configmaps", "-n", w.ns)
 }

@@ -23,6 +23,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
+	clientauthenticationv1 "k8s.io/client-go/pkg/apis/clientauthentication/v1"
 	"k8s.io/client-go/rest"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
@@ -425,6 +426,10 @@ func TestKubectlUsesItsOwnCredential(t *testing.T) {
 	}
 	config.BearerToken = w.tokens["bob"]
 	wantAPIServers401(t, config)
+	if log := w.agent.Proxy.Log(); !strings.Contains(log, `"user":"`+w.username("alice")+`"`) ||
+		strings.Contains(log, `"user":"`+w.username("bob")+`"`) {
+		t.Error("the log does not name the user whom the API server has accepted, or names the other")
+	}
 
 	// The API server lets anonymous callers read its version: the agent does not make a caller anonymous.
 	config.BearerToken = ""
@@ -437,10 +442,21 @@ func TestKubectlUsesItsOwnCredential(t *testing.T) {
 		t.Errorf("no credential: %s: %s", resp.Status, body)
 	}
 
-	// The plugin's first token is stale. client-go asks for another after the API server's 401.
-	script := fmt.Sprintf(`token=%s; [ -e %s ] || token=stale; touch %[2]s; printf '{"apiVersion":`+
-		`"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"%%s"}}' "$token"`,
-		w.tokens["alice"], filepath.Join(t.TempDir(), "called"))
+	// A plugin's first token is stale. client-go asks for another after the API server's 401. The plugin must give the
+	// certificate too: client-go runs no plugin for a user who has one.
+	credential := func(token string) string {
+		data, err := json.Marshal(clientauthenticationv1.ExecCredential{
+			TypeMeta: metav1.TypeMeta{APIVersion: "client.authentication.k8s.io/v1", Kind: "ExecCredential"},
+			Status: &clientauthenticationv1.ExecCredentialStatus{Token: token,
+				ClientCertificateData: string(config.CertData), ClientKeyData: string(config.KeyData)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return writeFile(t, "credential", data)
+	}
+	script := fmt.Sprintf("cat $([ -e %s ] && echo %s || echo %s); touch %[1]s", filepath.Join(t.TempDir(), "called"),
+		credential(w.tokens["alice"]), credential("stale"))
+	config.CertData, config.KeyData = nil, nil
 	config.ExecProvider = &clientcmdapi.ExecConfig{APIVersion: "client.authentication.k8s.io/v1", Command: "sh",
 		Args: []string{"-c", script}, InteractiveMode: clientcmdapi.NeverExecInteractiveMode}
 	refreshed, err := kubernetes.NewForConfig(config)
