@@ -40,6 +40,7 @@ func TestDefaultsAreComplete(t *testing.T) {
 	want.FRP.Tunnel.LocalIP, want.FRP.Tunnel.LocalPort = "127.0.0.1", 8080
 	want.Proxy.ListenAddr, want.Proxy.MetricsAddr, want.Proxy.DrainTimeout = "127.0.0.1:8080", ":9090", 25*time.Second
 	want.Kubernetes.Namespace, want.Runners.AllowedHosts = "pipeops-system", []string{"*.svc", "*.svc.cluster.local"}
+	want.Access = Access{Identity: "agent", Prefix: "pipeops:", OwnNamespace: "closed"}
 	want.RunDir, want.Logging.Level, want.Logging.Format = "/var/run/pipeops", "info", "json"
 	if !reflect.DeepEqual(*c, want) {
 		t.Errorf("got  %+v\nwant %+v", *c, want)
