@@ -96,7 +96,7 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 		{"403, the owner's ConfigMap is invalid", narrowed["invalid"].world, "", "", "get --raw /api/v1/pods"},
 		{"403, the owner's ConfigMap", narrowed["all"].world, "", "", "delete configmap access -n " + narrowed["all"].home},
 		{"403, a Secret in the agent's namespace", narrowed["all"].world, "", "", "get secrets -n " + narrowed["all"].home},
-		{"403, a pod in the agent's namespace", narrowed["all"].world, "", "", "exec x -n " + narrowed["all"].home + " -- ls"},
+		{"403, a pod in the agent's namespace", narrowed["all"].world, "", "", "exec pod -n " + narrowed["all"].home + " -- ls"},
 		{"404, an object that does not exist", w, "", "", "get configmap none"},
 		{"404, the server's URL lacks /api/k8s", w, noPrefix, "", "get pods"},
 		{"404, the server's URL lacks /api/k8s, no discovery", w, noPrefix, "", "get --raw /api/v1/pods"},
