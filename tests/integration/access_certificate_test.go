@@ -87,7 +87,8 @@ func TestClientCertificates(t *testing.T) {
 		}
 	}
 	checks := func() float64 {
-		return value(scrape(t, w.agent.Operations), "http_requests_total", map[string]string{"route": "/ready", "code": "200"})
+		return value(scrape(t, w.agent.Operations), "http_requests_total",
+			map[string]string{"route": "/ready", "code": "200"})
 	}
 	before := checks()
 	eventually(t, func() error {
@@ -120,14 +121,13 @@ func TestClientCertificates(t *testing.T) {
 			}
 		}
 	}
-	if got := value(scrape(t, w.agent.Operations), "streams_ended_total", map[string]string{"reason": "certificate"}); got != 2 {
-		t.Errorf("%v streams ended for their certificate, want 2", got)
-	}
+	wantMetric(t, w.agent, `pipeops_agent_streams_ended_total{reason="certificate"} 2`)
 }
 
 // TestMissingClientCAStopsTheProxy starts the proxy while the file of the CA is missing. When it is there, the gateway
 // shows a certificate of it.
 func TestMissingClientCAStopsTheProxy(t *testing.T) {
+	t.Parallel()
 	ca := harness.NewAuthority(t)
 	file := writeFile(t, "ca.crt", ca.PEM)
 	w := newAccessWorld(t, "own", "PIPEOPS_PROXY_TLS_CLIENT_CA_FILE="+file)

@@ -187,7 +187,8 @@ func TestASwitchThatCannotBeReadIsOff(t *testing.T) {
 	w := connectedAs(t, "agent", switchEnv)
 	list := "/api/k8s/api/v1/namespaces/" + w.ns + "/configmaps"
 	w.wantLevel("none") // there is no ConfigMap yet
-	if code, body := w.call(http.MethodGet, list, ""); code != http.StatusForbidden || !strings.Contains(body, w.home+"/access") {
+	if code, body := w.call(http.MethodGet, list, ""); code != http.StatusForbidden ||
+		!strings.Contains(body, w.home+"/access") {
 		t.Errorf("no ConfigMap: %d: %s", code, body)
 	}
 	for _, data := range [][]string{{}, {"allow=everything"}, {"allow=all", "until=tomorrow"}, {"allow=all", "Reason=x"}} {
@@ -215,7 +216,7 @@ func TestASwitchThatCannotBeReadIsOff(t *testing.T) {
 	w.wantLevel("all")
 }
 
-// TestTheSwitchHoldsWithoutTheAPIServer freezes and stops the API server. The last level holds, and ends in time.
+// TestTheSwitchHoldsWithoutTheAPIServer freezes the API server. The last level holds, and ends in time.
 func TestTheSwitchHoldsWithoutTheAPIServer(t *testing.T) {
 	t.Parallel()
 	own, err := cluster.Start(t.Context(), harness.NewGroup(t))

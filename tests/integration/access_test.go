@@ -154,7 +154,7 @@ func (w *accessWorld) bind(namespace, role string, subjects ...rbacv1.Subject) {
 	}
 }
 
-// client returns a client of a user, through the gateway.
+// clientOf returns a client of a user, through the gateway.
 func (w *accessWorld) clientOf(user string) *kubernetes.Clientset {
 	w.t.Helper()
 	config := agent.Caller(w.cp, agentID, w.tokens[user])
@@ -362,10 +362,11 @@ func writeFile(t *testing.T, name string, data []byte) string {
 
 // TestKubectlActsAsTheNamedUser runs kubectl as users of a gateway. RBAC decides by their names, whatever they claim.
 func TestKubectlActsAsTheNamedUser(t *testing.T) {
+	t.Parallel()
 	w := connectedAs(t, "named")
 	runningPod(t, &kubelet{}, w.ns)
-	if got := w.mustKubectl("auth", "whoami", "-o", "jsonpath={.status.userInfo.username} {.status.userInfo.groups}"); got !=
-		`pipeops:alice ["pipeops:staff","pipeops:tunnel","system:authenticated"]` {
+	got := w.mustKubectl("auth", "whoami", "-o", "jsonpath={.status.userInfo.username} {.status.userInfo.groups}")
+	if got != `pipeops:alice ["pipeops:staff","pipeops:tunnel","system:authenticated"]` {
 		t.Errorf("whoami: %s", got)
 	}
 	if got := w.mustKubectl("auth", "whoami", "--as", "root", "--as-group", "system:masters", "-o",
@@ -395,6 +396,7 @@ func TestKubectlActsAsTheNamedUser(t *testing.T) {
 // TestKubectlUsesItsOwnCredential runs kubectl with a client certificate for the agent and a token for the API server
 // in one kubeconfig, with nothing but frps in between.
 func TestKubectlUsesItsOwnCredential(t *testing.T) {
+	t.Parallel()
 	ca := harness.NewAuthority(t)
 	w := connectedAs(t, "own", "PIPEOPS_PROXY_TLS_CLIENT_CA_FILE="+writeFile(t, "ca.crt", ca.PEM))
 	runningPod(t, &kubelet{}, w.ns)
@@ -489,6 +491,7 @@ func wantAPIServers401(t *testing.T, config *rest.Config) {
 
 // TestLogsAreJoinedByID compares the agent's log line of a request with the API server's audit event.
 func TestLogsAreJoinedByID(t *testing.T) {
+	t.Parallel()
 	w := connectedAs(t, "named")
 	create(t, w.ns, "joined", 1)
 	w.mustKubectl("label", "configmap", "joined-0", "-n", w.ns, "a=b")
@@ -513,8 +516,8 @@ func TestLogsAreJoinedByID(t *testing.T) {
 	audit := []string{event.Verb, event.ObjectRef.Resource, event.ObjectRef.Namespace, event.ObjectRef.Name,
 		event.ImpersonatedUser.Username}
 	logged := []string{line.Verb, line.Resource, line.Namespace, line.Name, line.User}
-	if !slices.Equal(logged, audit) || line.Outcome != "forwarded" || !strings.Contains(fmt.Sprint(line.Groups), "staff") ||
-		event.User.Username != w.username("agent") {
+	if !slices.Equal(logged, audit) || line.Outcome != "forwarded" ||
+		!strings.Contains(fmt.Sprint(line.Groups), "staff") || event.User.Username != w.username("agent") {
 		t.Errorf("the agent logs %v (%+v), the API server %v by %s", logged, line, audit, event.User.Username)
 	}
 }

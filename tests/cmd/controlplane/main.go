@@ -75,8 +75,8 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer group.Close()
-	cp, err := controlplane.Start(ctx, controlplane.Options{Group: group, Agents: agents, Identity: *identity, Users: users,
-		Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	cp, err := controlplane.Start(ctx, controlplane.Options{Group: group, Agents: agents, Identity: *identity,
+		Users: users, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	if err != nil {
 		return err
 	}

@@ -93,9 +93,9 @@ func (c *ControlPlane) user(r *http.Request) (User, bool) {
 	return user, known
 }
 
-// introduce says to an agent who calls. It looks the user up in the request as it came, and sets headers of the outgoing
-// one, from which those that the caller's Connection header names are gone already: a caller can neither add to what is
-// set here nor remove it.
+// introduce says to an agent who calls. It looks the user up in the request as it came, and sets headers of the
+// outgoing one, from which those that the caller's Connection header names are gone already: a caller can neither add
+// to what is set here nor remove it.
 //
 //   - agent: nothing is added. The callers have the agent's token.
 //   - named: the agent's token, and the user as Impersonate-User and -Group. A caller's Impersonate-* are removed, or
