@@ -71,9 +71,9 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		command = flags.Arg(0)
 		err = flags.Parse(flags.Args()[1:])
 	}
-	complain := func(format string, args ...any) int {
+	complain := func(code int, format string, args ...any) int {
 		_, _ = fmt.Fprintf(stderr, "bootstrap: "+format+"\n", args...)
-		return exitUsage
+		return code
 	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -81,17 +81,17 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case err != nil:
 		return exitUsage
 	case !slices.Contains([]string{"", "ready", "doctor"}, command) || flags.NArg() > 0:
-		return complain("unknown argument %q: see bootstrap --help", cmp.Or(flags.Arg(0), command))
+		return complain(exitUsage, "unknown argument %q: see bootstrap --help", cmp.Or(flags.Arg(0), command))
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
-		return complain("these arguments exclude each other: see bootstrap --help")
+		return complain(exitUsage, "these arguments exclude each other: see bootstrap --help")
 	case *timeout <= 0:
-		return complain("--timeout must be positive: give one such as 5m")
+		return complain(exitUsage, "--timeout must be positive: give one such as 5m")
 	case *showVersion:
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
 	case *check:
 		if err := config.Describe(stdout, *configPath, env); err != nil {
-			return complain("%v", err)
+			return complain(exitUsage, "%v", err)
 		}
 		return exitOK
 	case command == "doctor":
@@ -103,12 +103,11 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
-		return complain("%v", err)
+		return complain(exitUsage, "%v", err)
 	}
 	if command == "ready" {
 		if _, err := lease.Read(cfg.RunDir); err != nil {
-			_, _ = fmt.Fprintln(stderr, "bootstrap: not ready:", err)
-			return exitFailed
+			return complain(exitFailed, "not ready: %v", err)
 		}
 		return exitOK
 	}

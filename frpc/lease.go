@@ -60,27 +60,31 @@ func (l Lease) Write(dir string) (written []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode %s: %w", LeaseFile, err)
 	}
+	var token []byte
+	if l.Frpc.AuthMethod == "oidc" {
+		token = []byte(l.Frpc.Token.Reveal())
+	}
 	for _, file := range []struct {
 		name string
-		has  bool
-		data []byte
+		data []byte // nil: this lease has none
 	}{
-		{TokenFile, l.Frpc.AuthMethod == "oidc", []byte(l.Frpc.Token.Reveal())},
-		{RootsFile, l.Roots != nil, l.Roots},
-		{KeyFile, l.Certificate != nil, l.Key},
-		{CertFile, l.Certificate != nil, l.Certificate},
-		{LeaseFile, true, append(state, '\n')},
-		{ConfigFile, true, toml},
+		{TokenFile, token},
+		{RootsFile, l.Roots},
+		{KeyFile, l.Key},
+		{CertFile, l.Certificate},
+		{LeaseFile, append(state, '\n')},
+		{ConfigFile, toml},
 	} {
 		path := filepath.Join(dir, file.name)
-		if !file.has && l.Stale == nil { // left by an earlier lease
+		if file.data == nil && l.Stale == nil { // left by an earlier lease
 			_ = os.Remove(path)
 		}
-		if old, err := os.ReadFile(path); !file.has || err == nil && bytes.Equal(old, file.data) {
+		if old, err := os.ReadFile(path); file.data == nil || err == nil && bytes.Equal(old, file.data) {
 			continue
 		}
 		if err := writeFile(path, file.data); err != nil {
-			return written, err
+			return written, fmt.Errorf("write the run directory: %w: "+
+				"check run_dir (PIPEOPS_RUN_DIR), and that it is not full", err)
 		}
 		written = append(written, file.name)
 	}

@@ -27,36 +27,28 @@ import (
 // ErrUnsupported means that Login supports neither the protocol nor the proxy.
 var ErrUnsupported = errors.New("see frpc's log for the reason")
 
-// LoginError names the stage at which a login failed. Its text has the hop and the cause; what to do depends on
-// settings, which the caller knows.
-type LoginError struct {
-	Stage Stage
-	Err   error
-}
+// ErrRefused means that frps has answered, and refuses the login. What to do depends on who gave the token.
+var ErrRefused = errors.New("refuses the login")
 
-func (e *LoginError) Error() string { return e.Err.Error() }
-
-func (e *LoginError) Unwrap() error { return e.Err }
-
-// Stage is a stage of a login.
-type Stage int
-
+// Settings, as messages name them, and what to do with them.
 const (
-	StageFiles          Stage = iota // read the files for TLS
-	StageDial                        // connect to frps
-	StageProxyDial                   // connect to the HTTP proxy
-	StageProxyConnect                // have the HTTP proxy connect to frps
-	StageWebSocket                   // open a WebSocket
-	StageTLS                         // TLS handshake; Err may hold a *tlsutil.CertificateError
-	StageOwnCertificate              // verify the certificate that frps makes for itself, which nobody can
-	StageAnswer                      // frps answers the login
-	StageAccept                      // frps accepts the login
+	caFile     = "frp.tls.ca_file (PIPEOPS_FRP_TLS_CA_FILE)"
+	certFiles  = "frp.tls.cert_file (PIPEOPS_FRP_TLS_CERT_FILE) and frp.tls.key_file (PIPEOPS_FRP_TLS_KEY_FILE)"
+	proxyURL   = "frp.proxy_url (PIPEOPS_FRP_PROXY_URL)"
+	serverAddr = "frp.server_addr (PIPEOPS_FRP_SERVER_ADDR)"
+	serverName = "frp.tls.server_name (PIPEOPS_FRP_TLS_SERVER_NAME)"
+	serverPort = "frp.server_port (PIPEOPS_FRP_SERVER_PORT)"
+	unverified = "frp.tls.insecure_skip_verify (PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY)"
+
+	checkPort = "check that " + serverPort + " is frps's bindPort"
+	checkTLS  = checkPort + " and that it runs; if frps asks for a client certificate, check " + certFiles
 )
 
 // Login connects and logs in to frps as frpc does (HTTP proxy, TCP, TLS, WebSocket, login), and disconnects. It
 // returns the version of frps. It exists because frpc reports the reason for a failed login only in its log. nil means
-// that frps accepts the login; other errors are a *LoginError. For protocols quic and kcp, and for proxies other than
-// HTTP, the error is ErrUnsupported. Login does not know frpc's environment, where http_proxy would be a proxy.
+// that frps accepts the login; the error says what to do, unless it is ErrRefused. For protocols quic and kcp, and for
+// proxies other than HTTP, it is ErrUnsupported. Login does not know frpc's environment, where http_proxy would be a
+// proxy.
 func Login(ctx context.Context, c Config) (version string, err error) {
 	addr := net.JoinHostPort(c.ServerAddr, strconv.Itoa(c.ServerPort))
 	proxy, err := url.Parse(c.ProxyURL.Reveal())
@@ -65,33 +57,33 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	fail := func(stage Stage, format string, args ...any) (string, error) {
-		return version, &LoginError{stage, fmt.Errorf(format, args...)}
-	}
-	next, stage, hop := addr, StageDial, "frps at "+addr
+	const noWebSocket = "frps at %s does not open a WebSocket: %w: " + checkPort + ", and what stands between"
+	next, hop := addr, "frps at "+addr
+	advice := "check " + serverAddr + " and " + serverPort + ", and that the network allows TCP connections to it"
 	if proxy.Host != "" {
-		next, stage, hop = proxy.Host, StageProxyDial, "the proxy on the way to frps, "+proxy.Host+","
+		next, hop, advice = proxy.Host, "the proxy on the way to frps, "+proxy.Host+",", "check "+proxyURL
 	}
 	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", next)
 	if err != nil {
-		return fail(stage, "%s cannot be reached: %w", hop, err)
+		return "", fmt.Errorf("%s cannot be reached: %w: %s", hop, err, advice)
 	}
 	defer func() { _ = conn.Close() }()
 	deadline, _ := ctx.Deadline() // in five seconds at most
 	_ = conn.SetDeadline(deadline)
 	if proxy.Host != "" {
 		if err := connect(conn, proxy, addr); err != nil {
-			return fail(StageProxyConnect, "the proxy at %s does not connect to frps at %s: %w", proxy.Host, addr, err)
+			return "", fmt.Errorf("the proxy at %s does not connect to frps at %s: %w: check "+proxyURL+
+				", and what the proxy allows", proxy.Host, addr, err)
 		}
 	}
 	if c.Protocol == "websocket" {
 		if conn, err = openWebSocket(conn, addr); err != nil {
-			return fail(StageWebSocket, "frps at %s does not open a WebSocket: %w", addr, err)
+			return "", fmt.Errorf(noWebSocket, addr, err)
 		}
 	}
 	tlsConfig, err := c.TLS.clientConfig(c.ServerAddr)
 	if err != nil {
-		return fail(StageFiles, "files for TLS with frps: %w", err)
+		return "", fmt.Errorf("files for TLS with frps: %w: check "+caFile+", "+certFiles, err)
 	}
 	conn = tls.Client(conn, tlsConfig)
 	err = conn.(*tls.Conn).HandshakeContext(ctx)
@@ -99,31 +91,32 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 	switch rejected := tlsutil.Explain(err); {
 	case err == nil:
 	case rejected != nil && rejected.Nameless():
-		return fail(StageOwnCertificate,
-			"frps at %s presents the certificate that frps makes for itself, which nobody can verify", addr)
+		return "", fmt.Errorf("frps at %s presents the certificate that frps makes for itself, which nobody can verify: "+
+			"give it one (transport.tls.certFile and keyFile in frps.toml) and set "+caFile+" to its authority, "+
+			"or accept any with "+unverified, addr)
 	case rejected != nil:
-		return fail(StageTLS, "frps at %s %w", addr, rejected)
+		return "", fmt.Errorf("frps at %s %w: %s", addr, rejected, rejected.Advice(caFile, serverName))
 	case isNet && network.Timeout():
-		return fail(StageTLS, "frps at %s accepts the connection and does not answer: %w", addr, err)
+		return "", fmt.Errorf("frps at %s accepts the connection and does not answer: %w: "+checkTLS, addr, err)
 	default:
-		return fail(StageTLS, "frps at %s fails the TLS handshake: %w", addr, err)
+		return "", fmt.Errorf("frps at %s fails the TLS handshake: %w: "+checkTLS, addr, err)
 	}
 	if c.Protocol == "wss" {
 		if conn, err = openWebSocket(conn, tlsConfig.ServerName); err != nil {
-			return fail(StageWebSocket, "frps at %s does not open a WebSocket: %w", addr, err)
+			return "", fmt.Errorf(noWebSocket, addr, err)
 		}
 	}
 	version, refusal, err := exchangeLogin(conn, c)
 	operation, isNet := errors.AsType[*net.OpError](err)
 	switch {
 	case isNet && operation.Op == "remote error": // a TLS alert: with TLS 1.3 it comes after the handshake
-		return fail(StageTLS, "frps at %s does not accept the agent's client certificate (%w)", addr, operation.Err)
+		err = fmt.Errorf("frps at %s does not accept the agent's client certificate (%w): "+checkTLS, addr, operation.Err)
 	case err != nil:
-		return fail(StageAnswer, "frps at %s does not answer a login: %w", addr, err)
+		err = fmt.Errorf("frps at %s does not answer a login: %w: "+checkPort, addr, err)
 	case refusal != "":
-		return fail(StageAccept, "frps at %s refuses the login: %s", addr, refusal)
+		err = fmt.Errorf("frps at %s %w: %s", addr, ErrRefused, refusal)
 	}
-	return version, nil
+	return version, err
 }
 
 // Outdated says why a version of frps should not be used. It is empty for other versions.

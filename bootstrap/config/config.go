@@ -15,7 +15,6 @@ import (
 
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/frpc/secret"
-	"github.com/pipeops/vm-agent/frpc/tlsutil"
 )
 
 // DefaultPath is the file that Load reads unless it is given another. It need not exist.
@@ -79,8 +78,19 @@ func (a Agent) CurrentToken() (secret.Secret, error) {
 	return current(a.Token, a.TokenFile, checkToken)
 }
 
-// CurrentToken returns frp's token, read anew where it comes from a file; empty where the control plane gives it.
-func (f FRP) CurrentToken() (secret.Secret, error) { return current(f.Token, f.TokenFile, checkToken) }
+// Credential returns what the agent requests leases with, read anew: its own token, or frp's where that is configured,
+// for then there is no control plane.
+func (c *Config) Credential() (secret.Secret, error) {
+	key, value, file := "agent.token_file", c.Agent.Token, c.Agent.TokenFile
+	if c.FRP.Token != "" {
+		key, value, file = "frp.token_file", c.FRP.Token, c.FRP.TokenFile
+	}
+	token, err := current(value, file, checkToken)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", Name(key), err)
+	}
+	return token, err
+}
 
 // TokenWarning says that the agent's token is so short that it could be guessed. It is empty for other tokens.
 func (a Agent) TokenWarning() string {
@@ -115,34 +125,15 @@ func current(value secret.Secret, file string, valid check) (secret.Secret, erro
 	return secret.Secret(text), nil
 }
 
-// ExplainLogin adds to an error of frpc.Login what to do, with the settings to check. Other errors, and nil, stay.
+// ExplainLogin adds to a frpc.ErrRefused what to do: other errors of frpc.Login say that themselves.
 func (f FRP) ExplainLogin(err error) error {
-	failed, ok := errors.AsType[*frpc.LoginError](err)
-	if !ok {
+	switch {
+	case !errors.Is(err, frpc.ErrRefused):
 		return err
+	case f.Token != "": // the operator's own frps
+		return fmt.Errorf("%w: check %s", err, Name("frp.token"))
 	}
-	port := "check that " + Name("frp.server_port") + " is frps's bindPort"
-	files := Name("frp.tls.cert_file") + " and " + Name("frp.tls.key_file")
-	advice := map[frpc.Stage]string{
-		frpc.StageFiles: "check " + Name("frp.tls.ca_file") + ", " + files,
-		frpc.StageDial: "check " + Name("frp.server_addr") + " and " + Name("frp.server_port") +
-			", and that the network allows TCP connections to it",
-		frpc.StageProxyDial:    "check " + Name("frp.proxy_url"),
-		frpc.StageProxyConnect: "check " + Name("frp.proxy_url") + ", and what the proxy allows",
-		frpc.StageWebSocket:    port + ", and what stands between",
-		frpc.StageTLS:          port + " and that it runs; if frps asks for a client certificate, check " + files,
-		frpc.StageOwnCertificate: "give it one (transport.tls.certFile and keyFile in frps.toml) and set " +
-			Name("frp.tls.ca_file") + " to its authority, or accept any with " + Name("frp.tls.insecure_skip_verify"),
-		frpc.StageAnswer: port,
-		frpc.StageAccept: "restart the pod to get a new lease from the control plane",
-	}[failed.Stage]
-	if failed.Stage == frpc.StageAccept && f.Token != "" { // the operator's own frps
-		advice = "check " + Name("frp.token")
-	}
-	if rejected, ok := errors.AsType[*tlsutil.CertificateError](err); ok {
-		advice = rejected.Advice(Name("frp.tls.ca_file"), Name("frp.tls.server_name"))
-	}
-	return fmt.Errorf("%w: %s", err, advice)
+	return fmt.Errorf("%w: restart the pod to get a new lease from the control plane", err)
 }
 
 // Local returns the address at which this host reaches what listens on listenAddr.

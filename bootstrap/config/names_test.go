@@ -20,6 +20,7 @@ func TestMessagesNameSettingsThatExist(t *testing.T) {
 		known[s.key], known[s.env] = true, true
 	}
 	names := regexp.MustCompile(`\b(?:(?:agent|frp|kubernetes|proxy|runners|logging)\.[a-z_]+(?:\.[a-z_]+)*|PIPEOPS_\w+)`)
+	pairs := regexp.MustCompile(`([a-z_.]+) \((?:PIPEOPS_\w+|KUBECONFIG)\)`)
 	found := 0
 	check := func(at token.Position, name string) {
 		found++
@@ -59,6 +60,11 @@ func TestMessagesNameSettingsThatExist(t *testing.T) {
 					}
 					for _, name := range names.FindAllString(text, -1) {
 						check(files.Position(n.Pos()), name)
+					}
+					for _, pair := range pairs.FindAllStringSubmatch(text, -1) {
+						if pair[0] != Name(pair[1]) {
+							t.Errorf("%s names the setting %s as %s", files.Position(n.Pos()), Name(pair[1]), pair[0])
+						}
 					}
 				}
 				return true

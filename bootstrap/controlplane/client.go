@@ -25,6 +25,8 @@ import (
 
 const authPath = "/auth/frp-token" // the only endpoint of the control plane that the agent calls
 
+var apiURL = config.Name("agent.api_url") // as messages name it
+
 // Request is the body of POST /auth/frp-token.
 type Request struct {
 	AgentID     string `json:"agent_id"`
@@ -52,9 +54,8 @@ type Answer struct {
 
 // Client requests leases. Safe for concurrent use.
 type Client struct {
-	HTTP  *http.Client
-	agent config.Agent
-	frp   config.FRP
+	HTTP *http.Client
+	cfg  *config.Config
 }
 
 // New returns a client for the agent's control plane. It fails only on the file that agent.ca_file names.
@@ -68,7 +69,7 @@ func New(cfg *config.Config) (*Client, error) {
 		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
-	return &Client{agent: cfg.Agent, frp: cfg.FRP, HTTP: &http.Client{
+	return &Client{cfg: cfg, HTTP: &http.Client{
 		Transport: transport, Timeout: 30 * time.Second,
 		// A redirect would carry the token to a host that nobody configured.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -90,10 +91,10 @@ func (f *Failure) Unwrap() error { return f.Err }
 
 // Reach asks for any answer at all, without the token. It returns the state of TLS, nil over plain HTTP.
 func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
-	req, _ := http.NewRequestWithContext(ctx, http.MethodGet, c.agent.APIURL+"/", nil) // checked by its setting
+	req, _ := http.NewRequestWithContext(ctx, http.MethodGet, c.cfg.Agent.APIURL+"/", nil) // checked by its setting
 	resp, err := c.HTTP.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("the control plane at %s %w", c.agent.APIURL, explain(err))
+		return nil, fmt.Errorf("the control plane at %s %w", c.cfg.Agent.APIURL, explain(err))
 	}
 	_ = resp.Body.Close()
 	return resp.TLS, nil
@@ -103,18 +104,14 @@ func (c *Client) Reach(ctx context.Context) (*tls.ConnectionState, error) {
 // tunnel of type https will see, or empty. The failure never holds the token, though the control plane may repeat it.
 // Where frp.token is set, there is no control plane: then the lease is that token.
 func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer Answer, fail *Failure) {
-	if c.frp.Token != "" {
-		token, err := c.frp.CurrentToken()
-		if err != nil {
-			fail = &Failure{Err: fmt.Errorf("%s: %w", config.Name("frp.token_file"), err)}
-		}
-		return Answer{FRPToken: token}, fail
-	}
-	agent, hop := c.agent, "the control plane at "+c.agent.APIURL
-	token, err := agent.CurrentToken()
+	token, err := c.cfg.Credential()
 	if err != nil {
-		return Answer{}, &Failure{Err: fmt.Errorf("%s: %w", config.Name("agent.token_file"), err)}
+		return Answer{}, &Failure{Err: err}
 	}
+	if c.cfg.FRP.Token != "" {
+		return Answer{FRPToken: token}, nil
+	}
+	agent, hop := c.cfg.Agent, "the control plane at "+c.cfg.Agent.APIURL
 	defer func() {
 		if fail != nil {
 			fail.Err = token.RedactIn(fail.Err)
@@ -141,7 +138,6 @@ func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer A
 	if resp.StatusCode != http.StatusOK {
 		return Answer{}, c.refusal(hop, resp, data)
 	}
-	apiURL := config.Name("agent.api_url")
 	switch err = json.Unmarshal(data, &answer); {
 	case len(data) > 1<<20:
 		err = fmt.Errorf("%s answers with more than 1 MiB: check %s", hop, apiURL)
@@ -178,7 +174,7 @@ func (c *Client) refusal(hop string, resp *http.Response, body []byte) *Failure 
 	// A proxy or firewall on the way may refuse requests too; its answers are not those of the contract.
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	fromControlPlane := mediaType == "application/json"
-	apiURL, code := config.Name("agent.api_url"), resp.StatusCode
+	code := resp.StatusCode
 	denied := code == http.StatusUnauthorized || code == http.StatusForbidden
 	revoked := denied && fromControlPlane && isProblem && problem.Revoked
 	fail := &Failure{Final: true, Refused: denied, Revoked: revoked}
@@ -191,7 +187,7 @@ func (c *Client) refusal(hop string, resp *http.Response, body []byte) *Failure 
 			hop, said, config.Name("agent.token"))
 	case denied:
 		fail.Err = fmt.Errorf("%s accepts the token but does not let agent %q connect (%s): "+
-			"check %s, and whether the agent was revoked", hop, c.agent.ID, said, config.Name("agent.id"))
+			"check %s, and whether the agent was revoked", hop, c.cfg.Agent.ID, said, config.Name("agent.id"))
 	case code >= 300 && code < 400:
 		fail.Err = fmt.Errorf("%s redirects to %.200q, and the token is not sent there: set %s to that if it is right",
 			hop, resp.Header.Get("Location"), apiURL)
@@ -223,7 +219,6 @@ func contentType(resp *http.Response) string {
 
 // explain turns an error of the HTTP client into what happened and what to do, as the predicate of a sentence.
 func explain(err error) error {
-	apiURL := config.Name("agent.api_url")
 	if rejected := tlsutil.Explain(err); rejected != nil {
 		return fmt.Errorf("%w: %s", rejected, rejected.Advice(config.Name("agent.ca_file"), apiURL))
 	}

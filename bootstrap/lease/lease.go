@@ -55,7 +55,7 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	if old != nil {
 		admin = old.Frpc.Admin
 	}
-	if r.token, err = r.credential(); err != nil {
+	if r.token, err = cfg.Credential(); err != nil {
 		return err
 	}
 	first, cancel := context.WithTimeout(ctx, timeout)
@@ -133,7 +133,7 @@ func sameTOML(a, b frpc.Config) bool {
 // write writes the lease's files into the run directory, and logs what the lease is.
 func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 	if _, err := lease.Write(cfg.RunDir); err != nil {
-		return unwritable(err)
+		return err
 	}
 	if lacks := lease.Frpc.Tunnel.GivesUp(); lacks != "" {
 		log.Warn("the tunnel is not of type https", "tunnel_type", lease.Frpc.Tunnel.Type, "consequence", lacks,
@@ -145,15 +145,4 @@ func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 	log.Info("lease written", "run_dir", cfg.RunDir, "server_addr", lease.Frpc.ServerAddr,
 		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type)
 	return nil
-}
-
-func unwritable(err error) error {
-	return fmt.Errorf("write the run directory: %w: check %s, and that it is not full", err, config.Name("run_dir"))
-}
-
-// reportStuck writes StuckFile for the time stuckFor, so that frpc's liveness probe fails and the kubelet kills frpc.
-func reportStuck(runDir string) error {
-	file := filepath.Join(runDir, frpc.StuckFile)
-	time.AfterFunc(stuckFor, func() { _ = os.Remove(file) })
-	return os.WriteFile(file, nil, 0o600)
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -152,28 +154,36 @@ func (r *renewer) reload(ctx context.Context, admin frpc.Admin) {
 	r.markFresh()
 }
 
-// restartFrpc stops frpc, which the kubelet then restarts. If frpc hangs, StuckFile makes the kubelet kill it.
+// restartFrpc stops frpc, which the kubelet then restarts.
 func (r *renewer) restartFrpc(ctx context.Context, admin frpc.Admin, reason string) {
-	err := admin.Stop(ctx)
-	if errors.Is(err, frpc.ErrStuck) {
-		r.log.Warn("frpc hangs: its liveness probe restarts it; outside Kubernetes, restart its container", "reason", reason)
-		r.outage = outage{}
-		if err = reportStuck(r.cfg.RunDir); err == nil {
-			return // Stale stays: outside Kubernetes, frpc may go on
-		}
-	}
+	err := stopFrpc(ctx, r.cfg.RunDir, admin)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED): // it does not run
 		r.markFresh()
-		return
+	case errors.Is(err, frpc.ErrStuck):
+		r.log.Warn("frpc hangs: its liveness probe restarts it; outside Kubernetes, restart its container",
+			"reason", reason, "error", err)
+		r.outage = outage{} // Stale stays: outside Kubernetes, frpc may go on
 	case err == nil:
 		r.log.Info("restarting frpc", "reason", reason)
-		r.outage = outage{}
+		r.outage, r.stopFailureLogged = outage{}, false
 		r.markFresh()
 	case !r.stopFailureLogged:
 		r.log.Warn("frpc must be restarted and cannot be stopped: restart its container", "reason", reason, "error", err)
+		r.stopFailureLogged = true
 	}
-	r.stopFailureLogged = err != nil
+}
+
+// stopFrpc stops frpc. If frpc hangs, it writes StuckFile for the time stuckFor, so that frpc's liveness probe fails
+// and the kubelet kills frpc; the error is then frpc.ErrStuck.
+func stopFrpc(ctx context.Context, runDir string, admin frpc.Admin) error {
+	err := admin.Stop(ctx)
+	if errors.Is(err, frpc.ErrStuck) {
+		file := filepath.Join(runDir, frpc.StuckFile)
+		time.AfterFunc(stuckFor, func() { _ = os.Remove(file) })
+		err = errors.Join(err, os.WriteFile(file, nil, 0o600))
+	}
+	return err
 }
 
 // markFresh records that frpc runs, or will run, with the current files.
@@ -188,7 +198,7 @@ func (r *renewer) markFresh() {
 func (r *renewer) save() []string {
 	written, err := r.lease.Write(r.cfg.RunDir)
 	if err != nil && !r.writeFailureLogged {
-		r.log.Warn("retrying every few seconds to write the lease's files", "error", unwritable(err))
+		r.log.Warn("retrying every few seconds to write the lease's files", "error", err)
 	}
 	r.writeFailureLogged = err != nil
 	return written
@@ -208,9 +218,7 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 		if frpc.StateOf(admin.Status(ctx)) == frpc.Down {
 			return fmt.Errorf("%w; the tunnel is closed", refusal)
 		}
-		if stopErr := admin.Stop(ctx); errors.Is(stopErr, frpc.ErrStuck) {
-			err = errors.Join(stopErr, reportStuck(runDir)) // its liveness probe restarts it
-		} else if attempt == 10 {
+		if stopErr := stopFrpc(ctx, runDir, admin); attempt == 10 || errors.Is(stopErr, frpc.ErrStuck) {
 			err = cmp.Or(stopErr, errors.New("it still runs"))
 		}
 		select {
@@ -296,21 +304,13 @@ func (r *renewer) renewalDue(now time.Time) bool {
 
 // tokenChanged reports whether the lease was requested with another credential than the current one.
 func (r *renewer) tokenChanged() bool {
-	token, err := r.credential()
+	token, err := r.cfg.Credential()
 	return err == nil && token != r.token && !time.Now().Before(r.notYet)
-}
-
-// credential returns the current credential for requests of leases.
-func (r *renewer) credential() (secret.Secret, error) {
-	if r.cfg.FRP.Token != "" {
-		return r.cfg.FRP.CurrentToken()
-	}
-	return r.cfg.Agent.CurrentToken()
 }
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.
 func (r *renewer) renew(ctx context.Context) *controlplane.Failure {
-	token, err := r.credential()
+	token, err := r.cfg.Credential()
 	if err != nil {
 		token = r.token
 	}

@@ -36,15 +36,11 @@ func Explain(err error) *CertificateError {
 	if !errors.As(err, &e.cause) {
 		return nil
 	}
-	var unknownCA x509.UnknownAuthorityError
-	var wrongName x509.HostnameError
-	var invalid x509.CertificateInvalidError
-	switch {
-	case errors.As(err, &unknownCA):
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
 		e.problem, e.advice = "a certificate signed by an unknown authority", "set {ca} to the file of its authority"
-	case errors.As(err, &wrongName):
-		e.problem, e.advice = "a certificate for another name than "+wrongName.Host, "check {name}"
-	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+	} else if wrong, ok := errors.AsType[x509.HostnameError](err); ok {
+		e.problem, e.advice = "a certificate for another name than "+wrong.Host, "check {name}"
+	} else if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
 		e.problem = "a certificate that is not valid at " + time.Now().UTC().Format(time.RFC3339)
 		e.advice = "renew it, or correct the clock of this host or its"
 	}

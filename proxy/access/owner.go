@@ -107,21 +107,24 @@ func (o *Owner) set(s State) {
 
 // parse reads the ConfigMap's data. What is not exactly right allows nothing.
 func parse(data map[string]string) State {
-	s := State{}
+	invalid := State{Reason: data["reason"][:min(len(data["reason"]), maxReason)]}
+	s := invalid
 	for key := range data {
 		if !slices.Contains([]string{"allow", "until", "reason"}, key) {
-			return State{Detail: fmt.Sprintf("it has an unknown key %.64q: give allow, until and reason", key)}
+			invalid.Detail = fmt.Sprintf("it has an unknown key %.64q: give allow, until and reason", key)
+			return invalid
 		}
 	}
-	s.Reason = data["reason"][:min(len(data["reason"]), maxReason)]
 	s.Allow = Level(slices.Index(Levels, data["allow"]))
 	if s.Allow < None {
-		return State{Reason: s.Reason, Detail: fmt.Sprintf("its allow is %.64q: give none, read, write or all", data["allow"])}
+		invalid.Detail = fmt.Sprintf("its allow is %.64q: give none, read, write or all", data["allow"])
+		return invalid
 	}
 	if until := data["until"]; until != "" {
 		at, err := time.Parse(time.RFC3339, until)
 		if err != nil {
-			return State{Reason: s.Reason, Detail: fmt.Sprintf("its until is %.64q: give a time as 2026-01-02T03:04:05Z", until)}
+			invalid.Detail = fmt.Sprintf("its until is %.64q: give a time as 2026-01-02T03:04:05Z", until)
+			return invalid
 		}
 		s.Until = &at
 	}

@@ -169,7 +169,9 @@ func TestOnlyTheAgentsCredentialIsForwarded(t *testing.T) {
 // as hop-by-hop.
 func TestOnlyTheIdentityIsSent(t *testing.T) {
 	u := newUpstream(t)
-	proxy := proxyTo(t, &rest.Config{Host: u.URL, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true}})
+	proxy := proxyTo(t, &rest.Config{
+		Host: u.URL, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+	})
 	for _, test := range []struct{ identity, want http.Header }{
 		{nil, http.Header{"Authorization": {"Bearer agents-own"}}},
 		{

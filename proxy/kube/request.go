@@ -85,11 +85,11 @@ var removed = []string{
 
 // TokenProtocol begins an element of Sec-WebSocket-Protocol that holds a token, which the API server accepts too.
 // Source: k8s.io/apiserver/pkg/authentication/request/websocket.
-const TokenProtocol = "base64url.bearer.authorization.k8s.io."
+const TokenProtocol = "base64url.bearer.authorization.k8s.io." //nolint:gosec // no secret
 
 // checkAnswer turns the API server's 401 into an error, which becomes a 502: it refuses the agent's credential and says
-// nothing about the caller's, unless that is the caller's own. Below a subresource the 401 is forwarded: it may be a backend's behind services/proxy, or
-// the kubelet's.
+// nothing about the caller's, unless the caller has one of its own. Below a subresource the 401 is forwarded: it may be
+// a backend's behind services/proxy, or the kubelet's.
 func (f *forward) checkAnswer(resp *http.Response) error {
 	if resp.StatusCode < 100 || resp.StatusCode > 599 {
 		return fmt.Errorf("its status %d is not one of HTTP", resp.StatusCode)

@@ -83,7 +83,9 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 	relay := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			pr.Out.URL, pr.Out.Host = endpoint, ""
-			for _, name := range []string{"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect"} {
+			for _, name := range []string{
+				"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect", "Pipeops-Agent-Authorization",
+			} {
 				pr.Out.Header.Del(name)
 			}
 			pr.Out.Header.Add("Via", via)
@@ -120,6 +122,7 @@ func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
 	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
 		code, what = http.StatusGatewayTimeout, "does not answer"
 	}
+	ended, _ := errors.AsType[*kube.Ended](context.Cause(out.Context()))
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	cause, unread := context.Cause(out.Context()), c.body.Failure()
 	switch {
@@ -132,6 +135,8 @@ func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
 	case unread != nil:
 		answer.WriteBodyError(w, unread, CommandTimeout)
 		return
+	case ended != nil:
+		code, what, err = http.StatusForbidden, "has not answered", ended
 	case errors.Is(cause, kube.ErrShutdown):
 		code, what, err = http.StatusGatewayTimeout, "has not answered", errors.New("the agent has stopped")
 	case errors.Is(err, errForbiddenAddress):

@@ -11,7 +11,8 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// answered counts and logs a request, without its query, headers and body. It must be deferred: it records a panic of the handler, and panics again.
+// answered counts and logs a request, without its query, headers and body. It must be deferred: it records a panic of
+// the handler, and panics again.
 func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	sc.conn.Answered()
 	code := sc.status()
@@ -42,7 +43,10 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 		return
 	}
 	attrs := append(sc.attrs(r), slog.Int("status", code), slog.Int64("bytes", sc.bytes.Load()),
-		slog.Int64("duration_us", time.Since(sc.start).Microseconds()), slog.String("outcome", sc.outcome))
+		slog.Int64("duration_us", time.Since(sc.start).Microseconds()))
+	if sc.outcome != "" {
+		attrs = append(attrs, slog.String("outcome", sc.outcome))
+	}
 	if sc.Upgrade {
 		attrs = append(attrs, slog.Int64("received_bytes", sc.sent.Load()))
 	}
@@ -61,14 +65,19 @@ func (s *scope) attrs(r *http.Request) []slog.Attr {
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
 		certificate = r.TLS.PeerCertificates[0].Subject.CommonName
 	}
-	method := orOther(r.Method, slices.Contains(kube.Methods, r.Method))
-	return slices.DeleteFunc([]slog.Attr{
-		slog.String("request_id", s.requestID), slog.String("method", method), slog.String("route", routeLabel(r)),
-		slog.String("caller", s.caller), slog.String("forwarded_for", from), slog.String("client_certificate", certificate),
-		slog.String("user", user), slog.String("groups", strings.Join(s.who.Groups, ",")), slog.String("as", s.who.As),
-		slog.String("verb", s.verb()), slog.String("group", s.Group), slog.String("resource", s.Resource),
-		slog.String("subresource", s.Subresource), slog.String("namespace", s.Namespace), slog.String("name", s.Name),
-	}, func(attr slog.Attr) bool { return attr.Value.String() == "" })
+	attrs := make([]slog.Attr, 0, 20)
+	for _, attr := range [...]struct{ key, value string }{
+		{"request_id", s.requestID}, {"method", orOther(r.Method, slices.Contains(kube.Methods, r.Method))},
+		{"route", routeLabel(r)}, {"caller", s.caller}, {"forwarded_for", from}, {"client_certificate", certificate},
+		{"user", user}, {"groups", strings.Join(s.who.Groups, ",")}, {"as", s.who.As}, {"verb", s.verb()},
+		{"group", s.Group}, {"resource", s.Resource}, {"subresource", s.Subresource}, {"namespace", s.Namespace},
+		{"name", s.Name},
+	} {
+		if attr.value != "" {
+			attrs = append(attrs, slog.String(attr.key, attr.value))
+		}
+	}
+	return attrs
 }
 
 // verb returns the verb as metrics and the log have it.

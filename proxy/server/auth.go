@@ -172,8 +172,8 @@ func (s *Server) throttle(w http.ResponseWriter, r *http.Request, refused *refus
 	return wait > 0
 }
 
-// authenticate returns why a request is refused; nil if it has the agent's token, or in identity own, for the Kubernetes
-// API, a client certificate.
+// authenticate returns why a request is refused; nil if it has the agent's token. In identity own, a request for the
+// Kubernetes API may have a client certificate instead.
 func (s *Server) authenticate(r *http.Request) *refusal {
 	if s.config.Access.Identity != access.Own || !isKubernetes(r) {
 		return s.auth.check(r, "Authorization")

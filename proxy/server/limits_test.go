@@ -56,13 +56,19 @@ func refused(s *Server, limit string) float64 {
 // call sends a request with the token over a new connection, and returns when the answer's headers have arrived.
 func call(t *testing.T, addr, request string) (net.Conn, *http.Response, error) {
 	t.Helper()
+	return send(t, addr, request+" HTTP/1.1\r\nHost: a\r\n"+auth)
+}
+
+// send is call with a whole request but its last line.
+func send(t *testing.T, addr, request string) (net.Conn, *http.Response, error) {
+	t.Helper()
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
 	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := io.WriteString(conn, request+" HTTP/1.1\r\nHost: a\r\n"+auth+"\r\n"); err != nil {
+	if _, err := io.WriteString(conn, request+"\r\n"); err != nil {
 		t.Fatal(err)
 	}
 	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)

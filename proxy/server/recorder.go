@@ -65,6 +65,9 @@ func (s *scope) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	s.begin(http.StatusSwitchingProtocols)
+	if s.started != nil {
+		s.started()
+	}
 	return &upgraded{conn, s}, buffer, nil
 }
 

@@ -33,6 +33,7 @@ type scope struct {
 	who           access.Caller
 	needs         access.Level // what the cluster's owner must allow
 	share         string       // with which callers it shares the limits
+	started       func()       // logs that an upgraded connection begins; nil for other requests
 	outcome       string       // of a request for the Kubernetes API: forwarded, or why not
 	memory        int64        // bytes that the gate has reserved; guarded by the gate's mu
 	revoked       bool         // its right has ended; guarded by the gate's mu

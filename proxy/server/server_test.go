@@ -54,10 +54,20 @@ func serverBefore(
 	t testing.TB, api *rest.Config, agentToken secret.Secret, log *slog.Logger, runnerHosts ...string,
 ) *Server {
 	t.Helper()
+	return serverWith(t, api, log, func(cfg *config.Config) {
+		cfg.Agent.Token = agentToken
+		cfg.Runners.AllowedHosts = append([]string{"*.svc"}, runnerHosts...)
+	})
+}
+
+// serverWith returns a server for an API server, with changes of its configuration.
+func serverWith(t testing.TB, api *rest.Config, log *slog.Logger, change func(*config.Config)) *Server {
+	t.Helper()
 	cfg := &config.Config{RunDir: t.TempDir()}
-	cfg.Agent.ID, cfg.Agent.Token, cfg.Agent.TokenOverlap = "agent-001", agentToken, 5*time.Minute
-	cfg.Access.Identity, cfg.Access.Prefix, cfg.Kubernetes.Namespace = "agent", "pipeops:", "pipeops-system"
-	cfg.Runners.AllowedHosts = append([]string{"*.svc"}, runnerHosts...)
+	cfg.Agent.ID, cfg.Agent.TokenOverlap = "agent-001", 5*time.Minute
+	cfg.Access = config.Access{Identity: "agent", Prefix: "pipeops:", OwnNamespace: "closed"}
+	cfg.Kubernetes.Namespace = "pipeops-system"
+	change(cfg)
 	s, err := New(cfg, api, defaultMemory, log)
 	if err != nil {
 		t.Fatal(err)

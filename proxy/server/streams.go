@@ -80,7 +80,7 @@ func (v *reviewer) review(ctx context.Context, key right, sc *scope) {
 	case err == nil && !allowed, apierrors.IsForbidden(err):
 		why := &kube.Ended{Why: "the caller may no longer " + what, Code: http.StatusForbidden}
 		v.end("rights", same, why)
-	case unauthorized && !(access.Connects(&key.Description) && sc.who.Expired()):
+	case unauthorized && (!access.Connects(&key.Description) || !sc.who.Expired()):
 		// Without an event: the caller comes again, with a fresh credential if it has one.
 		v.end("credential", same, &kube.Ended{Why: "the API server no longer accepts the caller's credential"})
 	case err != nil && !unauthorized:

@@ -1,6 +1,6 @@
 // Command bench measures and prints Markdown. Compare its results within one run only: they differ by a factor of two
 // between machines and runs, their ratios do not. Linux only. Its arguments name the parts to measure. Without any it
-// leaves out attack and latency, which take long.
+// leaves out attack, latency and identities, which take long.
 package main
 
 import (
@@ -24,9 +24,10 @@ func main() {
 	for _, part := range []struct {
 		name    string
 		measure func(context.Context) error
-	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"attack", attacks},
+	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"identities", identities},
+		{"attack", attacks},
 		{"latency", latency}, {"latency", frozen}, {"latency", restarted}} {
-		if len(os.Args) == 1 && (part.name == "attack" || part.name == "latency") ||
+		if len(os.Args) == 1 && slices.Contains([]string{"attack", "latency", "identities"}, part.name) ||
 			len(os.Args) > 1 && !slices.Contains(os.Args, part.name) {
 			continue
 		}

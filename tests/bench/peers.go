@@ -98,6 +98,9 @@ type peer struct {
 	pid    int // 0: there is none
 }
 
+// beforeName names another build of our proxy, whose path is in BEFORE.
+const beforeName = "the build BEFORE"
+
 // startPeers starts the upstream, our proxy and its peers, or those with the given names. A non-empty enter is the
 // beginning of their commands, which limits their memory to 256 MiB.
 func startPeers(ctx context.Context, group *process.Group, enter []string, names ...string) ([]peer, error) {
@@ -152,27 +155,52 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 			func() error { return call(ctx, http.DefaultClient, found, "/api/v1/small") })
 	}
 
-	err = add("this proxy", "/api/k8s", http.Header{"Authorization": {"Bearer callers"}},
-		func(addr string) (*process.Process, error) {
-			binary, err := process.Binary("proxy")
-			if err != nil {
-				return nil, err
-			}
+	ours := func(name, binary string, header http.Header, more ...string) error {
+		return add(name, "/api/k8s", header, func(addr string) (*process.Process, error) {
 			metrics, err := process.FreeAddr()
 			if err != nil {
 				return nil, err
 			}
-			env := []string{
+			env := append([]string{
 				"PIPEOPS_AGENT_ID=bench", "PIPEOPS_AGENT_TOKEN=callers", "KUBECONFIG=" + kubeconfig,
 				"PIPEOPS_LISTEN_ADDR=" + addr, "PIPEOPS_METRICS_ADDR=" + metrics,
-			}
+			}, more...)
 			if limited {
 				env = append(env, "GOMEMLIMIT=204MiB") // four fifths, as it sets itself in a container
 			}
 			return run("proxy", env, binary)
 		})
+	}
+	binary, err := process.Binary("proxy")
 	if err != nil {
 		return nil, err
+	}
+	gate := http.Header{"Authorization": {"Bearer callers"}}
+	if err := ours("this proxy", binary, gate); err != nil {
+		return nil, err
+	}
+	for _, other := range []struct {
+		name, binary, identity string
+		header                 http.Header
+	}{
+		{beforeName, os.Getenv("BEFORE"), "", gate},
+		{"identity named", binary, "named", http.Header{
+			"Authorization": {"Bearer callers"}, "Impersonate-User": {"alice"}, "Impersonate-Group": {"developers"},
+		}},
+		{"identity own", binary, "own", http.Header{
+			"Authorization": {"Bearer own"}, "Pipeops-Agent-Authorization": {"Bearer callers"},
+		}},
+	} {
+		if !slices.Contains(names, other.name) || other.binary == "" {
+			continue
+		}
+		env := "PIPEOPS_ACCESS_IDENTITY=" + other.identity
+		if other.identity == "" {
+			env = "A=" // a build from before the setting refuses it
+		}
+		if err := ours(other.name, other.binary, other.header, env); err != nil {
+			return nil, err
+		}
 	}
 	err = add("kubectl proxy", "", nil, func(addr string) (*process.Process, error) {
 		binary, err := process.Binary("kubectl")

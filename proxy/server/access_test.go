@@ -1,0 +1,256 @@
+package server
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/proxy/access"
+	"github.com/pipeops/vm-agent/proxy/kube"
+)
+
+// apiServer records the requests that reach it.
+type apiServer struct {
+	*httptest.Server
+
+	mu   sync.Mutex
+	seen []*http.Request
+}
+
+func newAPIServer(t testing.TB, answer http.HandlerFunc) *apiServer {
+	t.Helper()
+	api := &apiServer{}
+	api.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		api.mu.Lock()
+		api.seen = append(api.seen, r)
+		api.mu.Unlock()
+		if answer != nil {
+			answer(w, r)
+		}
+	}))
+	t.Cleanup(api.Close)
+	return api
+}
+
+func (a *apiServer) take() []*http.Request {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	seen := a.seen
+	a.seen = nil
+	return seen
+}
+
+func withIdentity(t testing.TB, api *apiServer, identity string) *Server {
+	t.Helper()
+	return serverWith(t, &rest.Config{Host: api.URL, BearerToken: "agents-own"}, slog.New(slog.DiscardHandler),
+		func(cfg *config.Config) { cfg.Agent.Token, cfg.Access.Identity = token, identity })
+}
+
+// FuzzAccess: whatever a caller sends, in every identity, what reaches the API server carries one credential, the one
+// that was decided, and impersonation only where it may.
+func FuzzAccess(f *testing.F) {
+	for _, seed := range []string{
+		"Authorization: Bearer " + token + "\r\nImpersonate-User: a\r\n",
+		"Authorization: Bearer own\r\nPipeops-Agent-Authorization: Bearer " + token + "\r\n",
+		"Authorization: Bearer own\r\nPipeops-Agent-Authorization: Bearer " + token + "\r\nImpersonate-User: a\r\n",
+		"Authorization: Bearer  own\r\nPipeops-Agent-Authorization: Bearer " + token + "\r\n",
+		"Authorization: Basic eDp5\r\nPipeops-Agent-Authorization: Bearer " + token + "\r\n",
+		"Authorization: Bearer " + token + "\r\nImpersonate-User: a\r\nConnection: Impersonate-User\r\n",
+		"authorization: bearer " + token + "\r\nIMPERSONATE-USER: system:admin\r\nimpersonate-group: b\r\nImpersonate-Uid: 1\r\n",
+		"Authorization: Bearer " + token + "\r\nX-Remote-User: a\r\nCookie: a\r\nUpgrade: websocket\r\nConnection: upgrade\r\n" +
+			"Sec-WebSocket-Protocol: base64url.bearer.authorization.k8s.io.YQ\r\n",
+		"Pipeops-Agent-Authorization: Bearer " + token + "\r\nUpgrade: websocket\r\nConnection: upgrade\r\n" +
+			"Sec-WebSocket-Protocol: a, base64url.bearer.authorization.k8s.io.YQ\r\n",
+	} {
+		f.Add(seed)
+	}
+	api := newAPIServer(f, nil)
+	handlers := map[string]http.Handler{}
+	for _, identity := range []string{access.Agent, access.Named, access.Own} {
+		handlers[identity] = withIdentity(f, api, identity).handler(tunnel)
+	}
+	f.Fuzz(func(t *testing.T, headers string) {
+		for identity, handler := range handlers {
+			text := "GET /api/k8s/version HTTP/1.1\r\nHost: a\r\n" + headers + "\r\n"
+			r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
+			if err != nil || r.RequestURI != "/api/k8s/version" || r.ContentLength != 0 {
+				return
+			}
+			r.Body = http.NoBody
+			sent := r.Header.Clone()
+			func() {
+				defer func() { _ = recover() }() // ErrAbortHandler, for upgrades that a recorder cannot do
+				handler.ServeHTTP(httptest.NewRecorder(), r)
+			}()
+			for _, seen := range api.take() {
+				got := seen.Header
+				credentials := got["Authorization"]
+				if len(credentials) != 1 || (credentials[0] == "Bearer agents-own") != (identity != access.Own) ||
+					strings.Contains(credentials[0], token) {
+					t.Errorf("%s: %q reached the API server with %q", identity, headers, credentials)
+				}
+				for name, values := range got {
+					switch {
+					case strings.HasPrefix(name, "Impersonate-"):
+						ok := identity == access.Own && slices.Equal(values, sent[name]) ||
+							identity == access.Named && (name == "Impersonate-User" || name == "Impersonate-Group")
+						if !ok {
+							t.Errorf("%s: %q reached the API server with %s: %q", identity, headers, name, values)
+						}
+					case strings.HasPrefix(name, "X-Remote-"), name == "Cookie", name == access.GateHeader,
+						name == "Sec-Websocket-Protocol" && strings.Contains(strings.Join(values, ","), kube.TokenProtocol):
+						t.Errorf("%s: %q reached the API server with %s: %q", identity, headers, name, values)
+					}
+				}
+				user := got["Impersonate-User"]
+				if identity == access.Named && (len(user) != 1 || !strings.HasPrefix(user[0], "pipeops:") ||
+					!slices.Contains(got["Impersonate-Group"], access.TunnelGroup)) {
+					t.Errorf("named: %q reached the API server as %q", headers, user)
+				}
+			}
+		}
+	})
+}
+
+// TestRightsOfStreamsAreReviewed: one review for all streams that ask the same, and all of them end with the right.
+func TestRightsOfStreamsAreReviewed(t *testing.T) {
+	var mu sync.Mutex
+	code, allowed := http.StatusCreated, true
+	answer := func(c int, a bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		code, allowed = c, a
+	}
+	api := newAPIServer(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			mu.Lock()
+			defer mu.Unlock()
+			w.WriteHeader(code)
+			_, _ = fmt.Fprintf(w, `{"status":{"allowed":%v}}`, allowed)
+			return
+		}
+		silent(w, r)
+	})
+	for _, test := range []struct {
+		identity string
+		code     int
+		allowed  bool
+		ends     bool
+		event    string
+	}{
+		{access.Named, http.StatusCreated, true, false, ""},
+		{access.Named, http.StatusCreated, false, true, "may no longer watch pods"},
+		{access.Named, http.StatusForbidden, true, true, "may no longer watch pods"},
+		{access.Named, http.StatusUnauthorized, true, false, ""},
+		{access.Named, http.StatusInternalServerError, false, false, ""},
+		{access.Own, http.StatusUnauthorized, true, true, ""},
+		{access.Own, http.StatusServiceUnavailable, true, false, ""},
+	} {
+		t.Run(fmt.Sprint(test), func(t *testing.T) {
+			s := withIdentity(t, api, test.identity)
+			addr := listening(t, s)
+			watch := func(user string) io.Reader {
+				who := auth + "Impersonate-User: " + user + "\r\n"
+				if test.identity == access.Own {
+					who = access.GateHeader + ": Bearer " + token + "\r\nAuthorization: Bearer " + user + "\r\n"
+				}
+				_, resp, err := send(t, addr, "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\nHost: a\r\n"+who)
+				if err != nil || resp.StatusCode != http.StatusOK {
+					t.Fatalf("watch: %v, %v", resp, err)
+				}
+				return resp.Body
+			}
+			first, second, other := watch("a"), watch("a"), watch("b")
+			api.take()
+			answer(test.code, test.allowed)
+			v := &reviewer{s, map[right]review{}}
+			v.run(t.Context())
+			if n := len(api.take()); n != 0 {
+				t.Fatalf("%d reviews before any was due", n)
+			}
+			for key := range v.reviews {
+				v.reviews[key] = review{at: time.Now()}
+			}
+			v.run(t.Context())
+			reviews := api.take()
+			if len(reviews) != 2 {
+				t.Errorf("%d reviews for the watches of two callers", len(reviews))
+			}
+			v.run(t.Context())
+			if n := len(api.take()); n != 0 {
+				t.Errorf("%d reviews at once after the last", n)
+			}
+			if !test.ends {
+				if inUse(s) != 3 {
+					t.Errorf("%d watches run, want 3", inUse(s))
+				}
+				return
+			}
+			for _, body := range []io.Reader{first, second, other} {
+				got, err := io.ReadAll(body)
+				if err != nil || strings.Contains(string(got), test.event) != (test.event != "") && test.event != "" ||
+					test.event == "" && len(got) > 0 {
+					t.Errorf("ended with %q, %v", got, err)
+				}
+			}
+		})
+	}
+}
+
+// TestOwnerEndsWhatIsNoLongerAllowed: what runs, and what comes.
+func TestOwnerEndsWhatIsNoLongerAllowed(t *testing.T) {
+	var mu sync.Mutex
+	allow := "read"
+	api := newAPIServer(t, func(w http.ResponseWriter, r *http.Request) {
+		if strings.Contains(r.URL.Path, "configmaps") {
+			mu.Lock()
+			defer mu.Unlock()
+			_, _ = fmt.Fprintf(w, `{"data":{"allow":%q,"reason":"an audit"}}`, allow)
+			return
+		}
+		silent(w, r)
+	})
+	s := serverWith(t, &rest.Config{Host: api.URL}, slog.New(slog.DiscardHandler), func(cfg *config.Config) {
+		cfg.Agent.Token, cfg.Access.ConfigMap = token, "owner"
+	})
+	s.followOwner(t.Context())
+	addr := listening(t, s)
+	_, watch, err := call(t, addr, "GET /api/k8s/api/v1/pods?watch=1")
+	if err != nil || watch.StatusCode != http.StatusOK {
+		t.Fatalf("%v, %v", watch, err)
+	}
+	_, resp, err := call(t, addr, "DELETE /api/k8s/api/v1/pods")
+	if err != nil || resp.StatusCode != http.StatusForbidden {
+		t.Errorf("delete: %v, %v", resp, err)
+	}
+	mu.Lock()
+	allow = "none"
+	mu.Unlock()
+	s.followOwner(t.Context())
+	s.followOwner(t.Context())
+	got, err := io.ReadAll(watch.Body)
+	if err != nil || !strings.Contains(string(got), `"type":"ERROR"`) || !strings.Contains(string(got), "an audit") {
+		t.Errorf("the watch ended with %q, %v", got, err)
+	}
+	for _, path := range []string{"/api/k8s/version", "/api/k8s/api/v1/pods?watch=1"} {
+		_, resp, err := call(t, addr, "GET "+path)
+		if err != nil || resp.StatusCode != http.StatusForbidden {
+			t.Errorf("%s: %v, %v", path, resp, err)
+		}
+	}
+	if n := testutil.ToFloat64(s.metrics.streamsEnded.WithLabelValues("switch")); n != 1 {
+		t.Errorf("%v ended, want 1", n)
+	}
+}
