@@ -205,6 +205,15 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 			try(http.MethodGet, "/metrics", "/metrics", "wrong", "")
 		}
 	}
+	closed := newWorld(t)
+	closed.agent.Env = append(closed.agent.Env, "PIPEOPS_ACCESS_CONFIG_MAP=missing")
+	if err := closed.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	wantTunnel(t, closed)
+	w.agent = closed.agent
+	try(http.MethodPost, messages, messages, agentToken, `{"id":"3","type":"runner_unassigned","data":{"runner_id":"r"}}`)
+	try(http.MethodPost, command, "/api/runners/r/command", agentToken, "")
 	leaving := newWorld(t)
 	if err := leaving.agent.Start(); err != nil {
 		t.Fatal(err)

@@ -67,8 +67,10 @@ func TestEveryQueryFindsItsMetrics(t *testing.T) {
 	for _, rule := range m.rules.Spec.Groups[0].Rules {
 		w.checkLabels(t, rule.Expr.String(), both)
 	}
-	// These two alerts match errors that callers see, and the traffic causes many. No other alert may fire.
-	noisy := []string{"PipeOpsAgentAuthenticationFailures", "PipeOpsAgentKubernetesErrors"}
+	// These alerts match errors that callers see, and the traffic causes many. No other alert may fire.
+	noisy := []string{
+		"PipeOpsAgentAuthenticationFailures", "PipeOpsAgentKubernetesErrors", "PipeOpsAgentRequestsRefused",
+	}
 	wantAlerts(t, m, classic, noisy...)
 	if *pictureOf > 0 {
 		start := time.Now()
@@ -406,6 +408,8 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	every(200*time.Millisecond, func() { _ = client.RESTClient().Get().AbsPath("/apis/away.example/v1").Do(ctx).Error() })
 	every(300*time.Millisecond, func() { send("wrong", http.MethodGet, "/api/k8s/version", "") })
 	every(700*time.Millisecond, func() { send("", http.MethodGet, "/api/agent/status", "") })
+	every(500*time.Millisecond, func() { send(agentToken, http.MethodGet, "/api/k8s/metrics", "") })
+	every(900*time.Millisecond, func() { send(agentToken, http.MethodDelete, "/api/k8s/api/v1/namespaces/"+namespace, "") })
 	every(time.Second, func() { send(agentToken, http.MethodPost, "/api/agent/heartbeat", "") })
 	every(time.Second, func() { send(agentToken, http.MethodGet, "/api/agent/status", "") })
 	every(400*time.Millisecond, func() { send(agentToken, http.MethodPost, "/api/runners/r/command", `{"do":"it"}`) })
