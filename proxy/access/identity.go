@@ -152,7 +152,7 @@ func identifyOwn(r *http.Request) (c Caller, err error) {
 	}
 	hash := sha256.Sum256([]byte(c.credential))
 	c.Share = string(hash[:])
-	c.User, c.As = c.claims().Subject, r.Header.Get(impersonateUser)
+	c.User, c.As = c.claims().Subject, fmt.Sprintf("%.256s", r.Header.Get(impersonateUser))
 	return c, nil
 }
 

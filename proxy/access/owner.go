@@ -125,9 +125,9 @@ func parse(data map[string]string) State {
 		invalid.Detail = fmt.Sprintf("its allow is %.64q: give none, read, write or all", data["allow"])
 		return invalid
 	}
-	if until := data["until"]; until != "" {
-		at, err := time.Parse(time.RFC3339, until)
-		if err != nil {
+	if until, given := data["until"]; given {
+		var at time.Time
+		if err := at.UnmarshalText([]byte(until)); err != nil { // strictly RFC 3339
 			invalid.Detail = fmt.Sprintf("its until is %.64q: give a time as 2026-01-02T03:04:05Z", until)
 			return invalid
 		}

@@ -169,10 +169,16 @@ func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 // many.
 func (l *Listener) CloseUnless(valid func(peer []*x509.Certificate) bool) (closed int) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	peers := map[*Conn][]*x509.Certificate{}
 	for c := range l.open {
-		if len(c.peer) > 0 && !valid(c.peer) {
-			c.evict(Certificate)
+		if len(c.peer) > 0 {
+			peers[c] = c.peer
+		}
+	}
+	l.mu.Unlock()
+	for c, peer := range peers {
+		if !valid(peer) {
+			c.locked(func() { c.evict(Certificate) })
 			closed++
 		}
 	}

@@ -29,14 +29,9 @@ const (
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
-// call sends a request, with body as JSON if it is not nil, and calls read with the body of a 2xx answer. Any other
+// call sends a request as the caller that the headers of identity name, or as the agent, with body as JSON if it is not nil, and calls read with the body of a 2xx answer. Any other
 // answer is an *apierrors.StatusError.
-func (c *Client) call(ctx context.Context, method, path, accept string, body io.Reader, read reader) error {
-	return c.callAs(ctx, nil, method, path, accept, body, read)
-}
-
-// callAs is call as the caller that the headers of identity name.
-func (c *Client) callAs(
+func (c *Client) call(
 	ctx context.Context, identity http.Header, method, path, accept string, body io.Reader, read reader,
 ) error {
 	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(c.target.String(), "/")+path, body)
@@ -88,7 +83,7 @@ func ignore(*json.Decoder) error { return nil }
 // CheckReady returns an error unless the API server says that it is ready, which includes its storage. A credential
 // that may not ask for that passes too.
 func (c *Client) CheckReady(ctx context.Context) error {
-	err := c.call(ctx, http.MethodGet, "/readyz", acceptObjects, nil, ignore)
+	err := c.call(ctx, nil, http.MethodGet, "/readyz", acceptObjects, nil, ignore)
 	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 		return nil
 	}
@@ -97,13 +92,20 @@ func (c *Client) CheckReady(ctx context.Context) error {
 
 // ReadConfigMap returns the data of a ConfigMap.
 func (c *Client) ReadConfigMap(ctx context.Context, namespace, name string) (map[string]string, error) {
-	var configMap struct{ Data map[string]string }
+	var configMap struct {
+		Data       map[string]string
+		BinaryData map[string][]byte
+	}
 	path := "/api/v1/namespaces/" + namespace + "/configmaps/" + name
-	err := c.call(ctx, http.MethodGet, path, acceptObjects, nil, decodeInto(&configMap))
+	err := c.call(ctx, nil, http.MethodGet, path, acceptObjects, nil, decodeInto(&configMap))
+	for key := range configMap.BinaryData {
+		return nil, fmt.Errorf("its key %.64q is binary", key)
+	}
 	return configMap.Data, err
 }
 
-func (c *Client) review(ctx context.Context, identity http.Header, d *Description) (allowed bool, err error) {
+// Review asks the API server whether the caller that the headers of identity name may do what d describes.
+func (c *Client) Review(ctx context.Context, identity http.Header, d *Description) (allowed bool, err error) {
 	var review struct {
 		APIVersion string `json:"apiVersion"`
 		Kind       string `json:"kind"`
@@ -119,7 +121,7 @@ func (c *Client) review(ctx context.Context, identity http.Header, d *Descriptio
 		"namespace": d.Namespace, "name": d.Name,
 	}
 	body, _ := json.Marshal(review) // cannot fail: strings only
-	err = c.callAs(ctx, identity, http.MethodPost, "/apis/"+group+"/selfsubjectaccessreviews", acceptObjects,
+	err = c.call(ctx, identity, http.MethodPost, "/apis/"+group+"/selfsubjectaccessreviews", acceptObjects,
 		bytes.NewReader(body), decodeInto(&review))
 	return review.Status.Allowed, err
 }
@@ -138,7 +140,7 @@ func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secre
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 	}
-	err := c.call(ctx, http.MethodGet, secretsPath(namespace)+"/"+name, acceptObjects, nil, decodeInto(secret))
+	err := c.call(ctx, nil, http.MethodGet, secretsPath(namespace)+"/"+name, acceptObjects, nil, decodeInto(secret))
 	if secret.Data == nil { // null in the answer
 		secret.Data = map[string][]byte{}
 	}
@@ -172,7 +174,7 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 		if err != nil {
 			return err
 		}
-		err = c.call(ctx, method, path, acceptObjects, bytes.NewReader(data), ignore)
+		err = c.call(ctx, nil, method, path, acceptObjects, bytes.NewReader(data), ignore)
 		if !apierrors.IsConflict(err) {
 			return err
 		}
@@ -224,7 +226,7 @@ func (c *Client) Summarize(ctx context.Context) Summary {
 	s := Summary{Unavailable: map[string]string{}}
 	get := func(path, accept string, read reader) error {
 		s.Requests++
-		return c.call(ctx, http.MethodGet, path, accept, nil, read)
+		return c.call(ctx, nil, http.MethodGet, path, accept, nil, read)
 	}
 	var version struct{ GitVersion, Platform string }
 	err := get("/version", acceptObjects, decodeInto(&version))

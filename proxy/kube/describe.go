@@ -25,20 +25,19 @@ type Description struct {
 // front of the API server may read such a path in another way.
 // Source: k8s.io/apiserver/pkg/endpoints/request/requestinfo.go.
 func Describe(r *http.Request) Description {
+	path := strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/")
+	d := describe(r, strings.FieldsFunc(path, func(c rune) bool { return c == '/' }))
+	if strings.Contains(path, "//") && d.Subresource != "proxy" {
+		d.Verb = "other"
+	}
+	return d
+}
+
+func describe(r *http.Request, parts []string) Description {
 	isUpgrade := func(token string) bool { return strings.EqualFold(token, "upgrade") }
 	d := Description{
 		Verb:    cmp.Or(verbs[r.Method], "other"),
 		Upgrade: r.Header.Get("Upgrade") != "" && slices.ContainsFunc(ListOf(r, "Connection"), isUpgrade), // as ReverseProxy
-	}
-	path := strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/")
-	deepest := 7 // /api/VERSION/namespaces/NAMESPACE/RESOURCE/NAME/SUBRESOURCE
-	if strings.HasPrefix(path, "apis/") {
-		deepest = 8 // and GROUP
-	}
-	parts := strings.SplitN(path, "/", deepest+1)
-	if len(parts) > 1 && slices.Contains(parts[:min(len(parts), deepest)], "") {
-		d.Verb = "other"
-		parts = slices.DeleteFunc(parts, func(s string) bool { return s == "" })
 	}
 	switch {
 	case len(parts) >= 3 && parts[0] == "api":

@@ -36,11 +36,6 @@ func NewProxy(client *Client, own bool, log *slog.Logger) *Proxy {
 	return p
 }
 
-// Review asks the API server whether the caller that the headers of identity name may do what d describes.
-func (p *Proxy) Review(ctx context.Context, identity http.Header, d *Description) (allowed bool, err error) {
-	return p.client.review(ctx, identity, d)
-}
-
 // buffers lends ReverseProxy the buffers that it copies answers with. Without it each answer, however small, would
 // cost 32 KiB.
 type buffers struct{ sync.Pool }

@@ -23,11 +23,11 @@ type Request struct {
 	Body     *Body // nil: there is none
 	Reserve  Reserve
 
-	accepted atomic.Bool // the API server has accepted the credential
+	accepted atomic.Bool // the API server has surely accepted the credential
 	watch    atomic.Pointer[watchBody]
 }
 
-// Accepted reports whether the API server has answered, and not with 401.
+// Accepted reports whether the API server has answered in a way that shows that it accepts the credential.
 func (r *Request) Accepted() bool { return r.accepted.Load() }
 
 // EndWatch ends a watch between two events, or else returns false. The caller gets an event that holds why, unless its
@@ -59,12 +59,7 @@ func (f *forward) rewrite(pr *httputil.ProxyRequest) {
 	out.URL.Path, _ = url.PathUnescape(out.URL.RawPath) // valid: both parts were parsed
 	out.URL.RawQuery = pr.In.URL.RawQuery               // ReverseProxy has normalized it
 
-	for name := range out.Header {
-		if hasPrefixFold(name, "X-Remote-") || hasPrefixFold(name, "Impersonate-") ||
-			slices.Contains(removed, name) {
-			out.Header.Del(name)
-		}
-	}
+	RemoveCaller(out.Header)
 	protocols := slices.DeleteFunc(ListOf(out, "Sec-Websocket-Protocol"), func(protocol string) bool {
 		return protocol == "" || hasPrefixFold(protocol, TokenProtocol)
 	})
@@ -78,7 +73,15 @@ func (f *forward) rewrite(pr *httputil.ProxyRequest) {
 	maps.Copy(out.Header, f.Identity)
 }
 
-// removed are headers that do not reach the API server.
+// RemoveCaller removes from a request's headers what says who calls, and what is between caller and agent alone.
+func RemoveCaller(header http.Header) {
+	for name := range header {
+		if hasPrefixFold(name, "X-Remote-") || hasPrefixFold(name, "Impersonate-") || slices.Contains(removed, name) {
+			header.Del(name)
+		}
+	}
+}
+
 var removed = []string{
 	"Authorization", "Pipeops-Agent-Authorization", "Cookie", "X-Real-Ip", "Expect", // Expect: see Body.stream
 }
@@ -97,7 +100,7 @@ func (f *forward) checkAnswer(resp *http.Response) error {
 	if !f.Reserve(HeaderMemory(resp.Header), false) {
 		return errNoMemory
 	}
-	f.accepted.Store(resp.StatusCode != http.StatusUnauthorized)
+	f.accepted.Store(resp.StatusCode < 400 || resp.StatusCode == http.StatusForbidden) // others may come before
 	if resp.StatusCode == http.StatusUnauthorized && f.Subresource == "" && !f.own {
 		return errCredential
 	}

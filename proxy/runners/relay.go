@@ -83,9 +83,8 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 	relay := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			pr.Out.URL, pr.Out.Host = endpoint, ""
-			for _, name := range []string{
-				"Cookie", "X-Real-Ip", "Upgrade", "Connection", "Expect", "Pipeops-Agent-Authorization",
-			} {
+			kube.RemoveCaller(pr.Out.Header)
+			for _, name := range []string{"Upgrade", "Connection", "Sec-Websocket-Protocol"} {
 				pr.Out.Header.Del(name)
 			}
 			pr.Out.Header.Add("Via", via)

@@ -36,7 +36,8 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	}
 
 	level := slog.LevelInfo
-	if l == operations || !sc.authenticated { // probes and scrapes; and callers who could fill the log
+	// Probes and scrapes, and callers who could fill the log.
+	if l == operations || !sc.authenticated && sc.outcome != "identity" {
 		level = slog.LevelDebug
 	}
 	if !s.log.Enabled(r.Context(), level) {

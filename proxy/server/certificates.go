@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -12,7 +13,6 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/frpc/tlsutil"
 	"github.com/pipeops/vm-agent/proxy/inbound"
 )
 
@@ -26,7 +26,6 @@ type certificates struct {
 	last    *tls.Certificate
 
 	pem     []byte // of the client CAs; read by reload alone
-	stale   bool   // connections made before the last change may be open
 	clients atomic.Pointer[tls.Config]
 }
 
@@ -65,15 +64,15 @@ func (c *certificates) reload() error {
 	if c.clientCAFile == "" {
 		return nil
 	}
-	pem, _ := os.ReadFile(c.clientCAFile) // CertPool says why not
+	pem, err := os.ReadFile(c.clientCAFile)
 	if c.clients.Load() != nil && bytes.Equal(pem, c.pem) {
 		return nil
 	}
-	pool, err := tlsutil.CertPool(c.clientCAFile)
-	if err != nil {
-		pool = x509.NewCertPool()
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) && err == nil {
+		err = fmt.Errorf("%s holds no PEM certificate", c.clientCAFile)
 	}
-	c.pem, c.stale = pem, true
+	c.pem = pem
 	config := c.config()
 	config.GetConfigForClient = nil
 	config.ClientAuth, config.ClientCAs = tls.RequireAndVerifyClientCert, pool
@@ -82,29 +81,26 @@ func (c *certificates) reload() error {
 	return err
 }
 
-// follow reloads the authorities, and closes the connections of callers whose certificates they do not vouch for any
-// more. It returns how many. It looks at connections once more after a change: some were in their handshake.
+// follow reloads the authorities, and closes the connections of callers whose certificates have expired, or are no
+// longer vouched for. It returns how many.
 func (c *certificates) follow(l *inbound.Listener) (closed int) {
-	again := c.stale
-	c.stale = false
 	if err := c.reload(); err != nil {
 		c.log.Error("callers' certificates cannot be verified: refusing all callers", "error", err)
 	}
-	if c.stale {
-		c.log.Info("the authorities for callers' certificates have changed")
-	}
-	if !again && !c.stale {
-		return 0
-	}
-	roots := c.clients.Load().ClientCAs
+	valid := map[string]bool{} // by certificate: many connections have the same
 	return l.CloseUnless(func(peer []*x509.Certificate) bool {
 		options := x509.VerifyOptions{
-			Roots: roots, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+			Roots: c.clients.Load().ClientCAs, Intermediates: x509.NewCertPool(),
+			KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 		}
-		for _, certificate := range peer[1:] {
-			options.Intermediates.AddCert(certificate)
+		key := string(peer[0].Raw)
+		if _, known := valid[key]; !known {
+			for _, certificate := range peer[1:] {
+				options.Intermediates.AddCert(certificate)
+			}
+			_, err := peer[0].Verify(options)
+			valid[key] = err == nil
 		}
-		_, err := peer[0].Verify(options)
-		return err == nil
+		return valid[key]
 	})
 }

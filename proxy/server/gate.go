@@ -129,18 +129,21 @@ func (g *gate) inUse() usage {
 }
 
 // revoke ends the requests that match, and returns how many.
-func (g *gate) revoke(match func(*scope) bool, why *kube.Ended) (n int) {
+func (g *gate) revoke(match func(*scope) bool, why *kube.Ended) int {
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	var matching []*scope
 	for sc := range g.running {
 		if !sc.revoked && match(sc) {
-			n++
 			sc.revoked = true
-			g.log.Info("ending a request whose right has ended", "request_id", sc.requestID, "reason", why.Why)
-			sc.end(why)
+			matching = append(matching, sc)
 		}
 	}
-	return n
+	g.mu.Unlock()
+	for _, sc := range matching { // to close a stream may take its time
+		g.log.Info("ending a request whose right has ended", "request_id", sc.requestID, "reason", why.Why)
+		sc.end(why)
+	}
+	return len(matching)
 }
 
 const (

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -58,8 +59,14 @@ func (v *reviewer) run(ctx context.Context) {
 	}
 	v.metrics.reviewAge.Set(oldest.Seconds())
 	slices.SortFunc(due, func(a, b right) int { return v.reviews[a].due.Compare(v.reviews[b].due) })
-	for _, key := range due[:min(len(due), maxReviews)] {
-		v.review(ctx, key, running[key])
+	due = due[:min(len(due), maxReviews)]
+	var reviewing sync.WaitGroup
+	for _, key := range due {
+		reviewing.Go(func() { v.review(ctx, key, running[key]) })
+	}
+	reviewing.Wait()
+	for _, key := range due {
+		v.reviews[key] = newReview(time.Now())
 	}
 }
 
@@ -72,7 +79,7 @@ func newReview(at time.Time) review {
 func (v *reviewer) review(ctx context.Context, key right, sc *scope) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	allowed, err := v.kube.Review(ctx, sc.Identity, &key.Description)
+	allowed, err := v.callers.Review(ctx, sc.Identity, &key.Description)
 	unauthorized := apierrors.IsUnauthorized(err) && v.config.Access.Identity == access.Own
 	same := func(other *scope) bool { return other.isStream() && rightOf(other) == key }
 	what := key.Verb + " " + cmp.Or(key.Resource, "this")
@@ -86,7 +93,6 @@ func (v *reviewer) review(ctx context.Context, key right, sc *scope) {
 	case err != nil && !unauthorized:
 		v.log.Debug("a running stream cannot be authorised again", "request_id", sc.requestID, "error", err)
 	}
-	v.reviews[key] = newReview(time.Now())
 }
 
 func rightOf(sc *scope) right {

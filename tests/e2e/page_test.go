@@ -330,10 +330,10 @@ func installOnCluster(t *testing.T, p *page) {
 	do(rollout)
 	refused := func() error { // the switch
 		out, err := i.run(i.caller, "", nil, "get", "nodes")
-		if err == nil || !strings.Contains(err.Error(), "pipeops-agent-access") {
-			return fmt.Errorf("get nodes: %s, %v", out, err)
+		if err != nil && strings.Contains(err.Error(), "pipeops-agent-access") {
+			return nil
 		}
-		return nil
+		return errors.Join(fmt.Errorf("the switch does not refuse: %s", out), err)
 	}
 	eventually(t, refused)
 	closing := p.command(t, "kubectl -n pipeops-system patch configmap pipeops-agent-access")
