@@ -242,7 +242,7 @@ func (i *installed) rights() {
 				"get secrets:pipeops-agent-runners"},
 		{[]string{"runners"}, "list pods get secrets:pipeops-agent-runners update secrets:pipeops-agent-runners",
 			"get secrets create secrets list secrets:pipeops-agent-runners get secrets:pipeops-agent * *.*"},
-		{[]string{"manage"}, "get secrets create pods create pods/exec delete deployments.apps",
+		{[]string{"manage-all-namespaces"}, "get secrets create pods create pods/exec delete deployments.apps",
 			"delete nodes create clusterroles.rbac.authorization.k8s.io * *.*"},
 		{[]string{"cluster-admin"}, "* *.*", ""},
 	} {
@@ -268,8 +268,8 @@ func (i *installed) rights() {
 			i.t.Errorf("with %v, nodes/proxy answers %q, %v", step.components, out, err)
 		}
 	}
-	i.mustKubectl(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin", "pipeops-agent-manage")
-	i.components("manage", "runners")
+	i.mustKubectl(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin", "pipeops-agent-manage-all-namespaces")
+	i.components("manage-all-namespaces", "runners")
 	i.apply()
 }
 

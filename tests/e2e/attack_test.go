@@ -44,7 +44,7 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	i.patches = `{target: {kind: Deployment}, patch: '[
 		{"op": "replace", "path": "/spec/template/spec/initContainers/1/resources/requests/cpu", "value": "700m"},
 		{"op": "replace", "path": "/spec/template/spec/containers/0/resources/requests/cpu", "value": "700m"}]'}`
-	i.components("manage", "runners")
+	i.components("manage-all-namespaces", "runners")
 	i.apply()
 	ns := namespace(t)
 	if err := attack.Create(t.Context(), node.Client, ns); err != nil {

@@ -158,7 +158,7 @@ func TestHighAvailabilityLosesNoCall(t *testing.T) {
 	})
 	importImages(t, worker)
 	machines := map[string]*cluster.Machine{cluster.NodeName: node.Machine, cluster.WorkerName: worker}
-	i := install(t, "high-availability", "manage")
+	i := install(t, "high-availability", "manage-all-namespaces")
 	pods := node.Client.CoreV1().Pods("pipeops-system")
 	ready := func() []corev1.Pod {
 		t.Helper()

@@ -314,26 +314,52 @@ func installOnCluster(t *testing.T, p *page) {
 	objects := func() []string {
 		names := strings.Fields(i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "name",
 			"-l", "app.kubernetes.io/part-of=pipeops", "clusterroles,clusterrolebindings,namespaces,roles,rolebindings,"+
-				"secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments"))
+				"secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments,"+
+				"validatingadmissionpolicies,validatingadmissionpolicybindings"))
 		return slices.DeleteFunc(names, func(name string) bool { // current and previous settings
-			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard"
+			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard" &&
+				name != "configmap/pipeops-agent-access"
 		})
 	}
 	base := objects()
 	i.write("overlays/test/agent-token", "another-agent-token\n")
 	i.patches = i.openPorts()
-	i.components("manage", "cluster-admin", "runners", "high-availability", "network-policy", "monitoring")
+	i.components("manage-all-namespaces", "cluster-admin", "guard", "access", "runners", "high-availability",
+		"network-policy", "monitoring")
 	sh.must(strings.ReplaceAll(p.command(t, "kubectl apply -k manifests/overlays/NAME"), "NAME", "test"))
 	do(rollout)
-	if i.mustKubectl(i.caller, "auth", "can-i", "create", "clusterroles") != "yes\n" {
-		t.Error("cluster-admin grants nothing")
+	refused := func() error { // the switch
+		out, err := i.run(i.caller, "", nil, "get", "nodes")
+		if err == nil || !strings.Contains(err.Error(), "pipeops-agent-access") {
+			return fmt.Errorf("get nodes: %s, %v", out, err)
+		}
+		return nil
 	}
-	if with := objects(); len(with) != len(base)+10 {
+	eventually(t, refused)
+	closing := p.command(t, "kubectl -n pipeops-system patch configmap pipeops-agent-access")
+	sh.must(strings.ReplaceAll(closing, "none", "all"))
+	eventually(t, func() error {
+		out, err := i.run(i.caller, "", nil, "auth", "can-i", "create", "clusterroles")
+		if err == nil && out != "yes\n" {
+			err = errors.New("cluster-admin grants nothing")
+		}
+		return err
+	})
+	if out, err := i.run(i.caller, "", nil, "-n", "kube-system", "create", "configmap", "a"); err == nil ||
+		!strings.Contains(err.Error(), "pipeops-agent-guard") {
+		t.Errorf("the guard: %s, %v", out, err)
+	}
+	sh.must(closing)
+	eventually(t, refused)
+	if with := objects(); len(with) != len(base)+15 {
 		t.Errorf("with all components there are %v", with)
 	}
 	do("kubectl apply -k manifests")
 	do(rollout)
-	sh.must(p.block(t, "kubectl delete clusterrolebinding pipeops-agent-manage"))
+	// named is not installed: the gateway of these tests names nobody.
+	sh.must(strings.ReplaceAll(
+		p.block(t, "kubectl delete clusterrolebinding pipeops-agent-manage"),
+		"pipeops-agent-named", "pipeops-agent-named --ignore-not-found"))
 	if diff := cmp.Diff(base, objects()); diff != "" {
 		t.Errorf("after the components were removed (-before +after)\n%s", diff)
 	}

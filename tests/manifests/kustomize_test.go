@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	psa "k8s.io/pod-security-admission/api"
 	"k8s.io/pod-security-admission/policy"
@@ -162,7 +163,8 @@ func TestPodsFollowTheSecurityRules(t *testing.T) {
 // pod of each Deployment in the namespace that enforces the restricted standard.
 func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	all := variants(t)
-	apply(t, documents(all["base"])[0]) // the namespace: a dry run does not create it
+	apply(t, documents(all["base"])[0]) // the namespaces: a dry run does not create them
+	apply(t, `{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team-a"}}`)
 	apply(t, cluster.PrometheusOperatorKinds)
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	for path, rendering := range all {
@@ -199,7 +201,7 @@ func apply(t *testing.T, rendering string) {
 // TestMissingFileIsNamed removes each file that the user must write. The error names the file.
 func TestMissingFileIsNamed(t *testing.T) {
 	for path, names := range map[string][]string{
-		".": {"agent.env", "agent-token"}, "overlays/production": {"agent-token", "frps-ca.crt"},
+		".": {"agent.env", "agent-token"}, "overlays/production/agent": {"agent-token", "frps-ca.crt"},
 		"overlays/edge": {"agent-token", "frp-token"},
 	} {
 		for _, name := range names {
@@ -238,12 +240,38 @@ func TestNamespaceCanBeChanged(t *testing.T) {
 	dir := installation(t)
 	overlay := "namespace: other\nresources: [../../base]\ncomponents:\n"
 	for _, path := range kustomizations(t, dir, "Component") {
-		overlay += "- ../../" + path + "\n"
+		if path != "components/named-constrained" { // which replaces named
+			overlay += "- ../../" + path + "\n"
+		}
 	}
 	write(t, filepath.Join(dir, "overlays", "other", "kustomization.yaml"), overlay)
 	for _, doc := range documents(build(t, filepath.Join(dir, "overlays", "other"))) {
 		if strings.Contains(doc, "pipeops-system") {
 			t.Errorf("still in pipeops-system:\n%s", doc)
 		}
+	}
+}
+
+// TestManagedNamespacesStay checks that the namespace of the agent moves no RoleBinding of an overlay, but its subject.
+func TestManagedNamespacesStay(t *testing.T) {
+	dir := installation(t)
+	overlay := filepath.Join(dir, "overlays", "production")
+	file := filepath.Join(overlay, "agent", "kustomization.yaml")
+	write(t, file, strings.Replace(string(read(t, file)), "namespace: pipeops-system", "namespace: other", 1))
+	file = filepath.Join(overlay, "manage-namespaces.yaml")
+	write(t, file, string(read(t, file))+"---\n"+strings.Replace(string(read(t, file)), "team-a", "team-b", 1))
+	managed := map[string]rbacv1.Subject{}
+	for _, doc := range documents(build(t, overlay)) {
+		var binding rbacv1.RoleBinding
+		if err := yaml.Unmarshal([]byte(doc), &binding); err != nil {
+			t.Fatal(err)
+		}
+		if binding.RoleRef.Name == "edit" {
+			managed[binding.Namespace] = binding.Subjects[0]
+		}
+	}
+	subject := rbacv1.Subject{Kind: "ServiceAccount", Name: "pipeops-agent", Namespace: "other"}
+	if diff := cmp.Diff(map[string]rbacv1.Subject{"team-a": subject, "team-b": subject}, managed); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
 	}
 }

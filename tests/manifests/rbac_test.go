@@ -45,7 +45,7 @@ func TestComponentsGrantWhatTheySay(t *testing.T) {
 				"get secret/pipeops-agent-runners -n pipeops-system", "create serviceaccounts/token -n pipeops-system"},
 		},
 		{
-			variant: "components/manage",
+			variant: "components/manage-all-namespaces",
 			may: []string{"create deployments.apps -n default", "delete pods -n default", "create pods/exec -n default",
 				"get secrets -n default",
 				"impersonate serviceaccounts -n default"}, // which the agent refuses
@@ -86,6 +86,61 @@ func TestComponentsGrantWhatTheySay(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestAccessGrantsOneConfigMap takes view away, which includes all ConfigMaps.
+func TestAccessGrantsOneConfigMap(t *testing.T) {
+	base := variants(t)["base"]
+	apply(t, base)
+	with(t, "access")
+	mustKubectl(t, "", "delete", "clusterrolebinding", "pipeops-agent-view", "pipeops-agent-view-cluster")
+	t.Cleanup(func() { apply(t, base) })
+	const its = "configmap/pipeops-agent-access -n pipeops-system"
+	if !canI(t, "get "+its) {
+		t.Error("may not read it")
+	}
+	for _, verb := range []string{"list", "watch", "create", "update", "patch", "delete", "deletecollection"} {
+		if canI(t, verb+" "+its) {
+			t.Errorf("may %s it", verb)
+		}
+	}
+	for _, question := range []string{"get configmaps -n pipeops-system", "get configmap/pipeops-agent -n pipeops-system",
+		"get configmap/pipeops-agent-access -n default", "get secrets -n pipeops-system"} {
+		if canI(t, question) {
+			t.Errorf("may %s", question)
+		}
+	}
+}
+
+// TestAccessStaysAsTheOwnerLeftIt applies the component again, in both ways, after its owner has set the switch.
+func TestAccessStaysAsTheOwnerLeftIt(t *testing.T) {
+	with(t, "access")
+	rendering := variants(t)["components/access"]
+	for _, doc := range documents(rendering) {
+		if strings.HasPrefix(doc, "apiVersion: v1\nkind: ConfigMap\n") { // the only one without data
+			rendering = doc
+		}
+	}
+	get := func(key string) string {
+		return mustKubectl(t, "", "get", "configmap", "pipeops-agent-access", "-n", "pipeops-system",
+			"-o", "jsonpath={.data."+key+"}")
+	}
+	if allow := get("allow"); allow != "" {
+		t.Errorf("a new installation allows %s", allow)
+	}
+	for _, allow := range []string{"all", "none"} {
+		mustKubectl(t, "", "patch", "configmap", "pipeops-agent-access", "-n", "pipeops-system", "-p",
+			`{"data": {"allow": "`+allow+`", "reason": "ticket"}}`)
+		apply(t, rendering)
+		// Its first run adds the annotation of client-side apply, and warns.
+		if _, err := kubectl(t, rendering, "apply", "-f", "-"); err != nil {
+			t.Fatal(err)
+		}
+		mustKubectl(t, rendering, "apply", "-f", "-")
+		if get("allow") != allow || get("reason") != "ticket" {
+			t.Errorf("after an apply it allows %s, because of %s", get("allow"), get("reason"))
+		}
 	}
 }
 
@@ -216,7 +271,8 @@ func aggregate(t *testing.T) {
 
 // TestNoRuleGrantsTooMuch reads the rules of every variant for what `can-i` would not find.
 func TestNoRuleGrantsTooMuch(t *testing.T) {
-	known := []string{"view", "edit", "cluster-admin", "pipeops-agent-view-cluster", "pipeops-agent-runners"}
+	known := []string{"view", "edit", "cluster-admin", "pipeops-agent-view-cluster", "pipeops-agent-runners",
+		"pipeops-agent-access", "pipeops-agent-named"}
 	for path, rendering := range variants(t) {
 		for _, doc := range documents(rendering) {
 			var object struct {
@@ -232,8 +288,17 @@ func TestNoRuleGrantsTooMuch(t *testing.T) {
 			what := path + ": " + object.Kind + " " + object.Metadata.Name
 			for _, rule := range object.Rules {
 				all := slices.Concat(rule.Verbs, rule.Resources, rule.APIGroups)
-				if slices.Contains(all, "*") || slices.Contains(rule.Resources, "nodes/proxy") {
+				if slices.ContainsFunc(rule.Verbs, func(verb string) bool { // the others grant nothing by themselves
+					return !strings.HasPrefix(verb, "impersonate-on:user-info:") || strings.HasSuffix(verb, "*")
+				}) && slices.Contains(all, "*") || slices.Contains(rule.Resources, "nodes/proxy") {
 					t.Errorf("%s grants %v", what, all)
+				}
+				if verb := rule.Verbs[0]; verb == "impersonate" || verb == "impersonate:user-info" {
+					if len(rule.ResourceNames) == 0 || slices.ContainsFunc(rule.ResourceNames, func(name string) bool {
+						return !strings.HasPrefix(name, "pipeops:")
+					}) {
+						t.Errorf("%s may impersonate %v %q", what, rule.Resources, rule.ResourceNames)
+					}
 				}
 				if slices.Contains(rule.Resources, "secrets") && len(rule.ResourceNames) == 0 {
 					t.Errorf("%s grants Secrets of any name", what)
@@ -244,6 +309,11 @@ func TestNoRuleGrantsTooMuch(t *testing.T) {
 			}
 			if object.RoleRef.Name == "cluster-admin" && path != "components/cluster-admin" {
 				t.Errorf("%s binds cluster-admin", what)
+			}
+			if object.RoleRef.Name == "edit" && path != "components/manage-all-namespaces" &&
+				(object.Kind != "RoleBinding" || slices.Contains([]string{"", "kube-system", "pipeops-system"},
+					object.Metadata.Namespace)) {
+				t.Errorf("%s binds edit in %q", what, object.Metadata.Namespace)
 			}
 			for _, s := range object.Subjects {
 				if s.Kind+s.Namespace+s.Name != "ServiceAccount"+"pipeops-system"+"pipeops-agent" {
