@@ -65,6 +65,7 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	big := `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"big"},` +
 		`"data":{"a":"` + strings.Repeat("x", 4<<20) + `"}}`
 	eviction := `{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"pod","namespace":"` + ns + `"}}`
+	named, own, narrowed := accessErrors(t)
 	cases := []struct {
 		what  string
 		w     *world
@@ -78,6 +79,24 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 		{"403, impersonation", w, "", "", "get pods --as admin"},
 		{"403, a closed path", w, "", "", "get --raw /api/v1/nodes/n/proxy/pods"},
 		{"403, the API server's own", w, "", "", "get --raw /metrics"},
+		{"400, the gateway names no user", named.world, direct(named), "", "get pods"},
+		{"400, the gateway names no user, no discovery", named.world, direct(named), "", "get --raw /api/v1/pods"},
+		{"400, the gateway names a user with an invisible character, no discovery", named.world, direct(named), "",
+			"get --raw /api/v1/pods --as ali\u200bce"},
+		{"401, the kubeconfig holds a client certificate and no token, no discovery", own.world, certificateAlone(own), "",
+			"get --raw /api/v1/pods"},
+		{"401, the gateway does not show the agent's token, no discovery", own.world, direct(own), "", "get --raw /api/v1/pods"},
+		{"401, the API server refuses the caller's own token", own.world, stale(own), "", "get pods"},
+		{"401, the API server refuses the caller's own token, no discovery", own.world, stale(own), "", "get --raw /api/v1/pods"},
+		{"403, RBAC decides about the user", named.world, "", "", "get secrets"},
+		{"403, the owner allows less", narrowed["read"].world, "", "", "create configmap x"},
+		{"403, the owner allows nothing", narrowed["none"].world, "", "", "get pods"},
+		{"403, the owner allows nothing, no discovery", narrowed["none"].world, "", "", "get --raw /api/v1/pods"},
+		{"403, the owner's time has passed", narrowed["until"].world, "", "", "get --raw /api/v1/pods"},
+		{"403, the owner's ConfigMap is invalid", narrowed["invalid"].world, "", "", "get --raw /api/v1/pods"},
+		{"403, the owner's ConfigMap", narrowed["all"].world, "", "", "delete configmap access -n " + narrowed["all"].home},
+		{"403, a Secret in the agent's namespace", narrowed["all"].world, "", "", "get secrets -n " + narrowed["all"].home},
+		{"403, a pod in the agent's namespace", narrowed["all"].world, "", "", "exec pod -n " + narrowed["all"].home + " -- ls"},
 		{"404, an object that does not exist", w, "", "", "get configmap none"},
 		{"404, the server's URL lacks /api/k8s", w, noPrefix, "", "get pods"},
 		{"404, the server's URL lacks /api/k8s, no discovery", w, noPrefix, "", "get --raw /api/v1/pods"},
@@ -112,6 +131,7 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 		}
 	})
 	got := strings.ReplaceAll(strings.Join(shown, ""), ns, "NAMESPACE")
+	got = regexp.MustCompile(`test-testkubectl[a-z0-9-]+`).ReplaceAllString(got, "NAMESPACE")
 	got = regexp.MustCompile(`127\.0\.0\.1:\d+`).ReplaceAllString(got, "ADDRESS")
 	got = regexp.MustCompile(`(?m)^[EIW]\d{4} .*\n`).ReplaceAllString(got, "") // klog lines of kubectl, dated
 	const golden = "testdata/errors.txt"
@@ -130,6 +150,67 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	if got != string(want) {
 		t.Errorf("kubectl shows\n%s\nwant\n%s\n(go test ./integration -run %s -update rewrites it)", got, want, t.Name())
 	}
+}
+
+// accessErrors returns worlds with identity named and own, and by what their owner allows.
+func accessErrors(t *testing.T) (named, own *accessWorld, narrowed map[string]*accessWorld) {
+	t.Helper()
+	named, own, narrowed = connectedAs(t, "named"), connectedAs(t, "own"), map[string]*accessWorld{}
+	for what, data := range map[string][]string{
+		"none": {"allow=none", "reason=an audit until Friday, ask Jane"}, "read": {"allow=read"}, "all": {"allow=all"},
+		"until": {"allow=all", "until=2026-01-02T03:04:05Z"}, "invalid": {"alow=all"},
+	} {
+		w := newAccessWorld(t, "agent", switchEnv)
+		writeSwitch(t, api.Client, w.home, data...)
+		if what == "all" {
+			runningPod(t, &kubelet{}, w.home) // kubectl exec looks at the pod first
+		}
+		w.startAgent()
+		eventually(t, func() error { // its first reading
+			if _, body := w.call(http.MethodGet, "/api/agent/status", ""); strings.Contains(body, "it is not read yet") {
+				return errors.New(body)
+			}
+			return nil
+		})
+		narrowed[what] = w
+	}
+	return named, own, narrowed
+}
+
+// kubeconfigWith writes alice's configuration after change has modified it, and returns the file's path.
+func (w *accessWorld) kubeconfigWith(change func(*rest.Config)) string {
+	w.t.Helper()
+	config := agent.Caller(w.cp, agentID, w.token)
+	change(config)
+	path := filepath.Join(w.t.TempDir(), "kubeconfig")
+	if err := cluster.WriteKubeconfig(path, config); err != nil {
+		w.t.Fatal(err)
+	}
+	return path
+}
+
+// direct returns a kubeconfig with the agent's token that leads past the gateway, which would say who the caller is.
+func direct(w *accessWorld) string {
+	w.t.Helper()
+	return w.kubeconfigWith(func(c *rest.Config) {
+		*c = rest.Config{Host: w.agent.Tunnel + "/api/k8s", BearerToken: agentToken}
+		c.Insecure = true
+	})
+}
+
+// stale returns a kubeconfig with a token that the API server does not know.
+func stale(w *accessWorld) string {
+	w.t.Helper()
+	return w.kubeconfigWith(func(c *rest.Config) { c.BearerToken = "stale" })
+}
+
+// certificateAlone returns a kubeconfig of a user whom the cluster knows by a client certificate.
+func certificateAlone(w *accessWorld) string {
+	w.t.Helper()
+	return w.kubeconfigWith(func(c *rest.Config) {
+		c.BearerToken = ""
+		c.CertData, c.KeyData = harness.NewAuthority(w.t).Client(w.t, "alice")
+	})
 }
 
 // viewer is a world whose agent may read, but no secrets.

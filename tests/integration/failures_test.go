@@ -170,7 +170,7 @@ func ownFrps(t *testing.T, token string) (w *world, addr string) {
 }
 
 // startedWithAPIServer starts an agent after change has modified the configuration for its API server.
-func startedWithAPIServer(t *testing.T, change func(*rest.Config)) *world {
+func startedWithAPIServer(t *testing.T, change func(*rest.Config), env ...string) *world {
 	t.Helper()
 	w := newWorld(t)
 	config := rest.CopyConfig(api.agent)
@@ -179,7 +179,7 @@ func startedWithAPIServer(t *testing.T, change func(*rest.Config)) *world {
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		t.Fatal(err)
 	}
-	w.agent.Env = append(w.agent.Env, "KUBECONFIG="+kubeconfig)
+	w.agent.Env = append(append(w.agent.Env, "KUBECONFIG="+kubeconfig), env...)
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -156,8 +156,8 @@ func (w *world) mustKubectl(args ...string) string {
 // tests.
 func (w *world) namespace() string {
 	w.t.Helper()
-	name := "test-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(w.t.Name())) +
-		fmt.Sprintf("-%d", time.Now().UnixNano()%1e6)
+	name := "test-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(w.t.Name()))
+	name = fmt.Sprintf("%s-%d", name[:min(len(name), 50)], time.Now().UnixNano()%1e6)
 	if r := w.kubectl(w.direct, "", "create", "namespace", name); r.Code != 0 {
 		w.t.Fatal(r.Stderr)
 	}

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -36,19 +37,27 @@ func run(ctx context.Context, args []string) error {
 	agents := map[string]string{}
 	flags := flag.NewFlagSet("controlplane", flag.ContinueOnError)
 	flags.Func("agents", "`file` of the agents that may connect, one id=token a line", func(path string) error {
-		data, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		for line := range strings.Lines(string(data)) {
-			id, token, ok := strings.Cut(strings.TrimSpace(line), "=")
-			if !ok || token == "" || len(validation.IsDNS1123Label(id)) > 0 {
+		return readPairs(path, func(id, token string) error {
+			if token == "" || len(validation.IsDNS1123Label(id)) > 0 {
 				return errors.New("each line is id=token, the id of lower-case letters, digits and hyphens")
 			}
 			agents[id] = token
-		}
-		return nil
+			return nil
+		})
 	})
+	identity := flags.String("identity", "agent", "the agents' access.identity: agent, named or own")
+	users := map[string]controlplane.User{}
+	flags.Func("users", "`file` of the gateway's users for identity named, one token=name,group,… a line",
+		func(path string) error {
+			return readPairs(path, func(token, user string) error {
+				names := strings.Split(user, ",")
+				if token == "" || slices.Contains(names, "") {
+					return errors.New("each line is token=name,group,…")
+				}
+				users[token] = controlplane.User{Name: names[0], Groups: names[1:]}
+				return nil
+			})
+		})
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -58,13 +67,16 @@ func run(ctx context.Context, args []string) error {
 	if len(agents) == 0 {
 		return errors.New("no agent may connect: give --agents FILE")
 	}
+	if !slices.Contains([]string{"agent", "named", "own"}, *identity) || (*identity == "named") != (len(users) > 0) {
+		return errors.New("--identity is agent, named or own; --users FILE goes with named")
+	}
 	group, err := process.NewGroup()
 	if err != nil {
 		return err
 	}
 	defer group.Close()
-	cp, err := controlplane.Start(ctx, controlplane.Options{Group: group, Agents: agents,
-		Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	cp, err := controlplane.Start(ctx, controlplane.Options{Group: group, Agents: agents, Identity: *identity,
+		Users: users, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	if err != nil {
 		return err
 	}
@@ -73,5 +85,20 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	<-ctx.Done()
+	return nil
+}
+
+// readPairs calls add for each line of a file, which has the form key=value.
+func readPairs(path string, add func(key, value string) error) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(data)) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		if err := add(key, value); err != nil {
+			return err
+		}
+	}
 	return nil
 }

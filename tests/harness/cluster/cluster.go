@@ -48,6 +48,8 @@ type Cluster struct {
 	Client kubernetes.Interface
 
 	Etcd, APIServer *process.Process
+
+	auditLog string // path
 }
 
 // Start starts etcd and the API server in the group and waits until they are ready.
@@ -60,11 +62,20 @@ func Start(ctx context.Context, group *process.Group) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
+	policy, auditLog := filepath.Join(dir, "audit.yaml"), filepath.Join(dir, "audit.jsonl")
+	if err := os.WriteFile(policy, []byte(auditPolicy), 0o600); err != nil {
+		return nil, err
+	}
 	s := &site{group: group, dir: dir, serverURL: serverURL}
-	return s.startCluster(ctx,
+	c, err := s.startCluster(ctx,
 		"--endpoint-reconciler-type", "none", // there is no Service to keep for a server on loopback
+		"--audit-policy-file", policy, "--audit-log-path", auditLog,
 		// No controller makes ServiceAccounts for namespaces: pods must do without.
 		"--disable-admission-plugins", "ServiceAccount")
+	if err == nil {
+		c.auditLog = auditLog
+	}
+	return c, err
 }
 
 // site is the place where the processes of a cluster run.
@@ -187,9 +198,9 @@ func (s *site) startAPIServer(ctx context.Context, args []string) (*Cluster, err
 	return c, nil
 }
 
-// ServiceAccount makes a ServiceAccount with a cluster role, and returns a configuration that acts as it, with a
-// token from the API server.
-func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRole string) (*rest.Config, error) {
+// Account makes a ServiceAccount without rights, and its namespace if there is none. It returns a configuration that
+// acts as it, with a token from the API server.
+func (c *Cluster) Account(ctx context.Context, namespace, name string) (*rest.Config, error) {
 	_, err := c.Client.CoreV1().Namespaces().Create(ctx,
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
 	if err != nil && !apierrors.IsAlreadyExists(err) {
@@ -197,15 +208,6 @@ func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRo
 	}
 	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}
 	if _, err := c.Client.CoreV1().ServiceAccounts(namespace).Create(ctx, account, metav1.CreateOptions{}); err != nil &&
-		!apierrors.IsAlreadyExists(err) {
-		return nil, err
-	}
-	binding := &rbacv1.ClusterRoleBinding{
-		ObjectMeta: metav1.ObjectMeta{Name: namespace + "-" + name},
-		Subjects:   []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: namespace, Name: name}},
-		RoleRef:    rbacv1.RoleRef{APIGroup: "rbac.authorization.k8s.io", Kind: "ClusterRole", Name: clusterRole},
-	}
-	if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil &&
 		!apierrors.IsAlreadyExists(err) {
 		return nil, err
 	}
@@ -218,6 +220,40 @@ func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRo
 	config := rest.CopyConfig(c.Config)
 	config.BearerToken = answer.Status.Token
 	return config, nil
+}
+
+// ServiceAccount makes a ServiceAccount with a cluster role, and returns a configuration that acts as it.
+func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name, clusterRole string) (*rest.Config, error) {
+	config, err := c.Account(ctx, namespace, name)
+	if err != nil {
+		return nil, err
+	}
+	return config, c.Bind(ctx, "", clusterRole, rbacv1.Subject{Kind: "ServiceAccount", Namespace: namespace, Name: name})
+}
+
+// Bind gives subjects the rights of a cluster role: in a namespace, by a RoleBinding with the role's name, or
+// everywhere if namespace is empty.
+func (c *Cluster) Bind(ctx context.Context, namespace, clusterRole string, subjects ...rbacv1.Subject) error {
+	ref := rbacv1.RoleRef{APIGroup: "rbac.authorization.k8s.io", Kind: "ClusterRole", Name: clusterRole}
+	for i := range subjects {
+		if subjects[i].Kind != "ServiceAccount" {
+			subjects[i].APIGroup = ref.APIGroup
+		}
+	}
+	var err error
+	if namespace == "" {
+		_, err = c.Client.RbacV1().ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{
+			ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("%s-%s-%s", subjects[0].Namespace, subjects[0].Name,
+				strings.ReplaceAll(clusterRole, ":", "-"))},
+			Subjects: subjects, RoleRef: ref}, metav1.CreateOptions{})
+	} else {
+		_, err = c.Client.RbacV1().RoleBindings(namespace).Create(ctx, &rbacv1.RoleBinding{
+			ObjectMeta: metav1.ObjectMeta{Name: clusterRole}, Subjects: subjects, RoleRef: ref}, metav1.CreateOptions{})
+	}
+	if apierrors.IsAlreadyExists(err) {
+		return nil
+	}
+	return err
 }
 
 // WriteAgentKubeconfig writes the agent's kubeconfig and returns the same as a configuration. The agent acts as a
@@ -234,8 +270,9 @@ func (c *Cluster) WriteAgentKubeconfig(ctx context.Context, path string) (*rest.
 func WriteKubeconfig(path string, config *rest.Config) error {
 	k := clientcmdapi.NewConfig()
 	k.Clusters["cluster"] = &clientcmdapi.Cluster{Server: config.Host, CertificateAuthorityData: config.CAData,
-		InsecureSkipTLSVerify: config.Insecure}
-	k.AuthInfos["user"] = &clientcmdapi.AuthInfo{Token: config.BearerToken}
+		InsecureSkipTLSVerify: config.Insecure, TLSServerName: config.ServerName}
+	k.AuthInfos["user"] = &clientcmdapi.AuthInfo{Token: config.BearerToken, Exec: config.ExecProvider,
+		ClientCertificateData: config.CertData, ClientKeyData: config.KeyData}
 	k.Contexts["context"] = &clientcmdapi.Context{Cluster: "cluster", AuthInfo: "user"}
 	k.CurrentContext = "context"
 	return clientcmd.WriteToFile(*k, path)

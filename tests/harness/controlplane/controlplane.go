@@ -32,6 +32,16 @@ type Options struct {
 	Log    *slog.Logger
 	Token  bool   // leases hold frp's shared token, which frpc reads once, instead of a token of OpenID Connect
 	IP     string // this machine's, to listen on and for agents to find it at; default: 127.0.0.1
+
+	// The gateway's part in the agents' access.identity.
+	Identity string          // agent (default), named or own
+	Users    map[string]User // of the gateway, by token, for identity named
+}
+
+// User is a user of the gateway, as it names them to agents.
+type User struct {
+	Name   string
+	Groups []string
 }
 
 // Terms are the terms of the leases that are given from now on.
@@ -66,6 +76,7 @@ type ControlPlane struct {
 	given    int                // how many leases were given
 	tunnels  map[string]string  // by agent id: the type of the tunnel that frps was last let to open
 	refusals map[string]refusal // by agent id: why frps was last told to refuse it
+	shown    []tls.Certificate  // by the gateway to agents
 	fault    http.Handler       // answers instead of the authentication endpoint, for tests
 	frps     *process.Process
 }
@@ -190,6 +201,13 @@ func (c *ControlPlane) SetTerms(terms Terms) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.terms = terms
+}
+
+// Show sets the client certificate that the gateway shows to agents that require one.
+func (c *ControlPlane) Show(certificate tls.Certificate) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.shown = []tls.Certificate{certificate}
 }
 
 // RevokeLeases makes frps refuse every lease that has been given.

@@ -24,6 +24,8 @@ const agentHeader = "Pipeops-Agent"
 // gateway forwards /agents/{id}/… to the agent with this id, through frps's vhost port. It is HTTPS, because kubectl
 // sends no token over http, and leaves authentication to the agent. If the tunnel is of type https, it speaks TLS
 // with the agent itself, and trusts only the certificate that the agent has sent to the authentication endpoint.
+//
+// What it adds to a request depends on the agents' access.identity: see introduce.
 func (c *ControlPlane) gateway() http.Handler {
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
@@ -46,6 +48,7 @@ func (c *ControlPlane) gateway() http.Handler {
 			if pr.In.Header.Get("Accept-Encoding") == "" {
 				pr.Out.Header.Set("Accept-Encoding", "identity")
 			}
+			c.introduce(pr, id)
 		},
 		ModifyResponse: func(resp *http.Response) error {
 			id, _, _ := strings.Cut(resp.Request.Host, ".")
@@ -74,8 +77,54 @@ func (c *ControlPlane) gateway() http.Handler {
 					"the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
 			return
 		}
+		if _, known := c.user(r); c.options.Identity == "named" && !known {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="gateway"`)
+			kube.WriteStatus(w, r, http.StatusUnauthorized, "the gateway knows no user with this token", 0)
+			return
+		}
 		whole(rp, w, r)
 	})
+}
+
+// user returns the user whose token a request shows.
+func (c *ControlPlane) user(r *http.Request) (User, bool) {
+	token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	user, known := c.options.Users[token]
+	return user, known
+}
+
+// introduce says to an agent who calls. It looks the user up in the request as it came, and sets headers of the
+// outgoing one, from which those that the caller's Connection header names are gone already: a caller can neither add
+// to what is set here nor remove it.
+//
+//   - agent: nothing is added. The callers have the agent's token.
+//   - named: the agent's token, and the user as Impersonate-User and -Group. A caller's Impersonate-* are removed, or
+//     the caller would choose who they are.
+//   - own: the agent's token in a header of its own. The caller's credential is for the cluster and passes, with
+//     Impersonate-*.
+func (c *ControlPlane) introduce(pr *httputil.ProxyRequest, id string) {
+	c.mu.Lock()
+	agentToken := c.agents[id]
+	c.mu.Unlock()
+	const gate = "Pipeops-Agent-Authorization"
+	header := pr.Out.Header
+	header.Del(gate)
+	switch c.options.Identity {
+	case "named":
+		user, _ := c.user(pr.In)
+		for name := range header {
+			if strings.HasPrefix(name, "Impersonate-") { // net/http has made the names canonical
+				header.Del(name)
+			}
+		}
+		header.Set("Authorization", "Bearer "+agentToken)
+		header.Set("Impersonate-User", user.Name)
+		for _, group := range user.Groups {
+			header.Add("Impersonate-Group", group)
+		}
+	case "own":
+		header.Set(gate, "Bearer "+agentToken)
+	}
 }
 
 // whole keeps net/http from closing the body of an HTTP/1.1 request when its answer begins. The transport may still
@@ -162,6 +211,9 @@ func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn,
 	}
 	id, _ := strings.CutSuffix(name, "."+tlsDomain)
 	addr, config := c.Direct(id)
+	c.mu.Lock()
+	config.Certificates = c.shown
+	c.mu.Unlock()
 	conn, err := dialFrps(ctx, addr)
 	if err != nil {
 		return nil, err
