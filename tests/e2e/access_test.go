@@ -1,0 +1,457 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/process"
+)
+
+const (
+	home     = "pipeops-system"
+	callerCA = "callers.crt" // in the agent's Secret of certificates
+	alice    = "pipeops:alice@example.com"
+)
+
+// person is a caller who works in one namespace.
+type person struct {
+	*installed
+
+	config *rest.Config // through the tunnel, as is the kubeconfig
+	ns     string
+	table  *strings.Builder // how long each end of access took
+}
+
+// TestAccess installs the agent with each identity: named behind the gateway, own and agent behind an operator's own
+// frps with client certificates. It uses the node as each, and measures how long it takes until access ends.
+func TestAccess(t *testing.T) {
+	ca, next := harness.NewAuthority(t), harness.NewAuthority(t)
+	i := prepare(t, func(o *controlplane.Options) {
+		o.Identity = "named"
+		o.Users = map[string]controlplane.User{"token-of-alice": {Name: "alice@example.com", Groups: []string{"developers"}}}
+	})
+	i.patches = `{target: {kind: Secret, name: pipeops-agent-tls}, patch: '[
+		{"op": "add", "path": "/data/` + callerCA + `", "value": "` + base64.StdEncoding.EncodeToString(ca.PEM) + `"}]'}`
+	i.setting("PIPEOPS_AGENT_TOKEN_OVERLAP=0s")
+	i.components("access", "guard", "named")
+	i.apply()
+	p := &person{installed: i, config: agent.Caller(i.cp, agentID, "token-of-alice"), table: &strings.Builder{}}
+	fmt.Fprintf(p.table, "%-22s %8s %16s", "ended by", "kubelet", "new requests")
+	for _, s := range running {
+		fmt.Fprintf(p.table, " %12s", s.name)
+	}
+	defer func() {
+		t.Logf("seconds until access has ended; those of the agent count from the kubelet's\n%s", p.table)
+	}()
+	drained := p.named()
+	frps, server := startOwnHTTPSFrps(t, i.cp)
+	p.own(frps, server, ca, next)
+	drained()
+	p.guarded(frps, next)
+}
+
+// named is a user of the gateway, with a RoleBinding in two namespaces. It returns what waits for the pod's end.
+func (p *person) named() (drained func()) {
+	t := p.t
+	first, second := p.workplace("--user", alice), p.workplace("--user", alice)
+	p.become(p.config, second)
+	p.allow("all", "")
+	var who struct {
+		Status struct {
+			UserInfo struct {
+				Username string
+				Groups   []string
+			}
+		}
+	}
+	out := p.mustKubectl(p.caller, "auth", "whoami", "-o", "json")
+	if err := json.Unmarshal([]byte(out), &who); err != nil || who.Status.UserInfo.Username != alice ||
+		!slices.Contains(who.Status.UserInfo.Groups, "pipeops:tunnel") ||
+		!slices.Contains(who.Status.UserInfo.Groups, "pipeops:developers") {
+		t.Errorf("the API server sees %+v, %v", who, err)
+	}
+
+	// While the rights in one namespace end, those in the other do not.
+	streams := p.streams()
+	ended := p.ends("RoleBinding deleted", 35*time.Second, streams, func() {
+		p.mustKubectl(p.admin, "-n", second, "delete", "rolebinding", "person")
+	}, "", "")
+	p.become(p.config, first)
+	p.uses()
+	others := p.streams()
+	ended()
+	for n, s := range others {
+		if !s.runs() {
+			t.Errorf("%s has ended with rights in another namespace: %s", running[n].name, s.said.String())
+		}
+	}
+
+	const reason = "ticket OPS-7"
+	p.ends("allow: none", 3*time.Second, others, func() { p.allow("none", reason) }, "", "")()
+	if out, err := p.run(p.caller, "", nil, "-n", p.ns, "get", "pods"); err == nil ||
+		!strings.Contains(err.Error(), "Forbidden") || !strings.Contains(err.Error(), reason) ||
+		!strings.Contains(err.Error(), home+"/pipeops-agent-access") {
+		t.Errorf("after allow: none: %s, %v", out, err)
+	}
+	p.allow("all", "")
+
+	// A new token ends no stream: it is the gateway's, not the person's.
+	streams = p.streams()
+	const rotated = "another-agents-token"
+	p.ends("agent's token rotated", 5*time.Second, nil, func() {
+		p.mustKubectl(p.admin, "-n", home, "patch", "secret", "pipeops-agent", "-p",
+			`{"data":{"token":"`+base64.StdEncoding.EncodeToString([]byte(rotated))+`"}}`)
+	}, "/etc/pipeops/secret/token", rotated)()
+	p.cp.SetAgent(agentID, rotated)
+	p.answers()
+	for n, s := range streams {
+		if !s.runs() {
+			t.Errorf("%s has ended with the agent's token: %s", running[n].name, s.said.String())
+		}
+	}
+	return p.ends("pod deleted", 40*time.Second, streams, func() { // its grace period, and the kubelet's work
+		p.mustKubectl(p.admin, "-n", home, "scale", "deployment/pipeops-agent", "--replicas", "0")
+	}, "", "")
+}
+
+// own is a ServiceAccount, with its token and a client certificate.
+func (p *person) own(frps, server string, ca, next *harness.Authority) {
+	p.write("overlays/test/agent.env", frps+"PIPEOPS_ACCESS_IDENTITY=own\n")
+	p.components("access", "guard")
+	p.apply()
+	ns := p.workplace("--serviceaccount", "default:carol")
+	account, err := node.Account(p.t.Context(), "default", "carol")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() {
+		if _, err := p.run(p.admin, "", nil, "-n", "default", "delete", "serviceaccount", "carol"); err != nil {
+			p.t.Error(err)
+		}
+	})
+	p.become(p.direct(server, account.BearerToken, ca), ns)
+	p.answers()
+	if out := p.mustKubectl(p.caller, "auth", "whoami", "-o", "jsonpath={.status.userInfo.username}"); out !=
+		"system:serviceaccount:default:carol" {
+		p.t.Errorf("the API server sees %s", out)
+	}
+	p.uses()
+	name := p.mustKubectl(p.admin, "-n", home, "get", "deployment", "pipeops-agent", "-o",
+		`jsonpath={.spec.template.spec.volumes[?(@.name=="tls")].secret.secretName}`)
+	p.ends("client CA replaced", 5*time.Second, p.streams(), func() {
+		p.mustKubectl(p.admin, "-n", home, "patch", "secret", name, "-p",
+			`{"data":{"`+callerCA+`":"`+base64.StdEncoding.EncodeToString(next.PEM)+`"}}`)
+	}, "/etc/pipeops/tls/"+callerCA, string(next.PEM))()
+	p.become(p.direct(server, account.BearerToken, next), ns)
+	p.answers()
+}
+
+// guarded is a caller with the agent's token, and the agent has ClusterRole edit everywhere.
+func (p *person) guarded(frps string, ca *harness.Authority) {
+	p.write("overlays/test/agent.env", frps+"PIPEOPS_ACCESS_IDENTITY=agent\n")
+	p.patches = `{target: {kind: Secret, name: pipeops-agent-tls}, patch: '[
+		{"op": "add", "path": "/data/` + callerCA + `", "value": "` + base64.StdEncoding.EncodeToString(ca.PEM) + `"}]'},
+		{target: {kind: Deployment}, patch: '[{"op": "replace", "path": "/spec/strategy", "value": {"type": "Recreate"}}]'}`
+	p.components("access", "guard", "manage-all-namespaces")
+	p.apply()
+	p.become(p.direct(p.config.Host, agentToken, ca), p.ns)
+	p.answers()
+	refused := regexp.MustCompile(`the agent refuses|through the PipeOps agent: use your own access to the cluster`)
+	for _, args := range [][]string{
+		{"-n", home, "exec", p.agentPod().Name, "-c", "frpc", "--", "/bin/busybox", "true"},
+		{"-n", home, "create", "token", "pipeops-agent"},
+		{"-n", home, "create", "secret", "generic", "new", "--from-literal", "a=b"},
+		{"-n", home, "get", "secret", "pipeops-agent"},
+		{"create", "--raw", "/api/v1/namespaces/kube-system/pods/none/exec?command=true&stdout=true", "-f", "/dev/null"},
+		{"-n", "kube-system", "create", "token", "default"},
+		{"-n", "kube-system", "create", "secret", "generic", "new", "--from-literal", "a=b"},
+	} {
+		if out, err := p.run(p.caller, "", nil, args...); err == nil || !refused.MatchString(err.Error()) {
+			p.t.Errorf("kubectl %s: %s, %v", strings.Join(args, " "), out, err)
+		}
+	}
+	p.uses()
+}
+
+// workplace makes a namespace with a pod, and a RoleBinding for a subject.
+func (p *person) workplace(subject ...string) string {
+	p.t.Helper()
+	ns := namespace(p.t)
+	p.mustKubectl(p.admin, "-n", ns, "create", "role", "person", "--verb", "get,list,watch,create", "--resource",
+		"pods,pods/log,pods/exec,pods/portforward")
+	p.mustKubectl(p.admin, append([]string{"-n", ns, "create", "rolebinding", "person", "--role", "person"}, subject...)...)
+	create(p.t, ns, pod("talks", "mkdir /www; echo page >/www/index.html; httpd -p 8080 -h /www; "+
+		"while echo talking; do sleep 0.2; done"), corev1.PodRunning)
+	return ns
+}
+
+// become sets who calls, and where.
+func (p *person) become(config *rest.Config, ns string) {
+	p.t.Helper()
+	p.config, p.ns = config, ns
+	if err := cluster.WriteKubeconfig(p.caller, config); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// allow sets the owner's switch. It waits until what it allows is allowed.
+func (p *person) allow(level, reason string) {
+	p.t.Helper()
+	p.mustKubectl(p.admin, "-n", home, "patch", "configmap", "pipeops-agent-access", "-p",
+		`{"data":{"allow":"`+level+`","reason":"`+reason+`"}}`)
+	if level != "none" {
+		p.answers()
+	}
+}
+
+// uses runs the commands that the role allows, with both streaming protocols, and one that it does not.
+func (p *person) uses() {
+	p.t.Helper()
+	p.mustKubectl(p.caller, "-n", p.ns, "get", "pods")
+	for _, env := range [][]string{nil, spdy} {
+		if out, err := p.run(p.caller, "there and back", env, "-n", p.ns, "exec", "-i", "talks", "--", "/bin/busybox",
+			"cat"); err != nil || out != "there and back" {
+			p.t.Errorf("exec with %v: %q, %v", env, out, err)
+		}
+		p.portForward(p.ns, "pod/talks", env)
+	}
+	if out, err := p.run(p.caller, "", nil, "get", "secrets", "-n", home); err == nil {
+		p.t.Errorf("a caller reads Secrets: %s", out)
+	}
+}
+
+var spdy = []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}
+
+// running are commands that run until they are ended, each after a first line of output.
+var running = []struct {
+	name string
+	env  []string
+	args string
+}{
+	{"exec", nil, "exec talks -- /bin/busybox tail -n +1 -f /www/index.html"},
+	{"exec by SPDY", spdy, "exec talks -- /bin/busybox tail -n +1 -f /www/index.html"},
+	{"port-forward", nil, "port-forward pod/talks :8080"},
+	{"logs -f", nil, "logs -f talks"},
+	{"watch", nil, "get pods -w"},
+}
+
+// stream is a kubectl that runs.
+type stream struct {
+	ended chan struct{}
+	at    time.Time    // when it ended
+	said  bytes.Buffer // then, to stderr
+}
+
+func (s *stream) runs() bool {
+	select {
+	case <-s.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// streams starts all that can run.
+func (p *person) streams() (all []*stream) {
+	p.t.Helper()
+	for _, r := range running {
+		s := &stream{ended: make(chan struct{})}
+		cmd := p.kubectl(p.t.Context(), p.caller, r.env, append([]string{"-n", p.ns}, strings.Fields(r.args)...)...)
+		cmd.Stderr = &s.said
+		stdout, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		out := bufio.NewReader(stdout)
+		_, err = out.ReadString('\n')
+		go func() {
+			_, _ = io.Copy(io.Discard, out)
+			_ = cmd.Wait()
+			s.at = time.Now()
+			close(s.ended)
+		}()
+		p.t.Cleanup(func() { <-s.ended }) // the test's context has ended it
+		if err != nil {
+			<-s.ended
+			p.t.Fatalf("%s: %v: %s", r.name, err, s.said.String())
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
+// ends ends access by change. If the kubelet brings the change to the agent, it does so by giving the file this content,
+// and the agent's time counts from then on. Within bound, new requests are refused, and the streams end: ends waits for
+// the first, and what it returns for the second.
+func (p *person) ends(how string, bound time.Duration, streams []*stream, change func(), file, content string) func() {
+	t := p.t
+	t.Helper()
+	kubelet := "-"
+	if file != "" {
+		file = fmt.Sprintf("/proc/%d/root%s", pidOf(t, "proxy", p.agentPod()), file)
+	}
+	change()
+	begin := time.Now()
+	if file != "" {
+		harness.Eventually(t, 2*time.Minute, func() error {
+			if data, err := os.ReadFile(file); err != nil || string(data) != content {
+				return fmt.Errorf("the kubelet has not written it: %w", err)
+			}
+			return nil
+		})
+		kubelet = fmt.Sprintf("%.1f", time.Since(begin).Seconds())
+		begin = time.Now()
+	}
+	var answer string
+	err := process.Poll(t.Context(), 2*bound, nil, func() error {
+		if answer = p.request(); answer == "200" {
+			return errors.New("requests are still answered")
+		}
+		return nil
+	})
+	refused := time.Since(begin)
+	if err != nil || refused > bound {
+		t.Errorf("%s: %s after %s, %v", how, answer, refused, err)
+	}
+	return func() {
+		t.Helper()
+		row := fmt.Sprintf("\n%-22s %8s %16s", how, kubelet, fmt.Sprintf("%.1f (%s)", refused.Seconds(), answer))
+		late := time.After(time.Until(begin.Add(2 * bound)))
+		for n, s := range streams {
+			select {
+			case <-s.ended:
+			case <-late:
+				t.Fatalf("%s: %s has not ended after %s", how, running[n].name, time.Since(begin))
+			}
+			took := s.at.Sub(begin)
+			if took > bound {
+				t.Errorf("%s: %s ended after %s: %s", how, running[n].name, took, s.said.String())
+			}
+			row += fmt.Sprintf(" %12.1f", took.Seconds())
+		}
+		for range len(running) - len(streams) {
+			row += fmt.Sprintf(" %12s", "runs on")
+		}
+		p.table.WriteString(row)
+	}
+}
+
+// request makes one request, without the retries of kubectl, and returns the status, or what else came of it.
+func (p *person) request() string {
+	p.t.Helper()
+	client, err := rest.HTTPClientFor(p.config)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	client.Timeout = 5 * time.Second
+	req, err := http.NewRequestWithContext(p.t.Context(), http.MethodGet, p.config.Host+"/api/v1/namespaces/"+p.ns+"/pods",
+		nil)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return "no answer"
+	}
+	_ = resp.Body.Close()
+	return fmt.Sprint(resp.StatusCode)
+}
+
+// answers waits until the caller is answered.
+func (p *person) answers() {
+	p.t.Helper()
+	eventually(p.t, func() error {
+		if answer := p.request(); answer != "200" {
+			return errors.New(answer)
+		}
+		return nil
+	})
+}
+
+// agentPod returns the agent's pod that is not about to end.
+func (p *person) agentPod() *corev1.Pod {
+	p.t.Helper()
+	pods, err := node.Client.CoreV1().Pods(home).List(p.t.Context(),
+		metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	n := slices.IndexFunc(pods.Items, func(pod corev1.Pod) bool { return pod.DeletionTimestamp == nil })
+	if n < 0 {
+		p.t.Fatal("the agent has no pod")
+	}
+	return &pods.Items[n]
+}
+
+// startOwnHTTPSFrps starts the frps of an operator for tunnels of type https. It returns the settings of an agent that
+// has no control plane, and the URL for callers.
+func startOwnHTTPSFrps(t *testing.T, cp *controlplane.ControlPlane) (settings, server string) {
+	t.Helper()
+	group := harness.NewGroup(t)
+	var ports [2]int
+	for n := range ports {
+		var err error
+		if ports[n], err = process.FreePort(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	certificates := filepath.Dir(cp.CAFile)
+	data, err := json.Marshal(map[string]any{
+		"bindAddr": node.HostIP, "bindPort": ports[0], "vhostHTTPSPort": ports[1], "subDomainHost": "example.internal",
+		"auth": map[string]any{"token": frpToken},
+		"transport": map[string]any{"tls": map[string]any{"force": true,
+			"certFile": filepath.Join(certificates, "server.crt"), "keyFile": filepath.Join(certificates, "server.key")}},
+	})
+	path := filepath.Join(group.Dir(), "frps.json")
+	if err == nil {
+		err = os.WriteFile(path, data, 0o600)
+	}
+	if err == nil {
+		_, err = group.Start("frps", nil, harness.Binary(t, "frps"), "-c", path)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { return process.Listening(fmt.Sprintf("%s:%d", node.HostIP, ports[0])) })
+	return fmt.Sprintf("PIPEOPS_AGENT_ID=%s\nPIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\n"+
+			"PIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TUNNEL_TYPE=https\n"+
+			"PIPEOPS_PROXY_TLS_CLIENT_CA_FILE=/etc/pipeops/tls/%s\n", agentID, frpToken, node.HostIP, ports[0], callerCA),
+		fmt.Sprintf("https://%s:%d/api/k8s", node.HostIP, ports[1])
+}
+
+// direct returns a configuration that speaks TLS with the agent itself, and trusts the certificate in its pod.
+func (p *person) direct(server, token string, ca *harness.Authority) *rest.Config {
+	p.t.Helper()
+	trusted, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/var/run/pipeops/tls.crt", pidOf(p.t, "proxy", p.agentPod())))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	config := &rest.Config{Host: server, BearerToken: token,
+		TLSClientConfig: rest.TLSClientConfig{ServerName: agentID + ".example.internal", CAData: trusted}}
+	config.CertData, config.KeyData = ca.Client(p.t, "carol")
+	return config
+}
