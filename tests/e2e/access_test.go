@@ -10,7 +10,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -29,9 +28,8 @@ import (
 )
 
 const (
-	home     = "pipeops-system"
-	callerCA = "callers.crt" // in the agent's Secret of certificates
-	alice    = "pipeops:alice@example.com"
+	home  = "pipeops-system"
+	alice = "pipeops:alice@example.com"
 )
 
 // person is a caller who works in one namespace.
@@ -40,6 +38,7 @@ type person struct {
 
 	config *rest.Config // through the tunnel, as is the kubeconfig
 	ns     string
+	frps   *ownFrps
 	table  *strings.Builder // how long each end of access took
 }
 
@@ -51,8 +50,6 @@ func TestAccess(t *testing.T) {
 		o.Identity = "named"
 		o.Users = map[string]controlplane.User{"token-of-alice": {Name: "alice@example.com", Groups: []string{"developers"}}}
 	})
-	i.patches = `{target: {kind: Secret, name: pipeops-agent-tls}, patch: '[
-		{"op": "add", "path": "/data/` + callerCA + `", "value": "` + base64.StdEncoding.EncodeToString(ca.PEM) + `"}]'}`
 	i.setting("PIPEOPS_AGENT_TOKEN_OVERLAP=0s")
 	i.components("access", "guard", "named")
 	i.apply()
@@ -65,10 +62,10 @@ func TestAccess(t *testing.T) {
 		t.Logf("seconds until access has ended; those of the agent count from the kubelet's\n%s", p.table)
 	}()
 	drained := p.named()
-	frps, server := startOwnHTTPSFrps(t, i.cp)
-	p.own(frps, server, ca, next)
+	p.frps = startFrps(t, harness.NewGroup(t))
+	p.own(ca, next)
 	drained()
-	p.guarded(frps, next)
+	p.guarded(next)
 }
 
 // named is a user of the gateway, with a RoleBinding in two namespaces. It returns what waits for the pod's end.
@@ -136,10 +133,8 @@ func (p *person) named() (drained func()) {
 }
 
 // own is a ServiceAccount, with its token and a client certificate.
-func (p *person) own(frps, server string, ca, next *harness.Authority) {
-	p.write("overlays/test/agent.env", frps+"PIPEOPS_ACCESS_IDENTITY=own\n")
-	p.components("access", "guard")
-	p.apply()
+func (p *person) own(ca, next *harness.Authority) {
+	p.configure("own", ca, "access", "guard")
 	ns := p.workplace("--serviceaccount", "default:carol")
 	account, err := node.Account(p.t.Context(), "default", "carol")
 	if err != nil {
@@ -150,7 +145,7 @@ func (p *person) own(frps, server string, ca, next *harness.Authority) {
 			p.t.Error(err)
 		}
 	})
-	p.become(p.direct(server, account.BearerToken, ca), ns)
+	p.become(p.direct(account.BearerToken, ca), ns)
 	p.answers()
 	if out := p.mustKubectl(p.caller, "auth", "whoami", "-o", "jsonpath={.status.userInfo.username}"); out !=
 		"system:serviceaccount:default:carol" {
@@ -161,21 +156,19 @@ func (p *person) own(frps, server string, ca, next *harness.Authority) {
 		`jsonpath={.spec.template.spec.volumes[?(@.name=="tls")].secret.secretName}`)
 	p.ends("client CA replaced", 5*time.Second, p.streams(), func() {
 		p.mustKubectl(p.admin, "-n", home, "patch", "secret", name, "-p",
-			`{"data":{"`+callerCA+`":"`+base64.StdEncoding.EncodeToString(next.PEM)+`"}}`)
-	}, "/etc/pipeops/tls/"+callerCA, string(next.PEM))()
-	p.become(p.direct(server, account.BearerToken, next), ns)
+			`{"data":{"callers.crt":"`+base64.StdEncoding.EncodeToString(next.PEM)+`"}}`)
+	}, "/etc/pipeops/tls/callers.crt", string(next.PEM))()
+	p.become(p.direct(account.BearerToken, next), ns)
 	p.answers()
 }
 
 // guarded is a caller with the agent's token, and the agent has ClusterRole edit everywhere.
-func (p *person) guarded(frps string, ca *harness.Authority) {
-	p.write("overlays/test/agent.env", frps+"PIPEOPS_ACCESS_IDENTITY=agent\n")
-	p.patches = `{target: {kind: Secret, name: pipeops-agent-tls}, patch: '[
-		{"op": "add", "path": "/data/` + callerCA + `", "value": "` + base64.StdEncoding.EncodeToString(ca.PEM) + `"}]'},
-		{target: {kind: Deployment}, patch: '[{"op": "replace", "path": "/spec/strategy", "value": {"type": "Recreate"}}]'}`
-	p.components("access", "guard", "manage-all-namespaces")
-	p.apply()
-	p.become(p.direct(p.config.Host, agentToken, ca), p.ns)
+func (p *person) guarded(ca *harness.Authority) {
+	// frps gives the tunnel to the new pod when the old one has ended.
+	p.mustKubectl(p.admin, "-n", home, "scale", "deployment/pipeops-agent", "--replicas", "0")
+	p.mustKubectl(p.admin, "-n", home, "wait", "--for", "delete", "pod", "--all", "--timeout", "1m")
+	p.configure("agent", ca, "access", "guard", "manage-all-namespaces")
+	p.become(p.direct(agentToken, ca), p.ns)
 	p.answers()
 	refused := regexp.MustCompile(`the agent refuses|through the PipeOps agent: use your own access to the cluster`)
 	for _, args := range [][]string{
@@ -194,13 +187,26 @@ func (p *person) guarded(frps string, ca *harness.Authority) {
 	p.uses()
 }
 
+// configure installs the agent with its frps's token, so that it needs no control plane.
+func (p *person) configure(identity string, ca *harness.Authority, components ...string) {
+	p.t.Helper()
+	p.write("overlays/test/agent.env", "PIPEOPS_AGENT_ID="+agentID+"\nPIPEOPS_ACCESS_IDENTITY="+identity+
+		"\nPIPEOPS_PROXY_TLS_CLIENT_CA_FILE=/etc/pipeops/tls/callers.crt\n"+
+		strings.Replace(p.frps.settings, "TUNNEL_TYPE=http\n", "TUNNEL_TYPE=https\n", 1))
+	p.patches = `{target: {kind: Secret, name: pipeops-agent-tls}, patch: '[
+		{"op": "add", "path": "/data/callers.crt", "value": "` + base64.StdEncoding.EncodeToString(ca.PEM) + `"}]'}`
+	p.components(components...)
+	p.apply()
+}
+
 // workplace makes a namespace with a pod, and a RoleBinding for a subject.
 func (p *person) workplace(subject ...string) string {
 	p.t.Helper()
 	ns := namespace(p.t)
 	p.mustKubectl(p.admin, "-n", ns, "create", "role", "person", "--verb", "get,list,watch,create", "--resource",
 		"pods,pods/log,pods/exec,pods/portforward")
-	p.mustKubectl(p.admin, append([]string{"-n", ns, "create", "rolebinding", "person", "--role", "person"}, subject...)...)
+	p.mustKubectl(p.admin, append([]string{"-n", ns, "create", "rolebinding", "person", "--role", "person"},
+		subject...)...)
 	create(p.t, ns, pod("talks", "mkdir /www; echo page >/www/index.html; httpd -p 8080 -h /www; "+
 		"while echo talking; do sleep 0.2; done"), corev1.PodRunning)
 	return ns
@@ -304,8 +310,8 @@ func (p *person) streams() (all []*stream) {
 	return all
 }
 
-// ends ends access by change. If the kubelet brings the change to the agent, it does so by giving the file this content,
-// and the agent's time counts from then on. Within bound, new requests are refused, and the streams end: ends waits for
+// ends ends access by change. If the kubelet brings the change to the agent, it gives the file this content, and the
+// agent's time counts from then on. Within bound, new requests are refused, and the streams end: ends waits for
 // the first, and what it returns for the second.
 func (p *person) ends(how string, bound time.Duration, streams []*stream, change func(), file, content string) func() {
 	t := p.t
@@ -407,50 +413,14 @@ func (p *person) agentPod() *corev1.Pod {
 	return &pods.Items[n]
 }
 
-// startOwnHTTPSFrps starts the frps of an operator for tunnels of type https. It returns the settings of an agent that
-// has no control plane, and the URL for callers.
-func startOwnHTTPSFrps(t *testing.T, cp *controlplane.ControlPlane) (settings, server string) {
-	t.Helper()
-	group := harness.NewGroup(t)
-	var ports [2]int
-	for n := range ports {
-		var err error
-		if ports[n], err = process.FreePort(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	certificates := filepath.Dir(cp.CAFile)
-	data, err := json.Marshal(map[string]any{
-		"bindAddr": node.HostIP, "bindPort": ports[0], "vhostHTTPSPort": ports[1], "subDomainHost": "example.internal",
-		"auth": map[string]any{"token": frpToken},
-		"transport": map[string]any{"tls": map[string]any{"force": true,
-			"certFile": filepath.Join(certificates, "server.crt"), "keyFile": filepath.Join(certificates, "server.key")}},
-	})
-	path := filepath.Join(group.Dir(), "frps.json")
-	if err == nil {
-		err = os.WriteFile(path, data, 0o600)
-	}
-	if err == nil {
-		_, err = group.Start("frps", nil, harness.Binary(t, "frps"), "-c", path)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, func() error { return process.Listening(fmt.Sprintf("%s:%d", node.HostIP, ports[0])) })
-	return fmt.Sprintf("PIPEOPS_AGENT_ID=%s\nPIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\n"+
-			"PIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TUNNEL_TYPE=https\n"+
-			"PIPEOPS_PROXY_TLS_CLIENT_CA_FILE=/etc/pipeops/tls/%s\n", agentID, frpToken, node.HostIP, ports[0], callerCA),
-		fmt.Sprintf("https://%s:%d/api/k8s", node.HostIP, ports[1])
-}
-
 // direct returns a configuration that speaks TLS with the agent itself, and trusts the certificate in its pod.
-func (p *person) direct(server, token string, ca *harness.Authority) *rest.Config {
+func (p *person) direct(token string, ca *harness.Authority) *rest.Config {
 	p.t.Helper()
 	trusted, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/var/run/pipeops/tls.crt", pidOf(p.t, "proxy", p.agentPod())))
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	config := &rest.Config{Host: server, BearerToken: token,
+	config := &rest.Config{Host: p.frps.tlsCallers + "/api/k8s", BearerToken: token,
 		TLSClientConfig: rest.TLSClientConfig{ServerName: agentID + ".example.internal", CAData: trusted}}
 	config.CertData, config.KeyData = ca.Client(p.t, "carol")
 	return config
