@@ -4,13 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -28,8 +26,9 @@ import (
 )
 
 const (
-	home  = "pipeops-system"
-	alice = "pipeops:alice@example.com"
+	home   = "pipeops-system"
+	alice  = "pipeops:alice@example.com"
+	domain = "agent.example.test" // at the operator's frps; the agent's certificate must name all of it
 )
 
 // person is a caller who works in one namespace.
@@ -74,20 +73,7 @@ func (p *person) named() (drained func()) {
 	first, second := p.workplace("--user", alice), p.workplace("--user", alice)
 	p.become(p.config, second)
 	p.allow("all", "")
-	var who struct {
-		Status struct {
-			UserInfo struct {
-				Username string
-				Groups   []string
-			}
-		}
-	}
-	out := p.mustKubectl(p.caller, "auth", "whoami", "-o", "json")
-	if err := json.Unmarshal([]byte(out), &who); err != nil || who.Status.UserInfo.Username != alice ||
-		!slices.Contains(who.Status.UserInfo.Groups, "pipeops:tunnel") ||
-		!slices.Contains(who.Status.UserInfo.Groups, "pipeops:developers") {
-		t.Errorf("the API server sees %+v, %v", who, err)
-	}
+	p.isSeenAs(alice, `["pipeops:developers","pipeops:tunnel","system:authenticated"]`)
 
 	// While the rights in one namespace end, those in the other do not.
 	streams := p.streams()
@@ -147,10 +133,8 @@ func (p *person) own(ca, next *harness.Authority) {
 	})
 	p.become(p.direct(account.BearerToken, ca), ns)
 	p.answers()
-	if out := p.mustKubectl(p.caller, "auth", "whoami", "-o", "jsonpath={.status.userInfo.username}"); out !=
-		"system:serviceaccount:default:carol" {
-		p.t.Errorf("the API server sees %s", out)
-	}
+	p.isSeenAs("system:serviceaccount:default:carol",
+		`["system:serviceaccounts","system:serviceaccounts:default","system:authenticated"]`)
 	p.uses()
 	name := p.mustKubectl(p.admin, "-n", home, "get", "deployment", "pipeops-agent", "-o",
 		`jsonpath={.spec.template.spec.volumes[?(@.name=="tls")].secret.secretName}`)
@@ -170,28 +154,41 @@ func (p *person) guarded(ca *harness.Authority) {
 	p.configure("agent", ca, "access", "guard", "manage-all-namespaces")
 	p.become(p.direct(agentToken, ca), p.ns)
 	p.answers()
-	refused := regexp.MustCompile(`the agent refuses|through the PipeOps agent: use your own access to the cluster`)
-	for _, args := range [][]string{
-		{"-n", home, "exec", p.agentPod().Name, "-c", "frpc", "--", "/bin/busybox", "true"},
-		{"-n", home, "create", "token", "pipeops-agent"},
-		{"-n", home, "create", "secret", "generic", "new", "--from-literal", "a=b"},
-		{"-n", home, "get", "secret", "pipeops-agent"},
-		{"create", "--raw", "/api/v1/namespaces/kube-system/pods/none/exec?command=true&stdout=true", "-f", "/dev/null"},
-		{"-n", "kube-system", "create", "token", "default"},
-		{"-n", "kube-system", "create", "secret", "generic", "new", "--from-literal", "a=b"},
+	const own, path, admission = "the agent's own namespace", "does not forward this path", "ValidatingAdmissionPolicy"
+	for _, test := range []struct {
+		refused string
+		args    []string
+	}{
+		{own, []string{"-n", home, "exec", p.agentPod().Name, "-c", "frpc", "--", "/bin/busybox", "true"}},
+		{own, []string{"-n", home, "create", "secret", "generic", "new", "--from-literal", "a=b"}},
+		{own, []string{"-n", home, "get", "secret", "pipeops-agent"}},
+		{own, []string{"-n", home, "create", "token", "pipeops-agent"}},
+		{path, []string{"-n", "kube-system", "create", "token", "default"}},
+		{admission, []string{"-n", "kube-system", "create", "secret", "generic", "new", "--from-literal", "a=b"}},
+		{admission, []string{"create", "-f", "/dev/null", "--raw",
+			"/api/v1/namespaces/kube-system/pods/none/exec?command=true&stdout=true"}},
 	} {
-		if out, err := p.run(p.caller, "", nil, args...); err == nil || !refused.MatchString(err.Error()) {
-			p.t.Errorf("kubectl %s: %s, %v", strings.Join(args, " "), out, err)
+		if out, err := p.run(p.caller, "", nil, test.args...); err == nil || !strings.Contains(err.Error(), test.refused) {
+			p.t.Errorf("kubectl %s: %s, %v, want %q", strings.Join(test.args, " "), out, err, test.refused)
 		}
 	}
 	p.uses()
+}
+
+// isSeenAs checks who the API server takes the caller for.
+func (p *person) isSeenAs(user, groups string) {
+	p.t.Helper()
+	if out := p.mustKubectl(p.caller, "auth", "whoami", "-o",
+		"jsonpath={.status.userInfo.username} {.status.userInfo.groups}"); out != user+" "+groups {
+		p.t.Errorf("the API server sees %s", out)
+	}
 }
 
 // configure installs the agent with its frps's token, so that it needs no control plane.
 func (p *person) configure(identity string, ca *harness.Authority, components ...string) {
 	p.t.Helper()
 	p.write("overlays/test/agent.env", "PIPEOPS_AGENT_ID="+agentID+"\nPIPEOPS_ACCESS_IDENTITY="+identity+
-		"\nPIPEOPS_PROXY_TLS_CLIENT_CA_FILE=/etc/pipeops/tls/callers.crt\n"+
+		"\nPIPEOPS_PROXY_TLS_CLIENT_CA_FILE=/etc/pipeops/tls/callers.crt\nPIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS="+domain+"\n"+
 		strings.Replace(p.frps.settings, "TUNNEL_TYPE=http\n", "TUNNEL_TYPE=https\n", 1))
 	p.patches = `{target: {kind: Secret, name: pipeops-agent-tls}, patch: '[
 		{"op": "add", "path": "/data/callers.crt", "value": "` + base64.StdEncoding.EncodeToString(ca.PEM) + `"}]'}`
@@ -421,7 +418,7 @@ func (p *person) direct(token string, ca *harness.Authority) *rest.Config {
 		p.t.Fatal(err)
 	}
 	config := &rest.Config{Host: p.frps.tlsCallers + "/api/k8s", BearerToken: token,
-		TLSClientConfig: rest.TLSClientConfig{ServerName: agentID + ".example.internal", CAData: trusted}}
+		TLSClientConfig: rest.TLSClientConfig{ServerName: domain, CAData: trusted}}
 	config.CertData, config.KeyData = ca.Client(p.t, "carol")
 	return config
 }
