@@ -84,11 +84,7 @@ func (p *person) named() (drained func()) {
 	p.uses()
 	others := p.streams()
 	ended()
-	for n, s := range others {
-		if !s.runs() {
-			t.Errorf("%s has ended with rights in another namespace: %s", running[n].name, s.said.String())
-		}
-	}
+	p.goOn(others)
 
 	const reason = "ticket OPS-7"
 	p.ends("allow: none", 3*time.Second, others, func() { p.allow("none", reason) }, "", "")()
@@ -108,11 +104,7 @@ func (p *person) named() (drained func()) {
 	}, "/etc/pipeops/secret/token", rotated)()
 	p.cp.SetAgent(agentID, rotated)
 	p.answers()
-	for n, s := range streams {
-		if !s.runs() {
-			t.Errorf("%s has ended with the agent's token: %s", running[n].name, s.said.String())
-		}
-	}
+	p.goOn(streams)
 	return p.ends("pod deleted", 40*time.Second, streams, func() { // its grace period, and the kubelet's work
 		p.mustKubectl(p.admin, "-n", home, "scale", "deployment/pipeops-agent", "--replicas", "0")
 	}, "", "")
@@ -266,12 +258,15 @@ type stream struct {
 	said  bytes.Buffer // then, to stderr
 }
 
-func (s *stream) runs() bool {
-	select {
-	case <-s.ended:
-		return false
-	default:
-		return true
+// goOn checks that no stream has ended.
+func (p *person) goOn(streams []*stream) {
+	p.t.Helper()
+	for n, s := range streams {
+		select {
+		case <-s.ended:
+			p.t.Errorf("%s has ended: %s", running[n].name, s.said.String())
+		default:
+		}
 	}
 }
 
