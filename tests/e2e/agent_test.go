@@ -272,7 +272,8 @@ func (i *installed) rights() {
 			i.t.Errorf("with %v, nodes/proxy answers %q, %v", step.components, out, err)
 		}
 	}
-	i.mustKubectl(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin", "pipeops-agent-manage-all-namespaces")
+	i.mustKubectl(i.admin, "delete", "clusterrolebinding", "pipeops-agent-cluster-admin",
+		"pipeops-agent-manage-all-namespaces")
 	i.components("manage-all-namespaces", "runners")
 	i.apply()
 }

@@ -331,7 +331,7 @@ func installOnCluster(t *testing.T, p *page) {
 	refused := func() error { // the switch
 		out, err := i.run(i.caller, "", nil, "get", "nodes")
 		if err == nil || !strings.Contains(err.Error(), "pipeops-agent-access") {
-			return fmt.Errorf("get nodes: %s, %v", out, err)
+			return fmt.Errorf("get nodes: %s, %w", out, err)
 		}
 		return nil
 	}
