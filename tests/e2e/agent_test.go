@@ -89,18 +89,21 @@ func install(t *testing.T, components ...string) *installed {
 
 // prepare imports the images into the node, starts a control plane for the test, and writes the files that belong
 // beside an overlay. When the test ends, it deletes what was installed.
-func prepare(t *testing.T) *installed {
+func prepare(t *testing.T, options ...func(*controlplane.Options)) *installed {
 	t.Helper()
 	group := harness.NewGroup(t)
 	root := harness.Root(t)
 	importImages(t, node.Machine)
 	i := &installed{t: t, dir: filepath.Join(group.Dir(), "manifests"), admin: node.Kubeconfig,
 		caller: filepath.Join(group.Dir(), "caller.kubeconfig")}
-	var err error
-	i.cp, err = controlplane.Start(t.Context(), controlplane.Options{
+	o := controlplane.Options{
 		Group: group, Agents: map[string]string{agentID: agentToken}, Log: slog.New(slog.DiscardHandler), IP: node.HostIP,
-	})
-	if err != nil {
+	}
+	for _, option := range options {
+		option(&o)
+	}
+	var err error
+	if i.cp, err = controlplane.Start(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(i.cp.Close)
@@ -124,8 +127,9 @@ func prepare(t *testing.T) *installed {
 				t.Logf("log of %s: %v\n%s", container, err, out)
 			}
 		}
-		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding", "-l",
-			"app.kubernetes.io/name=pipeops-agent", "--ignore-not-found"); err != nil {
+		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding,"+
+			"validatingadmissionpolicy,validatingadmissionpolicybinding", "-l", "app.kubernetes.io/name=pipeops-agent",
+			"--ignore-not-found"); err != nil {
 			t.Error(err)
 		}
 	})
@@ -328,7 +332,7 @@ func (i *installed) useKubectl(t *testing.T) {
 			if got, err := os.ReadFile(back); err != nil || string(got) != content {
 				t.Errorf("cp: %d bytes came back, %v", len(got), err)
 			}
-			i.portForward(ns, env)
+			i.portForward(ns, "deployment/web", env)
 		})
 	}
 }
@@ -365,14 +369,15 @@ func (i *installed) attach(ns, pod string, env []string) {
 	}
 }
 
-func (i *installed) portForward(ns string, env []string) {
+// portForward reads a page of a pod by a forwarded port.
+func (i *installed) portForward(ns, target string, env []string) {
 	t := i.t
 	t.Helper()
 	port, err := process.FreePort()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := i.kubectl(t.Context(), i.caller, env, "-n", ns, "port-forward", "deployment/web", fmt.Sprintf("%d:8080", port))
+	cmd := i.kubectl(t.Context(), i.caller, env, "-n", ns, "port-forward", target, fmt.Sprintf("%d:8080", port))
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

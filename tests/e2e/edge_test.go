@@ -16,8 +16,9 @@ import (
 
 // ownFrps is the frps of an operator who has no control plane.
 type ownFrps struct {
-	settings string // of an agent, one per line
-	callers  string // URL for callers
+	settings   string // of an agent, one per line
+	callers    string // URL for callers
+	tlsCallers string // the same, if the tunnel is of type https
 }
 
 // frpToken holds a dollar sign, which shells and Compose would expand.
@@ -25,14 +26,15 @@ const frpToken = "your-$frp-token"
 
 func startFrps(t *testing.T, group *process.Group) *ownFrps {
 	t.Helper()
-	bindPort, vhostPort, err := controlplane.StartPlainFrps(t.Context(), group, node.HostIP, frpToken)
+	ports, err := controlplane.StartPlainFrps(t.Context(), group, node.HostIP, frpToken)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return &ownFrps{
 		settings: fmt.Sprintf("PIPEOPS_FRP_TOKEN=%s\nPIPEOPS_FRP_SERVER_ADDR=%s\nPIPEOPS_FRP_SERVER_PORT=%d\n"+
-			"PIPEOPS_FRP_TUNNEL_TYPE=http\nPIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true\n", frpToken, node.HostIP, bindPort),
-		callers: fmt.Sprintf("http://%s:%d", node.HostIP, vhostPort),
+			"PIPEOPS_FRP_TUNNEL_TYPE=http\nPIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true\n", frpToken, node.HostIP, ports.Bind),
+		callers:    fmt.Sprintf("http://%s:%d", node.HostIP, ports.HTTP),
+		tlsCallers: fmt.Sprintf("https://%s:%d", node.HostIP, ports.HTTPS),
 	}
 }
 

@@ -159,14 +159,14 @@ func TestUnverifiedFrpsGetsNoCredential(t *testing.T) {
 func ownFrps(t *testing.T, token string) (w *world, addr string) {
 	t.Helper()
 	w = newWorld(t)
-	port, _, err := controlplane.StartPlainFrps(t.Context(), w.group, "127.0.0.1", "the-right-token")
+	ports, err := controlplane.StartPlainFrps(t.Context(), w.group, "127.0.0.1", "the-right-token")
 	if err != nil {
 		t.Fatal(err)
 	}
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TOKEN="+token, "PIPEOPS_API_URL=https://"+harness.FreeAddr(t),
-		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", port),
+		"PIPEOPS_FRP_SERVER_ADDR=127.0.0.1", fmt.Sprintf("PIPEOPS_FRP_SERVER_PORT=%d", ports.Bind),
 		"PIPEOPS_FRP_TLS_CA_FILE=", "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=true", "PIPEOPS_FRP_TUNNEL_TYPE=http")
-	return w, fmt.Sprintf("127.0.0.1:%d", port)
+	return w, fmt.Sprintf("127.0.0.1:%d", ports.Bind)
 }
 
 // startedWithAPIServer starts an agent after change has modified the configuration for its API server.

@@ -124,25 +124,28 @@ func (c *ControlPlane) FrpsPid() int {
 	return c.frps.Pid()
 }
 
+// PlainPorts are the ports of a frps of an operator: for frpc, and for callers by the type of the tunnel.
+type PlainPorts struct{ Bind, HTTP, HTTPS int }
+
 // StartPlainFrps starts a frps of an operator without a control plane: an agent with the token may have a tunnel of
-// type http, which callers reach at vhostPort under a name below example.internal.
-func StartPlainFrps(ctx context.Context, group *process.Group, ip, token string) (bindPort, vhostPort int, err error) {
+// type http or https, which callers reach under a name below example.internal.
+func StartPlainFrps(ctx context.Context, group *process.Group, ip, token string) (ports PlainPorts, err error) {
 	binary, err := process.Binary("frps")
-	if err == nil {
-		bindPort, err = process.FreePort()
-	}
-	if err == nil {
-		vhostPort, err = process.FreePort()
+	for _, port := range []*int{&ports.Bind, &ports.HTTP, &ports.HTTPS} {
+		if err == nil {
+			*port, err = process.FreePort()
+		}
 	}
 	if err != nil {
-		return 0, 0, err
+		return ports, err
 	}
-	p, err := group.Start("plain-frps", nil, binary, "--bind-addr", ip, "--bind-port", strconv.Itoa(bindPort),
-		"--vhost-http-port", strconv.Itoa(vhostPort), "--subdomain-host", "example.internal", "--token", token)
+	p, err := group.Start("plain-frps", nil, binary, "--bind-addr", ip, "--bind-port", strconv.Itoa(ports.Bind),
+		"--vhost-http-port", strconv.Itoa(ports.HTTP), "--vhost-https-port", strconv.Itoa(ports.HTTPS),
+		"--subdomain-host", "example.internal", "--token", token)
 	if err == nil {
 		err = process.Poll(ctx, 10*time.Second, p.Done(), func() error {
-			return process.Listening(net.JoinHostPort(ip, strconv.Itoa(bindPort)))
+			return process.Listening(net.JoinHostPort(ip, strconv.Itoa(ports.Bind)))
 		})
 	}
-	return bindPort, vhostPort, err
+	return ports, err
 }
