@@ -243,7 +243,7 @@ func TestTheSwitchHoldsWithoutTheAPIServer(t *testing.T) {
 	eventually(t, func() error {
 		sent := time.Now()
 		code, body := w.call(http.MethodPost, list, "{}")
-		switch over := strings.Contains(body, "until has passed"); {
+		switch over := strings.Contains(body, ", has passed"); {
 		case code != http.StatusForbidden, over && time.Now().Before(until), !over && sent.After(until),
 			!over && !strings.Contains(body, `"read\"`):
 			t.Fatalf("until is %s, asked at %s: %d: %s", until, sent, code, body)
