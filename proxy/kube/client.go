@@ -29,8 +29,8 @@ const (
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
-// call sends a request as the caller that the headers of identity name, or as the agent, with body as JSON if it is not nil, and calls read with the body of a 2xx answer. Any other
-// answer is an *apierrors.StatusError.
+// call sends a request as the caller that the headers of identity name, or as the agent. body is JSON, or nil. read is
+// called with the body of a 2xx answer; any other answer is an *apierrors.StatusError.
 func (c *Client) call(
 	ctx context.Context, identity http.Header, method, path, accept string, body io.Reader, read reader,
 ) error {
