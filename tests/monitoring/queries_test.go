@@ -409,7 +409,9 @@ func (w *world) traffic(t *testing.T) (stop func()) {
 	every(300*time.Millisecond, func() { send("wrong", http.MethodGet, "/api/k8s/version", "") })
 	every(700*time.Millisecond, func() { send("", http.MethodGet, "/api/agent/status", "") })
 	every(500*time.Millisecond, func() { send(agentToken, http.MethodGet, "/api/k8s/metrics", "") })
-	every(900*time.Millisecond, func() { send(agentToken, http.MethodDelete, "/api/k8s/api/v1/namespaces/"+namespace, "") })
+	every(900*time.Millisecond, func() {
+		send(agentToken, http.MethodDelete, "/api/k8s/api/v1/namespaces/"+namespace, "")
+	})
 	every(time.Second, func() { send(agentToken, http.MethodPost, "/api/agent/heartbeat", "") })
 	every(time.Second, func() { send(agentToken, http.MethodGet, "/api/agent/status", "") })
 	every(400*time.Millisecond, func() { send(agentToken, http.MethodPost, "/api/runners/r/command", `{"do":"it"}`) })
