@@ -29,10 +29,13 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 		sc.inFlight.Dec()
 		s.metrics.kube.WithLabelValues(sc.verb(), codeLabel, sc.lane()).Inc()
 	}
-	if isKubernetes(r) {
-		s.metrics.access.WithLabelValues(s.config.Access.Identity, sc.outcome).Inc()
-	} else {
+	switch {
+	case !isKubernetes(r):
 		sc.outcome = ""
+	case sc.outcome == "forwarded":
+		s.forwarded.Inc()
+	default:
+		s.metrics.access.WithLabelValues(s.config.Access.Identity, sc.outcome).Inc()
 	}
 
 	level := slog.LevelInfo
@@ -66,7 +69,7 @@ func (s *scope) attrs(r *http.Request) []slog.Attr {
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
 		certificate = r.TLS.PeerCertificates[0].Subject.CommonName
 	}
-	attrs := make([]slog.Attr, 0, 20)
+	attrs := make([]slog.Attr, 0, 12) // of most requests
 	for _, attr := range [...]struct{ key, value string }{
 		{"request_id", s.requestID}, {"method", orOther(r.Method, slices.Contains(kube.Methods, r.Method))},
 		{"route", routeLabel(r)}, {"caller", s.caller}, {"forwarded_for", from}, {"client_certificate", certificate},

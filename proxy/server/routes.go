@@ -124,7 +124,9 @@ func notFound(l listener) http.HandlerFunc {
 func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(r)
 	sc.Reserve = func(bytes int64, optional bool) bool { return s.gate.reserve(sc, bytes, optional) }
-	sc.started = func() { s.log.LogAttrs(r.Context(), slog.LevelInfo, "stream started", sc.attrs(r)...) }
+	if sc.Upgrade {
+		sc.started = func() { s.log.LogAttrs(r.Context(), slog.LevelInfo, "stream started", sc.attrs(r)...) }
+	}
 	switch s.kube.Serve(w, r, &sc.Request) {
 	case 0:
 	case http.StatusForbidden:
