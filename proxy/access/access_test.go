@@ -220,6 +220,8 @@ func TestOwnNamespaceIsClosed(t *testing.T) {
 		{"PUT", ns + "/configmaps/other", "own_namespace", ""},
 		{"POST", "/api/v1/namespaces//agent/configmaps", "config_map", "config_map"},
 		{"DELETE", "/api/v1/namespaces/agent%2Fconfigmaps/owner", "config_map", "config_map"},
+		{"PUT", "/api/v1/////namespaces/agent/configmaps/owner", "config_map", "config_map"},
+		{"GET", "/api//////v1/namespaces/agent/secrets/s", "own_namespace", ""},
 		{"GET", "/api/v1/secrets", "", ""}, // a path does not show it
 		{"DELETE", "/api/v1/namespaces/other/secrets/s", "", ""},
 	} {
@@ -275,6 +277,9 @@ func TestOwner(t *testing.T) {
 		{200, `{"allow":""}`, None},
 		{200, `{"allow":"all","ends":"` + future + `"}`, None},
 		{200, `{"allow":"all","until":"tomorrow"}`, None},
+		{200, `{"allow":"all","until":""}`, None},
+		{200, `{"allow":"write"}`, Write},
+		{200, `{"allow":"all"},"binaryData":{"until":"YQ=="}`, None},
 		{200, `{}`, None},
 		{200, `{"allow":"write"}`, Write},
 		{401, ``, None},

@@ -90,7 +90,7 @@ func (c *Client) CheckReady(ctx context.Context) error {
 	return err
 }
 
-// ReadConfigMap returns the data of a ConfigMap.
+// ReadConfigMap returns the data of a ConfigMap, with empty values for what is not text.
 func (c *Client) ReadConfigMap(ctx context.Context, namespace, name string) (map[string]string, error) {
 	var configMap struct {
 		Data       map[string]string
@@ -98,10 +98,12 @@ func (c *Client) ReadConfigMap(ctx context.Context, namespace, name string) (map
 	}
 	path := "/api/v1/namespaces/" + namespace + "/configmaps/" + name
 	err := c.call(ctx, nil, http.MethodGet, path, acceptObjects, nil, decodeInto(&configMap))
+	data := map[string]string{}
+	maps.Copy(data, configMap.Data)
 	for key := range configMap.BinaryData {
-		return nil, fmt.Errorf("its key %.64q is binary", key)
+		data[key] = ""
 	}
-	return configMap.Data, err
+	return data, err
 }
 
 // Review asks the API server whether the caller that the headers of identity name may do what d describes.

@@ -15,6 +15,7 @@ func TestRequestsAreDescribedAsInRBAC(t *testing.T) {
 		{"GET", "/api/v1/namespaces/a/pods?limit=1", Description{Verb: "list", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/namespaces/a/pods?watch=1", Description{Verb: "watch", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/namespaces/a/pods?watch", Description{Verb: "watch", Resource: "pods", Namespace: "a"}},
+		{"GET", "/api/v1/namespaces/a/pods?w%61tch=1", Description{Verb: "watch", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/namespaces/a/pods?watch=False", Description{Verb: "list", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/namespaces/a/pods?allowWatchBookmarks=true", Description{Verb: "list", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/watch/namespaces/a/pods", Description{Verb: "watch", Resource: "pods", Namespace: "a"}},

@@ -2,11 +2,24 @@ package server
 
 import (
 	"bufio"
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"log/slog"
+	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -253,5 +266,108 @@ func TestOwnerEndsWhatIsNoLongerAllowed(t *testing.T) {
 	}
 	if n := testutil.ToFloat64(s.metrics.streamsEnded.WithLabelValues("switch")); n != 1 {
 		t.Errorf("%v ended, want 1", n)
+	}
+}
+
+// TestUnverifiedSubjectsAreNotLogged: a token's own account of its subject holds once the API server accepts it.
+func TestUnverifiedSubjectsAreNotLogged(t *testing.T) {
+	code := 0
+	api := newAPIServer(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(code) })
+	log := &bytes.Buffer{}
+	s := serverWith(t, &rest.Config{Host: api.URL}, slog.New(slog.NewJSONHandler(log, nil)), func(cfg *config.Config) {
+		cfg.Agent.Token, cfg.Access.Identity = token, access.Own
+	})
+	for _, test := range []struct {
+		code   int
+		logged bool
+	}{
+		{http.StatusOK, true}, {http.StatusForbidden, true},
+		{http.StatusBadRequest, false}, {http.StatusUnauthorized, false}, {http.StatusBadGateway, false},
+	} {
+		code = test.code
+		r := httptest.NewRequest(http.MethodGet, "/api/k8s/version", nil)
+		r.Header.Set(access.GateHeader, "Bearer "+token)
+		r.Header.Set("Authorization", "Bearer e30."+base64.RawURLEncoding.EncodeToString([]byte(`{"sub":"victim"}`))+".x")
+		log.Reset()
+		s.handler(tunnel).ServeHTTP(httptest.NewRecorder(), r)
+		if strings.Contains(log.String(), `"user":"victim"`) != test.logged || strings.Contains(log.String(), "e30.") {
+			t.Errorf("%d: logged %s", test.code, log)
+		}
+	}
+}
+
+// TestConnectionsEndWithTheirCertificates: when they expire, and when their authority is no longer trusted.
+func TestConnectionsEndWithTheirCertificates(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	issue := func() func(life time.Duration) tls.Certificate { // writes a new authority, and issues by it
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ca := &x509.Certificate{
+			SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true,
+			Subject: pkix.Name{CommonName: "ca"}, BasicConstraintsValid: true,
+		}
+		der, err := x509.CreateCertificate(rand.Reader, ca, ca, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return func(life time.Duration) tls.Certificate {
+			leaf := &x509.Certificate{
+				SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(life),
+				ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+			}
+			der, err := x509.CreateCertificate(rand.Reader, leaf, ca, key.Public(), key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+		}
+	}
+	first := issue()
+	s, _, _ := newTest(t, token)
+	writeCertificate(t, s.config.RunDir, 1)
+	c := &certificates{runDir: s.config.RunDir, clientCAFile: file, log: s.log}
+	if err := c.reload(); err != nil {
+		t.Fatal(err)
+	}
+	socket, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bounded := s.bound(tunnel, socket.(*net.TCPListener), c.config())
+	server := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), s.log)
+	go func() { _ = server.Serve(bounded) }()
+	t.Cleanup(func() { _ = server.Close() })
+	served := func(certificates ...tls.Certificate) bool {
+		conn, err := tls.Dial("tcp", socket.Addr().String(),
+			&tls.Config{InsecureSkipVerify: true, Certificates: certificates, MinVersion: tls.VersionTLS13})
+		if err != nil {
+			return false
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		_, _ = io.WriteString(conn, "GET /metrics HTTP/1.1\r\nHost: a\r\n"+auth+"\r\n")
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		return err == nil && resp.StatusCode == http.StatusOK
+	}
+	if served() || !served(first(2*time.Second)) || !served(first(time.Hour)) {
+		t.Fatal("a caller without a certificate is served, or one with a certificate is not")
+	}
+	if n := c.follow(bounded); n != 0 {
+		t.Errorf("%d connections closed before anything has changed", n)
+	}
+	eventually(t, func() bool { return c.follow(bounded) == 1 })
+	second := issue()
+	if n := c.follow(bounded); n != 1 || served(first(time.Hour)) || !served(second(time.Hour)) {
+		t.Errorf("%d connections closed, or another authority is trusted than that of the file", n)
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if n := c.follow(bounded); n != 1 || served(second(time.Hour)) {
+		t.Errorf("without a file, %d connections closed, or callers are served", n)
 	}
 }
