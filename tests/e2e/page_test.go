@@ -401,8 +401,8 @@ func (i *installed) runbooks(sh *shell) {
 	}
 	// Commands that find nothing while the agent works.
 	nothing := regexp.MustCompile(`"status":5|authentication failed|grep -v True`)
-	// There is no previous container, and the timeout is too short.
-	expected := regexp.MustCompile(`previous terminated container|timed out waiting`)
+	// There is no previous container, the timeout is too short, and the component access is not installed yet.
+	expected := regexp.MustCompile(`previous terminated container|timed out waiting|"pipeops-agent-access" not found`)
 	for _, command := range slices.Concat(read, fix) {
 		if nothing.MatchString(command) { // check that kubectl accepts it
 			command, _, _ = strings.Cut(command, "|")
