@@ -400,7 +400,7 @@ func (i *installed) runbooks(sh *shell) {
 		i.t.Fatalf("the runbooks have %d commands to read and %d to fix", len(read), len(fix))
 	}
 	// Commands that find nothing while the agent works.
-	nothing := regexp.MustCompile(`"status":5|authentication failed|grep -v True`)
+	nothing := regexp.MustCompile(`"status":5|authentication failed|what the owner|"outcome":|grep -v True`)
 	// There is no previous container, the timeout is too short, and the component access is not installed yet.
 	expected := regexp.MustCompile(`previous terminated container|timed out waiting|"pipeops-agent-access" not found`)
 	for _, command := range slices.Concat(read, fix) {
