@@ -189,9 +189,10 @@ var (
 	checkToken = accept(regexp.MustCompile(`^[!-~]*$`).MatchString, // what an HTTP header can carry
 		"holds a space, a line break or a character outside ASCII: copy the token again")
 	namePrefix = accept(func(v string) bool {
-		low := strings.ToLower(v) // with prefix "s" a group "ystem:masters" would be system:masters
-		return regexp.MustCompile(`^[!-~]+$`).MatchString(v) &&
-			!strings.HasPrefix(low, "system:") && !strings.HasPrefix("system:", low)
+		_, err := checkToken(v) // what an HTTP header can carry
+		low := strings.ToLower(v)
+		// With prefix "s" a group "ystem:masters" would be system:masters.
+		return err == nil && !strings.HasPrefix(low, "system:") && !strings.HasPrefix("system:", low)
 	}, "VALUE is not a prefix for names: give printable ASCII characters that are not, and do not begin, system:")
 	listenAddr = accept(func(v string) bool {
 		_, port, _ := net.SplitHostPort(v) // no port where there is an error

@@ -204,7 +204,7 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	}
 	if p.callers.TLS != nil {
 		err := p.callers.Call(ctx, agentapi.VersionPath, nil, &info)
-		if p.certificates() && err != nil && strings.Contains(err.Error(), "certificate required") {
+		if p.cfg.Proxy.ClientCAFile != "" && err != nil && strings.Contains(err.Error(), "certificate required") {
 			err = nil // what a caller without one is told
 		}
 		if err != nil {
@@ -226,15 +226,12 @@ func (p *patient) kubernetes(ctx context.Context) (result, detail string) {
 	return ok, "the API server answers the agent's credential"
 }
 
-// certificates reports whether callers need client certificates, which doctor has not.
-func (p *patient) certificates() bool { return p.cfg.Proxy.ClientCAFile != "" }
-
 // permissions asks the API server, through the proxy, whether the agent has the rights that its own features need.
 func (p *patient) permissions(ctx context.Context) (result, detail string) {
 	const reviews = agentapi.KubernetesPrefix + "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 	const review = `{"apiVersion":"authorization.k8s.io/v1","kind":"SelfSubjectAccessReview",` +
 		`"spec":{"resourceAttributes":{"verb":%q,"resource":%q,"name":%q,"namespace":%q}}}`
-	if p.cfg.Access.Identity != "agent" || p.certificates() {
+	if p.cfg.Access.Identity != "agent" || p.cfg.Proxy.ClientCAFile != "" {
 		return skipped, "only callers of the agent's own identity, without client certificates, can ask: " +
 			"the status says what the agent may not read"
 	}

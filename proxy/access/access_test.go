@@ -94,7 +94,7 @@ func TestOwnCredentials(t *testing.T) {
 		{[]string{"Authorization", "Bearer x.y"}, http.Header{"Authorization": {"Bearer x.y"}}},
 		{[]string{"Authorization", "bearer x"}, http.Header{"Authorization": {"Bearer x"}}},
 		{
-			[]string{"Authorization", "Bearer x", "Impersonate-User", "a", "Impersonate-Uid", "1", GateHeader, "Bearer t"},
+			[]string{"Authorization", "Bearer x", "Impersonate-User", "a", "Impersonate-Uid", "1", kube.GateHeader, "Bearer t"},
 			http.Header{"Authorization": {"Bearer x"}, "Impersonate-User": {"a"}, "Impersonate-Uid": {"1"}},
 		},
 		{
@@ -128,7 +128,7 @@ func TestOwnCredentials(t *testing.T) {
 			t.Errorf("%q: %v, %d, %v", headers, c.Headers, code, err)
 		}
 	}
-	for _, name := range []string{"authorization", GateHeader, "Impersonate-User"} {
+	for _, name := range []string{"authorization", kube.GateHeader, "Impersonate-User"} {
 		_, code, err := Identify(request("Authorization", "Bearer x", "Connection", name), Own, "p-")
 		if err == nil || code != http.StatusBadRequest {
 			t.Errorf("Connection: %s: %d, %v", name, code, err)

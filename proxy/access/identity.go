@@ -26,9 +26,6 @@ const (
 )
 
 const (
-	// GateHeader carries the agent's token in identity own, where Authorization is the caller's.
-	GateHeader = "Pipeops-Agent-Authorization"
-
 	// TunnelGroup is a group of every caller in identity named, so that the cluster can tell them from its own users.
 	TunnelGroup = "pipeops:tunnel"
 
@@ -82,7 +79,7 @@ func Identify(r *http.Request, identity, prefix string) (c Caller, code int, err
 
 // isIdentity reports whether a header, by its canonical name, may say who calls.
 func isIdentity(name string) bool {
-	return name == "Authorization" || name == GateHeader || strings.HasPrefix(name, "Impersonate-")
+	return name == "Authorization" || name == kube.GateHeader || strings.HasPrefix(name, "Impersonate-")
 }
 
 func identifyNamed(header http.Header, prefix string) (c Caller, err error) {

@@ -82,8 +82,11 @@ func RemoveCaller(header http.Header) {
 	}
 }
 
+// GateHeader carries the agent's token where Authorization is the caller's own.
+const GateHeader = "Pipeops-Agent-Authorization"
+
 var removed = []string{
-	"Authorization", "Pipeops-Agent-Authorization", "Cookie", "X-Real-Ip", "Expect", // Expect: see Body.stream
+	"Authorization", GateHeader, "Cookie", "X-Real-Ip", "Expect", // Expect: see Body.stream
 }
 
 // TokenProtocol begins an element of Sec-WebSocket-Protocol that holds a token, which the API server accepts too.

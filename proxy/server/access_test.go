@@ -122,7 +122,7 @@ func FuzzAccess(f *testing.F) {
 						if !ok {
 							t.Errorf("%s: %q reached the API server with %s: %q", identity, headers, name, values)
 						}
-					case strings.HasPrefix(name, "X-Remote-"), name == "Cookie", name == access.GateHeader,
+					case strings.HasPrefix(name, "X-Remote-"), name == "Cookie", name == kube.GateHeader,
 						name == "Sec-Websocket-Protocol" && strings.Contains(strings.Join(values, ","), kube.TokenProtocol):
 						t.Errorf("%s: %q reached the API server with %s: %q", identity, headers, name, values)
 					}
@@ -177,7 +177,7 @@ func TestRightsOfStreamsAreReviewed(t *testing.T) {
 			watch := func(user string) io.Reader {
 				who := auth + "Impersonate-User: " + user + "\r\n"
 				if test.identity == access.Own {
-					who = access.GateHeader + ": Bearer " + token + "\r\nAuthorization: Bearer " + user + "\r\n"
+					who = kube.GateHeader + ": Bearer " + token + "\r\nAuthorization: Bearer " + user + "\r\n"
 				}
 				_, resp, err := send(t, addr, "GET /api/k8s/api/v1/pods?watch=1 HTTP/1.1\r\nHost: a\r\n"+who)
 				if err != nil || resp.StatusCode != http.StatusOK {
@@ -286,7 +286,7 @@ func TestUnverifiedSubjectsAreNotLogged(t *testing.T) {
 	} {
 		code = test.code
 		r := httptest.NewRequest(http.MethodGet, "/api/k8s/version", nil)
-		r.Header.Set(access.GateHeader, "Bearer "+token)
+		r.Header.Set(kube.GateHeader, "Bearer "+token)
 		r.Header.Set("Authorization", "Bearer e30."+base64.RawURLEncoding.EncodeToString([]byte(`{"sub":"victim"}`))+".x")
 		log.Reset()
 		s.handler(tunnel).ServeHTTP(httptest.NewRecorder(), r)

@@ -29,13 +29,10 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 		sc.inFlight.Dec()
 		s.metrics.kube.WithLabelValues(sc.verb(), codeLabel, sc.lane()).Inc()
 	}
-	switch {
-	case !isKubernetes(r):
-		sc.outcome = ""
-	case sc.outcome == "forwarded":
-		s.forwarded.Inc()
-	default:
+	if isKubernetes(r) {
 		s.metrics.access.WithLabelValues(s.config.Access.Identity, sc.outcome).Inc()
+	} else {
+		sc.outcome = ""
 	}
 
 	level := slog.LevelInfo

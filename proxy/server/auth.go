@@ -181,7 +181,7 @@ func (s *Server) authenticate(r *http.Request) *refusal {
 	if s.config.Proxy.ClientCAFile != "" && r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
 		return nil
 	}
-	return s.auth.check(r.Header, access.GateHeader)
+	return s.auth.check(r.Header, kube.GateHeader)
 }
 
 // identify records as whom a request for the Kubernetes API acts, or returns why not, and the status for that.

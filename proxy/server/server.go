@@ -13,7 +13,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
 
@@ -44,7 +43,6 @@ type Server struct {
 	log     *slog.Logger
 
 	heartbeats    atomic.Uint64             // received from the control plane
-	forwarded     prometheus.Counter        // requests for the Kubernetes API
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
 }
 
@@ -84,7 +82,7 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	}
 	s.addChecks(client)
 	m.owner(s.owner)
-	s.forwarded = m.access.WithLabelValues(cfg.Access.Identity, "forwarded")
+	m.access.WithLabelValues(cfg.Access.Identity, "forwarded") // 0 until there is one
 	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse().requests) })
 	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { return s.gate.inUse().memory })
 	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })

@@ -194,11 +194,11 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 		if !slices.Contains(names, other.name) || other.binary == "" {
 			continue
 		}
-		env := "PIPEOPS_ACCESS_IDENTITY=" + other.identity
-		if other.identity == "" {
-			env = "A=" // a build from before the setting refuses it
+		var env []string
+		if other.identity != "" { // an earlier build refuses the setting
+			env = []string{"PIPEOPS_ACCESS_IDENTITY=" + other.identity}
 		}
-		if err := ours(other.name, other.binary, other.header, env); err != nil {
+		if err := ours(other.name, other.binary, other.header, env...); err != nil {
 			return nil, err
 		}
 	}
