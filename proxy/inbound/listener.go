@@ -26,6 +26,12 @@ const (
 	// Bytes of memory per byte read, at most. Measured with the shortest headers.
 	handshakeCost, headerCost = 2, 20
 
+	// A connection of HTTP/2 counts as so many: a header block may be unfinished while other requests are answered.
+	http2Connections = 4
+
+	// Bytes of memory for an unauthenticated request of HTTP/2, besides its headers: there can be many on a connection.
+	streamCost = 16 << 10
+
 	// Bytes that the kernel buffers for a connection; it uses twice the memory. By default a caller who does not read
 	// uses several MiB. With less than 48 KiB to read, loopback has 8 MB/s.
 	readBuffer, writeBuffer = 64 << 10, 32 << 10
@@ -46,7 +52,7 @@ const (
 
 // Config holds the limits of a Listener.
 type Config struct {
-	Connections  int           // open at the same time
+	Connections  int           // open at the same time; one of HTTP/2 counts as http2Connections
 	HeaderMemory int64         // bytes of memory for headers until their request is authenticated
 	HelloTimeout time.Duration // until the end of the TLS handshake
 	TLS          *tls.Config   // nil: neither TLS nor PROXY headers
@@ -64,8 +70,9 @@ type Listener struct {
 
 	mu      sync.Mutex
 	open    sets.Set[*Conn]
+	count   int        // of open, as Config.Connections counts
 	waiting *list.List // of *Conn without an authenticated request, the one that has waited longest first
-	headers int64      // bytes of memory that their headers may use
+	headers int64      // bytes of memory that headers of unauthenticated requests may use
 }
 
 // New returns a Listener and starts to accept from inner, until either is closed.
@@ -99,22 +106,28 @@ func (l *Listener) accept() {
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
-		c := &Conn{TCPConn: accepted, listener: l, remote: accepted.RemoteAddr()}
+		c := &Conn{TCPConn: accepted, listener: l, remote: accepted.RemoteAddr(), begun: time.Now()}
 		_ = c.SetReadBuffer(readBuffer)
 		_ = c.SetWriteBuffer(writeBuffer)
-		if l.admit(c) {
+		c.locked(func() { l.open.Insert(c) })
+		if l.admit(c, 1) {
 			go l.begin(c)
 		}
 	}
 }
 
-// admit counts a connection. Beyond the limit it closes the one that has waited longest. It returns false if that is c.
-func (l *Listener) admit(c *Conn) bool {
+// admit counts an open connection as n more. Beyond the limit it closes those that have waited longest. It returns
+// false if c is closed.
+func (l *Listener) admit(c *Conn, n int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.open.Insert(c)
+	if !l.open.Has(c) {
+		return false
+	}
+	c.count += n
+	l.count += n
 	c.setWaiting(true)
-	if l.open.Len() > l.config.Connections {
+	for l.count > l.config.Connections {
 		oldest, reason := l.waiting.Front().Value.(*Conn), Evicted
 		if oldest == c {
 			reason = TooMany
@@ -137,9 +150,15 @@ func (l *Listener) begin(c *Conn) {
 			return
 		}
 		_ = c.SetDeadline(time.Time{})
-		c.locked(c.releaseHeaders)
+		c.locked(func() { c.releaseHeaders(c.memory) })
 	}
 	c.cost.Store(headerCost)
+	if c.http2 {
+		c.cost.Store(0)
+		if !l.admit(c, http2Connections-1) {
+			return
+		}
+	}
 	select {
 	case l.ready <- conn:
 	case <-l.closed:
@@ -161,7 +180,8 @@ func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 	}
 	conn := tls.Server(c, config)
 	err = conn.HandshakeContext(context.Background()) // the connection has a deadline
-	c.locked(func() { c.peer = conn.ConnectionState().PeerCertificates })
+	state := conn.ConnectionState()
+	c.locked(func() { c.peer, c.http2 = state.PeerCertificates, state.NegotiatedProtocol == "h2" })
 	return conn, err
 }
 
@@ -225,20 +245,21 @@ func (c *Conn) readProxyHeader() error {
 
 // ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
-	if c := unwrap(conn); c != nil && state == http.StateIdle {
+	if c := unwrap(conn); c != nil && state == http.StateIdle && !c.http2 {
 		c.cost.Store(headerCost)
 		c.locked(func() {
-			c.releaseHeaders()
+			c.releaseHeaders(c.memory)
 			c.setWaiting(true)
 		})
 	}
 }
 
-// InUse returns how many connections are open, and how many bytes of memory unfinished headers may use.
+// InUse returns how many connections are open, as Config.Connections counts, and how many bytes of memory the headers
+// of unauthenticated requests may use.
 func (l *Listener) InUse() (connections int, headers int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.open.Len(), l.headers
+	return l.count, l.headers
 }
 
 // Conn is one connection. A nil *Conn, that of a request which came by another listener, does nothing.
@@ -250,11 +271,15 @@ type Conn struct {
 	proxied  bool         // remote is what a PROXY header said
 	unread   []byte       // read by peek
 	cost     atomic.Int64 // bytes of memory that a byte read now may cost
+	http2    bool
+	begun    time.Time
 
 	// Guarded by the listener's mu.
-	place  *list.Element // in waiting; nil while an authenticated request is being answered
-	memory int64         // counted for its headers
-	peer   []*x509.Certificate
+	count    int           // as how many it counts
+	place    *list.Element // in waiting; nil while an authenticated request is being answered
+	requests int           // authenticated and being answered
+	memory   int64         // counted for its headers
+	peer     []*x509.Certificate
 }
 
 type contextKey struct{}
@@ -281,27 +306,52 @@ func unwrap(conn net.Conn) *Conn {
 // RemoteAddr returns the caller's address, from the PROXY header if there was one.
 func (c *Conn) RemoteAddr() net.Addr { return c.remote }
 
+// Age returns how long the connection has been open.
+func (c *Conn) Age() time.Duration {
+	if c == nil {
+		return 0
+	}
+	return time.Since(c.begun)
+}
+
 // Proxied reports whether RemoteAddr is from a PROXY header.
 func (c *Conn) Proxied() bool { return c != nil && c.proxied }
 
-// HeadersRead must be called when a request's headers are complete: its body costs no memory.
-func (c *Conn) HeadersRead() {
-	if c != nil {
-		c.cost.Store(0)
+// HeadersRead must be called when a request's headers are complete, with how much memory they use. It returns false if
+// that is too much: the request must end.
+func (c *Conn) HeadersRead(memory int64) bool {
+	switch {
+	case c == nil:
+		return true
+	case c.http2:
+		return c.listener.charge(c, memory+streamCost)
 	}
+	c.cost.Store(0) // they were counted while they were read
+	return true
 }
 
 // Authenticated must be called when a request's credential is accepted: until Answered, the connection is not evicted.
-func (c *Conn) Authenticated() {
+// headers is what HeadersRead was told.
+func (c *Conn) Authenticated(headers int64) {
 	c.locked(func() {
-		c.releaseHeaders()
+		c.releaseHeaders(headers + streamCost)
+		c.requests++
 		c.setWaiting(false)
 	})
 }
 
 // Answered must be called when a handler has returned. The last bytes of the answer may still be in transit.
-func (c *Conn) Answered() {
-	c.locked(func() { c.setWaiting(true) })
+func (c *Conn) Answered(headers int64, authenticated bool) {
+	c.locked(func() {
+		if authenticated {
+			c.requests--
+		} else {
+			c.releaseHeaders(headers + streamCost)
+		}
+		if c.requests == 0 {
+			c.setWaiting(true)
+		}
+	})
 }
 
 func (c *Conn) Read(p []byte) (int, error) {
@@ -319,7 +369,8 @@ func (c *Conn) Read(p []byte) (int, error) {
 
 // charge counts memory for headers that were read. Beyond the limit it closes connections, the one whose headers have
 // been unfinished for longest first: callers who are slow, or send without end, must not keep out those who send whole
-// headers at once. It returns false if c was closed.
+// headers at once. Those with authenticated requests come last, the one that uses most first. It returns false if c was
+// closed.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -337,6 +388,15 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 		if other.memory > 0 {
 			other.evict(HeaderMemory)
 		}
+	}
+	for l.headers > l.config.HeaderMemory {
+		most := c
+		for other := range l.open {
+			if other.memory > most.memory {
+				most = other
+			}
+		}
+		most.evict(HeaderMemory)
 	}
 	return l.open.Has(c)
 }
@@ -378,7 +438,9 @@ func (c *Conn) evict(reason string) {
 // forget removes the connection from the counts.
 func (c *Conn) forget() {
 	c.listener.open.Delete(c)
-	c.releaseHeaders()
+	c.listener.count -= c.count
+	c.count = 0
+	c.releaseHeaders(c.memory)
 	c.setWaiting(false)
 }
 
@@ -393,8 +455,11 @@ func (c *Conn) setWaiting(waiting bool) {
 	}
 }
 
-// releaseHeaders stops counting the memory of the connection's headers.
-func (c *Conn) releaseHeaders() {
-	c.listener.headers -= c.memory
-	c.memory = 0
+// releaseHeaders stops counting memory of headers: over HTTP/1.1 all that was counted for the connection's only request.
+func (c *Conn) releaseHeaders(memory int64) {
+	if memory = min(memory, c.memory); !c.http2 {
+		memory = c.memory
+	}
+	c.listener.headers -= memory
+	c.memory -= memory
 }

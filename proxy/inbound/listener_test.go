@@ -51,10 +51,10 @@ func start(t *testing.T, config Config) *world {
 		MaxHeaderBytes: 1 << 20, ConnContext: ConnContext, ConnState: w.ConnState, ReadHeaderTimeout: time.Minute,
 		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 			c := From(r.Context())
-			c.HeadersRead()
-			defer c.Answered()
+			c.HeadersRead(0)
+			defer c.Answered(0, true)
 			if r.URL.Path == "/hold" {
-				c.Authenticated()
+				c.Authenticated(0)
 				w.entered <- c
 				<-w.release
 			}
@@ -313,9 +313,9 @@ func TestIncompleteHelloTimesOut(t *testing.T) {
 
 func TestNilConnDoesNothing(t *testing.T) {
 	c := From(context.Background())
-	c.HeadersRead()
-	c.Authenticated()
-	c.Answered()
+	c.HeadersRead(0)
+	c.Authenticated(0)
+	c.Answered(0, true)
 	c.Abort()
 	if c.Proxied() {
 		t.Error("no connection has a PROXY header")

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -14,6 +15,9 @@ import (
 // maxRepeatable is up to how many bytes a body is kept, if memory allows, so that the transport can repeat the request
 // when the API server rejects it unread (GOAWAY): to stop, or to balance its connections.
 const maxRepeatable = 256 << 10
+
+// UploadWindow is how many bytes of a body a caller of HTTP/2 may send ahead.
+const UploadWindow = 64 << 10
 
 // keepTimeout is how long a body that is kept may take to arrive, as headers may; uploadTimeout is how long any other
 // body may take between two parts.
@@ -27,8 +31,12 @@ type Body struct {
 	received func(bytes float64)
 	patience time.Duration // between two parts; 0: no limit
 	blocked  atomic.Int64
-	reading  context.Context         // its cause is the error that ended reading: io.EOF if all has arrived
-	end      context.CancelCauseFunc // ends reading
+
+	mu       sync.Mutex
+	released bool // the answer has ended: control must not be used any more
+
+	reading context.Context         // its cause is the error that ended reading: io.EOF if all has arrived
+	end     context.CancelCauseFunc // ends reading
 }
 
 // NewBody wraps the body of a request that w answers. It calls received with the number of bytes of each read.
@@ -41,7 +49,26 @@ func NewBody(w http.ResponseWriter, body io.ReadCloser, received func(bytes floa
 // Within limits the time until all of the body has arrived. Without it there is no limit: the body may be a stream.
 func (b *Body) Within(limit time.Duration) {
 	if b != nil {
-		_ = b.control.SetReadDeadline(time.Now().Add(limit))
+		b.readBefore(time.Now().Add(limit))
+	}
+}
+
+// readBefore sets the deadline for reading. Over HTTP/2, net/http panics if that comes after the handler: the transport
+// may still read.
+func (b *Body) readBefore(deadline time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.released {
+		_ = b.control.SetReadDeadline(deadline)
+	}
+}
+
+// Release must be called when the handler ends.
+func (b *Body) Release() {
+	if b != nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.released = true
 	}
 }
 
@@ -74,7 +101,7 @@ func (b *Body) Read(p []byte) (int, error) {
 	b.received(float64(n))
 	if errors.Is(err, io.EOF) {
 		// From here net/http reads, and would take an expired deadline for a caller who has gone.
-		_ = b.control.SetReadDeadline(time.Time{})
+		b.readBefore(time.Time{})
 	}
 	if err != nil {
 		b.end(err)
@@ -100,7 +127,7 @@ func (b *Body) stream(w http.ResponseWriter, r *http.Request) {
 	b.patience = uploadTimeout
 	// Else net/http closes the body when the answer begins, and the transport, still reading, breaks off the answer.
 	_ = b.control.EnableFullDuplex()
-	if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
+	if r.Header.Get("Expect") != "" && r.ProtoMajor == 1 && r.ProtoMinor == 1 {
 		// Else net/http tells the caller to continue when the transport, in another goroutine, first reads the body: a
 		// race with a 1xx of the API server on the way back.
 		w.WriteHeader(http.StatusContinue)

@@ -18,7 +18,9 @@ import (
 func TestAnswersToLargeBodiesAreComplete(t *testing.T) {
 	const padding = 64 << 10 // of an answer: more than comes with its headers
 	answer := func(body []byte) []byte { return append(bytes.Repeat(body[:16], padding/16), body[:16]...) }
-	for _, protocol := range []string{"HTTP/1.1", "HTTP/2"} {
+	for _, protocols := range [][2]string{
+		{"HTTP/1.1", "HTTP/1.1"}, {"HTTP/1.1", "HTTP/2"}, {"HTTP/2", "HTTP/1.1"}, {"HTTP/2", "HTTP/2"},
+	} {
 		for _, test := range []struct {
 			name   string
 			unread int  // bytes of the body when the answer begins
@@ -29,7 +31,7 @@ func TestAnswersToLargeBodiesAreComplete(t *testing.T) {
 			{"some of it is not", 20 << 10, true},
 			{"a part is never read", 100 << 10, false},
 		} {
-			t.Run(protocol+", "+test.name, func(t *testing.T) {
+			t.Run("caller "+protocols[0]+", API server "+protocols[1]+", "+test.name, func(t *testing.T) {
 				upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					if test.rest {
 						_ = http.NewResponseController(w).EnableFullDuplex()
@@ -49,7 +51,7 @@ func TestAnswersToLargeBodiesAreComplete(t *testing.T) {
 					}
 					_, _ = w.Write(whole[padding/2:])
 				}))
-				if protocol == "HTTP/2" {
+				if protocols[1] == "HTTP/2" {
 					upstream.EnableHTTP2 = true
 					upstream.StartTLS()
 				} else {
@@ -108,5 +110,27 @@ func TestAnswerBeginsBeforeTheBodyEnds(t *testing.T) {
 	_ = send.Close()
 	if answer, err := io.ReadAll(resp.Body); err != nil || string(answer) != "the last" {
 		t.Errorf("answered %s %q, %v", resp.Status, answer, err)
+	}
+}
+
+// TestBodyIsUsedAfterItsHandler: the transport may still read it then, and net/http panics if a deadline is set.
+func TestBodyIsUsedAfterItsHandler(t *testing.T) {
+	var body *Body
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body = NewBody(w, r.Body, func(float64) {})
+		body.stream(w, r)
+		body.Release()
+	}))
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	resp, err := server.Client().Post(server.URL, "text/plain", bytes.NewReader(make([]byte, 1<<20)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	server.Close() // the handler has ended
+	body.Within(time.Second)
+	if _, err := io.Copy(io.Discard, body); err == nil {
+		t.Error("the body was read to its end")
 	}
 }

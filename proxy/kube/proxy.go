@@ -69,6 +69,9 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (ref
 			writeBodyError(w, r, err)
 			return 0
 		}
+	case r.ProtoMajor == 2 && !req.Reserve(UploadWindow, false):
+		WriteStatus(w, r, http.StatusTooManyRequests, "too many large bodies are being received: try again", 1)
+		return http.StatusTooManyRequests
 	default:
 		body.stream(w, r)
 		f.streamed = body
@@ -85,6 +88,8 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (ref
 		rp.BufferPool = p.watchBuffers
 	}
 	rp.ServeHTTP(w, r)
-	f.streamed.afterAnswer(w.Header())
+	if r.ProtoMajor == 1 { // HTTP/2 has streams that it can reset
+		f.streamed.afterAnswer(w.Header())
+	}
 	return 0
 }

@@ -44,6 +44,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		req.Body = NewBody(w, r.Body, func(float64) {})
 		r = r.WithContext(r.Context())
 		r.Body = req.Body
+		defer req.Body.Release()
 	}
 	p.Serve(w, r, req)
 }
@@ -64,6 +65,18 @@ func front(t *testing.T, host string) *httptest.Server {
 	server := httptest.NewServer(proxyTo(t, &rest.Config{
 		Host: host, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true},
 	}))
+	t.Cleanup(server.Close)
+	return server
+}
+
+// frontHTTP2 is front over TLS, with a client that speaks HTTP/2.
+func frontHTTP2(t *testing.T, host string) *httptest.Server {
+	t.Helper()
+	server := httptest.NewUnstartedServer(proxyTo(t, &rest.Config{
+		Host: host, BearerToken: "agents-own", TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+	}))
+	server.EnableHTTP2 = true
+	server.StartTLS()
 	t.Cleanup(server.Close)
 	return server
 }

@@ -14,7 +14,8 @@ import (
 // answered counts and logs a request, without its query, headers and body. It must be deferred: it records a panic of
 // the handler, and panics again.
 func (s *Server) answered(sc *scope, r *http.Request, l listener) {
-	sc.conn.Answered()
+	sc.Body.Release()
+	sc.conn.Answered(sc.headers, sc.admitted)
 	code := sc.status()
 	if p := recover(); p != nil {
 		if p != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does

@@ -231,10 +231,11 @@ func (s *Server) protect(next http.HandlerFunc, needs access.Level, whileDrainin
 			}
 		}
 		sc.authenticated = true
-		switch why := s.gate.enter(sc, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI)), whileDraining); why {
+		switch why := s.gate.enter(sc, sc.headers, whileDraining); why {
 		case "":
 			defer s.gate.leave(sc)
-			sc.conn.Authenticated()
+			sc.admitted = true
+			sc.conn.Authenticated(sc.headers)
 			if why := s.refuse(sc); why != "" {
 				fail(w, r, http.StatusForbidden, why, 0)
 				return

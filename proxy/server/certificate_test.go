@@ -101,7 +101,7 @@ func TestTunnelListenerServesTLSAndPlainHTTP(t *testing.T) {
 		}
 		defer func() { _ = resp.Body.Close() }()
 		body, err := io.ReadAll(resp.Body)
-		if string(body) != "HTTP/1.1 hello" {
+		if want := map[bool]string{true: "HTTP/2.0 hello", false: "HTTP/1.1 hello"}[resp.TLS != nil]; string(body) != want {
 			t.Errorf("%s answers %q, %v", url, body, err)
 		}
 		return err

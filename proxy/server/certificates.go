@@ -31,8 +31,8 @@ type certificates struct {
 
 // config returns the configuration for TLS.
 func (c *certificates) config() *tls.Config {
-	// HTTP/1.1 only: an HTTP/2 connection cannot be upgraded.
-	config := &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: c.get}
+	// Callers who upgrade offer HTTP/1.1 only: an HTTP/2 connection cannot be upgraded.
+	config := &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}, GetCertificate: c.get}
 	if c.clientCAFile != "" {
 		config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return c.clients.Load(), nil }
 	}

@@ -128,7 +128,8 @@ func (g *gate) inUse() usage {
 	return usage{len(g.running), g.memory}
 }
 
-// revoke ends the requests that match, and returns how many.
+// revoke ends the requests that match, and returns how many: a watch with an event that says so, if it can, and all
+// others at once.
 func (g *gate) revoke(match func(*scope) bool, why *kube.Ended) int {
 	g.mu.Lock()
 	var matching []*scope
@@ -141,9 +142,23 @@ func (g *gate) revoke(match func(*scope) bool, why *kube.Ended) int {
 	g.mu.Unlock()
 	for _, sc := range matching { // to close a stream may take its time
 		g.log.Info("ending a request whose right has ended", "request_id", sc.requestID, "reason", why.Why)
-		sc.end(why)
+		if sc.EndWatch(why) {
+			time.AfterFunc(time.Second, func() { g.cut(sc, why) }) // if the caller does not read, or the event has no end
+		} else {
+			g.cut(sc, why)
+		}
 	}
 	return len(matching)
+}
+
+// cut ends a request for why, if it still runs.
+func (g *gate) cut(sc *scope, why error) {
+	sc.cancel(why)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if _, running := g.running[sc]; running && sc.blocked.Load() != 0 {
+		sc.abort()
+	}
 }
 
 const (

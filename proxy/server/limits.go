@@ -1,5 +1,7 @@
 package server
 
+import "time"
+
 // limits bound what callers can make the proxy hold. proxy/README.md has the table with the reasons.
 type limits struct {
 	connections    int   // open on the tunnel listener; on the operations listener opsConnections
@@ -9,6 +11,9 @@ type limits struct {
 	stalledCalls   int   // of these, calls whose caller neither reads nor sends
 	stalledReads   int   // of these, calls whose caller does not read
 	stalledStreams int   // and watches, logs and upgrades
+
+	// A connection of HTTP/2 that is older takes no more requests, so that callers with few of them use all replicas.
+	connectionAge time.Duration
 }
 
 const (
@@ -16,6 +21,7 @@ const (
 	opsHeaderBytes = 16 << 10
 	opsConnections = 100
 	maxCommands    = 32
+	maxStreams     = 60       // on a connection of HTTP/2; callers open another then
 	baseMemory     = 24 << 20 // bytes that the proxy itself needs
 	stalledMemory  = 96 << 10 // bytes for a stream whose caller does not read: its window, and what is in transit
 )
@@ -29,5 +35,6 @@ func newLimits(memory int64) *limits {
 		stalledCalls:   16,
 		stalledReads:   2, // an answer of 10 MB holds 100 of the 245 seats that the API server has for the agent
 		stalledStreams: int(memory / 8 / stalledMemory),
+		connectionAge:  30 * time.Second,
 	}
 }

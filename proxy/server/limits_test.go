@@ -38,6 +38,9 @@ func withLimits(t *testing.T, change func(*limits), api http.HandlerFunc) *Serve
 	t.Helper()
 	upstream := httptest.NewUnstartedServer(api)
 	upstream.EnableHTTP2 = true
+	upstream.Config.HTTP2 = &http.HTTP2Config{ // as the API server: streams do not stall each other
+		MaxReceiveBufferPerStream: 64 << 10, MaxReceiveBufferPerConnection: 4<<20 - 1,
+	}
 	upstream.StartTLS()
 	t.Cleanup(func() {
 		upstream.CloseClientConnections()

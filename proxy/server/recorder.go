@@ -20,6 +20,15 @@ func (s *scope) WriteHeader(code int) {
 			s.Header().Set("Connection", "close")
 			s.Body.Within(2 * time.Second)
 		}
+		if s.http2 { // one request must not close the connection for the others
+			s.Header().Del("Connection")
+			if !s.admitted {
+				_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Now().Add(2 * time.Second))
+			}
+		}
+		if s.renew {
+			s.Header().Set("Connection", "close") // net/http sends GOAWAY: what runs goes on
+		}
 	}
 	s.ResponseWriter.WriteHeader(code)
 }

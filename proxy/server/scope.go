@@ -28,8 +28,12 @@ type scope struct {
 	caller    string // address
 	start     time.Time
 	conn      *inbound.Conn // nil in tests without a listener
+	http2     bool          // the connection serves other requests too
+	renew     bool          // the connection must not be used for further requests
+	headers   int64         // bytes of memory that the request's headers use
 
 	authenticated bool
+	admitted      bool             // by the gate
 	answersEarly  bool             // the answer may begin before the request has ended
 	kube.Request                   // for the Kubernetes API, else empty
 	inFlight      prometheus.Gauge // counts it; nil for other requests
@@ -41,6 +45,7 @@ type scope struct {
 	memory        int64        // bytes that the gate has reserved; guarded by the gate's mu
 	revoked       bool         // its right has ended; guarded by the gate's mu
 	aborted       bool         // for being stalled; guarded by the gate's mu
+	reset         bool         // its stream of HTTP/2; guarded by the gate's mu
 
 	code    int          // of the answer; 0: none yet
 	bytes   atomic.Int64 // of the answer's body, or of an upgraded connection to the caller
@@ -65,8 +70,12 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 			ResponseWriter: w, metrics: s.metrics, ended: ctx.Err, cancel: cancel, outcome: "forwarded",
 			requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context()),
 		}
-		sc.share = sc.caller
-		sc.conn.HeadersRead()
+		sc.share, sc.headers = sc.caller, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI))
+		sc.http2 = r.ProtoMajor == 2
+		sc.renew = sc.http2 && (sc.conn.Age() > s.limits.connectionAge || s.gate.closed.Load())
+		if !sc.conn.HeadersRead(sc.headers) {
+			panic(http.ErrAbortHandler)
+		}
 		if l == tunnel {
 			sc.agentID = s.agent.ID
 		}
@@ -103,31 +112,21 @@ func (s *scope) lane() string {
 // isStream reports whether the caller may take any time to read the answer.
 func (s *scope) isStream() bool { return s.lane() != "call" || s.Subresource == "log" }
 
-// end ends the request for why: a watch with an event that says so, if it can, and all others at once.
-func (s *scope) end(why *kube.Ended) {
-	cut := func() {
-		s.cancel(why)
-		if s.blocked.Load() != 0 {
-			s.conn.Abort()
-		}
-	}
-	if s.EndWatch(why) {
-		time.AfterFunc(time.Second, cut) // if the caller does not read, or the event has no end
-		return
-	}
-	cut()
-}
-
 // stalledSince returns since when the caller has read nothing of the answer, or sent nothing of the body, in Unix
 // nanoseconds; 0 if neither is so.
 func (s *scope) stalledSince() int64 { return cmp.Or(s.blocked.Load(), s.Body.Blocked()) }
 
-// abort ends a stalled request. A caller who sends nothing gets an answer first; one who does not read, or was aborted
-// before, loses the connection. It reports whether this is the first abort.
+// abort ends a stalled request, whose handler still runs. A caller who sends nothing gets an answer first. One who does
+// not read, or was aborted before, loses the connection; over HTTP/2 the stream, and the connection only if that takes
+// not even a reset. It reports whether this is the first abort.
 func (s *scope) abort() (first bool) {
-	if first = !s.aborted; first && s.blocked.Load() == 0 {
+	switch first = !s.aborted; {
+	case first && s.blocked.Load() == 0:
 		s.Body.Within(0)
-	} else {
+	case s.http2 && !s.reset:
+		s.reset = true
+		_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
+	default:
 		s.conn.Abort()
 	}
 	s.aborted = true

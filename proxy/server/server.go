@@ -216,6 +216,15 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
+	if l == tunnel {
+		server.HTTP2 = &http.HTTP2Config{
+			MaxConcurrentStreams:          maxStreams,
+			MaxReceiveBufferPerStream:     kube.UploadWindow,
+			MaxReceiveBufferPerConnection: maxStreams * kube.UploadWindow, // streams that nobody reads must not stall the others
+			MaxReadFrameSize:              16 << 10,                       // a connection keeps a buffer of this size
+			SendPingTimeout:               headerTime,                     // unfinished headers too end without an answer
+		}
+	}
 	if l == operations { // on the tunnel listener these timeouts would cut watches, logs and exec
 		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
 	}

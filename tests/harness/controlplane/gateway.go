@@ -1,11 +1,13 @@
 package controlplane
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -61,10 +63,7 @@ func (c *ControlPlane) gateway() http.Handler {
 		BufferPool:   &buffers{sync.Pool{New: func() any { return new([32 << 10]byte) }}},
 		ErrorHandler: c.unavailable,
 		ErrorLog:     slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
-		Transport: &http.Transport{
-			MaxIdleConnsPerHost: 100, DisableCompression: true, IdleConnTimeout: 50 * time.Second,
-			DialContext: c.dial, DialTLSContext: c.dialAgent,
-		},
+		Transport: &toAgents{c.transport("h2", "http/1.1"), c.transport("http/1.1")},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id, _, ok := cutAgent(r.URL.Path)
@@ -84,6 +83,30 @@ func (c *ControlPlane) gateway() http.Handler {
 		}
 		whole(rp, w, r)
 	})
+}
+
+// toAgents sends requests to agents: over HTTP/2, which has no upgrades, or over HTTP/1.1.
+type toAgents struct{ http2, http1 *http.Transport }
+
+func (t *toAgents) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Header.Get("Upgrade") != "" || r.URL.Scheme == "http" {
+		return t.http1.RoundTrip(r)
+	}
+	return t.http2.RoundTrip(r)
+}
+
+// transport returns a transport that offers the agents' TLS these protocols.
+func (c *ControlPlane) transport(protocols ...string) *http.Transport {
+	return &http.Transport{
+		MaxIdleConnsPerHost: 100, DisableCompression: true, IdleConnTimeout: 50 * time.Second,
+		DialContext: c.dial,
+		DialTLSContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			return c.dialAgent(ctx, addr, protocols)
+		},
+		ForceAttemptHTTP2: len(protocols) > 1,
+		// An agent whose connection has died silently is noticed, though other requests use it too.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second},
+	}
 }
 
 // user returns the user whose token a request shows.
@@ -131,8 +154,19 @@ func (c *ControlPlane) introduce(pr *httputil.ProxyRequest, id string) {
 // read from the body then: an answer may come before the end of the body, and if the length is known, the transport
 // reads once more after the last byte. It would take a closed body for a failure, and close the connection before the
 // rest of the answer.
+//
+// A small body is read first, so that the transport can send it again if an agent that stops has not taken it (GOAWAY).
 func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
-	if r.Body == http.NoBody {
+	if 0 < r.ContentLength && r.ContentLength <= 256<<10 {
+		data, err := io.ReadAll(r.Body)
+		if err != nil {
+			kube.WriteStatus(w, r, http.StatusBadRequest, "the body of the request cannot be read: "+err.Error(), 0)
+			return
+		}
+		r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
+		r.Body, _ = r.GetBody()
+	}
+	if r.Body == http.NoBody || r.GetBody != nil {
 		next.ServeHTTP(w, r)
 		return
 	}
@@ -204,7 +238,7 @@ func (c *ControlPlane) Direct(id string) (addr string, config *tls.Config) {
 }
 
 // dialAgent opens a TLS connection to an agent. frps finds the agent by the name in the handshake.
-func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn, error) {
+func (c *ControlPlane) dialAgent(ctx context.Context, addr string, protocols []string) (net.Conn, error) {
 	name, _, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, err
@@ -212,7 +246,7 @@ func (c *ControlPlane) dialAgent(ctx context.Context, _, addr string) (net.Conn,
 	id, _ := strings.CutSuffix(name, "."+tlsDomain)
 	addr, config := c.Direct(id)
 	c.mu.Lock()
-	config.Certificates = c.shown
+	config.Certificates, config.NextProtos = c.shown, protocols
 	c.mu.Unlock()
 	conn, err := dialFrps(ctx, addr)
 	if err != nil {
@@ -247,7 +281,8 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 	}
 	id, _, _ := strings.Cut(r.Host, ".")
 	var message string
-	undelivered := errors.As(err, &notDelivered{})
+	// net/http has no type for the error of an agent that has not taken a body too large to be sent again.
+	undelivered := errors.As(err, &notDelivered{}) || strings.Contains(err.Error(), "cannot retry err")
 	switch {
 	case errors.Is(err, errNoAgent):
 		message = fmt.Sprintf("agent %q is not connected to the control plane: "+

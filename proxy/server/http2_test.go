@@ -1,0 +1,275 @@
+package server
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// overHTTP2 serves the tunnel listener of s over TLS. It returns a client that speaks HTTP/2 and reads no more than
+// 64 KiB ahead, and the number of connections that it has made.
+func overHTTP2(t *testing.T, s *Server) (client *http.Client, dials func() int) {
+	t.Helper()
+	socket, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.config.RunDir = t.TempDir()
+	pool := x509.NewCertPool()
+	pool.AddCert(writeCertificate(t, s.config.RunDir, 1))
+	quiet := slog.New(slog.DiscardHandler)
+	certificates := &certificates{runDir: s.config.RunDir, log: quiet}
+	bounded := s.bound(tunnel, socket.(*net.TCPListener), certificates.config())
+	server := newHTTPServer(t.Context(), tunnel, s.handler(tunnel), quiet)
+	server.ConnState = bounded.ConnState
+	go func() { _ = server.Serve(bounded) }()
+	t.Cleanup(func() { _ = server.Close() })
+	made := make(chan struct{}, 100)
+	transport := &http.Transport{
+		TLSClientConfig:   &tls.Config{RootCAs: pool, ServerName: "agent-001", MinVersion: tls.VersionTLS12},
+		ForceAttemptHTTP2: true,
+		HTTP2:             &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10},
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			made <- struct{}{}
+			return (&net.Dialer{}).DialContext(ctx, "tcp", socket.Addr().String())
+		},
+	}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}, func() int { return len(made) }
+}
+
+// get requests a path of the Kubernetes API.
+func get(t *testing.T, client *http.Client, path, bearer string) *http.Response {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://agent-001/api/k8s"+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+bearer)
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if resp.ProtoMajor != 2 {
+		t.Fatalf("answered over %s", resp.Proto)
+	}
+	t.Cleanup(func() { _ = resp.Body.Close() })
+	return resp
+}
+
+// events sends a line for each that comes from next, as a watch.
+func events(next chan struct{}) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if !strings.Contains(r.URL.RawQuery, "watch") {
+			_, _ = io.WriteString(w, "ok")
+			return
+		}
+		for {
+			_, _ = io.WriteString(w, "{}\n")
+			_ = http.NewResponseController(w).Flush()
+			select {
+			case <-next:
+			case <-r.Context().Done():
+				return
+			}
+		}
+	}
+}
+
+// TestStalledStreamOfHTTP2EndsAlone: what else runs on the connection is not affected.
+func TestStalledStreamOfHTTP2EndsAlone(t *testing.T) {
+	next := make(chan struct{})
+	watch := events(next)
+	s := withLimits(t, func(l *limits) { l.stalledReads = 1 }, func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "flood") {
+			flood(w, r)
+			return
+		}
+		watch(w, r)
+	})
+	client, dials := overHTTP2(t, s)
+	lines := bufio.NewReader(get(t, client, "/api/v1/pods?watch=1", token).Body)
+	line := func() {
+		if text, err := lines.ReadString('\n'); text != "{}\n" {
+			t.Fatalf("the watch reads %q, %v", text, err)
+		}
+	}
+	line()
+	var floods []*http.Response
+	for i := range 3 {
+		floods = append(floods, get(t, client, "/api/v1/flood", token))
+		eventually(t, func() bool { return len(s.gate.stalledNow()) == i+1 })
+	}
+	eventually(t, func() bool {
+		s.gate.endStalled(time.Now())
+		return inUse(s) == 2 // the watch and one flood
+	})
+	ended := 0
+	for _, resp := range floods {
+		if _, err := io.CopyN(io.Discard, resp.Body, 8<<20); err != nil {
+			ended++
+		}
+	}
+	if ended != 2 || refused(s, "stalled_reads") != 2 {
+		t.Errorf("%d have ended, %v are counted", ended, refused(s, "stalled_reads"))
+	}
+	next <- struct{}{}
+	line()
+	if get(t, client, "/api/v1/pods", token); dials() != 1 {
+		t.Errorf("%d connections were made", dials())
+	}
+}
+
+// TestRefusedCallerDoesNotCloseTheConnectionOfOthers: a gateway's callers share it.
+func TestRefusedCallerDoesNotCloseTheConnectionOfOthers(t *testing.T) {
+	s := withLimits(t, func(*limits) {}, events(nil))
+	client, dials := overHTTP2(t, s)
+	for _, bearer := range []string{"wrong", token, "wrong", token} {
+		want := map[bool]int{true: http.StatusOK, false: http.StatusUnauthorized}[bearer == token]
+		resp := get(t, client, "/api/v1/pods", bearer)
+		_, _ = io.Copy(io.Discard, resp.Body)
+		if resp.StatusCode != want {
+			t.Errorf("answered %s, want %d", resp.Status, want)
+		}
+	}
+	req, _ := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://agent-001/api/k8s/api/v1/pods",
+		io.LimitReader(endless{}, 10<<20))
+	if resp, err := client.Do(req); err != nil || resp.StatusCode != http.StatusUnauthorized {
+		t.Errorf("a large body: answered %v, %v", resp, err)
+	}
+	if dials() != 1 {
+		t.Errorf("%d connections were made", dials())
+	}
+}
+
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { return len(p), nil }
+
+// TestConnectionOfHTTP2IsReplaced: once it is old, and while the agent drains, requests go over new connections, which
+// frps may give to another replica. No request fails, and a watch goes on.
+func TestConnectionOfHTTP2IsReplaced(t *testing.T) {
+	next := make(chan struct{})
+	s := withLimits(t, func(l *limits) { l.connectionAge = 0 }, events(next))
+	client, dials := overHTTP2(t, s)
+	lines := bufio.NewReader(get(t, client, "/api/v1/pods?watch=1", token).Body)
+	for i := range 5 {
+		resp := get(t, client, "/api/v1/pods", token)
+		_, _ = io.Copy(io.Discard, resp.Body)
+		if resp.StatusCode != http.StatusOK || dials() != i+2 {
+			t.Errorf("call %d: %s, %d connections were made", i, resp.Status, dials())
+		}
+	}
+	s.limits.connectionAge = time.Hour
+	s.gate.close()
+	for i := range 3 {
+		resp := get(t, client, "/api/v1/pods", token)
+		_, _ = io.Copy(io.Discard, resp.Body)
+		if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") != "1" || dials() != i+7 {
+			t.Errorf("draining: %s, %d connections were made", resp.Status, dials())
+		}
+	}
+	for range 2 {
+		if text, err := lines.ReadString('\n'); text != "{}\n" {
+			t.Fatalf("the watch reads %q, %v", text, err)
+		}
+		go func() { next <- struct{}{} }()
+	}
+}
+
+// TestUploadsOfHTTP2AreLimitedByTheirWindows: the API server may read none of them.
+func TestUploadsOfHTTP2AreLimitedByTheirWindows(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.requestMemory = 1 << 20 }, func(_ http.ResponseWriter, r *http.Request) {
+		<-r.Context().Done()
+	})
+	client, dials := overHTTP2(t, s)
+	get(t, client, "/version", "wrong") // makes the connection
+	answers := make(chan int, 100)
+	for range 20 {
+		go func() {
+			req, _ := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://agent-001/api/k8s/api/v1/pods",
+				io.LimitReader(endless{}, 10<<20))
+			req.Header.Set("Authorization", "Bearer "+token)
+			if resp, err := client.Do(req); err == nil {
+				answers <- resp.StatusCode
+				_ = resp.Body.Close()
+			}
+		}()
+	}
+	refusedUploads := 0
+	eventually(t, func() bool {
+		for len(answers) > 0 {
+			if code := <-answers; code != http.StatusTooManyRequests {
+				t.Errorf("answered %d", code)
+			}
+			refusedUploads++
+		}
+		return refusedUploads+inUse(s) == 20
+	})
+	if refusedUploads < 8 || dials() != 1 {
+		t.Errorf("%d uploads were refused; %d connections were made", refusedUploads, dials())
+	}
+	if resp := get(t, client, "/version", "wrong"); resp.StatusCode != http.StatusUnauthorized {
+		t.Errorf("beside the uploads: %s", resp.Status)
+	}
+}
+
+// TestUploadsOfHTTP2DoNotStallEachOther: as many as a connection takes, of which the API server reads only one.
+func TestUploadsOfHTTP2DoNotStallEachOther(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.requestMemory = 100 << 20 }, func(w http.ResponseWriter, r *http.Request) {
+		if !strings.HasSuffix(r.URL.Path, "read") {
+			<-r.Context().Done()
+			return
+		}
+		n, _ := io.Copy(io.Discard, r.Body)
+		_, _ = fmt.Fprint(w, n)
+	})
+	client, dials := overHTTP2(t, s)
+	upload := func(ctx context.Context, path string) (*http.Response, error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://agent-001/api/k8s/api/v1/"+path,
+			io.LimitReader(endless{}, 5<<20))
+		if err != nil {
+			return nil, err
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
+		return client.Do(req)
+	}
+	get(t, client, "/version", "wrong") // makes the connection
+	ctx, cancel := context.WithCancel(t.Context())
+	var stuck sync.WaitGroup
+	for range maxStreams - 1 {
+		stuck.Go(func() {
+			if resp, err := upload(ctx, "stuck"); err == nil {
+				t.Errorf("answered %s", resp.Status)
+			}
+		})
+	}
+	// Each has sent what it may when the agent has received as much as the API server's windows take.
+	received := func() float64 { return testutil.ToFloat64(s.metrics.received) }
+	eventually(t, func() bool {
+		before := received()
+		time.Sleep(50 * time.Millisecond)
+		return inUse(s) == maxStreams-1 && before > 0 && received() == before
+	})
+	resp, err := upload(t.Context(), "read")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if body, err := io.ReadAll(resp.Body); string(body) != fmt.Sprint(5<<20) || dials() != 1 {
+		t.Errorf("the API server read %s bytes, %v; %d connections were made", body, err, dials())
+	}
+	cancel()
+	stuck.Wait()
+}
