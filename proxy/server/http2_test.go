@@ -273,3 +273,16 @@ func TestUploadsOfHTTP2DoNotStallEachOther(t *testing.T) {
 	cancel()
 	stuck.Wait()
 }
+
+// TestGETOverHTTP2HasNoBody: net/http gives it one, which would be counted as an upload.
+func TestGETOverHTTP2HasNoBody(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.requestMemory = 60 << 10 }, func(_ http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			t.Errorf("the API server gets a body of %d bytes", r.ContentLength)
+		}
+	})
+	client, _ := overHTTP2(t, s)
+	if resp := get(t, client, "/api/v1/pods", token); resp.StatusCode != http.StatusOK {
+		t.Errorf("answered %s", resp.Status)
+	}
+}

@@ -83,7 +83,7 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 		// connection gently, so that the answer is not lost.
 		r = r.WithContext(context.WithValue(ctx, scopeKey{}, sc))
 		r.Header.Set("X-Request-Id", sc.requestID)
-		if r.Body != http.NoBody {
+		if r.ContentLength != 0 { // over HTTP/2 there is a Body without it
 			sc.Body = kube.NewBody(w, r.Body, s.metrics.received.Add)
 			r.Body = sc.Body
 		}

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"regexp"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -15,6 +17,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/pipeops/vm-agent/tests/harness/agent"
@@ -233,7 +236,10 @@ func TestHighAvailabilityLosesNoCall(t *testing.T) {
 	} {
 		l, stop := startLoad(t, i, agentToken)
 		event.do()
-		ready()
+		replicas := ready()
+		if event.name == "rolling update" {
+			shareCalls(t, replicas)
+		}
 		stop()
 		t.Logf("%s: %d calls; %d were tried again or broke", event.name, l.calls.Load(), len(l.raw))
 		if !event.breaks {
@@ -243,5 +249,46 @@ func TestHighAvailabilityLosesNoCall(t *testing.T) {
 			t.Errorf("%s: %d of %d calls and watches failed, such as: %v", event.name, len(l.errors), l.calls.Load(),
 				errors.Join(l.errors[:min(5, len(l.errors))]...))
 		}
+	}
+}
+
+// answered matches a line of /metrics.
+var answered = regexp.MustCompile(`(?m)^pipeops_agent_kubernetes_requests_total{.*} (\S+)$`)
+
+// shareCalls waits until each of two replicas has answered 35 to 65% of the calls since now. The gateway's callers
+// share one connection to the agent, which is replaced from time to time.
+func shareCalls(t *testing.T, replicas []corev1.Pod) {
+	t.Helper()
+	calls := func() (n [2]float64, err error) {
+		for k, pod := range replicas {
+			text, err := node.Client.CoreV1().Pods(pod.Namespace).ProxyGet("http", pod.Name, "9090", "/metrics", nil).
+				DoRaw(t.Context())
+			if err != nil {
+				return n, err
+			}
+			for _, line := range answered.FindAllSubmatch(text, -1) {
+				value, err := strconv.ParseFloat(string(line[1]), 64)
+				if err != nil {
+					return n, err
+				}
+				n[k] += value
+			}
+		}
+		return n, nil
+	}
+	before, err := calls()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var first, second float64
+	err = wait.PollUntilContextTimeout(t.Context(), time.Second, time.Minute, false, func(context.Context) (bool, error) {
+		now, err := calls()
+		first, second = now[0]-before[0], now[1]-before[1]
+		share := first / (first + second)
+		return first+second > 1000 && share > 0.35 && share < 0.65, err
+	})
+	t.Logf("the replicas have answered %.0f and %.0f calls", first, second)
+	if err != nil {
+		t.Error(err)
 	}
 }

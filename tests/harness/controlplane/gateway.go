@@ -97,16 +97,22 @@ func (t *toAgents) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // transport returns a transport that offers the agents' TLS these protocols.
 func (c *ControlPlane) transport(protocols ...string) *http.Transport {
-	return &http.Transport{
+	t := &http.Transport{
 		MaxIdleConnsPerHost: 100, DisableCompression: true, IdleConnTimeout: 50 * time.Second,
 		DialContext: c.dial,
 		DialTLSContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
 			return c.dialAgent(ctx, addr, protocols)
 		},
-		ForceAttemptHTTP2: len(protocols) > 1,
-		// An agent whose connection has died silently is noticed, though other requests use it too.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second},
 	}
+	if len(protocols) > 1 {
+		t.ForceAttemptHTTP2 = true
+		// Of the connections that are being made, not of those that are open. So requests that come together make one
+		// connection, and frps, which deals connections out in turn, gives the next one to another replica.
+		t.MaxConnsPerHost = 1
+		// A connection that has died silently is noticed.
+		t.HTTP2 = &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second}
+	}
+	return t
 }
 
 // user returns the user whose token a request shows.
@@ -166,7 +172,7 @@ func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
 		r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
 		r.Body, _ = r.GetBody()
 	}
-	if r.Body == http.NoBody || r.GetBody != nil {
+	if r.ContentLength == 0 || r.GetBody != nil {
 		next.ServeHTTP(w, r)
 		return
 	}
@@ -281,9 +287,12 @@ func (c *ControlPlane) unavailable(w http.ResponseWriter, r *http.Request, err e
 	}
 	id, _, _ := strings.Cut(r.Host, ".")
 	var message string
-	// net/http has no type for the error of an agent that has not taken a body too large to be sent again.
+	// net/http has no type for the error of a body too large to be sent again to an agent that has not taken it.
 	undelivered := errors.As(err, &notDelivered{}) || strings.Contains(err.Error(), "cannot retry err")
 	switch {
+	case strings.Contains(err.Error(), "request header list larger"): // nor for the one of HTTP/2 that sends no 431
+		kube.WriteStatus(w, r, http.StatusRequestHeaderFieldsTooLarge, "the headers of the request are too large", 0)
+		return
 	case errors.Is(err, errNoAgent):
 		message = fmt.Sprintf("agent %q is not connected to the control plane: "+
 			"look at its pod's bootstrap and frpc logs, and at GET /ready on its port 9090", id)
