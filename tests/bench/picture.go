@@ -20,7 +20,7 @@ func drawTunnels(all []results) error {
 	var svg strings.Builder
 	fmt.Fprintf(&svg, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" `+
 		`font-family="sans-serif" font-size="11"><rect width="100%%" height="100%%" fill="white"/>`+"\n",
-		across*width, down*height)
+		across*width+20, down*height)
 	for i, c := range columns {
 		x, y := i%across*width, i/across*height
 		better := "less is better"
