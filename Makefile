@@ -3,9 +3,9 @@
 # SHIPPED and MODULES list our modules in the order of their imports. `make verify` fails if one is missing here.
 SHIPPED := frpc bootstrap proxy
 MODULES := $(SHIPPED) tests
-TOOL_MODULES := $(addprefix tests/tools/,compose frp kube-router kubernetes lint vulndb)
+TOOL_MODULES := $(addprefix tests/tools/,compose frp kube-router kubernetes lint tunnels vulndb)
 # CODE lists the modules that hold Go code of ours.
-CODE := $(MODULES) tests/tools/frp
+CODE := $(MODULES) tests/tools/frp tests/tools/tunnels
 
 $(if $(word 2,$(CURDIR)),$(error make cannot work in a path with spaces: move the repository))
 BIN := $(CURDIR)/.build/bin
@@ -87,8 +87,11 @@ e2e-ready:
 e2e-missing:
 	@$(missing-packages)
 
+# TUNNELS are measured by PARTS=tunnels alone.
+TUNNELS := chisel konnectivity-agent konnectivity-server tunnels
+
 .PHONY: bench
-bench: build tools ## Measure performance (PARTS names some of the parts); results are in tests/bench/README.md
+bench: build tools $(if $(filter tunnels,$(PARTS)),$(addprefix $(BIN)/,$(TUNNELS))) ## Measure performance (PARTS names some of the parts); results are in tests/bench/README.md
 	@cd tests && go build -o $(BIN)/bench ./bench && exec $(BIN)/bench $(PARTS)
 
 # GO_RELEASE is the Go release that releases are built with. A machine that downloads no toolchain (GOTOOLCHAIN=local)
@@ -240,6 +243,14 @@ $(BIN)/kube-router: $(KUBE_ROUTER)/go.mod $(KUBE_ROUTER)/go.sum
 COMPOSE := tests/tools/compose
 $(BIN)/docker-compose: $(COMPOSE)/go.mod $(COMPOSE)/go.sum
 	$(call build-tool,$(COMPOSE),github.com/docker/compose/v2/cmd,-ldflags '-s -w')
+
+TUNNEL_MODULE := tests/tools/tunnels
+$(BIN)/chisel: $(TUNNEL_MODULE)/go.mod $(TUNNEL_MODULE)/go.sum
+	$(call build-tool,$(TUNNEL_MODULE),github.com/jpillora/chisel,-ldflags '-s -w')
+$(BIN)/konnectivity-agent $(BIN)/konnectivity-server: $(TUNNEL_MODULE)/go.mod $(TUNNEL_MODULE)/go.sum
+	$(call build-tool,$(TUNNEL_MODULE),sigs.k8s.io/apiserver-network-proxy/cmd/$(@F:konnectivity-%=%),-ldflags '-s -w')
+$(BIN)/tunnels: $(wildcard $(TUNNEL_MODULE)/*)
+	$(call build-tool,$(TUNNEL_MODULE),.,-ldflags '-s -w')
 
 LINT := tests/tools/lint
 $(BIN)/golangci-lint: $(LINT)/go.mod $(LINT)/go.sum

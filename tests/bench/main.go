@@ -1,6 +1,6 @@
 // Command bench measures and prints Markdown. Compare its results within one run only: they differ by a factor of two
 // between machines and runs, their ratios do not. Linux only. Its arguments name the parts to measure. Without any it
-// leaves out attack, latency and identities, which take long.
+// leaves out attack, latency, identities and tunnels, which take long.
 package main
 
 import (
@@ -18,6 +18,11 @@ func main() {
 		fail(upstream(os.Args[2]))
 	case len(os.Args) > 3 && os.Args[1] == "bare":
 		fail(bare(os.Args[2], os.Args[3]))
+	case len(os.Args) > 5 && os.Args[1] == "controlplane":
+		if err := controlPlane(os.Args[2], os.Args[3], os.Args[4], os.Args[5]); err != nil {
+			fail(err)
+		}
+		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -26,8 +31,8 @@ func main() {
 		measure func(context.Context) error
 	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"identities", identities},
 		{"attack", attacks},
-		{"latency", latency}, {"latency", frozen}, {"latency", restarted}} {
-		if len(os.Args) == 1 && slices.Contains([]string{"attack", "latency", "identities"}, part.name) ||
+		{"latency", latency}, {"latency", frozen}, {"latency", restarted}, {"tunnels", tunnels}} {
+		if len(os.Args) == 1 && slices.Contains([]string{"attack", "latency", "identities", "tunnels"}, part.name) ||
 			len(os.Args) > 1 && !slices.Contains(os.Args, part.name) {
 			continue
 		}

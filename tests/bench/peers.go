@@ -76,6 +76,24 @@ func upstream(addr string) error {
 	select {}
 }
 
+// startUpstream starts the upstream as a process of its own, and returns its address and a kubeconfig for it.
+func startUpstream(group *process.Group) (addr, kubeconfig string, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", "", err
+	}
+	if addr, err = process.FreeAddr(); err != nil {
+		return "", "", err
+	}
+	if _, err := group.Start("upstream", nil, self, "upstream", addr); err != nil {
+		return "", "", err
+	}
+	kubeconfig = filepath.Join(group.Dir(), "kubeconfig")
+	return addr, kubeconfig, cluster.WriteKubeconfig(kubeconfig, &rest.Config{
+		Host: "https://" + addr, BearerToken: "t", TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+	})
+}
+
 // bare is a reverse proxy in ten lines.
 func bare(addr, target string) error {
 	u, err := url.Parse(target)
@@ -108,19 +126,11 @@ func startPeers(ctx context.Context, group *process.Group, enter []string, names
 	if err != nil {
 		return nil, err
 	}
-	addr, err := process.FreeAddr()
+	addr, kubeconfig, err := startUpstream(group)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := group.Start("upstream", nil, self, "upstream", addr); err != nil {
-		return nil, err
-	}
 	target := "https://" + addr
-	kubeconfig := filepath.Join(group.Dir(), "kubeconfig")
-	config := &rest.Config{Host: target, BearerToken: "t", TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
-	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
-		return nil, err
-	}
 
 	run := func(name string, env []string, binary string, args ...string) (*process.Process, error) {
 		command := slices.Concat(enter, []string{binary}, args)

@@ -272,26 +272,32 @@ func measureWatches(ctx context.Context, p peer, f *figures) error {
 	}
 	watching, cancel := context.WithCancel(ctx)
 	defer cancel()
-	c := client(idleWatches)
-	for range idleWatches {
-		req, err := p.request(watching, http.MethodGet, "/api/v1/pods?watch=true", nil)
-		if err != nil {
-			return err
-		}
-		resp, err := c.Do(req)
-		if err != nil {
-			return err
-		}
-		defer func() { _ = resp.Body.Close() }()
-		if _, err := io.ReadFull(resp.Body, make([]byte, 3)); err != nil {
-			return err
-		}
+	if err := watch(watching, client(idleWatches), p, idleWatches); err != nil {
+		return err
 	}
 	during, err := memory(p.pid, "VmRSS")
 	if err != nil {
 		return err
 	}
 	f.idleRSS, f.watchKB = before, (during-before)*1e3/idleWatches
+	return nil
+}
+
+// watch opens n watches and reads the one event of each. They stay open until ctx ends.
+func watch(ctx context.Context, c *http.Client, p peer, n int) error {
+	for range n {
+		req, err := p.request(ctx, http.MethodGet, "/api/v1/pods?watch=true", nil)
+		if err != nil {
+			return err
+		}
+		resp, err := c.Do(req) //nolint:bodyclose // the end of ctx closes it
+		if err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(resp.Body, make([]byte, 3)); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
