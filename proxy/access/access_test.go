@@ -46,7 +46,7 @@ func TestNamedCallers(t *testing.T) {
 		t.Errorf("got %v, %v, want %v", c.Headers, err, want)
 	}
 	other, _, _ := Identify(request("Impersonate-User", "alice"), Named, "p-")
-	if other.ID == c.ID || other.Share != c.Share {
+	if other.ID() == c.ID() || other.Share != c.Share {
 		t.Error("one user with other groups has the same rights, or another share")
 	}
 	long := strings.Repeat("a", 256)

@@ -39,9 +39,8 @@ type Caller struct {
 	// the agent's ServiceAccount.
 	Headers http.Header
 
-	ID         [sha256.Size]byte // the same for callers with the same Headers
-	Share      string            // with which callers it shares the limits; empty: with those of its address
-	User, As   string            // for the log; User is not verified before the API server has answered
+	Share      string // with which callers it shares the limits; empty: with those of its address
+	User, As   string // for the log; User is not verified before the API server has answered
 	Groups     []string
 	credential string // of identity own
 }
@@ -71,10 +70,14 @@ func Identify(r *http.Request, identity, prefix string) (c Caller, code int, err
 		code = http.StatusUnauthorized
 		c, err = identifyOwn(r)
 	}
+	return c, code, err
+}
+
+// ID returns a hash that is the same for callers with the same Headers.
+func (c *Caller) ID() [sha256.Size]byte {
 	hash := sha256.New()
 	_ = c.Headers.Write(hash) // sorted
-	c.ID = [sha256.Size]byte(hash.Sum(nil))
-	return c, code, err
+	return [sha256.Size]byte(hash.Sum(nil))
 }
 
 // isIdentity reports whether a header, by its canonical name, may say who calls.

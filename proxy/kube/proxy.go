@@ -4,6 +4,7 @@ package kube
 
 import (
 	"context"
+	"log"
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
@@ -23,6 +24,7 @@ type Proxy struct {
 	buffers      *buffers
 	watchBuffers *buffers // small ones: watches are many and mostly silent
 	log          *slog.Logger
+	errorLog     *log.Logger // of ReverseProxy
 
 	Drain    context.CancelFunc // ends all watches, also later ones, between two events; it does not wait for that
 	draining context.Context    // ends with Drain
@@ -30,8 +32,11 @@ type Proxy struct {
 
 // NewProxy returns a proxy to client's API server. own says that the client has no credential: callers have. It starts
 // nothing.
-func NewProxy(client *Client, own bool, log *slog.Logger) *Proxy {
-	p := &Proxy{client: client, own: own, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10), log: log}
+func NewProxy(client *Client, own bool, logger *slog.Logger) *Proxy {
+	p := &Proxy{
+		client: client, own: own, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10),
+		log: logger, errorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+	}
 	p.draining, p.Drain = context.WithCancel(context.Background())
 	return p
 }
@@ -82,7 +87,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (ref
 		Transport:      p.client,
 		ModifyResponse: f.checkAnswer,
 		ErrorHandler:   f.fail,
-		ErrorLog:       slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
+		ErrorLog:       p.errorLog,
 	}
 	if req.Verb == "watch" {
 		rp.BufferPool = p.watchBuffers

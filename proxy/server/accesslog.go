@@ -41,45 +41,49 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	if l == operations || !sc.authenticated && sc.outcome != "identity" {
 		level = slog.LevelDebug
 	}
+	more := []slog.Attr{
+		slog.Int("status", code), slog.Int64("bytes", sc.bytes.Load()),
+		slog.Int64("duration_us", time.Since(sc.start).Microseconds()),
+	}
+	if sc.outcome != "" {
+		more = append(more, slog.String("outcome", sc.outcome))
+	}
+	if sc.Upgrade {
+		more = append(more, slog.Int64("received_bytes", sc.sent.Load()))
+	}
+	s.logRequest(sc, r, level, "request", more...)
+}
+
+// logRequest logs who asks for what, and more. slog.Logger would also look for the line of the source that calls it.
+func (s *Server) logRequest(sc *scope, r *http.Request, level slog.Level, message string, more ...slog.Attr) {
 	if !s.log.Enabled(r.Context(), level) {
 		return
 	}
-	attrs := append(sc.attrs(r), slog.Int("status", code), slog.Int64("bytes", sc.bytes.Load()),
-		slog.Int64("duration_us", time.Since(sc.start).Microseconds()))
-	if sc.outcome != "" {
-		attrs = append(attrs, slog.String("outcome", sc.outcome))
-	}
-	if sc.Upgrade {
-		attrs = append(attrs, slog.Int64("received_bytes", sc.sent.Load()))
-	}
-	s.log.LogAttrs(r.Context(), level, "request", attrs...)
-}
-
-// attrs say who asks for what, in the lines of the log.
-func (s *scope) attrs(r *http.Request) []slog.Attr {
-	from, user, certificate := "", s.who.User, ""
-	if s.conn.Proxied() {
+	from, user, certificate := "", sc.who.User, ""
+	if sc.conn.Proxied() {
 		from = forwardedFor(r)
 	}
-	if s.Identity.Get("Authorization") != "" && !s.Accepted() {
+	if sc.Identity.Get("Authorization") != "" && !sc.Accepted() {
 		user = "" // it is the token's own account, which nobody has verified
 	}
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
 		certificate = r.TLS.PeerCertificates[0].Subject.CommonName
 	}
-	attrs := make([]slog.Attr, 0, 12) // of most requests
+	attrs := make([]slog.Attr, 0, 20)
 	for _, attr := range [...]struct{ key, value string }{
-		{"request_id", s.requestID}, {"method", orOther(r.Method, slices.Contains(kube.Methods, r.Method))},
-		{"route", routeLabel(r)}, {"caller", s.caller}, {"forwarded_for", from}, {"client_certificate", certificate},
-		{"user", user}, {"groups", strings.Join(s.who.Groups, ",")}, {"as", s.who.As}, {"verb", s.verb()},
-		{"group", s.Group}, {"resource", s.Resource}, {"subresource", s.Subresource}, {"namespace", s.Namespace},
-		{"name", s.Name},
+		{"request_id", sc.requestID}, {"method", orOther(r.Method, slices.Contains(kube.Methods, r.Method))},
+		{"route", routeLabel(r)}, {"caller", sc.caller}, {"forwarded_for", from}, {"client_certificate", certificate},
+		{"user", user}, {"groups", strings.Join(sc.who.Groups, ",")}, {"as", sc.who.As}, {"verb", sc.verb()},
+		{"group", sc.Group}, {"resource", sc.Resource}, {"subresource", sc.Subresource}, {"namespace", sc.Namespace},
+		{"name", sc.Name},
 	} {
 		if attr.value != "" {
 			attrs = append(attrs, slog.String(attr.key, attr.value))
 		}
 	}
-	return attrs
+	record := slog.NewRecord(time.Now(), level, message, 0)
+	record.AddAttrs(append(attrs, more...)...)
+	_ = s.log.Handler().Handle(r.Context(), record)
 }
 
 // verb returns the verb as metrics and the log have it.

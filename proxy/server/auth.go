@@ -205,6 +205,9 @@ func (s *Server) identify(sc *scope, r *http.Request) (code int, why string) {
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 && identity != access.Named {
 		sc.share = string(r.TLS.PeerCertificates[0].RawSubject)
 	}
+	if sc.isStream() {
+		sc.right = rightOf(sc)
+	}
 	return 0, ""
 }
 

@@ -4,9 +4,9 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 
 	"github.com/pipeops/vm-agent/proxy/inbound"
-	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
 // caller returns the address of the request's sender: that of frpc's PROXY header, which tunnels of type https and tcp
@@ -23,8 +23,12 @@ func caller(r *http.Request) string {
 
 // forwardedFor returns the last address of X-Forwarded-For, empty if there is none.
 func forwardedFor(r *http.Request) string {
-	elements := kube.ListOf(r, "X-Forwarded-For")
-	addr, err := netip.ParseAddr(elements[len(elements)-1])
+	values := r.Header["X-Forwarded-For"]
+	if len(values) == 0 {
+		return ""
+	}
+	last := values[len(values)-1]
+	addr, err := netip.ParseAddr(strings.TrimSpace(last[strings.LastIndexByte(last, ',')+1:]))
 	if err != nil {
 		return ""
 	}

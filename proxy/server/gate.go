@@ -215,8 +215,8 @@ func (g *gate) streams() map[right]*scope {
 	defer g.mu.Unlock()
 	streams := map[right]*scope{}
 	for sc := range g.running {
-		if sc.isStream() && sc.Resource != "" {
-			streams[rightOf(sc)] = sc
+		if sc.right != nil && sc.Resource != "" {
+			streams[*sc.right] = sc
 		}
 	}
 	return streams

@@ -125,7 +125,7 @@ func (s *Server) kubernetes(w http.ResponseWriter, r *http.Request) {
 	sc := scopeOf(r)
 	sc.Reserve = func(bytes int64, optional bool) bool { return s.gate.reserve(sc, bytes, optional) }
 	if sc.Upgrade {
-		sc.started = func() { s.log.LogAttrs(r.Context(), slog.LevelInfo, "stream started", sc.attrs(r)...) }
+		sc.started = func() { s.logRequest(sc, r, slog.LevelInfo, "stream started") }
 	}
 	switch s.kube.Serve(w, r, &sc.Request) {
 	case 0:

@@ -38,6 +38,7 @@ type scope struct {
 	kube.Request                   // for the Kubernetes API, else empty
 	inFlight      prometheus.Gauge // counts it; nil for other requests
 	who           access.Caller
+	right         *right       // of a stream, else nil
 	needs         access.Level // what the cluster's owner must allow
 	share         string       // with which callers it shares the limits
 	started       func()       // logs that an upgraded connection begins; nil for other requests

@@ -81,7 +81,7 @@ func (v *reviewer) review(ctx context.Context, key right, sc *scope) {
 	defer cancel()
 	allowed, err := v.callers.Review(ctx, sc.Identity, &key.Description)
 	unauthorized := apierrors.IsUnauthorized(err) && v.config.Access.Identity == access.Own
-	same := func(other *scope) bool { return other.isStream() && rightOf(other) == key }
+	same := func(other *scope) bool { return other.right != nil && *other.right == key }
 	what := key.Verb + " " + cmp.Or(key.Resource, "this")
 	switch {
 	case err == nil && !allowed, apierrors.IsForbidden(err):
@@ -95,8 +95,8 @@ func (v *reviewer) review(ctx context.Context, key right, sc *scope) {
 	}
 }
 
-func rightOf(sc *scope) right {
-	key := right{sc.who.ID, sc.Description}
+func rightOf(sc *scope) *right {
+	key := &right{sc.who.ID(), sc.Description}
 	key.Upgrade = false
 	return key
 }

@@ -8,14 +8,16 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// identities measures what a call costs in each identity, and beside another build of the proxy if BEFORE names one.
+// identities measures what a call costs in each identity, beside another build of the proxy if BEFORE names one, and
+// beside a bare ReverseProxy.
 func identities(ctx context.Context) error {
 	group, err := process.NewGroup()
 	if err != nil {
 		return err
 	}
 	defer group.Close()
-	peers, err := startPeers(ctx, group, nil, "this proxy", beforeName, "identity named", "identity own")
+	peers, err := startPeers(ctx, group, nil, "this proxy", beforeName, "identity named", "identity own",
+		"bare ReverseProxy")
 	if err != nil {
 		return err
 	}
@@ -29,12 +31,12 @@ func identities(ctx context.Context) error {
 			}
 		}
 	}
-	fmt.Println("| | CPU µs/call | its / identity agent | calls/s | p50, p99 ms |")
-	fmt.Println("| --- | --- | --- | --- | --- |")
+	fmt.Println("| | CPU µs/call | its / identity agent | its / bare | calls/s | p50, p99 ms |")
+	fmt.Println("| --- | --- | --- | --- | --- | --- |")
 	for i, p := range peers {
 		f := &all[i]
-		fmt.Printf("| %s | %.0f | %.3f | %.0f | %.2f, %.2f |\n", p.name, median(f.cpu), ratio(f.cpu, all[0].cpu),
-			median(f.rate), median(f.p50)/1e3, median(f.p99)/1e3)
+		fmt.Printf("| %s | %.0f | %.2f | %.2f | %.0f | %.2f, %.2f |\n", p.name, median(f.cpu),
+			ratio(f.cpu, all[0].cpu), ratio(f.cpu, all[len(all)-1].cpu), median(f.rate), median(f.p50)/1e3, median(f.p99)/1e3)
 	}
 	return nil
 }

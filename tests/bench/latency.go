@@ -86,7 +86,7 @@ func latency(ctx context.Context) error {
 				for r := range rtts {
 					cell := fmt.Sprintf("%.2f", ratio(ms[figure{kind, w, r, s}], ms[figure{kind, w, r, 0}]))
 					if s == 0 {
-						cell = fmt.Sprintf("%.1f", median(slices.Clone(ms[figure{kind, w, r, s}])))
+						cell = fmt.Sprintf("%.1f", median(ms[figure{kind, w, r, s}]))
 					}
 					cells = append(cells, cell)
 				}
