@@ -32,11 +32,9 @@ type Proxy struct {
 
 // NewProxy returns a proxy to client's API server. own says that the client has no credential: callers have. It starts
 // nothing.
-func NewProxy(client *Client, own bool, logger *slog.Logger) *Proxy {
-	p := &Proxy{
-		client: client, own: own, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10),
-		log: logger, errorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
-	}
+func NewProxy(client *Client, own bool, log *slog.Logger) *Proxy {
+	p := &Proxy{client: client, own: own, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10), log: log}
+	p.errorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	p.draining, p.Drain = context.WithCancel(context.Background())
 	return p
 }

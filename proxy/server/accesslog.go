@@ -41,10 +41,8 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	if l == operations || !sc.authenticated && sc.outcome != "identity" {
 		level = slog.LevelDebug
 	}
-	more := []slog.Attr{
-		slog.Int("status", code), slog.Int64("bytes", sc.bytes.Load()),
-		slog.Int64("duration_us", time.Since(sc.start).Microseconds()),
-	}
+	more := append(make([]slog.Attr, 0, 5), slog.Int("status", code), slog.Int64("bytes", sc.bytes.Load()),
+		slog.Int64("duration_us", time.Since(sc.start).Microseconds()))
 	if sc.outcome != "" {
 		more = append(more, slog.String("outcome", sc.outcome))
 	}

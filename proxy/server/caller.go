@@ -23,12 +23,8 @@ func caller(r *http.Request) string {
 
 // forwardedFor returns the last address of X-Forwarded-For, empty if there is none.
 func forwardedFor(r *http.Request) string {
-	values := r.Header["X-Forwarded-For"]
-	if len(values) == 0 {
-		return ""
-	}
-	last := values[len(values)-1]
-	addr, err := netip.ParseAddr(strings.TrimSpace(last[strings.LastIndexByte(last, ',')+1:]))
+	list := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
+	addr, err := netip.ParseAddr(strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:]))
 	if err != nil {
 		return ""
 	}
