@@ -71,7 +71,9 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 			requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context()),
 		}
 		sc.share, sc.headers = sc.caller, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI))
-		sc.http2 = r.ProtoMajor == 2
+		if sc.http2 = r.ProtoMajor == 2; sc.http2 {
+			r.TLS = sc.conn.TLS()
+		}
 		sc.renew = sc.http2 && (sc.conn.Age() > s.limits.connectionAge || s.gate.closed.Load())
 		if !sc.conn.HeadersRead(sc.headers) {
 			panic(http.ErrAbortHandler)
@@ -83,6 +85,10 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 		// connection gently, so that the answer is not lost.
 		r = r.WithContext(context.WithValue(ctx, scopeKey{}, sc))
 		r.Header.Set("X-Request-Id", sc.requestID)
+		// Over HTTP/2 net/http has a body for every request, and would wait for ever to send trailers without one.
+		if r.Trailer = nil; r.ContentLength == 0 {
+			r.Body = http.NoBody
+		}
 		if r.Body != http.NoBody {
 			sc.Body = kube.NewBody(w, r.Body, s.metrics.received.Add)
 			r.Body = sc.Body
