@@ -95,7 +95,9 @@ func events(next chan struct{}) http.HandlerFunc {
 func TestStalledStreamOfHTTP2EndsAlone(t *testing.T) {
 	next := make(chan struct{})
 	watch := events(next)
-	s := withLimits(t, func(l *limits) { l.stalledReads = 1 }, func(w http.ResponseWriter, r *http.Request) {
+	s := withLimits(t, func(l *limits) {
+		l.stalledReads, l.stalledCalls = 1, 1 // each would end the same
+	}, func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasSuffix(r.URL.Path, "flood") {
 			flood(w, r)
 			return

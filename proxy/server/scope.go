@@ -45,7 +45,7 @@ type scope struct {
 	memory        int64        // bytes that the gate has reserved; guarded by the gate's mu
 	revoked       bool         // its right has ended; guarded by the gate's mu
 	aborted       bool         // for being stalled; guarded by the gate's mu
-	reset         bool         // its stream of HTTP/2; guarded by the gate's mu
+	reset         time.Time    // when its stream of HTTP/2 was; guarded by the gate's mu
 
 	code    int          // of the answer; 0: none yet
 	bytes   atomic.Int64 // of the answer's body, or of an upgraded connection to the caller
@@ -129,10 +129,10 @@ func (s *scope) abort() (first bool) {
 	switch first = !s.aborted; {
 	case first && s.blocked.Load() == 0:
 		s.Body.Within(0)
-	case s.http2 && !s.reset:
-		s.reset = true
+	case s.http2 && s.reset.IsZero():
+		s.reset = time.Now()
 		_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
-	default:
+	case time.Since(s.reset) > stallGrace: // over HTTP/1.1 always
 		s.conn.Abort()
 	}
 	s.aborted = true

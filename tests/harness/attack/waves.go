@@ -65,6 +65,7 @@ func Waves(w Ways, s Size) ([]Wave, error) {
 		waves = append(waves, Wave{name, n, max(float64(n)/s.Ramp.Seconds(), 1), attack})
 	}
 	path := "/api/v1/namespaces/" + w.Namespace + "/configmaps"
+	const uploads = "/api/v1/namespaces/default/configmaps" // the agent's own namespace may be closed
 	watch := path + "?watch=true&labelSelector=watched%3Dtrue"
 	plain := w.Tunnel
 	plain.TLS = nil
@@ -81,8 +82,8 @@ func Waves(w Ways, s Size) ([]Wave, error) {
 		add("stalled watches, "+name, s.Watches/2, StalledRead(way.from(reader), watch))
 		add("stalled lists, "+name, s.Lists/2, StalledRead(way.from(reader), path))
 	}
-	add("stalled uploads of 256 KiB", s.Uploads*3/4, StalledUpload(w.Frps.from(uploader), path, 256<<10))
-	add("stalled uploads of 1 MiB", s.Uploads/4, StalledUpload(w.Frps.from(uploader), path, 1<<20))
+	add("stalled uploads of 256 KiB", s.Uploads*3/4, StalledUpload(w.Frps.from(uploader), uploads, 256<<10))
+	add("stalled uploads of 1 MiB", s.Uploads/4, StalledUpload(w.Frps.from(uploader), uploads, 1<<20))
 	add("idle connections, operations listener", s.Idle/5, IdleConnection(w.Operations))
 	add("idle connections, tunnel listener", s.Idle*2/5, IdleConnection(w.Tunnel.from(idler)))
 	add("idle connections, frps", s.Idle*2/5, IdleConnection(w.Frps.from(idler)))
@@ -104,11 +105,11 @@ func Waves(w Ways, s Size) ([]Wave, error) {
 	}
 	for name, attack := range map[string]func(Target, string) Attack{"streams": StalledStreams,
 		"connections": StalledConnection} {
-		add("HTTP/2: stalled "+name+", lists", s.Lists/25, attack(h2.from(reader), path))
+		add("HTTP/2: stalled "+name+", lists", 1, attack(h2.from(reader), path))
 		add("HTTP/2: stalled "+name+", watches", s.Watches/25, attack(h2.from(reader), watch))
 	}
-	add("HTTP/2: stalled uploads of 256 KiB", s.Uploads/60, StalledUploads(h2.from(uploader), path, 256<<10))
-	add("HTTP/2: stalled uploads of 1 MiB", s.Uploads/60, StalledUploads(h2.from(uploader), path, 1<<20))
+	add("HTTP/2: stalled uploads of 256 KiB", s.Uploads/60, StalledUploads(h2.from(uploader), uploads, 256<<10))
+	add("HTTP/2: stalled uploads of 1 MiB", s.Uploads/60, StalledUploads(h2.from(uploader), uploads, 1<<20))
 	add("HTTP/2: idle connections", s.Idle/5, IdleHTTP2(h2.from(idler)))
 	add("HTTP/2: rapid reset", s.Floods/25, RapidReset(h2.from(flooder), path))
 	add("HTTP/2: rapid reset, anonymous", s.Floods/25, RapidReset(anonymous.from(flooder), path))
