@@ -2,20 +2,25 @@ package inbound
 
 import (
 	"bufio"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"k8s.io/apimachinery/pkg/util/sets"
 )
 
 // world is a server behind a Listener.
@@ -319,5 +324,73 @@ func TestNilConnDoesNothing(t *testing.T) {
 	c.Abort()
 	if c.Proxied() {
 		t.Error("no connection has a PROXY header")
+	}
+}
+
+// TestNothingIsCountedOnceAllConnectionsAreClosed: in whatever order requests come, are evicted and end.
+func TestNothingIsCountedOnceAllConnectionsAreClosed(t *testing.T) {
+	socket, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = socket.Close() })
+	go func() {
+		for conn, err := socket.Accept(); err == nil; conn, err = socket.Accept() {
+			_ = conn.Close()
+		}
+	}()
+	for seed := range uint64(50) {
+		random := rand.New(rand.NewPCG(seed, 0))
+		l := &Listener{config: Config{Connections: 8, HeaderMemory: 1 << 20, Closed: func(string, net.Addr, error) {}},
+			open: sets.New[*Conn](), waiting: list.New()}
+		var conns []*Conn
+		var ends []func()
+		for range 300 {
+			switch n := random.IntN(10); {
+			case n == 0 || len(conns) == 0:
+				dialed, err := net.Dial("tcp", socket.Addr().String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				c := &Conn{TCPConn: dialed.(*net.TCPConn), listener: l, http2: random.IntN(2) == 0}
+				conns = append(conns, c)
+				l.open.Insert(c)
+				l.admit(c, 1+random.IntN(2))
+			case n == 1:
+				_ = conns[random.IntN(len(conns))].Close()
+			case n < 6:
+				c, headers, authenticated := conns[random.IntN(len(conns))], random.Int64N(200<<10), random.IntN(2) == 0
+				if c.http2 {
+					f := &framed{conn: c, head: [9]byte{3: headersFrame, 4: endHeaders}, began: true}
+					f.count(random.IntN(16 << 10))
+				} else {
+					c.countHeaders(func(*blocks) int64 { return headers })
+				}
+				if random.IntN(4) == 0 {
+					break // it does not reach the handler
+				}
+				if c.HeadersRead(headers) && authenticated {
+					c.Authenticated(headers)
+				}
+				ends = append(ends, func() { c.Answered(headers, authenticated) })
+			case len(ends) > 0:
+				i := random.IntN(len(ends))
+				ends[i]()
+				ends = slices.Delete(ends, i, i+1)
+			}
+			if l.count < 0 || l.count > 8 || l.headers < 0 || l.headers > 1<<20 {
+				t.Fatalf("seed %d: %d connections and %d bytes are counted", seed, l.count, l.headers)
+			}
+		}
+		for _, c := range conns {
+			_ = c.Close()
+		}
+		for _, end := range ends {
+			end()
+		}
+		if l.count != 0 || l.headers != 0 || l.waiting.Len() != 0 || l.open.Len() != 0 {
+			t.Fatalf("seed %d: %d connections, %d bytes, %d waiting, %d open", seed, l.count, l.headers, l.waiting.Len(),
+				l.open.Len())
+		}
 	}
 }

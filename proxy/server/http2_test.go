@@ -5,11 +5,14 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -92,7 +95,9 @@ func events(next chan struct{}) http.HandlerFunc {
 func TestStalledStreamOfHTTP2EndsAlone(t *testing.T) {
 	next := make(chan struct{})
 	watch := events(next)
-	s := withLimits(t, func(l *limits) { l.stalledReads = 1 }, func(w http.ResponseWriter, r *http.Request) {
+	s := withLimits(t, func(l *limits) {
+		l.stalledReads, l.stalledCalls = 1, 1 // each would end the same
+	}, func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasSuffix(r.URL.Path, "flood") {
 			flood(w, r)
 			return
@@ -284,5 +289,91 @@ func TestGETOverHTTP2HasNoBody(t *testing.T) {
 	client, _ := overHTTP2(t, s)
 	if resp := get(t, client, "/api/v1/pods", token); resp.StatusCode != http.StatusOK {
 		t.Errorf("answered %s", resp.Status)
+	}
+}
+
+// frame returns a frame of HTTP/2.
+func frame(kind, flags byte, stream uint32, payload string) string {
+	n := len(payload)
+	head := []byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags}
+	return string(binary.BigEndian.AppendUint32(head, stream)) + payload
+}
+
+// noWindow begins a connection of HTTP/2 whose caller takes no body.
+var noWindow = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00")
+
+// rawHTTP2 opens a connection for frames.
+func rawHTTP2(t *testing.T, client *http.Client) net.Conn {
+	t.Helper()
+	transport := client.Transport.(*http.Transport)
+	conn, err := transport.DialContext(t.Context(), "tcp", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := transport.TLSClientConfig.Clone()
+	config.NextProtos = []string{"h2"}
+	secure := tls.Client(conn, config)
+	t.Cleanup(func() { _ = conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	return secure
+}
+
+// TestHeadersOfHTTP2AreLimited: those that do not end, and those of requests that net/http answers itself, which wait
+// for a caller who reads no answer.
+func TestHeadersOfHTTP2AreLimited(t *testing.T) {
+	const request, short, static = "\x82\x84\x87", "\x00\x02aa\x00", "\x95" // GET / https, two fields
+	for what, block := range map[string]string{
+		"unfinished":           frame(1, 1, 1, request+strings.Repeat(short, 3000)) + frame(9, 0, 1, short),
+		"unfinished, one byte": frame(1, 1, 1, request+strings.Repeat(static, 3700)),
+		"invalid":              frame(1, 5, 1, request+strings.Repeat(short, 3000)+"\x00\x0aconnection\x01x"),
+		"too large":            frame(1, 5, 1, request+strings.Repeat(static, 3800)),
+	} {
+		t.Run(what, func(t *testing.T) {
+			s := withLimits(t, func(l *limits) { l.headerMemory = 1 << 20 }, events(nil))
+			client, _ := overHTTP2(t, s)
+			for range 20 {
+				_, _ = io.WriteString(rawHTTP2(t, client), noWindow+block) // fails if the agent has closed it already
+			}
+			eventually(t, func() bool { return refused(s, "header_memory") >= 14 })
+			if resp := get(t, client, "/version", token); resp.StatusCode != http.StatusOK {
+				t.Errorf("answered %s", resp.Status)
+			}
+		})
+	}
+}
+
+// TestTrailersWithoutABodyKeepNoRequest: of HTTP/2, which net/http would keep open at the API server.
+func TestTrailersWithoutABodyKeepNoRequest(t *testing.T) {
+	s := withLimits(t, func(*limits) {}, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(w, r.Body)
+		if len(r.Trailer) > 0 {
+			t.Error("the API server gets trailers")
+		}
+	})
+	client, _ := overHTTP2(t, s)
+	conn := rawHTTP2(t, client)
+	request := "\x82\x87\x04\x12/api/k8s/api/v1/xx\x00\x07trailer\x01a\x00\x0dauthorization"
+	bearer := "Bearer " + token
+	if _, err := io.WriteString(conn, noWindow+frame(1, 5, 1, request+string(rune(len(bearer)))+bearer)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() bool { return testutil.CollectAndCount(s.metrics.kube) == 1 })
+}
+
+// TestCallerOfHTTP2WhoReadsNothingIsNotRead: else net/http would keep its answers to PINGs.
+func TestCallerOfHTTP2WhoReadsNothingIsNotRead(t *testing.T) {
+	s := withLimits(t, func(*limits) {}, events(nil))
+	client, _ := overHTTP2(t, s)
+	conn := rawHTTP2(t, client)
+	_, err := io.WriteString(conn, noWindow)
+	_ = conn.SetDeadline(time.Now().Add(time.Second))
+	pings := strings.Repeat(frame(6, 0, 0, "12345678"), 1000)
+	for n := 0; err == nil; n++ {
+		if _, err = io.WriteString(conn, pings); n > 10_000 {
+			t.Fatal("the agent reads without end")
+		}
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error(err)
 	}
 }

@@ -46,7 +46,7 @@ type scope struct {
 	memory        int64        // bytes that the gate has reserved; guarded by the gate's mu
 	revoked       bool         // its right has ended; guarded by the gate's mu
 	aborted       bool         // for being stalled; guarded by the gate's mu
-	reset         bool         // its stream of HTTP/2; guarded by the gate's mu
+	reset         time.Time    // when its stream of HTTP/2 was; guarded by the gate's mu
 
 	code    int          // of the answer; 0: none yet
 	bytes   atomic.Int64 // of the answer's body, or of an upgraded connection to the caller
@@ -72,7 +72,9 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 			requestID: rand.Text(), caller: caller(r), start: time.Now(), conn: inbound.From(r.Context()),
 		}
 		sc.share, sc.headers = sc.caller, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI))
-		sc.http2 = r.ProtoMajor == 2
+		if sc.http2 = r.ProtoMajor == 2; sc.http2 {
+			r.TLS = sc.conn.TLS()
+		}
 		sc.renew = sc.http2 && (sc.conn.Age() > s.limits.connectionAge || s.gate.closed.Load())
 		if !sc.conn.HeadersRead(sc.headers) {
 			panic(http.ErrAbortHandler)
@@ -84,7 +86,11 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 		// connection gently, so that the answer is not lost.
 		r = r.WithContext(context.WithValue(ctx, scopeKey{}, sc))
 		r.Header.Set("X-Request-Id", sc.requestID)
-		if r.ContentLength != 0 { // over HTTP/2 there is a Body without it
+		// Over HTTP/2 net/http has a body for every request, and would wait for ever to send trailers without one.
+		if r.Trailer = nil; r.ContentLength == 0 {
+			r.Body = http.NoBody
+		}
+		if r.Body != http.NoBody {
 			sc.Body = kube.NewBody(w, r.Body, s.metrics.received.Add)
 			r.Body = sc.Body
 		}
@@ -124,10 +130,10 @@ func (s *scope) abort() (first bool) {
 	switch first = !s.aborted; {
 	case first && s.blocked.Load() == 0:
 		s.Body.Within(0)
-	case s.http2 && !s.reset:
-		s.reset = true
+	case s.http2 && s.reset.IsZero():
+		s.reset = time.Now()
 		_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
-	default:
+	case time.Since(s.reset) > stallGrace: // over HTTP/1.1 always
 		s.conn.Abort()
 	}
 	s.aborted = true

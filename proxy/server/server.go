@@ -217,6 +217,9 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
 	if l == tunnel {
+		server.Protocols = new(http.Protocols)
+		server.Protocols.SetHTTP1(true)
+		server.Protocols.SetUnencryptedHTTP2(true) // TLS has ended in the listener, which alone lets HTTP/2 in
 		server.HTTP2 = &http.HTTP2Config{
 			MaxConcurrentStreams:          maxStreams,
 			MaxReceiveBufferPerStream:     kube.UploadWindow,

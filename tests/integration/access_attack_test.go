@@ -2,19 +2,24 @@ package integration
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/tls"
 	"encoding/base64"
 	"fmt"
 	"io"
+	"iter"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"k8s.io/client-go/rest"
 
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
@@ -237,7 +242,141 @@ func TestNoHeaderChangesWhoCalls(t *testing.T) {
 					}
 				}
 			}
+			w.attackByHTTP2(t, rec, identity, base[identity], func(yield func(string, int) bool) {
+				for _, a := range attacks[identity] {
+					if !yield(a.lines, a.want) {
+						return
+					}
+				}
+			})
 		})
+	}
+}
+
+// attackByHTTP2 sends requests of HTTP/2 for the Kubernetes API: with each of the lines of HTTP/1.1, and with fields
+// that only HTTP/2 has, beside those of base.
+func (w *world) attackByHTTP2(t *testing.T, rec *recorder, identity, base string, lines iter.Seq2[string, int]) {
+	t.Helper()
+	n := 0
+	type fields = []hpack.HeaderField
+	send := func(what string, want int, trailers fields, change func(fields) fields) {
+		t.Helper()
+		n++
+		path := fmt.Sprintf("/api/v1/namespaces/%s/http2/%d", identity, n)
+		code := w.rawHTTP2(t, change(fields{{Name: ":method", Value: "GET"}, {Name: ":scheme", Value: "https"},
+			{Name: ":authority", Value: "agent"}, {Name: ":path", Value: "/api/k8s" + path}}), trailers)
+		seen := rec.at(path)
+		if want >= 0 && code != want || len(seen) > 1 || code == http.StatusOK && len(seen) != 1 {
+			t.Errorf("HTTP/2, %s: answered %d, want %d; the API server got %d requests", what, code, want, len(seen))
+		}
+		for _, r := range seen {
+			if fault := identityFault(identity, r); fault != "" {
+				t.Errorf("HTTP/2, %s: the API server got a request, but %s", what, fault)
+			}
+		}
+	}
+	for text, want := range lines {
+		what := fmt.Sprintf("%.300q", text)
+		if want == 0 || strings.Contains(text, "onnection: ") ||
+			strings.Contains(text, "\x00") || strings.Contains(text, "\x7f") || strings.Contains(text, " :") {
+			want = -1 // HTTP/2 has no such fields
+		}
+		send(what, want, nil, func(f fields) fields { return append(f, fieldsOf(text)...) })
+	}
+	const reset = 0 // the stream
+	for _, a := range []struct {
+		name, value string
+		want        int
+	}{
+		{"Impersonate-User", "root", reset}, {"IMPERSONATE-GROUP", "system:masters", reset}, {"", "x", reset},
+		{"impersonate-user ", "root", reset}, {"x-a", "b\r\nimpersonate-user: root", reset}, {"x-a", "b\x00c", reset},
+		{":path", "/api/k8s/api/v1/namespaces/other/pods", reset}, {":authorization", "Bearer x", reset},
+		{"connection", "impersonate-user", 400}, {"connection", "upgrade", 400}, {"upgrade", "websocket", 400},
+		{"keep-alive", "x", 400}, {"proxy-connection", "authorization", 400}, {"transfer-encoding", "chunked", 400},
+		{"te", "gzip", 400}, {"te", "trailers", 200}, {"host", "other", 200}, {"trailer", "authorization", 200},
+		{"cookie", "a=b", 200}, {"x-remote-user", "root", 200},
+	} {
+		send(a.name+": "+a.value, a.want, nil, func(f fields) fields {
+			return append(append(f, fieldsOf(base)...), hpack.HeaderField{Name: a.name, Value: a.value})
+		})
+	}
+	for i, values := range map[int][]string{
+		0: {"CONNECT", "PRI", "TRACE", "get", "G T"}, 1: {"http", "ftp", ""}, 2: {"", "other", "root@agent", "a/b"},
+		3: {"*", "", "agent:443", "//agent/api/k8s/api", "https://other/api/k8s/api/v1/namespaces/other/pods",
+			"/api/k8s/api/v1/../../healthz", "/api/k8s/%2e%2e/x", "/api/k8s/api\\v1", "/api/k8s/a%00b", "/x/../api/k8s/api"},
+	} {
+		for _, value := range values {
+			send("pseudo-header "+value, -1, nil, func(f fields) fields {
+				f[i].Value = value
+				return append(f, fieldsOf(base)...)
+			})
+		}
+	}
+	send("extended CONNECT", -1, nil, func(f fields) fields {
+		f[0].Value = "CONNECT"
+		return append(append(f, hpack.HeaderField{Name: ":protocol", Value: "websocket"}), fieldsOf(base)...)
+	})
+	send("trailers", 200, fields{{Name: "impersonate-user", Value: "root"}, {Name: "cookie", Value: "a=b"}},
+		func(f fields) fields {
+			return append(append(f, fieldsOf(base)...), hpack.HeaderField{Name: "trailer", Value: "impersonate-user, cookie"})
+		})
+}
+
+// fieldsOf returns the lines of a header of HTTP/1.1 as fields of HTTP/2.
+func fieldsOf(lines string) (fields []hpack.HeaderField) {
+	for line := range strings.SplitSeq(lines, "\r\n") {
+		if name, value, ok := strings.Cut(line, ":"); ok {
+			fields = append(fields, hpack.HeaderField{Name: strings.ToLower(name), Value: strings.TrimPrefix(value, " ")})
+		}
+	}
+	return fields
+}
+
+// rawHTTP2 is raw for a request of HTTP/2 as it is. It returns 0 if there is no answer.
+func (w *world) rawHTTP2(t *testing.T, fields, trailers []hpack.HeaderField) int {
+	t.Helper()
+	addr, config := w.cp.Direct(agentID)
+	config.NextProtos = []string{http2.NextProtoTLS}
+	conn, err := tls.Dial("tcp", addr, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	_, _ = io.WriteString(conn, http2.ClientPreface) // reading returns the error
+	framer := http2.NewFramer(conn, conn)
+	framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	_ = framer.WriteSettings()
+	var block bytes.Buffer
+	encoder := hpack.NewEncoder(&block)
+	for _, part := range [][]hpack.HeaderField{fields, trailers} {
+		block.Reset()
+		for _, field := range part {
+			_ = encoder.WriteField(field)
+		}
+		first := block.Next(16 << 10)
+		if len(first) == 0 {
+			break
+		}
+		_ = framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: first, EndHeaders: block.Len() == 0,
+			EndStream: len(trailers) == 0 || &part[0] == &trailers[0]})
+		for block.Len() > 0 {
+			next := block.Next(16 << 10)
+			_ = framer.WriteContinuation(1, block.Len() == 0, next)
+		}
+	}
+	for {
+		switch frame, err := framer.ReadFrame(); frame := frame.(type) {
+		case *http2.MetaHeadersFrame:
+			code, _ := strconv.Atoi(frame.PseudoValue("status"))
+			return code
+		case *http2.RSTStreamFrame, *http2.GoAwayFrame:
+			return 0
+		default:
+			if err != nil {
+				return 0
+			}
+		}
 	}
 }
 

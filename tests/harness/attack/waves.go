@@ -65,6 +65,7 @@ func Waves(w Ways, s Size) ([]Wave, error) {
 		waves = append(waves, Wave{name, n, max(float64(n)/s.Ramp.Seconds(), 1), attack})
 	}
 	path := "/api/v1/namespaces/" + w.Namespace + "/configmaps"
+	const uploads = "/api/v1/namespaces/default/configmaps" // the agent's own namespace may be closed
 	watch := path + "?watch=true&labelSelector=watched%3Dtrue"
 	plain := w.Tunnel
 	plain.TLS = nil
@@ -81,11 +82,38 @@ func Waves(w Ways, s Size) ([]Wave, error) {
 		add("stalled watches, "+name, s.Watches/2, StalledRead(way.from(reader), watch))
 		add("stalled lists, "+name, s.Lists/2, StalledRead(way.from(reader), path))
 	}
-	add("stalled uploads of 256 KiB", s.Uploads*3/4, StalledUpload(w.Frps.from(uploader), path, 256<<10))
-	add("stalled uploads of 1 MiB", s.Uploads/4, StalledUpload(w.Frps.from(uploader), path, 1<<20))
+	add("stalled uploads of 256 KiB", s.Uploads*3/4, StalledUpload(w.Frps.from(uploader), uploads, 256<<10))
+	add("stalled uploads of 1 MiB", s.Uploads/4, StalledUpload(w.Frps.from(uploader), uploads, 1<<20))
 	add("idle connections, operations listener", s.Idle/5, IdleConnection(w.Operations))
 	add("idle connections, tunnel listener", s.Idle*2/5, IdleConnection(w.Tunnel.from(idler)))
 	add("idle connections, frps", s.Idle*2/5, IdleConnection(w.Frps.from(idler)))
+	h2, anonymous := w.Tunnel, w.Tunnel
+	h2.TLS = h2.TLS.Clone()
+	h2.TLS.NextProtos = []string{"h2"}
+	anonymous.TLS, anonymous.Token = h2.TLS, ""
+	for kind, block := range blocks() {
+		add("HTTP/2: unfinished headers, "+kind, s.Floods/2, UnfinishedHeaders(anonymous.from(flooder), "", block))
+		add("HTTP/2: unfinished headers beside a watch, "+kind, s.Floods/10, UnfinishedHeaders(h2.from(reader), watch, block))
+	}
+	for _, kind := range []string{"long", "short", "one byte"} {
+		block := blocks()[kind]
+		add("HTTP/2: unread answers, 401, "+kind, s.Floods/25, UnreadAnswers(anonymous.from(flooder), block))
+		add("HTTP/2: unread answers, 400, "+kind, s.Floods/25,
+			UnreadAnswers(anonymous.from(flooder), append(block[:len(block):len(block)], literal("connection", "x")...)))
+		add("HTTP/2: unread answers, 431, "+kind, s.Floods/25, UnreadAnswers(anonymous.from(flooder),
+			append(block[:len(block):len(block)], literal("a", strings.Repeat("a", frameSize-100))...)))
+	}
+	for name, attack := range map[string]func(Target, string) Attack{"streams": StalledStreams,
+		"connections": StalledConnection} {
+		add("HTTP/2: stalled "+name+", lists", 1, attack(h2.from(reader), path))
+		add("HTTP/2: stalled "+name+", watches", s.Watches/25, attack(h2.from(reader), watch))
+	}
+	add("HTTP/2: stalled uploads of 256 KiB", s.Uploads/60, StalledUploads(h2.from(uploader), uploads, 256<<10))
+	add("HTTP/2: stalled uploads of 1 MiB", s.Uploads/60, StalledUploads(h2.from(uploader), uploads, 1<<20))
+	add("HTTP/2: idle connections", s.Idle/5, IdleHTTP2(h2.from(idler)))
+	add("HTTP/2: rapid reset", s.Floods/25, RapidReset(h2.from(flooder), path))
+	add("HTTP/2: rapid reset, anonymous", s.Floods/25, RapidReset(anonymous.from(flooder), path))
+	add("HTTP/2: control frames", s.Floods/5, ControlFrames(anonymous.from(flooder)))
 	add("hostile runner", s.Commands, Command(w.Frps.from(commander), Hostile))
 	add("loop of runners", s.Commands, Command(w.Frps.from(commander), Loop))
 

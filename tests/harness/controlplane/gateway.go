@@ -63,7 +63,7 @@ func (c *ControlPlane) gateway() http.Handler {
 		BufferPool:   &buffers{sync.Pool{New: func() any { return new([32 << 10]byte) }}},
 		ErrorHandler: c.unavailable,
 		ErrorLog:     slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
-		Transport: &toAgents{c.transport("h2", "http/1.1"), c.transport("http/1.1")},
+		Transport:    &toAgents{c.transport("h2", "http/1.1"), c.transport("http/1.1")},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id, _, ok := cutAgent(r.URL.Path)
