@@ -60,6 +60,10 @@ func TestAnswersToLargeBodiesAreComplete(t *testing.T) {
 				t.Cleanup(upstream.Close)
 				server := front(t, upstream.URL)
 				client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}
+				if protocols[0] == "HTTP/2" {
+					server = frontHTTP2(t, upstream.URL)
+					client = server.Client()
+				}
 				t.Cleanup(client.CloseIdleConnections)
 				var group sync.WaitGroup
 				for worker := range 8 {
