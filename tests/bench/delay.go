@@ -3,8 +3,9 @@ package main
 import (
 	"context"
 	"net"
-	"syscall"
 	"time"
+
+	"github.com/pipeops/vm-agent/tests/harness/link"
 )
 
 // startDelay relays connections to target over a link with the round-trip time rtt and no limit of bandwidth. As over
@@ -24,7 +25,7 @@ func startDelay(ctx context.Context, target string, rtt time.Duration) (net.Addr
 			go func() {
 				made := time.Now().Add(rtt)
 				sent := late(conn, made, rtt/2)
-				sleepUntil(made.Add(rtt / 2))
+				link.SleepUntil(made.Add(rtt / 2))
 				server, err := (&net.Dialer{}).DialContext(ctx, "tcp", target)
 				if err != nil {
 					_ = conn.Close()
@@ -68,18 +69,10 @@ func late(src net.Conn, from time.Time, d time.Duration) <-chan part {
 // carry writes the parts of src, and then its end, to dst, each when it is due.
 func carry(dst, src net.Conn, parts <-chan part) {
 	for p := range parts {
-		sleepUntil(p.due)
+		link.SleepUntil(p.due)
 		if _, err := dst.Write(p.data); err != nil {
 			_ = src.Close() // ends the reader
 		}
 	}
 	_ = dst.Close()
-}
-
-// sleepUntil sleeps with a precision of a tenth of a millisecond, because Go's timers are late by up to a whole one.
-func sleepUntil(due time.Time) {
-	for left := time.Until(due); left > 0; left = time.Until(due) {
-		ts := syscall.NsecToTimespec(int64(left))
-		_ = syscall.Nanosleep(&ts, nil) // a signal may end it early
-	}
 }

@@ -1,6 +1,6 @@
 // Command bench measures and prints Markdown. Compare its results within one run only: they differ by a factor of two
 // between machines and runs, their ratios do not. Linux only. Its arguments name the parts to measure. Without any it
-// leaves out attack, latency, identities and tunnels, which take long.
+// leaves out attack, distance, latency, identities and tunnels, which take long or need root.
 package main
 
 import (
@@ -30,9 +30,10 @@ func main() {
 		name    string
 		measure func(context.Context) error
 	}{{"start", start}, {"recovery", recovery}, {"status", status}, {"proxies", proxies}, {"identities", identities},
-		{"attack", attacks},
+		{"attack", attacks}, {"distance", distance},
 		{"latency", latency}, {"latency", frozen}, {"latency", restarted}, {"tunnels", tunnels}} {
-		if len(os.Args) == 1 && slices.Contains([]string{"attack", "latency", "identities", "tunnels"}, part.name) ||
+		if len(os.Args) == 1 &&
+			slices.Contains([]string{"attack", "distance", "latency", "identities", "tunnels"}, part.name) ||
 			len(os.Args) > 1 && !slices.Contains(os.Args, part.name) {
 			continue
 		}

@@ -219,7 +219,7 @@ func measureTransfers(ctx context.Context, p peer, f *figures) error {
 		transfer  func() error
 	}{
 		{&f.download, &f.downRSS, func() error { return call(ctx, c, p, "/api/v1/large") }},
-		{&f.upload, &f.upRSS, func() error { return upload(ctx, c, p) }},
+		{&f.upload, &f.upRSS, func() error { return upload(ctx, c, p, large) }},
 	} {
 		if err := resetPeak(p.pid); err != nil {
 			return err
@@ -242,13 +242,13 @@ func measureTransfers(ctx context.Context, p peer, f *figures) error {
 	return nil
 }
 
-func upload(ctx context.Context, c *http.Client, p peer) error {
-	body := io.LimitReader(zeros{}, large)
+func upload(ctx context.Context, c *http.Client, p peer, size int64) error {
+	body := io.LimitReader(zeros{}, size)
 	req, err := p.request(ctx, http.MethodPost, "/api/v1/large", body)
 	if err != nil {
 		return err
 	}
-	req.ContentLength = large
+	req.ContentLength = size
 	resp, err := c.Do(req)
 	if err != nil {
 		return err
