@@ -17,7 +17,7 @@ import (
 const maxRepeatable = 256 << 10
 
 // UploadWindow is how many bytes of a body a caller of HTTP/2 may send ahead.
-const UploadWindow = 64 << 10
+const UploadWindow = 256 << 10
 
 // keepTimeout is how long a body that is kept may take to arrive, as headers may; uploadTimeout is how long any other
 // body may take between two parts.

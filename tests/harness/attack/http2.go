@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	http2Streams = 60 // that the tunnel listener takes on a connection
+	http2Streams = 15 // that the tunnel listener takes on a connection
 	frameSize    = 16 << 10
 )
 

@@ -85,11 +85,12 @@ func (c *ControlPlane) gateway() http.Handler {
 	})
 }
 
-// toAgents sends requests to agents: over HTTP/2, which has no upgrades, or over HTTP/1.1.
+// toAgents sends requests to agents: over HTTP/2, but over HTTP/1.1 upgrades, which HTTP/2 has not, and large bodies,
+// which its flow control makes slow over a distance.
 type toAgents struct{ http2, http1 *http.Transport }
 
 func (t *toAgents) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.Header.Get("Upgrade") != "" || r.URL.Scheme == "http" {
+	if r.Header.Get("Upgrade") != "" || r.ContentLength > keptBody || r.ContentLength < 0 || r.URL.Scheme == "http" {
 		return t.http1.RoundTrip(r)
 	}
 	return t.http2.RoundTrip(r)
@@ -114,6 +115,9 @@ func (c *ControlPlane) transport(protocols ...string) *http.Transport {
 	}
 	return t
 }
+
+// keptBody is how many bytes an agent takes of a body at once.
+const keptBody = 256 << 10
 
 // user returns the user whose token a request shows.
 func (c *ControlPlane) user(r *http.Request) (User, bool) {
@@ -161,9 +165,9 @@ func (c *ControlPlane) introduce(pr *httputil.ProxyRequest, id string) {
 // reads once more after the last byte. It would take a closed body for a failure, and close the connection before the
 // rest of the answer.
 //
-// A small body is read first, so that the transport can send it again if an agent that stops has not taken it (GOAWAY).
+// A body of up to keptBody bytes is read first, so that the transport can send it again if an agent that stops has not taken it (GOAWAY).
 func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
-	if 0 < r.ContentLength && r.ContentLength <= 256<<10 {
+	if 0 < r.ContentLength && r.ContentLength <= keptBody {
 		data, err := io.ReadAll(r.Body)
 		if err != nil {
 			kube.WriteStatus(w, r, http.StatusBadRequest, "the body of the request cannot be read: "+err.Error(), 0)
