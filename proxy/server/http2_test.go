@@ -198,9 +198,8 @@ func TestConnectionOfHTTP2IsReplaced(t *testing.T) {
 
 // TestUploadsOfHTTP2AreLimitedByTheirWindows: the API server may read none of them.
 func TestUploadsOfHTTP2AreLimitedByTheirWindows(t *testing.T) {
-	s := withLimits(t, func(l *limits) { l.requestMemory = 8 * kube.UploadWindow }, func(_ http.ResponseWriter, r *http.Request) {
-		<-r.Context().Done()
-	})
+	unread := func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+	s := withLimits(t, func(l *limits) { l.requestMemory = 8 * kube.UploadWindow }, unread)
 	client, dials := overHTTP2(t, s)
 	get(t, client, "/version", "wrong") // makes the connection
 	answers := make(chan int, 100)

@@ -108,8 +108,9 @@ func Waves(w Ways, s Size) ([]Wave, error) {
 		add("HTTP/2: stalled "+name+", lists", 1, attack(h2.from(reader), path))
 		add("HTTP/2: stalled "+name+", watches", s.Watches/25, attack(h2.from(reader), watch))
 	}
-	add("HTTP/2: stalled uploads of 256 KiB", s.Uploads/4/http2Streams, StalledUploads(h2.from(uploader), uploads, 256<<10))
-	add("HTTP/2: stalled uploads of 1 MiB", s.Uploads/4/http2Streams, StalledUploads(h2.from(uploader), uploads, 1<<20))
+	connections := s.Uploads / 4 / http2Streams
+	add("HTTP/2: stalled uploads of 256 KiB", connections, StalledUploads(h2.from(uploader), uploads, 256<<10))
+	add("HTTP/2: stalled uploads of 1 MiB", connections, StalledUploads(h2.from(uploader), uploads, 1<<20))
 	add("HTTP/2: idle connections", s.Idle/5, IdleHTTP2(h2.from(idler)))
 	add("HTTP/2: rapid reset", s.Floods/25, RapidReset(h2.from(flooder), path))
 	add("HTTP/2: rapid reset, anonymous", s.Floods/25, RapidReset(anonymous.from(flooder), path))

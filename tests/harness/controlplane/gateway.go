@@ -165,7 +165,8 @@ func (c *ControlPlane) introduce(pr *httputil.ProxyRequest, id string) {
 // reads once more after the last byte. It would take a closed body for a failure, and close the connection before the
 // rest of the answer.
 //
-// A body of up to keptBody bytes is read first, so that the transport can send it again if an agent that stops has not taken it (GOAWAY).
+// A body of up to keptBody bytes is read first, so that the transport can send it again if an agent that stops has not
+// taken it (GOAWAY).
 func whole(next http.Handler, w http.ResponseWriter, r *http.Request) {
 	if 0 < r.ContentLength && r.ContentLength <= keptBody {
 		data, err := io.ReadAll(r.Body)
