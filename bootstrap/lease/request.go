@@ -83,11 +83,16 @@ func requestLease(
 // retryUntilLease returns an issuer that retries until there is a lease, the failure is final, or ctx ends.
 func retryUntilLease(issue issuer, log *slog.Logger) issuer {
 	return func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
+		var last *controlplane.Failure
 		for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
 			answer, fail := issue(ctx, certificate)
 			if fail == nil || fail.Final {
 				return answer, fail
 			}
+			if ctx.Err() != nil && last != nil {
+				fail = last // the deadline has cut this attempt short: the one before says why there is no lease
+			}
+			last = fail
 			wait := max(jitter(delay), fail.RetryAfter)
 			if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
 				return answer, &controlplane.Failure{Err: fmt.Errorf("%w (gave up after --timeout)", fail)}
