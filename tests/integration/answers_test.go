@@ -3,6 +3,7 @@ package integration
 import (
 	"fmt"
 	"net/http"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -85,6 +86,11 @@ func TestResponsesAreForwardedUnchanged(t *testing.T) {
 			}
 			if test.name == "warning" { // the body changes with every call
 				got[0].Body, got[1].Body = "", ""
+			}
+			if test.name == "table" { // a second may pass between the two
+				for i := range got {
+					got[i].Body = regexp.MustCompile(`"\d+s"`).ReplaceAllString(got[i].Body, `"age"`)
+				}
 			}
 			if diff := cmp.Diff(got[0], got[1]); diff != "" {
 				t.Errorf("(-direct +tunnel):\n%.3000s", diff)
