@@ -2,6 +2,7 @@ package inbound
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"sync"
 )
@@ -14,8 +15,10 @@ const (
 
 	frameHeader, headersFrame, continuationFrame, endHeaders = 9, 1, 9, 4 // Source: RFC 9113, 4.1 and 6.
 
-	preface = 24 // bytes before the first frame
 )
+
+// preface begins a connection of HTTP/2. Source: RFC 9113, 3.4.
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 // framed is a connection of HTTP/2. It counts the memory for headers until they reach the handler: those of requests
 // that net/http answers itself (400, 431) never do, and may wait there for a caller who reads no answer.
@@ -23,6 +26,7 @@ type framed struct {
 	net.Conn // of TLS
 
 	conn    *Conn
+	preface string // what is left of it
 	writing sync.Mutex
 	head    [frameHeader]byte
 	have    int    // bytes of head
@@ -51,6 +55,13 @@ func (f *framed) Read(p []byte) (int, error) {
 	}
 	n, err := f.Conn.Read(p)
 	for read := p[:n]; len(read) > 0; {
+		if got := min(len(read), len(f.preface)); got > 0 {
+			if string(read[:got]) != f.preface[:got] { // net/http would take it for HTTP/1.1, whose headers nobody counts here
+				return 0, errors.Join(errors.New("not HTTP/2"), f.conn.Close())
+			}
+			f.preface, read = f.preface[got:], read[got:]
+			continue
+		}
 		if f.left == 0 {
 			got := copy(f.head[f.have:], read)
 			f.have, read = f.have+got, read[got:]
@@ -78,7 +89,7 @@ func (f *framed) Write(p []byte) (int, error) {
 func (f *framed) begin() {
 	f.left = int(binary.BigEndian.Uint32(f.head[:]) >> 8)
 	if f.head[3] == headersFrame {
-		stream := binary.BigEndian.Uint32(f.head[5:])
+		stream := binary.BigEndian.Uint32(f.head[5:]) &^ (1 << 31) // a reserved bit, which net/http ignores too
 		f.began, f.block, f.single = stream > f.last, 0, true
 		f.last = max(f.last, stream)
 	} else {

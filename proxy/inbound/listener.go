@@ -157,7 +157,7 @@ func (l *Listener) begin(c *Conn) {
 	c.cost.Store(headerCost)
 	if c.http2 {
 		c.cost.Store(0)
-		conn = &framed{Conn: conn, conn: c, left: preface}
+		conn = &framed{Conn: conn, conn: c, preface: preface}
 		if !l.admit(c, http2Connections-1) {
 			return
 		}
@@ -256,7 +256,15 @@ func (c *Conn) readProxyHeader() error {
 
 // ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
-	if c := unwrap(conn); c != nil && state == http.StateIdle && !c.http2 {
+	c := unwrap(conn)
+	switch {
+	case c == nil || state != http.StateIdle:
+	case c.http2: // no stream is open: net/http has refused those that have not reached the handler
+		c.countHeaders(func(b *blocks) int64 {
+			b.read, b.largest = 0, 0
+			return 0
+		})
+	default:
 		c.cost.Store(headerCost)
 		c.locked(func() {
 			c.releaseHeaders(c.memory)
@@ -350,7 +358,7 @@ func (c *Conn) HeadersRead(memory int64) bool {
 		return true
 	case c.http2:
 		return c.countHeaders(func(b *blocks) int64 {
-			if b.read--; b.read == 0 {
+			if b.read = max(b.read-1, 0); b.read == 0 {
 				b.largest = 0
 			}
 			return memory + streamCost

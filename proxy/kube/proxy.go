@@ -65,6 +65,10 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (ref
 		return code
 	}
 	f := &forward{Proxy: p, Request: req}
+	ahead := int64(UploadWindow) // of the body, over HTTP/2
+	if r.ContentLength > 0 {
+		ahead = min(ahead, r.ContentLength)
+	}
 	switch body := req.Body; {
 	case body == nil:
 	case 0 < r.ContentLength && r.ContentLength <= maxRepeatable && req.Reserve(r.ContentLength, true):
@@ -72,7 +76,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (ref
 			writeBodyError(w, r, err)
 			return 0
 		}
-	case r.ProtoMajor == 2 && !req.Reserve(UploadWindow, false):
+	case r.ProtoMajor == 2 && !req.Reserve(ahead, false):
 		WriteStatus(w, r, http.StatusTooManyRequests, "too many large bodies are being received: try again", 1)
 		return http.StatusTooManyRequests
 	default:

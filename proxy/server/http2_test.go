@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -381,4 +382,52 @@ func TestCallerOfHTTP2WhoReadsNothingIsNotRead(t *testing.T) {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Error(err)
 	}
+}
+
+// TestHTTP1InAConnectionOfHTTP2IsNotServed: nobody would count its headers.
+func TestHTTP1InAConnectionOfHTTP2IsNotServed(t *testing.T) {
+	client, _ := overHTTP2(t, withLimits(t, func(*limits) {}, events(nil)))
+	conn := rawHTTP2(t, client)
+	_, _ = io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+	if answer, err := io.ReadAll(conn); len(answer) > 0 {
+		t.Errorf("answered %q, %v", answer, err)
+	}
+}
+
+// TestReservedBitOfAStreamHidesNoHeaders: those of later streams are counted as before.
+func TestReservedBitOfAStreamHidesNoHeaders(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.headerMemory = 1 << 20 }, events(nil))
+	client, _ := overHTTP2(t, s)
+	block := "\x82\x84\x87" + strings.Repeat("\x00\x02aa\x00", 3000) + "\x00\x0aconnection\x01x" // answered with 400
+	for range 20 {
+		_, _ = io.WriteString(rawHTTP2(t, client),
+			noWindow+frame(1, 5, 1<<31|1, "\x82\x84\x87")+frame(1, 5, 3, block)+frame(1, 5, 5, block))
+	}
+	eventually(t, func() bool { return refused(s, "header_memory") >= 14 })
+}
+
+// TestRefusedStreamsAreForgotten: a client sends up to 100 requests before it knows how many may run.
+func TestRefusedStreamsAreForgotten(t *testing.T) {
+	s := withLimits(t, func(*limits) {}, events(nil))
+	counted := func() string {
+		answer := httptest.NewRecorder()
+		s.metrics.handler.ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		_, value, _ := strings.Cut(answer.Body.String(), `limit_in_use{limit="header_memory_bytes"} `)
+		value, _, _ = strings.Cut(value, "\n")
+		return value
+	}
+	client, _ := overHTTP2(t, s)
+	conn := rawHTTP2(t, client)
+	burst := noWindow
+	for stream := range uint32(100) {
+		burst += frame(1, 5, 2*stream+1, "\x82\x87\x04\x08/version") // its answer is not read
+	}
+	for stream := range uint32(100) {
+		burst += frame(3, 0, 2*stream+1, "\x00\x00\x00\x08") // and then not wanted
+	}
+	if _, err := io.WriteString(conn, burst); err != nil {
+		t.Fatal(err)
+	}
+	go func() { _, _ = io.Copy(io.Discard, conn) }()
+	eventually(t, func() bool { return testutil.CollectAndCount(s.metrics.requests) > 0 && counted() == "0" })
 }
