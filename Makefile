@@ -46,7 +46,7 @@ lint: $(BIN)/golangci-lint ## Check that all modules are formatted, build, and p
 	@files=$$(gofmt -l $(MODULES)); [ -z "$$files" ] || { echo "not formatted, run gofmt -w: $$files"; exit 1; }
 	@for m in $(CODE); do \
 		echo "== $$m: build, vet, lint"; \
-		(cd $$m && go build ./... && go vet ./... && \
+		(cd $$m && go build -o /dev/null ./... && go vet ./... && \
 			$(BIN)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || exit 1; done
 
 .PHONY: test
@@ -54,7 +54,7 @@ test: unit build tools ## Run the unit and integration tests: no root, no networ
 	@echo "== the stock frp reads what the agent writes"
 	@cd tests/tools/frp && go test -count=1 ./...
 	@echo "== integration: real API server, real frps and frpc"
-	@cd tests && go test -count=1 -v -parallel 8 -timeout 15m ./integration ./manifests
+	@cd tests && go test -count=1 -v -parallel 8 -timeout 20m ./integration ./manifests
 
 # E2E_PACKAGES lists the Debian packages that the node, the images and the tests of the alerts need.
 E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables \
