@@ -5,6 +5,8 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
+	"time"
 )
 
 const (
@@ -13,8 +15,14 @@ const (
 	// is the bytes, which HPACK may keep twice.
 	firstCost, furtherCost, firstBytes = 50, 4, 9 << 10
 
-	frameHeader, headersFrame, continuationFrame, endHeaders = 9, 1, 9, 4 // Source: RFC 9113, 4.1 and 6.
+	// Source: RFC 9113, 4.1, 6, and 7.
+	frameHeader, headersFrame, resetFrame, goAwayFrame, continuationFrame, endHeaders, refusedStream = 9, 1, 3, 7, 9, 4, 7
 
+	// Frames that are read while a write waits: net/http queues its answers to them. Such a write has room for more.
+	maxAhead = 100
+
+	// How long a write may wait for a caller who has never shown a valid credential: what they do not read, frpc keeps.
+	strangerTimeout = 2 * time.Second
 )
 
 // preface begins a connection of HTTP/2. Source: RFC 9113, 3.4.
@@ -27,15 +35,44 @@ type framed struct {
 
 	conn    *Conn
 	preface string // what is left of it
+	in      frames
+	block   int          // bytes of the block of headers
+	last    uint32       // stream
+	began   bool         // the block begins a stream
+	single  bool         // the block has one frame
+	ahead   atomic.Int32 // frames read since the last write began
+
 	writing sync.Mutex
-	head    [frameHeader]byte
-	have    int    // bytes of head
-	left    int    // bytes of the frame
-	block   int    // bytes of the block of headers
-	last    uint32 // stream
-	began   bool   // the block begins a stream
-	single  bool   // the block has one frame
+	out     frames
+	code    uint32      // of the frame that resets a stream
+	leaving atomic.Bool // a GOAWAY was sent: net/http ignores new streams
 }
+
+// frames follows the frames of one direction.
+type frames struct {
+	head [frameHeader]byte
+	have int // bytes of head
+	left int // bytes of the payload
+}
+
+// next takes what p, which is not empty, has of one frame: of its header, and of its payload.
+func (f *frames) next(p []byte) (payload, rest []byte, begins, ends bool) {
+	if f.have < frameHeader {
+		n := copy(f.head[f.have:], p)
+		f.have, p = f.have+n, p[n:]
+		if f.have < frameHeader {
+			return nil, nil, false, false
+		}
+		begins, f.left = true, int(binary.BigEndian.Uint32(f.head[:])>>8)
+	}
+	n := min(f.left, len(p))
+	if f.left -= n; f.left == 0 {
+		f.have = 0
+	}
+	return p[:n], p[n:], begins, f.left == 0
+}
+
+func (f *frames) kind() byte { return f.head[3] }
 
 // blocks counts the headers of a connection of HTTP/2 that have not reached the handler. Guarded by the listener's mu.
 type blocks struct {
@@ -47,32 +84,34 @@ type blocks struct {
 
 func (b *blocks) memory() int64 { return b.unfinished + b.kept + int64(b.read)*b.largest }
 
-// Read reads no frame while a write waits: net/http would queue its answers to frames.
+// done forgets one that was read.
+func (b *blocks) done() {
+	if b.read = max(b.read-1, 0); b.read == 0 {
+		b.largest = 0
+	}
+}
+
 func (f *framed) Read(p []byte) (int, error) {
-	if f.left == 0 && f.have == 0 {
+	if f.ahead.Load() > maxAhead {
 		f.writing.Lock()
 		f.writing.Unlock() //nolint:staticcheck // only waits
 	}
 	n, err := f.Conn.Read(p)
-	for read := p[:n]; len(read) > 0; {
-		if got := min(len(read), len(f.preface)); got > 0 {
-			if string(read[:got]) != f.preface[:got] { // net/http would take it for HTTP/1.1, whose headers nobody counts here
-				return 0, errors.Join(errors.New("not HTTP/2"), f.conn.Close())
-			}
-			f.preface, read = f.preface[got:], read[got:]
-			continue
+	read := p[:n]
+	if n := min(n, len(f.preface)); n > 0 {
+		if string(read[:n]) != f.preface[:n] { // net/http would take it for HTTP/1.1, whose headers nobody counts here
+			return 0, errors.Join(errors.New("not HTTP/2"), f.conn.Close())
 		}
-		if f.left == 0 {
-			got := copy(f.head[f.have:], read)
-			f.have, read = f.have+got, read[got:]
-			if f.have < frameHeader {
-				continue
-			}
+		f.preface, read = f.preface[n:], read[n:]
+	}
+	for len(read) > 0 {
+		var payload []byte
+		var begins, ends bool
+		payload, read, begins, ends = f.in.next(read)
+		if begins {
 			f.begin()
 		}
-		got := min(f.left, len(read))
-		f.left, read = f.left-got, read[got:]
-		if !f.count(got) {
+		if !f.count(len(payload), ends) {
 			return 0, errTooMuch
 		}
 	}
@@ -82,36 +121,56 @@ func (f *framed) Read(p []byte) (int, error) {
 func (f *framed) Write(p []byte) (int, error) {
 	f.writing.Lock()
 	defer f.writing.Unlock()
-	return f.Conn.Write(p)
+	f.ahead.Store(0)
+	for rest := p; len(rest) > 0; {
+		var payload []byte
+		var ends bool
+		payload, rest, _, ends = f.out.next(rest)
+		switch f.out.kind() {
+		case goAwayFrame:
+			f.leaving.Store(true)
+		case resetFrame:
+			for _, b := range payload {
+				f.code = f.code<<8 | uint32(b)
+			}
+			if ends && f.code == refusedStream { // it has not reached the handler
+				f.conn.countHeaders(0, (*blocks).done)
+			}
+		}
+	}
+	deadline := time.Time{}
+	if !f.conn.known.Load() {
+		deadline = time.Now().Add(strangerTimeout)
+	}
+	_ = f.SetWriteDeadline(deadline)
+	n, err := f.Conn.Write(p)
+	if err != nil { // net/http would go on to read
+		f.conn.Abort()
+	}
+	return n, err
 }
 
 // begin reads the header of a frame.
 func (f *framed) begin() {
-	f.left = int(binary.BigEndian.Uint32(f.head[:]) >> 8)
-	if f.head[3] == headersFrame {
-		stream := binary.BigEndian.Uint32(f.head[5:]) &^ (1 << 31) // a reserved bit, which net/http ignores too
-		f.began, f.block, f.single = stream > f.last, 0, true
+	f.ahead.Add(1)
+	if f.single = f.in.kind() == headersFrame; f.single {
+		stream := binary.BigEndian.Uint32(f.in.head[5:]) &^ (1 << 31) // a reserved bit, which net/http ignores too
+		f.began, f.block = stream > f.last && !f.leaving.Load(), 0
 		f.last = max(f.last, stream)
-	} else {
-		f.single = false
 	}
 }
 
 // count counts n bytes of a frame. It returns false if the connection was closed.
-func (f *framed) count(n int) bool {
-	ended := f.left == 0
-	if ended {
-		f.have = 0
-	}
-	if kind := f.head[3]; kind != headersFrame && kind != continuationFrame {
+func (f *framed) count(n int, ends bool) bool {
+	if kind := f.in.kind(); kind != headersFrame && kind != continuationFrame {
 		return true
 	}
 	first := max(min(n, firstBytes-f.block), 0)
 	f.block += n
-	return f.conn.countHeaders(func(b *blocks) int64 {
+	return f.conn.countHeaders(0, func(b *blocks) {
 		b.unfinished += int64(n)*furtherCost + int64(first)*(firstCost-furtherCost)
-		if !ended || f.head[4]&endHeaders == 0 {
-			return 0
+		if !ends || f.in.head[4]&endHeaders == 0 {
+			return
 		}
 		if f.began {
 			b.read++
@@ -121,6 +180,5 @@ func (f *framed) count(n int) bool {
 			b.kept = max(b.kept, 2*int64(f.block))
 		}
 		b.unfinished = 0
-		return 0
 	})
 }

@@ -260,10 +260,7 @@ func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 	switch {
 	case c == nil || state != http.StateIdle:
 	case c.http2: // no stream is open: net/http has refused those that have not reached the handler
-		c.countHeaders(func(b *blocks) int64 {
-			b.read, b.largest = 0, 0
-			return 0
-		})
+		c.countHeaders(0, func(b *blocks) { b.read, b.largest = 0, 0 })
 	default:
 		c.cost.Store(headerCost)
 		c.locked(func() {
@@ -293,6 +290,7 @@ type Conn struct {
 	http2    bool
 	state    *tls.ConnectionState // of HTTP/2
 	begun    time.Time
+	known    atomic.Bool // a request was authenticated
 
 	// Guarded by the listener's mu.
 	count    int           // as how many it counts
@@ -357,12 +355,7 @@ func (c *Conn) HeadersRead(memory int64) bool {
 	case c == nil:
 		return true
 	case c.http2:
-		return c.countHeaders(func(b *blocks) int64 {
-			if b.read = max(b.read-1, 0); b.read == 0 {
-				b.largest = 0
-			}
-			return memory + streamCost
-		})
+		return c.countHeaders(memory+streamCost, (*blocks).done)
 	}
 	c.cost.Store(0) // they were counted while they were read
 	return true
@@ -372,6 +365,7 @@ func (c *Conn) HeadersRead(memory int64) bool {
 // headers is what HeadersRead was told.
 func (c *Conn) Authenticated(headers int64) {
 	c.locked(func() {
+		c.known.Store(true)
 		c.releaseHeaders(headers + streamCost)
 		c.requests++
 		c.setWaiting(false)
@@ -399,7 +393,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		return n, nil
 	}
 	n, err := c.TCPConn.Read(p)
-	if cost := c.cost.Load(); cost > 0 && n > 0 && !c.countHeaders(func(*blocks) int64 { return int64(n) * cost }) {
+	if cost := c.cost.Load(); cost > 0 && n > 0 && !c.countHeaders(int64(n)*cost, func(*blocks) {}) {
 		return 0, errTooMuch
 	}
 	return n, err
@@ -407,13 +401,14 @@ func (c *Conn) Read(p []byte) (int, error) {
 
 var errTooMuch = errors.New("the headers of all requests use too much memory")
 
-// countHeaders counts what change returns, in bytes of memory, and what it changes of blocks. It returns false if the
-// connection is closed.
-func (c *Conn) countHeaders(change func(*blocks) int64) bool {
+// countHeaders counts more bytes of memory, and what change changes of blocks. It returns false if the connection is
+// closed.
+func (c *Conn) countHeaders(more int64, change func(*blocks)) bool {
 	c.listener.mu.Lock()
 	defer c.listener.mu.Unlock()
-	more := -c.blocks.memory()
-	more += change(&c.blocks) + c.blocks.memory()
+	more -= c.blocks.memory()
+	change(&c.blocks)
+	more += c.blocks.memory()
 	if more <= 0 {
 		c.releaseHeaders(-more)
 		return c.listener.open.Has(c)
@@ -446,10 +441,10 @@ func (c *Conn) locked(change func()) {
 
 // The listener's mu is held during what follows.
 
-// charge counts memory for headers that were read. Beyond the limit it closes connections, the one whose headers have
-// been unfinished for longest first: callers who are slow, or send without end, must not keep out those who send whole
-// headers at once. Those with authenticated requests come last, the one that uses most first. It returns false if c was
-// closed.
+// charge counts memory for headers that were read. Beyond the limit it closes connections. Of those with authenticated
+// requests, which may use half of it, the one that uses most. Of the others the one whose headers have been unfinished
+// for longest: callers who are slow, or send without end, must not keep out those who send whole headers at once. It
+// returns false if c was closed.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	if !l.open.Has(c) {
 		return false
@@ -459,19 +454,23 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 	}
 	c.memory += memory
 	l.headers += memory
-	for e := l.waiting.Front(); e != nil && l.headers > l.config.HeaderMemory; {
-		other := e.Value.(*Conn)
-		e = e.Next()
-		if other.memory > 0 {
-			other.evict(HeaderMemory)
-		}
-	}
 	for l.headers > l.config.HeaderMemory {
-		most := c
+		var most *Conn
+		used := int64(0)
 		for other := range l.open {
-			if other.memory > most.memory {
-				most = other
+			if other.place == nil {
+				used += other.memory
+				if most == nil || other.memory > most.memory {
+					most = other
+				}
 			}
+		}
+		if used <= l.config.HeaderMemory/2 {
+			e := l.waiting.Front()
+			for e.Value.(*Conn).memory == 0 {
+				e = e.Next()
+			}
+			most = e.Value.(*Conn)
 		}
 		most.evict(HeaderMemory)
 	}

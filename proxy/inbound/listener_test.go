@@ -241,6 +241,31 @@ func TestLargeUnfinishedHeadersDoNotBlockOthers(t *testing.T) {
 	}
 }
 
+// TestHeadersBesideAuthenticatedRequestsDoNotBlockOthers: a connection of HTTP/2 may send headers without end beside a
+// watch. Those that use least of the memory stay.
+func TestHeadersBesideAuthenticatedRequestsDoNotBlockOthers(t *testing.T) {
+	const memory = 400 << 10
+	w := start(t, Config{Connections: 1000, HeaderMemory: memory})
+	hold := func(unfinished int64) *Conn {
+		w.dial(t, strings.Replace(get, "/", "/hold", 1))
+		c := <-w.entered
+		c.countHeaders(unfinished, func(*blocks) {})
+		return c
+	}
+	small := hold(memory / 100)
+	large := strings.Replace(get, "\r\n\r\n", "\r\nA: "+strings.Repeat("b", 2000)+"\r\n\r\n", 1)
+	for range 40 {
+		hold(memory / 20)
+		if body, err := answer(w.dial(t, large)); err != nil {
+			t.Fatalf("a whole request is refused: %q, %v", body, err)
+		}
+	}
+	if !small.countHeaders(0, func(*blocks) {}) {
+		t.Error("the smallest was closed")
+	}
+	close(w.release)
+}
+
 func TestHeaderMemoryIsReturned(t *testing.T) {
 	w := start(t, Config{Connections: 10, HeaderMemory: 1 << 20})
 	conn := w.dial(t, "")
@@ -361,10 +386,10 @@ func TestNothingIsCountedOnceAllConnectionsAreClosed(t *testing.T) {
 			case n < 6:
 				c, headers, authenticated := conns[random.IntN(len(conns))], random.Int64N(200<<10), random.IntN(2) == 0
 				if c.http2 {
-					f := &framed{conn: c, head: [9]byte{3: headersFrame, 4: endHeaders}, began: true}
-					f.count(random.IntN(16 << 10))
+					f := &framed{conn: c, in: frames{head: [9]byte{3: headersFrame, 4: endHeaders}}, began: true}
+					f.count(random.IntN(16<<10), true)
 				} else {
-					c.countHeaders(func(*blocks) int64 { return headers })
+					c.countHeaders(headers, func(*blocks) {})
 				}
 				if random.IntN(4) == 0 {
 					break // it does not reach the handler

@@ -382,6 +382,8 @@ func TestCallerOfHTTP2WhoReadsNothingIsNotRead(t *testing.T) {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Error(err)
 	}
+	// Nor does frpc keep what is not read.
+	eventually(t, func() bool { return limitInUse(s, "connections") == "0" })
 }
 
 // TestHTTP1InAConnectionOfHTTP2IsNotServed: nobody would count its headers.
@@ -406,28 +408,75 @@ func TestReservedBitOfAStreamHidesNoHeaders(t *testing.T) {
 	eventually(t, func() bool { return refused(s, "header_memory") >= 14 })
 }
 
-// TestRefusedStreamsAreForgotten: a client sends up to 100 requests before it knows how many may run.
+// limitInUse returns what the metrics say of a limit.
+func limitInUse(s *Server, limit string) string {
+	answer := httptest.NewRecorder()
+	s.metrics.handler.ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	_, value, _ := strings.Cut(answer.Body.String(), `limit_in_use{limit="`+limit+`"} `)
+	value, _, _ = strings.Cut(value, "\n")
+	return value
+}
+
+// TestRefusedStreamsAreForgotten: a client sends up to 100 requests before it knows how many may run, and some after
+// it was told to use another connection. That a watch runs beside them changes nothing.
 func TestRefusedStreamsAreForgotten(t *testing.T) {
-	s := withLimits(t, func(*limits) {}, events(nil))
-	counted := func() string {
-		answer := httptest.NewRecorder()
-		s.metrics.handler.ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
-		_, value, _ := strings.Cut(answer.Body.String(), `limit_in_use{limit="header_memory_bytes"} `)
-		value, _, _ = strings.Cut(value, "\n")
-		return value
+	burst := ""
+	for stream := uint32(3); stream < 200; stream += 2 {
+		burst += frame(1, 5, stream, "\x82\x87\x04\x08/version") // whose answer is not read
 	}
-	client, _ := overHTTP2(t, s)
-	conn := rawHTTP2(t, client)
-	burst := noWindow
-	for stream := range uint32(100) {
-		burst += frame(1, 5, 2*stream+1, "\x82\x87\x04\x08/version") // its answer is not read
+	resets := ""
+	for stream := uint32(3); stream < 200; stream += 2 {
+		resets += frame(3, 0, stream, "\x00\x00\x00\x08") // and then not wanted
 	}
-	for stream := range uint32(100) {
-		burst += frame(3, 0, 2*stream+1, "\x00\x00\x00\x08") // and then not wanted
+	for what, test := range map[string]struct {
+		age   time.Duration
+		watch bool
+		sent  []string
+	}{
+		"too many":           {time.Hour, false, []string{burst + resets}},
+		"beside a watch":     {time.Hour, true, []string{burst}},
+		"after GOAWAY":       {0, true, []string{"", burst}},
+		"reset after GOAWAY": {0, true, []string{"", burst + resets}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			s := withLimits(t, func(l *limits) { l.connectionAge = test.age }, events(nil))
+			client, _ := overHTTP2(t, s)
+			conn := rawHTTP2(t, client)
+			bearer, first := "Bearer "+token, noWindow
+			if test.watch {
+				path := "/api/k8s/api/v1/pods?watch=1"
+				first += frame(1, 5, 1, "\x82\x87\x04"+string(rune(len(path)))+path+"\x0f\x08"+string(rune(len(bearer)))+bearer)
+			}
+			frames := make(chan byte, 1000)
+			go func() { // reads the answers
+				defer close(frames)
+				for in := bufio.NewReader(conn); ; {
+					var head [9]byte
+					if _, err := io.ReadFull(in, head[:]); err != nil {
+						return
+					}
+					_, _ = in.Discard(int(binary.BigEndian.Uint32(head[:]) >> 8))
+					frames <- head[3]
+				}
+			}()
+			for i, sent := range test.sent {
+				for i > 0 && <-frames != 7 { //nolint:revive // until GOAWAY
+				}
+				if _, err := io.WriteString(conn, first+sent); err != nil {
+					t.Fatal(err)
+				}
+				first = ""
+			}
+			// A PING's answer shows that all was read.
+			if _, err := io.WriteString(conn, frame(6, 0, 0, "12345678")); err != nil {
+				t.Fatal(err)
+			}
+			for <-frames != 6 { //nolint:revive // until then
+			}
+			eventually(t, func() bool { return limitInUse(s, "header_memory_bytes") == "0" })
+			if test.watch && inUse(s) != 1 {
+				t.Error("the watch has ended")
+			}
+		})
 	}
-	if _, err := io.WriteString(conn, burst); err != nil {
-		t.Fatal(err)
-	}
-	go func() { _, _ = io.Copy(io.Discard, conn) }()
-	eventually(t, func() bool { return testutil.CollectAndCount(s.metrics.requests) > 0 && counted() == "0" })
 }

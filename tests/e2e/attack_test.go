@@ -74,11 +74,6 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if duration < time.Minute {
-		// Unfinished headers beside watches use up header_memory, and frpc's health check then fails for a while:
-		// `make attack` shows it, and the integration test attacks over HTTP/2 with fewer connections.
-		waves = slices.DeleteFunc(waves, func(w attack.Wave) bool { return strings.HasPrefix(w.Name, "HTTP/2") })
-	}
 	i.write("rolls.yaml", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "rolls"}, "spec": {
 		"replicas": 2, "selector": {"matchLabels": {"app": "rolls"}},
 		"template": {"metadata": {"labels": {"app": "rolls"}}, "spec": {
