@@ -290,7 +290,7 @@ type Conn struct {
 	http2    bool
 	state    *tls.ConnectionState // of HTTP/2
 	begun    time.Time
-	known    atomic.Bool // a request was authenticated
+	known    atomic.Bool // a request was authenticated; else the caller is a stranger
 
 	// Guarded by the listener's mu.
 	count    int           // as how many it counts
@@ -441,10 +441,10 @@ func (c *Conn) locked(change func()) {
 
 // The listener's mu is held during what follows.
 
-// charge counts memory for headers that were read. Beyond the limit it closes connections. Of those with authenticated
-// requests, which may use half of it, the one that uses most. Of the others the one whose headers have been unfinished
-// for longest: callers who are slow, or send without end, must not keep out those who send whole headers at once. It
-// returns false if c was closed.
+// charge counts memory for headers that were read. Beyond the limit it closes connections. Of known callers, who may use
+// half of it, the one that uses most. Of strangers the one whose headers have been unfinished for longest: callers who
+// are slow, or send without end, must not keep out those who send whole headers at once. It returns false if c was
+// closed.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	if !l.open.Has(c) {
 		return false
@@ -458,7 +458,7 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 		var most *Conn
 		used := int64(0)
 		for other := range l.open {
-			if other.place == nil {
+			if other.known.Load() {
 				used += other.memory
 				if most == nil || other.memory > most.memory {
 					most = other
@@ -466,8 +466,8 @@ func (l *Listener) charge(c *Conn, memory int64) bool {
 			}
 		}
 		if used <= l.config.HeaderMemory/2 {
-			e := l.waiting.Front()
-			for e.Value.(*Conn).memory == 0 {
+			e := l.waiting.Front() // where all strangers are
+			for stranger := e.Value.(*Conn); stranger.known.Load() || stranger.memory == 0; stranger = e.Value.(*Conn) {
 				e = e.Next()
 			}
 			most = e.Value.(*Conn)

@@ -96,7 +96,7 @@ func TestAttacksKillNoContainer(t *testing.T) {
 			rolled++
 		}
 	})
-	victim := &attack.Victim{Pid: proxy, Operations: operations, Honest: frps, Within: 4 * time.Minute}
+	victim := &attack.Victim{Pid: proxy, Operations: operations, Honest: frps, Within: 5 * time.Minute}
 	if duration >= time.Minute {
 		victim.Slowest = slowest
 	}

@@ -39,7 +39,7 @@ func TestAttacksStayBelowTheMemoryLimit(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 25*time.Second)
 	defer cancel()
-	victim := &attack.Victim{Pid: w.agent.Proxy.Pid(), Operations: operations, Honest: frps, Within: 3 * time.Minute}
+	victim := &attack.Victim{Pid: w.agent.Proxy.Pid(), Operations: operations, Honest: frps, Within: 5 * time.Minute}
 	if err := victim.Attack(ctx, waves, t.Logf); err != nil {
 		t.Error(err)
 	}

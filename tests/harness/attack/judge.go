@@ -19,7 +19,7 @@ const Limit = 256 * 1024 * 1024 / 1e6
 
 // These bound what may be left after an attack, because a process that was just used does not return to the byte.
 const (
-	leftMB         = 10
+	leftMB         = 15
 	leftGoroutines = 20
 )
 
