@@ -441,10 +441,10 @@ func (c *Conn) locked(change func()) {
 
 // The listener's mu is held during what follows.
 
-// charge counts memory for headers that were read. Beyond the limit it closes connections. Of known callers, who may use
-// half of it, the one that uses most. Of strangers the one whose headers have been unfinished for longest: callers who
-// are slow, or send without end, must not keep out those who send whole headers at once. It returns false if c was
-// closed.
+// charge counts memory for headers that were read. Beyond the limit it closes connections: of known callers, who may
+// use half of it, the one that uses most, and of strangers the one whose headers have been unfinished for longest.
+// Callers who are slow, or send without end, must not keep out those who send whole headers at once. It returns false
+// if c was closed.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	if !l.open.Has(c) {
 		return false
