@@ -16,7 +16,11 @@ const (
 	firstCost, furtherCost, firstBytes = 50, 4, 9 << 10
 
 	// Source: RFC 9113, 4.1, 6, and 7.
-	frameHeader, headersFrame, resetFrame, goAwayFrame, continuationFrame, endHeaders, refusedStream = 9, 1, 3, 7, 9, 4, 7
+	frameHeader, endHeaders, refusedStream                                   = 9, 4, 7
+	dataFrame, headersFrame, resetFrame, goAwayFrame, continuationFrame byte = 0, 1, 3, 7, 9
+
+	// Bytes of a request's trailers. The proxy forwards none, but net/http keeps those that the headers have announced.
+	maxTrailers = 256
 
 	// Frames that are read while a write waits: net/http queues its answers to them. Such a write has room for more.
 	maxAhead = 100
@@ -40,6 +44,7 @@ type framed struct {
 	last    uint32       // stream
 	began   bool         // the block begins a stream
 	single  bool         // the block has one frame
+	trailer bool         // the block belongs to a stream that has begun before
 	ahead   atomic.Int32 // frames read since the last write began
 
 	writing sync.Mutex
@@ -80,16 +85,33 @@ type blocks struct {
 	kept       int64 // bytes of memory that HPACK keeps of the largest block that had several frames
 	read       int   // that have not reached the handler
 	largest    int64 // bytes of memory for the largest of them
+	late       int   // that were read before all streams had ended: their handlers may still begin
+	data       int64 // bytes of bodies that net/http may keep for requests that are not authenticated
 }
 
-func (b *blocks) memory() int64 { return b.unfinished + b.kept + int64(b.read)*b.largest }
+// unhandled returns the bytes of memory for what has not reached the handler. Bodies are counted for strangers, and as
+// long as there may be a request that net/http answers itself: it does not read its body. The listener's mu is held.
+func (c *Conn) unhandled() int64 {
+	b := &c.blocks
+	memory := b.unfinished + b.kept + int64(b.read)*b.largest
+	if b.read > 0 || !c.known.Load() {
+		memory += b.data
+	}
+	return memory
+}
 
 // done forgets one that was read.
 func (b *blocks) done() {
-	if b.read = max(b.read-1, 0); b.read == 0 {
+	if b.late > 0 {
+		b.late--
+	} else if b.read = max(b.read-1, 0); b.read == 0 {
 		b.largest = 0
 	}
 }
+
+// idle records that no stream is open. A handler whose stream the caller has reset may still be about to begin: it must
+// not be taken for that of a later request.
+func (b *blocks) idle() { b.late, b.read, b.largest, b.data = b.late+b.read, 0, 0, 0 }
 
 func (f *framed) Read(p []byte) (int, error) {
 	if f.ahead.Load() > maxAhead {
@@ -155,18 +177,31 @@ func (f *framed) begin() {
 	f.ahead.Add(1)
 	if f.single = f.in.kind() == headersFrame; f.single {
 		stream := binary.BigEndian.Uint32(f.in.head[5:]) &^ (1 << 31) // a reserved bit, which net/http ignores too
-		f.began, f.block = stream > f.last && !f.leaving.Load(), 0
+		f.trailer = stream <= f.last
+		f.began, f.block = !f.trailer && !f.leaving.Load(), 0
 		f.last = max(f.last, stream)
 	}
 }
 
 // count counts n bytes of a frame. It returns false if the connection was closed.
 func (f *framed) count(n int, ends bool) bool {
-	if kind := f.in.kind(); kind != headersFrame && kind != continuationFrame {
+	switch kind := f.in.kind(); {
+	case kind == dataFrame:
+		return f.conn.countHeaders(0, func(b *blocks) {
+			if b.read == 0 && f.conn.known.Load() {
+				b.data = 0
+			} else {
+				b.data = min(b.data+int64(n), f.conn.listener.config.Window)
+			}
+		})
+	case kind != headersFrame && kind != continuationFrame:
 		return true
 	}
 	first := max(min(n, firstBytes-f.block), 0)
-	f.block += n
+	if f.block += n; f.trailer && f.block > maxTrailers {
+		f.conn.Abort()
+		return false
+	}
 	return f.conn.countHeaders(0, func(b *blocks) {
 		b.unfinished += int64(n)*furtherCost + int64(first)*(firstCost-furtherCost)
 		if !ends || f.in.head[4]&endHeaders == 0 {

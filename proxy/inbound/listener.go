@@ -55,6 +55,7 @@ const (
 type Config struct {
 	Connections  int           // open at the same time; one of HTTP/2 counts as http2Connections
 	HeaderMemory int64         // bytes of memory for headers until their request is authenticated
+	Window       int64         // bytes that HTTP/2 keeps of the bodies of a connection
 	HelloTimeout time.Duration // until the end of the TLS handshake
 	TLS          *tls.Config   // nil: neither TLS nor PROXY headers
 	// Closed is called for each connection that a limit closes. err may be nil.
@@ -259,8 +260,8 @@ func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 	c := unwrap(conn)
 	switch {
 	case c == nil || state != http.StateIdle:
-	case c.http2: // no stream is open: net/http has refused those that have not reached the handler
-		c.countHeaders(0, func(b *blocks) { b.read, b.largest = 0, 0 })
+	case c.http2:
+		c.countHeaders(0, (*blocks).idle)
 	default:
 		c.cost.Store(headerCost)
 		c.locked(func() {
@@ -297,6 +298,7 @@ type Conn struct {
 	place    *list.Element // in waiting; nil while an authenticated request is being answered
 	requests int           // authenticated and being answered
 	memory   int64         // counted for its headers
+	since    time.Time     // when memory was 0 last
 	blocks   blocks        // over HTTP/2, what of it has not reached the handler
 	peer     []*x509.Certificate
 }
@@ -365,8 +367,9 @@ func (c *Conn) HeadersRead(memory int64) bool {
 // headers is what HeadersRead was told.
 func (c *Conn) Authenticated(headers int64) {
 	c.locked(func() {
+		bodies := c.unhandled()
 		c.known.Store(true)
-		c.releaseHeaders(headers + streamCost)
+		c.releaseHeaders(bodies - c.unhandled() + headers + streamCost)
 		c.requests++
 		c.setWaiting(false)
 	})
@@ -380,7 +383,7 @@ func (c *Conn) Answered(headers int64, authenticated bool) {
 		} else {
 			c.releaseHeaders(headers + streamCost)
 		}
-		if c.requests == 0 {
+		if authenticated && c.requests == 0 {
 			c.setWaiting(true)
 		}
 	})
@@ -406,9 +409,9 @@ var errTooMuch = errors.New("the headers of all requests use too much memory")
 func (c *Conn) countHeaders(more int64, change func(*blocks)) bool {
 	c.listener.mu.Lock()
 	defer c.listener.mu.Unlock()
-	more -= c.blocks.memory()
+	more -= c.unhandled()
 	change(&c.blocks)
-	more += c.blocks.memory()
+	more += c.unhandled()
 	if more <= 0 {
 		c.releaseHeaders(-more)
 		return c.listener.open.Has(c)
@@ -442,37 +445,39 @@ func (c *Conn) locked(change func()) {
 // The listener's mu is held during what follows.
 
 // charge counts memory for headers that were read. Beyond the limit it closes connections: of known callers, who may
-// use half of it, the one that uses most, and of strangers the one whose headers have been unfinished for longest.
-// Callers who are slow, or send without end, must not keep out those who send whole headers at once. It returns false
-// if c was closed.
+// use half of it, the one that uses most, and of strangers the one that has used most for longest. Callers who are
+// slow, or send without end, must not keep out those who send whole headers at once. It returns false if c was closed.
 func (l *Listener) charge(c *Conn, memory int64) bool {
 	if !l.open.Has(c) {
 		return false
 	}
-	if c.memory == 0 && c.place != nil {
-		c.setWaiting(true)
+	now := time.Now()
+	if c.memory == 0 {
+		c.since = now
 	}
 	c.memory += memory
 	l.headers += memory
 	for l.headers > l.config.HeaderMemory {
-		var most *Conn
-		used := int64(0)
+		var known, stranger *Conn
+		var used, longest int64
 		for other := range l.open {
 			if other.known.Load() {
 				used += other.memory
-				if most == nil || other.memory > most.memory {
-					most = other
+				if known == nil || other.memory > known.memory {
+					known = other
+				}
+			} else if other.memory > 0 {
+				held := now.Sub(other.since).Microseconds() * other.memory
+				if stranger == nil || held > longest {
+					stranger, longest = other, held
 				}
 			}
 		}
-		if used <= l.config.HeaderMemory/2 {
-			e := l.waiting.Front() // where all strangers are
-			for stranger := e.Value.(*Conn); stranger.known.Load() || stranger.memory == 0; stranger = e.Value.(*Conn) {
-				e = e.Next()
-			}
-			most = e.Value.(*Conn)
+		if used > l.config.HeaderMemory/2 {
+			known.evict(HeaderMemory)
+		} else {
+			stranger.evict(HeaderMemory)
 		}
-		most.evict(HeaderMemory)
 	}
 	return l.open.Has(c)
 }

@@ -195,8 +195,12 @@ func TestManyUnfinishedHeadersDoNotBlockOthers(t *testing.T) {
 	const memory = 200 << 10
 	w := start(t, Config{Connections: 1000, HeaderMemory: memory})
 	unfinished := "GET / HTTP/1.1\r\nHost: a\r\nA: " + strings.Repeat("b", 70)
-	for range 2 * memory / headerCost / len(unfinished) { // twice what fits
+	fit := memory / headerCost / len(unfinished)
+	for range 2 * fit {
 		w.dial(t, unfinished)
+	}
+	for w.count(HeaderMemory) < fit { // until all were read
+		runtime.Gosched()
 	}
 	for range 20 {
 		request := strings.Replace(get, "\r\n\r\n", "\r\nA: "+strings.Repeat("b", 2000)+"\r\n\r\n", 1)
@@ -264,6 +268,96 @@ func TestHeadersBesideAuthenticatedRequestsDoNotBlockOthers(t *testing.T) {
 		t.Error("the smallest was closed")
 	}
 	close(w.release)
+}
+
+// TestLargeOldHeadersAreClosedFirst: a caller who is slow to shake hands is older than those who came since, but uses
+// less.
+func TestLargeOldHeadersAreClosedFirst(t *testing.T) {
+	w := start(t, Config{Connections: 1000, HeaderMemory: 1 << 20})
+	begin := func(memory int64, age time.Duration) *Conn {
+		w.dial(t, "")
+		var c *Conn
+		for c == nil { // until it is accepted
+			w.Listener.mu.Lock()
+			for other := range w.open {
+				if other.memory == 0 {
+					c = other
+				}
+			}
+			w.Listener.mu.Unlock()
+		}
+		c.countHeaders(memory, func(*blocks) {})
+		c.locked(func() { c.since = time.Now().Add(-age) })
+		return c
+	}
+	slow, large := begin(4<<10, time.Second), begin(1000<<10, 500*time.Millisecond)
+	begin(100<<10, 0)
+	w.Listener.mu.Lock()
+	defer w.Listener.mu.Unlock()
+	if !w.open.Has(slow) || w.open.Has(large) {
+		t.Errorf("open: the slow %v, the large %v", w.open.Has(slow), w.open.Has(large))
+	}
+}
+
+// TestOnlyAuthenticatedRequestsKeepAConnection: others do not make it younger than one that has had them.
+func TestOnlyAuthenticatedRequestsKeepAConnection(t *testing.T) {
+	w := start(t, Config{Connections: 3, HeaderMemory: 1 << 20})
+	stranger := w.dial(t, "")
+	for open := 0; open < 1; open, _ = w.InUse() { // until it is accepted
+		runtime.Gosched()
+	}
+	hold := w.dial(t, strings.Replace(get, "/", "/hold", 1))
+	<-w.entered
+	close(w.release)
+	if _, err := answer(hold); err != nil {
+		t.Fatal(err)
+	}
+	w.Listener.mu.Lock()
+	for c := range w.open {
+		if !c.known.Load() {
+			go c.Answered(0, false)
+		}
+	}
+	w.Listener.mu.Unlock()
+	w.dial(t, "")
+	w.dial(t, "")
+	if !isClosed(stranger) || w.count(Evicted) != 1 {
+		t.Errorf("the stranger is open; closed: %v", w.closed)
+	}
+}
+
+// TestHandlersOfResetStreamsCountOnce: a stream that the caller resets at once is closed, and the connection perhaps
+// idle, before its handler begins. Requests that come meanwhile stay counted.
+func TestHandlersOfResetStreamsCountOnce(t *testing.T) {
+	w := start(t, Config{Connections: 10, HeaderMemory: 64 << 20})
+	w.dial(t, "")
+	for open := 0; open < 1; open, _ = w.InUse() { // until it is accepted
+		runtime.Gosched()
+	}
+	w.Listener.mu.Lock()
+	c, _ := w.open.PopAny()
+	w.open.Insert(c)
+	w.Listener.mu.Unlock()
+	c.http2 = true
+	f := &framed{conn: c, in: frames{head: [9]byte{3: headersFrame, 4: endHeaders}}, began: true}
+	for range 15 {
+		f.count(100, true)
+	}
+	w.ConnState(f, http.StateIdle)
+	for range 14 { // that net/http answers itself
+		f.block = 0
+		f.count(1000, true)
+	}
+	_, want := w.InUse()
+	for range 15 { // whose streams were reset
+		c.HeadersRead(0)
+	}
+	for range 15 {
+		c.Answered(0, false)
+	}
+	if _, headers := w.InUse(); headers < want*9/10 || want < 14*1000*firstCost {
+		t.Errorf("%d bytes are counted, and %d before", headers, want)
+	}
 }
 
 func TestHeaderMemoryIsReturned(t *testing.T) {

@@ -344,6 +344,37 @@ func TestHeadersOfHTTP2AreLimited(t *testing.T) {
 	}
 }
 
+// TestBodiesOfStrangersAreLimited: those of requests that net/http answers itself, too, and does not read.
+func TestBodiesOfStrangersAreLimited(t *testing.T) {
+	s := withLimits(t, func(l *limits) { l.headerMemory = 8 << 20 }, events(nil))
+	client, _ := overHTTP2(t, s)
+	requests := noWindow
+	for stream := uint32(1); stream < 2*maxStreams; stream += 2 {
+		requests += frame(1, 4, stream, "\x83\x84\x87\x00\x0aconnection\x01x") // POST, answered with 400
+	}
+	for range 5 {
+		conn := rawHTTP2(t, client)
+		_, _ = io.WriteString(conn, requests)
+		for stream := uint32(1); stream < 2*maxStreams; stream += 2 {
+			_, _ = io.WriteString(conn, strings.Repeat(frame(0, 0, stream, strings.Repeat("x", 16<<10)), 16))
+		}
+	}
+	eventually(t, func() bool { return refused(s, "header_memory") >= 3 })
+	if resp := get(t, client, "/version", token); resp.StatusCode != http.StatusOK {
+		t.Errorf("answered %s", resp.Status)
+	}
+}
+
+// TestLargeTrailersCloseTheConnection: net/http keeps those that the headers have announced.
+func TestLargeTrailersCloseTheConnection(t *testing.T) {
+	s := withLimits(t, func(*limits) {}, events(nil))
+	client, _ := overHTTP2(t, s)
+	conn := rawHTTP2(t, client)
+	request := frame(1, 4, 1, "\x83\x84\x87\x00\x0aconnection\x01x\x00\x07trailer\x02zz")
+	_, _ = io.WriteString(conn, noWindow+request+frame(1, 5, 1, strings.Repeat("\x00\x02zz\x00", 100)))
+	eventually(t, func() bool { return limitInUse(s, "connections") == "0" })
+}
+
 // TestTrailersWithoutABodyKeepNoRequest: of HTTP/2, which net/http would keep open at the API server.
 func TestTrailersWithoutABodyKeepNoRequest(t *testing.T) {
 	s := withLimits(t, func(*limits) {}, func(w http.ResponseWriter, r *http.Request) {

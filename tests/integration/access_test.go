@@ -391,6 +391,22 @@ func TestKubectlActsAsTheNamedUser(t *testing.T) {
 	if r := w.kubectl(stranger, "", "get", "--raw", "/api"); r.Code == 0 || !strings.Contains(r.Stderr, "knows no user") {
 		t.Errorf("the agent's token is no user's: %+v", r)
 	}
+	// What knows no user is for those who have the agent's token: the gateway lends it to nobody there.
+	config := agent.Caller(w.cp, agentID, "")
+	client, err := rest.HTTPClientFor(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	base := strings.TrimSuffix(config.Host, "/api/k8s")
+	for path, method := range map[string]string{"/metrics": http.MethodGet, "/api/agent/status": http.MethodGet,
+		"/api/control-plane/message": http.MethodPost, "/api/runners/r1/command": http.MethodPost} {
+		for token, allowed := range map[string]bool{w.tokens["alice"]: false, agentToken: true} {
+			resp, body := exchange(t, client, method, base+path, http.Header{"Authorization": {"Bearer " + token}}, "{}")
+			if refused := resp.StatusCode == http.StatusUnauthorized; refused == allowed {
+				t.Errorf("%s, with the agent's token: %v: %s: %s", path, allowed, resp.Status, body)
+			}
+		}
+	}
 }
 
 // TestKubectlUsesItsOwnCredential runs kubectl with a client certificate for the agent and a token for the API server

@@ -50,7 +50,9 @@ func (c *ControlPlane) gateway() http.Handler {
 			if pr.In.Header.Get("Accept-Encoding") == "" {
 				pr.Out.Header.Set("Accept-Encoding", "identity")
 			}
-			c.introduce(pr, id)
+			if forUsers(path) {
+				c.introduce(pr, id)
+			}
 		},
 		ModifyResponse: func(resp *http.Response) error {
 			id, _, _ := strings.Cut(resp.Request.Host, ".")
@@ -66,17 +68,18 @@ func (c *ControlPlane) gateway() http.Handler {
 		Transport:    &toAgents{c.transport("h2", "http/1.1"), c.transport("http/1.1")},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id, _, ok := cutAgent(r.URL.Path)
+		id, path, ok := cutAgent(r.URL.Path)
 		c.mu.Lock()
 		_, known := c.agents[id]
 		c.mu.Unlock()
 		if !ok || !known {
-			kube.WriteStatus(w, r, http.StatusNotFound,
+			// kubectl would take 404 for an object that does not exist.
+			kube.WriteStatus(w, r, http.StatusForbidden,
 				fmt.Sprintf("the control plane knows no agent %.100q: "+
 					"the server URL is https://<gateway>/agents/<agent id>/api/k8s", id), 0)
 			return
 		}
-		if _, known := c.user(r); c.options.Identity == "named" && !known {
+		if _, known := c.user(r); c.options.Identity == "named" && forUsers(path) && !known {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="gateway"`)
 			kube.WriteStatus(w, r, http.StatusUnauthorized, "the gateway knows no user with this token", 0)
 			return
@@ -100,7 +103,8 @@ func (t *toAgents) RoundTrip(r *http.Request) (*http.Response, error) {
 func (c *ControlPlane) transport(protocols ...string) *http.Transport {
 	t := &http.Transport{
 		MaxIdleConnsPerHost: 100, DisableCompression: true, IdleConnTimeout: 50 * time.Second,
-		DialContext: c.dial,
+		ResponseHeaderTimeout: 2 * time.Minute,
+		DialContext:           c.dial,
 		DialTLSContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
 			return c.dialAgent(ctx, addr, protocols)
 		},
@@ -116,8 +120,16 @@ func (c *ControlPlane) transport(protocols ...string) *http.Transport {
 	return t
 }
 
+// dialTimeout bounds a connection to frps, and again the handshake with an agent: frps, or what is on the way, may
+// accept a connection and say nothing. Callers of HTTP/2 wait for each other's dials.
+const dialTimeout = 5 * time.Second
+
 // keptBody is how many bytes an agent takes of a body at once.
 const keptBody = 256 << 10
+
+// forUsers reports whether an agent serves a path by the caller's identity. All other routes, those of runners too, are
+// for whoever has the agent's token, and know no user: the gateway lends it to nobody there.
+func forUsers(path string) bool { return strings.HasPrefix(path, "/api/k8s/") }
 
 // user returns the user whose token a request shows.
 func (c *ControlPlane) user(r *http.Request) (User, bool) {
@@ -219,7 +231,7 @@ func (c *ControlPlane) dial(ctx context.Context, _, addr string) (net.Conn, erro
 }
 
 func dialFrps(ctx context.Context, addr string) (net.Conn, error) {
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	conn, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, notDelivered{err}
 	}
@@ -264,6 +276,8 @@ func (c *ControlPlane) dialAgent(ctx context.Context, addr string, protocols []s
 		return nil, err
 	}
 	tlsConn := tls.Client(conn, config)
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
 	if err := tlsConn.HandshakeContext(ctx); err != nil {
 		_ = conn.Close()
 		return nil, notDelivered{fmt.Errorf("%w: %w", errNoAgent, err)}
