@@ -180,8 +180,8 @@ const headerTime = 32 * time.Second
 // bound returns a listener on socket that keeps to its limits, and shows them as metrics.
 func (s *Server) bound(l listener, socket *net.TCPListener, tlsConfig *tls.Config) *inbound.Listener {
 	config := inbound.Config{
-		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime, Window: maxStreams * kube.UploadWindow,
-		TLS: tlsConfig,
+		Connections: s.limits.connections, HeaderMemory: s.limits.headerMemory, HelloTimeout: headerTime,
+		Window: maxStreams * kube.UploadWindow, TLS: tlsConfig,
 		Closed: func(limit string, caller net.Addr, err error) {
 			s.metrics.refused.WithLabelValues(limit).Inc()
 			s.log.Debug("connection closed", "listener", string(l), "limit", limit, "caller", caller.String(), "error", err)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"k8s.io/client-go/rest"
@@ -237,6 +238,30 @@ func TestCallersWithoutTheTokenAreRefused(t *testing.T) {
 		if resp, body := get(t, http.DefaultClient, w.agent.Operations+path, token); resp.StatusCode != want {
 			t.Errorf("operations listener, %s: got %s, want %d: %s", path, resp.Status, want, body)
 		}
+	}
+}
+
+// TestGatewayGivesUpOnASilentFrps: a frps that is frozen accepts connections, and says nothing. And an agent that the
+// gateway does not know is no object that does not exist.
+func TestGatewayGivesUpOnASilentFrps(t *testing.T) {
+	t.Parallel()
+	w := connected(t)
+	if err := syscall.Kill(w.cp.FrpsPid(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	resp, body := w.ask(http.MethodGet, "/version")
+	if err := syscall.Kill(w.cp.FrpsPid(), syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if resp.StatusCode != http.StatusServiceUnavailable || !strings.Contains(body, "is not connected") {
+		t.Errorf("a silent frps: %s: %s", resp.Status, body)
+	}
+	if err := agent.WriteCaller(w.caller, w.cp, "agent-009", agentToken); err != nil {
+		t.Fatal(err)
+	}
+	r := w.kubectl(w.caller, "", "delete", "configmap", "hello", "--ignore-not-found")
+	if r.Code == 0 || !strings.Contains(r.Stderr, "knows no agent") {
+		t.Errorf("an unknown agent: %+v", r)
 	}
 }
 
