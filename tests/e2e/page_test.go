@@ -351,7 +351,7 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	sh.must(closing)
 	eventually(t, refused)
-	if with := objects(); len(with) != len(base)+15 {
+	if with := objects(); len(with) != len(base)+16 {
 		t.Errorf("with all components there are %v", with)
 	}
 	do("kubectl apply -k manifests")
