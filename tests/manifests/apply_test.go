@@ -10,14 +10,15 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
-// TestEveryWayToApplyAgrees applies each object client-side, then server-side as another tool would, and
-// client-side again. No way conflicts with another, and none of them changes anything the second time.
+// TestEveryWayToApplyAgrees applies each object client-side, then server-side, also as another tool would,
+// and client-side again. No way conflicts with another, and none of them changes anything the second time.
 func TestEveryWayToApplyAgrees(t *testing.T) {
 	apply(t, `{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team-a"}}`)
 	apply(t, cluster.PrometheusOperatorKinds)
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
+	withKinds(t)
 	all := variants(t)
-	for _, path := range []string{".", "overlays/edge", "overlays/production", "every component",
+	for _, path := range []string{".", "overlays/edge", "overlays/production", gitops, "every component",
 		"components/named-constrained"} {
 		rendering := all[path]
 		if path == "every component" {
@@ -43,6 +44,7 @@ func TestEveryWayToApplyAgrees(t *testing.T) {
 				how[0] = "diff"
 				mustKubectl(t, rendering, append(how, "-f", "-")...)
 			}
+			apply(t, rendering) // the next test applies the Namespace server-side
 		})
 	}
 }

@@ -166,6 +166,7 @@ func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	apply(t, `{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team-a"}}`)
 	apply(t, cluster.PrometheusOperatorKinds)
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
+	withKinds(t)
 	for path, rendering := range all {
 		t.Run(path, func(t *testing.T) {
 			mustKubectl(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")

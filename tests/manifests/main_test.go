@@ -61,10 +61,11 @@ func applyNamespace() error {
 	if err != nil {
 		return err
 	}
-	out, err := exec.Command(binary, "--kubeconfig", api.kubeconfig, "apply",
-		"-f", filepath.Join(source, "components", "namespace", "namespace.yaml")).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%w: %s", err, out)
+	for _, how := range []string{"--server-side=false", "--server-side"} { // the tests do both
+		if out, err := exec.Command(binary, "--kubeconfig", api.kubeconfig, "apply", how,
+			"-f", filepath.Join(source, "components", "namespace", "namespace.yaml")).CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
 	}
 	return nil
 }
