@@ -128,7 +128,7 @@ func prepare(t *testing.T, options ...func(*controlplane.Options)) *installed {
 			}
 		}
 		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding,"+
-			"validatingadmissionpolicy,validatingadmissionpolicybinding", "-l", "app.kubernetes.io/name=pipeops-agent",
+			"validatingadmissionpolicy,validatingadmissionpolicybinding,priorityclass", "-l", "app.kubernetes.io/name=pipeops-agent",
 			"--ignore-not-found"); err != nil {
 			t.Error(err)
 		}

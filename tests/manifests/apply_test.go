@@ -41,10 +41,10 @@ func TestEveryWayToApplyAgrees(t *testing.T) {
 				if after := versions(t, rendering); after != before {
 					t.Errorf("the second %s writes (-before +after):\n%s", how, cmp.Diff(before, after))
 				}
-				how[0] = "diff"
-				mustKubectl(t, rendering, append(how, "-f", "-")...)
 			}
 			apply(t, rendering) // the next test applies the Namespace server-side
+			mustKubectl(t, rendering, "diff", "-f", "-")
+			mustKubectl(t, rendering, "diff", "--server-side", "-f", "-")
 		})
 	}
 }

@@ -10,10 +10,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
+
+	"github.com/pipeops/vm-agent/tests/harness"
 )
 
 // gitops is the overlay that Argo CD and Flux take as it is.
@@ -51,7 +54,10 @@ func withKinds(t *testing.T) {
 		// By a server-side apply: some are larger than an annotation may be.
 		mustKubectl(t, "", "apply", "--server-side", "-f", file)
 		t.Cleanup(func() { mustKubectl(t, "", "delete", "-f", file) })
-		mustKubectl(t, "", "wait", "--for", "condition=Established", "-f", file)
+		harness.Eventually(t, 30*time.Second, func() error { // wait fails where there are no conditions yet
+			_, err := kubectl(t, "", "wait", "--for", "condition=Established", "-f", file)
+			return err
+		})
 	}
 }
 

@@ -167,6 +167,12 @@ func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	apply(t, cluster.PrometheusOperatorKinds)
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	withKinds(t)
+	for _, doc := range documents(all["components/priority"]) {
+		if strings.Contains(doc, "\nkind: PriorityClass\n") { // which pods need before they exist
+			apply(t, doc)
+			t.Cleanup(func() { mustKubectl(t, doc, "delete", "-f", "-") })
+		}
+	}
 	for path, rendering := range all {
 		t.Run(path, func(t *testing.T) {
 			mustKubectl(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")

@@ -103,6 +103,9 @@ var policies = map[string]func(o installedObjects) []string{
 		}
 		return names
 	},
+	"a PriorityClass": func(o installedObjects) []string {
+		return unless(o.deployment.Spec.Template.Spec.PriorityClassName != "", "the pod")
+	},
 	"two replicas": func(o installedObjects) []string {
 		return unless(*o.deployment.Spec.Replicas > 1 && slices.ContainsFunc(o.metas,
 			func(m metav1.PartialObjectMetadata) bool { return m.Kind == "PodDisruptionBudget" }), "the Deployment")
