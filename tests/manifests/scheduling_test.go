@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"sigs.k8s.io/yaml"
 )
 
@@ -50,5 +51,17 @@ func TestNetworkPolicyTakesAnotherPort(t *testing.T) {
 	}
 	if diff := cmp.Diff(map[int]bool{443: true, 6443: true, 7000: true, 16443: true}, ports); diff != "" {
 		t.Errorf("ports to anywhere (-want +got)\n%s", diff)
+	}
+}
+
+// TestRequestsMeetAutopilotsMinimum sums what GKE Autopilot would raise to its minimum: 50m CPU and 52 MiB.
+func TestRequestsMeetAutopilotsMinimum(t *testing.T) {
+	var cpu, memory resource.Quantity
+	for _, c := range containers(deployments(t, variants(t)["base"])[0].Spec.Template.Spec) {
+		cpu.Add(*c.Resources.Requests.Cpu())
+		memory.Add(*c.Resources.Requests.Memory())
+	}
+	if cpu.Cmp(resource.MustParse("50m")) < 0 || memory.Cmp(resource.MustParse("52Mi")) < 0 {
+		t.Errorf("the pod requests %s CPU and %s of memory", &cpu, &memory)
 	}
 }
