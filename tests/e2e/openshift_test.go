@@ -26,8 +26,8 @@ func TestOneArbitraryUserRunsTheAgent(t *testing.T) {
 	i.components("openshift")
 	i.mustKubectl(i.admin, "apply", "-f", "manifests/components/namespace/namespace.yaml")
 	eventually(t, func() error { // the API server loads policies a moment later
-		out, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "run", "a", "--image", "a", "--dry-run=server", "-o", "yaml",
-			`--overrides={"spec": {"securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
+		out, err := i.run(i.admin, "", nil, "-n", "pipeops-system", "run", "a", "--image", "a", "--dry-run=server",
+			"-o", "yaml", `--overrides={"spec": {"securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
 			"containers": [{"name": "a", "image": "a", "securityContext": {
 			"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}}}]}}`)
 		if err == nil && !strings.Contains(out, fmt.Sprint("fsGroup: ", cluster.OpenShiftUser)) {

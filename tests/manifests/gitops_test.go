@@ -146,8 +146,8 @@ func TestPruningLeavesWhatRollbackNeeds(t *testing.T) {
 // TestObjectsAreAppliedInOrder checks that each rendering names an object before what needs it: kubectl, Argo CD and
 // Flux apply the Namespace first, then the ServiceAccount, RBAC, the settings, and the Deployment.
 func TestObjectsAreAppliedInOrder(t *testing.T) {
-	order := []string{"Namespace", "ServiceAccount", "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "ConfigMap",
-		"Secret", "Deployment"}
+	order := []string{"Namespace", "ServiceAccount", "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding",
+		"ConfigMap", "Secret", "Deployment"}
 	for path, rendering := range variants(t) {
 		var got []string
 		for _, doc := range documents(rendering) {
