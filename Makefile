@@ -197,6 +197,11 @@ push: ## Push the images of `make images` to REGISTRY/vm-agent, both architectur
 frpc-digest: ## Pin the stock frpc image by the digest that Docker Hub has now
 	@manifests/images/frpc-digest $(FRPC_IMAGE) $(IMAGE_LIST) manifests/docker/compose.yaml
 
+.PHONY: mirror
+mirror: ## Copy the stock frpc image to REGISTRY/frpc, all architectures, with the same digest
+	@manifests/images/mirror $(FRPC_IMAGE) \
+		$(or $(REGISTRY),$(error say where to: make mirror REGISTRY=registry.example.com/mirror))
+
 .PHONY: tools
 tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build frp, Kubernetes and etcd for the tests, once
 

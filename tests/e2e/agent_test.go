@@ -128,7 +128,7 @@ func prepare(t *testing.T, options ...func(*controlplane.Options)) *installed {
 			}
 		}
 		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding,"+
-			"validatingadmissionpolicy,validatingadmissionpolicybinding", "-l", "app.kubernetes.io/name=pipeops-agent",
+			"validatingadmissionpolicy,validatingadmissionpolicybinding,priorityclass", "-l", "app.kubernetes.io/name=pipeops-agent",
 			"--ignore-not-found"); err != nil {
 			t.Error(err)
 		}
@@ -168,9 +168,9 @@ func archives(t *testing.T) []string {
 // components writes the overlay with the given components.
 func (i *installed) components(names ...string) {
 	i.t.Helper()
-	paths := make([]string, len(names))
-	for n, name := range names {
-		paths[n] = "../../components/" + name
+	paths := []string{"../../components/namespace"}
+	for _, name := range names {
+		paths = append(paths, "../../components/"+name)
 	}
 	i.write("overlays/test/kustomization.yaml", `
 namespace: pipeops-system

@@ -315,7 +315,7 @@ func installOnCluster(t *testing.T, p *page) {
 		names := strings.Fields(i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "name",
 			"-l", "app.kubernetes.io/part-of=pipeops", "clusterroles,clusterrolebindings,namespaces,roles,rolebindings,"+
 				"secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments,"+
-				"validatingadmissionpolicies,validatingadmissionpolicybindings"))
+				"validatingadmissionpolicies,validatingadmissionpolicybindings,priorityclasses"))
 		return slices.DeleteFunc(names, func(name string) bool { // current and previous settings
 			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard" &&
 				name != "configmap/pipeops-agent-access"
@@ -325,7 +325,7 @@ func installOnCluster(t *testing.T, p *page) {
 	i.write("overlays/test/agent-token", "another-agent-token\n")
 	i.patches = i.openPorts()
 	i.components("manage-all-namespaces", "cluster-admin", "guard", "access", "runners", "high-availability",
-		"network-policy", "monitoring")
+		"network-policy", "priority", "monitoring")
 	sh.must(strings.ReplaceAll(p.command(t, "kubectl apply -k manifests/overlays/NAME"), "NAME", "test"))
 	do(rollout)
 	refused := func() error { // the switch
@@ -351,7 +351,7 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	sh.must(closing)
 	eventually(t, refused)
-	if with := objects(); len(with) != len(base)+15 {
+	if with := objects(); len(with) != len(base)+17 {
 		t.Errorf("with all components there are %v", with)
 	}
 	do("kubectl apply -k manifests")
@@ -364,8 +364,8 @@ func installOnCluster(t *testing.T, p *page) {
 		t.Errorf("after the components were removed (-before +after)\n%s", diff)
 	}
 
-	sh.must(p.block(t, "kubectl delete clusterrole,clusterrolebinding -l"))
-	if out := i.mustKubectl(i.admin, "get", "namespace,clusterrole,clusterrolebinding",
+	sh.must(p.block(t, "kubectl delete clusterrole,clusterrolebinding,priorityclass -l"))
+	if out := i.mustKubectl(i.admin, "get", "namespace,clusterrole,clusterrolebinding,priorityclass",
 		"-l", "app.kubernetes.io/part-of=pipeops", "-o", "name"); out != "" {
 		t.Errorf("left: %s", out)
 	}

@@ -53,6 +53,12 @@ func pushImages(t *testing.T, p *page) {
 	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/%s",
 		root, registry, frpc))
 	digest := strings.TrimSpace(sh.must("skopeo inspect --no-tags --format '{{.Digest}}' docker://docker.io/" + frpc))
+	copied := strings.ReplaceAll(p.command(t, "make mirror"), "registry.example.com", registry)
+	_, tag, _ := strings.Cut(frpc, "/")
+	if out := sh.must("TLS_VERIFY=false " + copied); strings.TrimSpace(out) != registry+"/mirror/"+tag+"@"+digest {
+		t.Errorf("the mirror of %s@%s is %s", frpc, digest, out)
+	}
+	sh.must("skopeo inspect --no-tags docker://" + registry + "/mirror/" + tag)
 	for range 2 {
 		sh.must(p.command(t, "make frpc-digest"))
 		for _, rendered := range []string{

@@ -163,10 +163,16 @@ func TestPodsFollowTheSecurityRules(t *testing.T) {
 // pod of each Deployment in the namespace that enforces the restricted standard.
 func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	all := variants(t)
-	apply(t, documents(all["base"])[0]) // the namespaces: a dry run does not create them
 	apply(t, `{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team-a"}}`)
 	apply(t, cluster.PrometheusOperatorKinds)
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
+	withKinds(t)
+	for _, doc := range documents(all["components/priority"]) {
+		if strings.Contains(doc, "\nkind: PriorityClass\n") { // which pods need before they exist
+			apply(t, doc)
+			t.Cleanup(func() { mustKubectl(t, doc, "delete", "-f", "-") })
+		}
+	}
 	for path, rendering := range all {
 		t.Run(path, func(t *testing.T) {
 			mustKubectl(t, rendering, "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
@@ -237,19 +243,26 @@ func TestChangedSettingsRollThePods(t *testing.T) {
 // TestNamespaceCanBeChanged checks that an overlay's namespace applies to every object, and to the subjects of
 // bindings.
 func TestNamespaceCanBeChanged(t *testing.T) {
-	dir := installation(t)
-	overlay := "namespace: other\nresources: [../../base]\ncomponents:\n"
-	for _, path := range kustomizations(t, dir, "Component") {
-		if path != "components/named-constrained" { // which replaces named
-			overlay += "- ../../" + path + "\n"
-		}
-	}
-	write(t, filepath.Join(dir, "overlays", "other", "kustomization.yaml"), overlay)
-	for _, doc := range documents(build(t, filepath.Join(dir, "overlays", "other"))) {
+	for _, doc := range documents(build(t, everyComponent(t, "other"))) {
 		if strings.Contains(doc, "pipeops-system") {
 			t.Errorf("still in pipeops-system:\n%s", doc)
 		}
 	}
+}
+
+// everyComponent returns the directory of an overlay with every component but named-constrained, which replaces named.
+func everyComponent(t *testing.T, namespace string) string {
+	t.Helper()
+	dir := installation(t)
+	overlay := "namespace: " + namespace + "\nresources: [../../base]\ncomponents:\n"
+	for _, path := range kustomizations(t, dir, "Component") {
+		if path != "components/named-constrained" {
+			overlay += "- ../../" + path + "\n"
+		}
+	}
+	dir = filepath.Join(dir, "overlays", "every-component")
+	write(t, filepath.Join(dir, "kustomization.yaml"), overlay)
+	return dir
 }
 
 // TestManagedNamespacesStay checks that the namespace of the agent moves no RoleBinding of an overlay, but its subject.

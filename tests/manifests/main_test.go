@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -44,11 +45,29 @@ func run(m *testing.M) int {
 		api.kubeconfig = filepath.Join(group.Dir(), "admin.kubeconfig")
 		err = cluster.WriteKubeconfig(api.kubeconfig, api.Config)
 	}
+	if err == nil { // once, because without a controller manager a namespace that was deleted does not go
+		err = applyNamespace()
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return m.Run()
+}
+
+// applyNamespace applies the agent's namespace, which the base does not include.
+func applyNamespace() error {
+	binary, err := process.Binary("kubectl")
+	if err != nil {
+		return err
+	}
+	for _, how := range []string{"--server-side=false", "--server-side"} { // the tests do both
+		if out, err := exec.Command(binary, "--kubeconfig", api.kubeconfig, "apply", how,
+			"-f", filepath.Join(source, "components", "namespace", "namespace.yaml")).CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	return nil
 }
 
 // kubectl runs the real kubectl to its end.

@@ -42,6 +42,14 @@ const (
 //go:embed prometheus-operator.yaml
 var PrometheusOperatorKinds string
 
+// RestrictedV2 are admission policies that do to pods in the agent's namespace what OpenShift does.
+//
+//go:embed openshift.yaml
+var RestrictedV2 string
+
+// OpenShiftUser is the user that RestrictedV2 gives to pods.
+const OpenShiftUser = 1000660000
+
 // Cluster is a running API server.
 type Cluster struct {
 	Config *rest.Config // as an administrator
