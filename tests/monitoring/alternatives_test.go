@@ -64,7 +64,8 @@ func TestServiceMonitorReplacesThePodMonitor(t *testing.T) {
 	}
 	port := m.service.Spec.Ports[0]
 	container := m.deployment.Spec.Template.Spec.Containers[0].Ports[0]
-	if spec.Endpoints[0].Port != port.Name || port.TargetPort.StrVal != container.Name || port.Port != container.ContainerPort {
+	if spec.Endpoints[0].Port != port.Name || port.TargetPort.StrVal != container.Name ||
+		port.Port != container.ContainerPort {
 		t.Errorf("the ports differ: %+v, %+v", port, container)
 	}
 	if endpoint := render(t).monitor.Spec.PodMetricsEndpoints[0]; spec.Endpoints[0].Path != endpoint.Path ||

@@ -5,6 +5,7 @@ package monitoring
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -187,9 +188,9 @@ func TestDashboardPanelsAreComplete(t *testing.T) {
 // fields. Grafana itself has defaults for those that are missing.
 func TestGrafanaKnowsEveryField(t *testing.T) {
 	plugins.RegisterDefaultPlugins()
-	var decoded grafana.Dashboard
+	var decoded grafana.Dashboard //nolint:staticcheck // v1 is what Grafana's sidecar loads into every version
 	err := decoded.UnmarshalJSONStrict([]byte(render(t).dashboardJSON))
-	problems, ok := err.(cog.BuildErrors)
+	problems, ok := errors.AsType[cog.BuildErrors](err)
 	if err != nil && !ok {
 		t.Fatal(err)
 	}
