@@ -58,7 +58,7 @@ test: unit build tools ## Run the unit and integration tests: no root, no networ
 
 # E2E_PACKAGES lists the Debian packages that the node, the images and the tests of the alerts need.
 E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables \
-	podman procps prometheus runc skopeo
+	podman procps prometheus prometheus-blackbox-exporter runc skopeo
 missing-packages = for p in $(E2E_PACKAGES); do \
 	dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
 # NODE lists the parts that only a whole node needs. They and Compose take minutes to build.

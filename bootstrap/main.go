@@ -106,7 +106,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		return complain(exitUsage, "%v", err)
 	}
 	if command == "ready" {
-		if _, err := lease.Read(cfg.RunDir); err != nil {
+		if err := lease.Ready(cfg.RunDir); err != nil {
 			return complain(exitFailed, "not ready: %v", err)
 		}
 		return exitOK

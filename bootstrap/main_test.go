@@ -44,6 +44,38 @@ func environment(t *testing.T, url string) map[string]string {
 	}
 }
 
+// TestReadySaysWhyThereIsNoLease: the kubelet makes an event of what the startup probe says.
+func TestReadySaysWhyThereIsNoLease(t *testing.T) {
+	var ready string
+	env := environment(t, "")
+	var requests atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if requests.Add(1) == 1 {
+			answer(http.StatusServiceUnavailable, "text/plain", "closed for today")(w, r)
+			return
+		}
+		_, _, ready = bootstrap(t, env, "ready")
+		answer(http.StatusOK, "application/json", `{"frp_token":"f"}`)(w, r)
+	}))
+	defer server.Close()
+	env["PIPEOPS_API_URL"] = server.URL
+	if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
+		t.Fatal(output)
+	}
+	if !strings.Contains(ready, "not ready: no lease yet: ") || !strings.Contains(ready, "503") {
+		t.Errorf("before there is a lease: %s", ready)
+	}
+	if code, _, output := bootstrap(t, env, "ready"); code != exitOK {
+		t.Errorf("then: %s", output)
+	}
+	if err := os.Remove(filepath.Join(env["PIPEOPS_RUN_DIR"], frpc.LeaseFile)); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, output := bootstrap(t, env, "ready"); strings.Contains(output, "503") {
+		t.Errorf("the old reason is still there: %s", output)
+	}
+}
+
 func TestOnceWritesTheLease(t *testing.T) {
 	var request controlplane.Request
 	var header http.Header

@@ -30,6 +30,7 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	stuck := filepath.Join(cfg.RunDir, frpc.StuckFile)
 	_ = os.Remove(stuck) // left by a bootstrap that was killed
 	defer func() { _ = os.Remove(stuck) }()
+	waiting := filepath.Join(cfg.RunDir, waitingFile)
 	if warning := cfg.Agent.TokenWarning(); warning != "" {
 		log.Warn("weak agent token", "reason", warning)
 	}
@@ -61,7 +62,7 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 	first, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	r.lease.Frpc.Admin.Password = admin.Password
-	lease, fail := requestLease(first, cfg, retryUntilLease(r.issue, log), r.lease)
+	lease, fail := requestLease(first, cfg, retryUntilLease(r.issue, waiting, log), r.lease)
 	if fail != nil {
 		noTunnel := old == nil && admin.Password == "" && errors.Is(readErr, fs.ErrNotExist)
 		if fail.Revoked && !noTunnel {
@@ -70,11 +71,25 @@ func Run(ctx context.Context, cfg *config.Config, timeout time.Duration, once bo
 		return fail
 	}
 	markStale(&lease, toml)
+	_ = os.Remove(waiting)
 	if err := write(cfg, lease, log); err != nil || once {
 		return err
 	}
 	r.adopt(lease, time.Now())
 	return r.run(ctx)
+}
+
+// waitingFile holds why there is no lease yet.
+const waitingFile = "waiting"
+
+// Ready returns an error unless the lease's files are in the run directory, with why bootstrap has no lease yet. The
+// kubelet shows it as an event of the pod.
+func Ready(runDir string) error {
+	_, err := Read(runDir)
+	if why, _ := os.ReadFile(filepath.Join(runDir, waitingFile)); err != nil && len(why) > 0 {
+		err = fmt.Errorf("no lease yet: %s", why)
+	}
+	return err
 }
 
 const adminUser = "pipeops" // the user name for frpc's admin API

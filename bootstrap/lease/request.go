@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
+	"os"
 	"slices"
 	"time"
 
@@ -80,8 +81,9 @@ func requestLease(
 	return fail(errors.New("the control plane's lease has another tunnel or another end each time: contact its operator"))
 }
 
-// retryUntilLease returns an issuer that retries until there is a lease, the failure is final, or ctx ends.
-func retryUntilLease(issue issuer, log *slog.Logger) issuer {
+// retryUntilLease returns an issuer that retries until there is a lease, the failure is final, or ctx ends. Meanwhile
+// the file waiting says why there is none, for Ready.
+func retryUntilLease(issue issuer, waiting string, log *slog.Logger) issuer {
 	return func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
 		var last *controlplane.Failure
 		for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
@@ -98,6 +100,7 @@ func retryUntilLease(issue issuer, log *slog.Logger) issuer {
 				return answer, &controlplane.Failure{Err: fmt.Errorf("%w (gave up after --timeout)", fail)}
 			}
 			log.Warn("no lease yet", "error", fail, "next_attempt_in", wait.String())
+			_ = os.WriteFile(waiting, []byte(fail.Error()), 0o600)
 			select {
 			case <-time.After(wait):
 			case <-ctx.Done(): // by a signal: the deadline is later

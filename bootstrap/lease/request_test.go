@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -24,7 +25,7 @@ func TestTimeoutKeepsTheCause(t *testing.T) {
 			}
 			<-ctx.Done()
 			return controlplane.Answer{}, &controlplane.Failure{Err: ctx.Err()}
-		}, slog.New(slog.DiscardHandler))(ctx, nil)
+		}, filepath.Join(t.TempDir(), waitingFile), slog.New(slog.DiscardHandler))(ctx, nil)
 		if fail == nil || !strings.Contains(fail.Error(), "a wrong certificate (gave up after --timeout)") || attempts != 2 {
 			t.Errorf("after %d attempts: %v", attempts, fail)
 		}

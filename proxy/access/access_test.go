@@ -247,7 +247,7 @@ func TestOwner(t *testing.T) {
 		_, _ = w.Write([]byte(answer))
 	}))
 	defer api.Close()
-	client, err := kube.NewClient(&rest.Config{Host: api.URL}, func(float64) {})
+	client, err := kube.NewClient(&rest.Config{Host: api.URL}, func(*http.Request, float64) {})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -52,7 +52,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // proxyTo returns a proxy to an API server.
 func proxyTo(t testing.TB, config *rest.Config) *Proxy {
 	t.Helper()
-	client, err := NewClient(config, func(float64) {})
+	client, err := NewClient(config, func(*http.Request, float64) {})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -302,7 +302,7 @@ func Example() {
 		fmt.Println(r.Method, r.RequestURI, r.Header.Get("Authorization"))
 	}))
 	defer api.Close()
-	client, err := NewClient(&rest.Config{Host: api.URL, BearerToken: "agents-own"}, func(float64) {})
+	client, err := NewClient(&rest.Config{Host: api.URL, BearerToken: "agents-own"}, func(*http.Request, float64) {})
 	if err != nil {
 		fmt.Println(err)
 		return

@@ -22,6 +22,7 @@ type Request struct {
 	Identity http.Header
 	Body     *Body // nil: there is none
 	Reserve  Reserve
+	Answered bool // the answer is the API server's own, not the agent's
 
 	accepted atomic.Bool // the API server has surely accepted the credential
 	watch    atomic.Pointer[watchBody]
@@ -110,11 +111,13 @@ func (f *forward) checkAnswer(resp *http.Response) error {
 	if resp.StatusCode == http.StatusOK && f.Verb == "watch" {
 		f.endBetweenEvents(resp)
 	}
+	f.Answered = true
 	return nil
 }
 
 // fail answers for an API server that gave no valid answer. out is the request as rewritten.
 func (f *forward) fail(w http.ResponseWriter, out *http.Request, err error) {
+	f.Answered = false // an upgrade that the API server has accepted can still fail
 	cause := context.Cause(out.Context())
 	ended, _ := errors.AsType[*Ended](cause)
 	switch {

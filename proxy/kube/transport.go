@@ -68,16 +68,16 @@ const (
 type Client struct {
 	target       *url.URL
 	http2, http1 http.RoundTripper
-	latency      func(seconds float64)
+	latency      func(r *http.Request, seconds float64)
 	major        atomic.Int32  // version of HTTP that the API server speaks; 0: not known yet
 	first        chan struct{} // held by the one request that finds out the version
 	noCredential error         // the error if the credential plugin does not return; nil: there is no plugin
 	abandoned    atomic.Int32  // requests that wait for the plugin although their callers have gone
 }
 
-// NewClient returns a client of the API server of config. It calls latency with the seconds from each request to the
-// headers of the answer. It connects to nothing yet.
-func NewClient(config *rest.Config, latency func(seconds float64)) (*Client, error) {
+// NewClient returns a client of the API server of config. It calls latency with each request and the seconds until the
+// headers of its answer. It connects to nothing yet.
+func NewClient(config *rest.Config, latency func(r *http.Request, seconds float64)) (*Client, error) {
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true // else Go would change bodies and their headers
 	target, _, err := rest.DefaultServerUrlFor(config)
@@ -146,7 +146,7 @@ func (c *Client) RoundTrip(r *http.Request) (*http.Response, error) {
 		resp, err = send(r)
 	}
 	if err == nil {
-		c.latency(time.Since(start).Seconds())
+		c.latency(r, time.Since(start).Seconds())
 	}
 	return resp, err
 }

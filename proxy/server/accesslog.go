@@ -28,7 +28,8 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	s.metrics.requests.WithLabelValues(route, method, codeLabel).Inc()
 	if sc.inFlight != nil {
 		sc.inFlight.Dec()
-		s.metrics.kube.WithLabelValues(sc.verb(), codeLabel, sc.lane()).Inc()
+		origin := map[bool]string{true: "api_server", false: "agent"}[sc.Answered]
+		s.metrics.kube.WithLabelValues(sc.verb(), codeLabel, sc.lane(), origin).Inc()
 	}
 	if isKubernetes(r) {
 		s.metrics.access.WithLabelValues(s.config.Access.Identity, sc.outcome).Inc()

@@ -1,7 +1,11 @@
 package server
 
 import (
+	"crypto/x509"
+	"encoding/pem"
 	"net/http"
+	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -21,8 +25,9 @@ type metrics struct {
 	received, sent, frpcRestarts, statusRequests      prometheus.Counter
 	kubeInFlight, checks, limits                      *prometheus.GaugeVec
 	tunnelUp, leaseEnd, renewalFailing, lastHeartbeat prometheus.Gauge
-	reviewAge                                         prometheus.Gauge
-	latency, statusDuration                           prometheus.Histogram
+	reviewAge, leaseStart                             prometheus.Gauge
+	latency                                           *prometheus.HistogramVec
+	statusDuration                                    prometheus.Histogram
 
 	inFlight map[listener]*atomic.Int64 // requests, streams included; also for /activity
 	factory  promauto.Factory
@@ -35,6 +40,31 @@ func (m *metrics) limit(name string, size int64, inUse func() int64) {
 	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "limit_in_use", Help: "How much of the limit is in use now.", ConstLabels: prometheus.Labels{"limit": name},
 	}, func() float64 { return float64(inUse()) })
+}
+
+// answered observes the latency of a request to the API server.
+func (m *metrics) answered(r *http.Request, seconds float64) {
+	lane := "own"
+	if sc, _ := r.Context().Value(scopeKey{}).(*scope); sc != nil && sc.inFlight != nil {
+		lane = sc.lane()
+	}
+	m.latency.WithLabelValues(lane).Observe(seconds)
+}
+
+// certificate adds when the first certificate of a PEM file expires, or the last to expire of authorities.
+func (m *metrics) certificate(name, path string, authorities bool) {
+	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "certificate_expiry_timestamp_seconds", Help: "When the certificate of the file expires; 0 if there is none.",
+		ConstLabels: prometheus.Labels{"certificate": name},
+	}, func() (end float64) {
+		data, _ := os.ReadFile(path)
+		for block, rest := pem.Decode(data); block != nil && (authorities || end == 0); block, rest = pem.Decode(rest) {
+			if certificate, err := x509.ParseCertificate(block.Bytes); err == nil {
+				end = max(end, float64(certificate.NotAfter.Unix()))
+			}
+		}
+		return end
+	})
 }
 
 // owner adds what the cluster's owner allows.
@@ -62,10 +92,10 @@ func newMetrics() *metrics {
 	}
 	counter := func(name, help string) prometheus.Counter { return counters(name, help).WithLabelValues() }
 	gauge := func(name, help string) prometheus.Gauge { return gauges(name, help).WithLabelValues() }
-	histogram := func(name, help string) prometheus.Histogram {
-		return factory.NewHistogram(prometheus.HistogramOpts{
-			Name: name, Help: help, Buckets: prometheus.DefBuckets, NativeHistogramBucketFactor: 1.1,
-		})
+	histograms := func(name, help string, labels ...string) *prometheus.HistogramVec {
+		return factory.NewHistogramVec(prometheus.HistogramOpts{
+			Name: name, Help: help, Buckets: append(slices.Clone(prometheus.DefBuckets), 30, 60), NativeHistogramBucketFactor: 1.1,
+		}, labels)
 	}
 	m := &metrics{
 		factory: factory, handler: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
@@ -73,12 +103,12 @@ func newMetrics() *metrics {
 		inFlight:       map[listener]*atomic.Int64{tunnel: {}, operations: {}},
 		received:       counter("http_received_bytes_total", "Bytes of request bodies and of upgraded connections, from callers."),
 		sent:           counter("http_sent_bytes_total", "Bytes of response bodies and of upgraded connections, to callers."),
-		kube:           counters("kubernetes_requests_total", "Requests for the Kubernetes API answered.", "verb", "code", "lane"),
+		kube:           counters("kubernetes_requests_total", "Requests for the Kubernetes API answered.", "verb", "code", "lane", "origin"),
 		kubeInFlight:   gauges("kubernetes_requests_in_flight", "Requests for the Kubernetes API being answered now.", "lane"),
-		latency:        histogram("kubernetes_upstream_duration_seconds", "Time from a request to the API server until the headers of its answer."),
+		latency:        histograms("kubernetes_upstream_duration_seconds", "Time from a request to the API server until the headers of its answer.", "lane"),
 		checks:         gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
 		commands:       counters("runner_commands_total", "Commands for runners answered.", "code"),
-		statusDuration: histogram("cluster_read_duration_seconds", "Time to read the cluster for a status; answers that share a reading are not counted."),
+		statusDuration: histograms("cluster_read_duration_seconds", "Time to read the cluster for a status; answers that share a reading are not counted.").WithLabelValues().(prometheus.Histogram),
 		statusRequests: counter("cluster_read_requests_total", "Requests to the API server that reading the cluster for a status took."),
 		refused:        counters("limit_refusals_total", "Connections and requests refused or ended for a limit.", "limit"),
 		limits:         gauges("limit", "The limit, in bytes if its name says so, else a number.", "limit"),
@@ -87,6 +117,7 @@ func newMetrics() *metrics {
 		streamsEnded:   counters("streams_ended_total", "Streams ended because their caller lost its right.", "reason"),
 		reviewAge:      gauge("access_review_age_seconds", "The longest time since a running stream was last authorised."),
 		tunnelUp:       gauge("tunnel_up", "1 if frpc says that its tunnel is running, else 0."),
+		leaseStart:     gauge("tunnel_lease_issue_timestamp_seconds", "When the tunnel's lease was issued; 0 if it is not known."),
 		leaseEnd:       gauge("tunnel_lease_expiry_timestamp_seconds", "When the tunnel's lease ends; 0 if it has no end or is not known."),
 		renewalFailing: gauge("tunnel_lease_renewal_failing", "1 if the renewal of the lease has failed or is overdue, else 0."),
 		lastHeartbeat:  gauge("last_heartbeat_timestamp_seconds", "When the control plane's last heartbeat came; 0 if none has since the start."),

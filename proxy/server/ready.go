@@ -188,11 +188,11 @@ func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err 
 	} else if lease != nil {
 		t.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
-	failing, leaseEnd := false, 0.0
+	failing, leaseStart, leaseEnd := false, 0.0, 0.0
 	if lease != nil {
 		now.LeaseProblem, failing = leaseProblem(lease), lease.Renewal != nil || overdue(lease)
 		if !lease.IssuedAt.IsZero() {
-			now.LeaseIssuedAt = new(lease.IssuedAt.UTC())
+			now.LeaseIssuedAt, leaseStart = new(lease.IssuedAt.UTC()), float64(lease.IssuedAt.Unix())
 		}
 		if !lease.ExpiresAt.IsZero() {
 			now.LeaseExpiresAt, leaseEnd = new(lease.ExpiresAt.UTC()), float64(lease.ExpiresAt.Unix())
@@ -201,6 +201,7 @@ func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err 
 	t.last.Store(&now)
 	t.metrics.tunnelUp.Set(boolValue[now.Connected])
 	t.metrics.renewalFailing.Set(boolValue[failing])
+	t.metrics.leaseStart.Set(leaseStart)
 	t.metrics.leaseEnd.Set(leaseEnd)
 }
 

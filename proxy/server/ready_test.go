@@ -45,6 +45,9 @@ func TestLeaseProblemsAreReported(t *testing.T) {
 			if got := testutil.ToFloat64(m.renewalFailing); got != test.failing {
 				t.Errorf("the metric is %v, want %v", got, test.failing)
 			}
+			if got := testutil.ToFloat64(m.leaseStart); got != float64(test.lease.IssuedAt.Unix()) {
+				t.Errorf("it was issued at %v", got)
+			}
 			problem := check.status().LeaseProblem
 			if !strings.HasPrefix(problem, test.problem) || (problem == "") != (test.problem == "") {
 				t.Errorf("the problem is %q, want %q", problem, test.problem)

@@ -49,13 +49,13 @@ type Server struct {
 // New returns a server for the API server of api, with limits for memory in bytes. It starts and opens nothing.
 func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (*Server, error) {
 	m, limits := newMetrics(), newLimits(memory)
-	client, err := kube.NewClient(api, m.latency.Observe)
+	client, err := kube.NewClient(api, m.answered)
 	if err != nil {
 		return nil, err
 	}
 	callers, own := client, cfg.Access.Identity == access.Own
 	if own { // nothing of the agent's own credential, not even a kubeconfig's client certificate
-		if callers, err = kube.NewClient(rest.AnonymousClientConfig(api), m.latency.Observe); err != nil {
+		if callers, err = kube.NewClient(rest.AnonymousClientConfig(api), m.answered); err != nil {
 			return nil, err
 		}
 	}
@@ -82,6 +82,10 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	}
 	s.addChecks(client)
 	m.owner(s.owner)
+	m.certificate("frp_client", cfg.FRP.TLS.CertFile, false)
+	m.certificate("frp_ca", cfg.FRP.TLS.CAFile, true)
+	m.certificate("client_ca", cfg.Proxy.ClientCAFile, true)
+	m.certificate("control_plane_ca", cfg.Agent.CAFile, true)
 	m.access.WithLabelValues(cfg.Access.Identity, "forwarded") // 0 until there is one
 	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse().requests) })
 	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { return s.gate.inUse().memory })

@@ -3,15 +3,22 @@ package server
 import (
 	"bufio"
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"strings"
@@ -311,9 +318,10 @@ func TestMetricsCountRequests(t *testing.T) {
 		`pipeops_agent_http_requests_in_flight{listener="tunnel"} 0`,
 		`pipeops_agent_build_info{`,
 		`pipeops_agent_http_sent_bytes_total`,
-		`pipeops_agent_kubernetes_requests_total{code="200",lane="call",verb="get"} 1`,
+		`pipeops_agent_kubernetes_requests_total{code="200",lane="call",origin="api_server",verb="get"} 1`,
 		`pipeops_agent_kubernetes_requests_in_flight{lane="call"} 0`,
-		`pipeops_agent_kubernetes_upstream_duration_seconds_count `,
+		`pipeops_agent_kubernetes_upstream_duration_seconds_bucket{lane="call",le="60"} 1`,
+		`pipeops_agent_kubernetes_upstream_duration_seconds_count{lane="own"} 1`, // the check
 		`process_resident_memory_bytes`,
 	} {
 		if !strings.Contains(text, want) {
@@ -326,6 +334,57 @@ func TestMetricsCountRequests(t *testing.T) {
 	problems, err := promlint.New(strings.NewReader(text)).Lint()
 	if err != nil || len(problems) > 0 {
 		t.Errorf("lint: %v %v", problems, err)
+	}
+}
+
+// TestErrorsHaveAnOrigin: whoever looks at 5xx must know whether to look at the agent's way to the API server or at the
+// API server.
+func TestErrorsHaveAnOrigin(t *testing.T) {
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusBadGateway)
+	}))
+	s := serverBefore(t, &rest.Config{Host: api.URL}, token, slog.New(slog.DiscardHandler))
+	for _, origin := range []string{"api_server", "agent"} {
+		do(s.handler(tunnel), "GET", "/api/k8s/version", "Bearer "+token)
+		api.Close()
+		if got := testutil.ToFloat64(s.metrics.kube.WithLabelValues("get", "502", "call", origin)); got != 1 {
+			t.Errorf("%v errors of %s", got, origin)
+		}
+	}
+}
+
+// TestCertificatesHaveAnExpiry: of a chain, that of the first certificate; of authorities, that of the last to expire.
+func TestCertificatesHaveAnExpiry(t *testing.T) {
+	dir := t.TempDir()
+	var chain []byte
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, end := range []int64{2e9, 3e9, 1e9} {
+		template := &x509.Certificate{SerialNumber: big.NewInt(end), NotAfter: time.Unix(end, 0)}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	file := filepath.Join(dir, "chain.crt")
+	if err := os.WriteFile(file, chain, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := serverWith(t, &rest.Config{Host: "127.0.0.1:1"}, slog.New(slog.DiscardHandler), func(cfg *config.Config) {
+		cfg.Agent.Token = token
+		cfg.FRP.TLS.CertFile, cfg.FRP.TLS.CAFile, cfg.Agent.CAFile = file, file, filepath.Join(dir, "none")
+	})
+	text := do(s.handler(operations), "GET", "/metrics").Body.String()
+	for name, want := range map[string]string{
+		"frp_client": "2e+09", "frp_ca": "3e+09", "control_plane_ca": "0", "client_ca": "0",
+	} {
+		line := `certificate_expiry_timestamp_seconds{certificate="` + name + `"} ` + want + "\n"
+		if !strings.Contains(text, line) {
+			t.Errorf("missing %s", line)
+		}
 	}
 }
 

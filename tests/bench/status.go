@@ -141,7 +141,8 @@ func upstreamRequests(ctx context.Context, client *http.Client, addr string) (in
 	if err != nil {
 		return 0, err
 	}
-	found := regexp.MustCompile(`(?m)^pipeops_agent_kubernetes_upstream_duration_seconds_count (\d+)$`).FindSubmatch(text)
+	count := regexp.MustCompile(`(?m)^pipeops_agent_kubernetes_upstream_duration_seconds_count\{lane="own"\} (\d+)$`)
+	found := count.FindSubmatch(text)
 	if found == nil {
 		return 0, errors.New("/metrics does not count the requests to the API server")
 	}

@@ -76,7 +76,8 @@ func TestMetricsCountTheTraffic(t *testing.T) {
 		labels map[string]string
 		want   float64
 	}{
-		{"kubernetes_requests_total", map[string]string{"verb": "list", "code": "200", "lane": "call"}, 3},
+		{"kubernetes_requests_total", map[string]string{"verb": "list", "code": "200", "lane": "call", "origin": "api_server"}, 3},
+		{"kubernetes_upstream_duration_seconds", map[string]string{"lane": "call"}, 4},
 		{"kubernetes_requests_total", map[string]string{"verb": "get", "code": "404", "lane": "call"}, 1},
 		{"kubernetes_requests_in_flight", map[string]string{"lane": "watch"}, 1},
 		{"http_requests_total", map[string]string{"route": "/api/k8s/", "code": "200"}, 3},
@@ -95,7 +96,9 @@ func TestMetricsCountTheTraffic(t *testing.T) {
 			t.Errorf("%s%v is %v, want %v", test.name, test.labels, got, test.want)
 		}
 	}
-	for _, name := range []string{"tunnel_lease_expiry_timestamp_seconds", "last_heartbeat_timestamp_seconds"} {
+	for _, name := range []string{
+		"tunnel_lease_issue_timestamp_seconds", "tunnel_lease_expiry_timestamp_seconds", "last_heartbeat_timestamp_seconds",
+	} {
 		if value(families, name, nil) < 1.7e9 {
 			t.Errorf("%s is no time of today: %v", name, value(families, name, nil))
 		}

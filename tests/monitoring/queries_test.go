@@ -100,6 +100,7 @@ func TestEveryQueryFindsItsMetrics(t *testing.T) {
 	wait("PipeOpsAgentKubernetesUnreachable")
 	w.ControlPlane.StopFrps()
 	wait("PipeOpsAgentTunnelDown")
+	wait("PipeOpsAgentRoundTripFailing")
 	w.Agent.Proxy.Kill()
 	wait("PipeOpsAgentDown")
 }
@@ -108,7 +109,9 @@ func TestEveryQueryFindsItsMetrics(t *testing.T) {
 type world struct {
 	*harness.World
 
-	cluster *cluster.Cluster
+	cluster  *cluster.Cluster
+	exporter *httptest.Server // serves what kube-state-metrics and a kubelet would
+	blackbox string           // address of a blackbox exporter
 }
 
 func newWorld(t *testing.T) *world {
@@ -122,7 +125,25 @@ func newWorld(t *testing.T) *world {
 	if _, err := c.WriteAgentKubeconfig(t.Context(), kubeconfig); err != nil {
 		t.Fatal(err)
 	}
-	w := &world{harness.NewWorld(t, kubeconfig), c}
+	w := &world{World: harness.NewWorld(t, kubeconfig), cluster: c, blackbox: harness.FreeAddr(t)}
+	w.exporter = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.ServeFile(w, r, "testdata/cluster.prom")
+	}))
+	t.Cleanup(w.exporter.Close)
+	authority := filepath.Join(group.Dir(), "gateway.crt")
+	config := filepath.Join(group.Dir(), "blackbox.yaml")
+	for path, text := range map[string]string{
+		authority: string(w.ControlPlane.CA),
+		config:    "modules: {http_2xx: {prober: http, http: {tls_config: {ca_file: " + authority + "}}}}",
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := group.Start("blackbox", nil, installed(t, "prometheus-blackbox-exporter"),
+		"--config.file="+config, "--web.listen-address="+w.blackbox); err != nil {
+		t.Fatal(err)
+	}
 	w.Agent.Env = append(w.Agent.Env, "PIPEOPS_NAMESPACE="+namespace, "PIPEOPS_RUNNERS_ALLOWED_HOSTS=127.0.0.1")
 	harness.StartAgent(t, w.Agent)
 	w.Agent.RestartFrpc(t.Context())
@@ -135,7 +156,6 @@ type prometheus struct{ url string }
 // prometheus starts a Prometheus that scrapes the agent, with the labels that the operator derives from a PodMonitor.
 func (w *world) prometheus(t *testing.T, m manifests, name string, flags ...string) *prometheus {
 	t.Helper()
-	binary := installed(t, "prometheus")
 	dir, err := w.Group.Mkdir("prometheus-" + name)
 	if err != nil {
 		t.Fatal(err)
@@ -143,6 +163,8 @@ func (w *world) prometheus(t *testing.T, m manifests, name string, flags ...stri
 	writeRules(t, m.rules.Spec, filepath.Join(dir, "rules.yaml"))
 	job := m.monitor.Spec.Selector.MatchLabels[m.monitor.Spec.JobLabel]
 	endpoint := m.monitor.Spec.PodMetricsEndpoints[0]
+	probe := overlay(t, "", "monitoring", "monitoring-probe").probe.Spec
+	health := w.ControlPlane.GatewayURL + "/agents/" + agentID + "/health"
 	config := fmt.Sprintf(`
 global: {scrape_interval: 1s, evaluation_interval: 1s}
 rule_files: [rules.yaml]
@@ -151,13 +173,31 @@ scrape_configs:
     metrics_path: %s
     static_configs:
       - targets: [%q]
-        labels: {namespace: %s, pod: pipeops-agent-7d9f, container: proxy, endpoint: %s}
-`, job, endpoint.Path, strings.TrimPrefix(w.Agent.Operations, "http://"), namespace, *endpoint.Port)
+        labels: {cluster: eu-1, namespace: %s, pod: pipeops-agent-7d9f, container: proxy, endpoint: %s}
+  - job_name: kube-state-metrics-and-kubelet
+    honor_labels: true
+    static_configs:
+      - targets: [%q]
+        labels: {cluster: eu-1}
+  - job_name: %s
+    metrics_path: /probe
+    params: {module: [%s], target: [%q]}
+    static_configs:
+      - targets: [%q]
+        labels: {cluster: eu-1, namespace: %s, instance: %q}
+`, job, endpoint.Path, strings.TrimPrefix(w.Agent.Operations, "http://"), namespace, *endpoint.Port,
+		strings.TrimPrefix(w.exporter.URL, "http://"), probe.JobName, probe.Module, health, w.blackbox, namespace, health)
+	return w.startPrometheus(t, dir, config, flags...)
+}
+
+// startPrometheus starts a Prometheus with a configuration, whose files are in dir.
+func (w *world) startPrometheus(t *testing.T, dir, config string, flags ...string) *prometheus {
+	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, "prometheus.yaml"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	addr := harness.FreeAddr(t)
-	p, err := w.Group.Start("prometheus-"+name, nil, binary,
+	p, err := w.Group.Start(filepath.Base(dir), nil, installed(t, "prometheus"),
 		append([]string{"--config.file=" + filepath.Join(dir, "prometheus.yaml"),
 			"--storage.tsdb.path=" + filepath.Join(dir, "data"), "--web.listen-address=" + addr}, flags...)...)
 	if err != nil {
@@ -252,7 +292,9 @@ func (w *world) checkLabels(t *testing.T, expr string, servers []*prometheus) {
 		case *metricsql.MetricExpr:
 			selector := string(e.AppendString(nil))
 			if strings.HasPrefix(selector, "ALERTS{") {
-				have["namespace"] = true
+				for _, name := range []string{"cluster", "namespace", "severity"} {
+					have[name] = true
+				}
 				return // Prometheus's own metric, and no alert fires here
 			}
 			for _, filter := range e.LabelFilterss[0] {

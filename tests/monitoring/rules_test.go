@@ -46,6 +46,21 @@ func TestAlertsFireAsExpected(t *testing.T) {
 	}
 }
 
+// sections returns the text of each section of the runbooks, by its heading.
+func sections(t *testing.T) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(component, "runbooks.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := map[string]string{}
+	for _, section := range strings.Split(string(data), "\n## ")[1:] {
+		name, text, _ := strings.Cut(section, "\n")
+		found[name] = text
+	}
+	return found
+}
+
 // TestEveryAlertHasATestAndARunbook checks that rules_test.yaml shows each alert firing, with the labels that its
 // text uses, and that each alert has a section in the runbooks, and each section an alert.
 func TestEveryAlertHasATestAndARunbook(t *testing.T) {
@@ -53,15 +68,7 @@ func TestEveryAlertHasATestAndARunbook(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	runbooks, err := os.ReadFile(filepath.Join(component, "runbooks.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	sections := map[string]string{}
-	for _, section := range strings.Split(string(runbooks), "\n## ")[1:] {
-		name, text, _ := strings.Cut(section, "\n")
-		sections[name] = text
-	}
+	runbooks := sections(t)
 	firing := regexp.MustCompile(`ALERTS\{alertname="(\w+)",alertstate="firing",([^}]*)\}', value: 1`)
 	label := regexp.MustCompile(`(\w+)="`)
 	seen := map[string][]string{}
@@ -71,7 +78,12 @@ func TestEveryAlertHasATestAndARunbook(t *testing.T) {
 		}
 	}
 	used := regexp.MustCompile(`\$labels\.(\w+)`)
-	for _, rule := range render(t).rules.Spec.Groups[0].Rules {
+	rules := render(t).rules
+	base := rules.Annotations["pipeops.io/runbooks"]
+	if !strings.HasPrefix(base, "https://") || !strings.HasSuffix(base, "/manifests/components/monitoring/runbooks.md") {
+		t.Errorf("the runbooks are at %q", base)
+	}
+	for _, rule := range rules.Spec.Groups[0].Rules {
 		if len(seen[rule.Alert]) == 0 {
 			t.Errorf("no test of rules_test.yaml sees %s fire", rule.Alert)
 		}
@@ -87,18 +99,17 @@ func TestEveryAlertHasATestAndARunbook(t *testing.T) {
 				t.Errorf("the text of %s uses the label %q, which it has not", rule.Alert, name[1])
 			}
 		}
-		if want := "manifests/components/monitoring/runbooks.md#" +
-			strings.ToLower(rule.Alert); rule.Annotations["runbook_url"] != want {
+		if want := base + "#" + strings.ToLower(rule.Alert); rule.Annotations["runbook_url"] != want {
 			t.Errorf("the runbook of %s is %s, want %s", rule.Alert, rule.Annotations["runbook_url"], want)
 		}
 		for _, part := range []string{"**Meaning**", "**Impact**", "**Fix**", "\n1. "} {
-			if !strings.Contains(sections[rule.Alert], part) {
+			if !strings.Contains(runbooks[rule.Alert], part) {
 				t.Errorf("the runbook of %s has no %q", rule.Alert, part)
 			}
 		}
-		delete(sections, rule.Alert)
+		delete(runbooks, rule.Alert)
 	}
-	for name := range sections {
+	for name := range runbooks {
 		t.Errorf("runbooks.md has a section %q, and there is no such alert", name)
 	}
 }
