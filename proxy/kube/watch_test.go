@@ -160,6 +160,12 @@ func TestWatchWithoutARightEnds(t *testing.T) {
 		}
 		go func() {
 			_, _ = io.WriteString(events, first)
+			// Until the reader knows that an event has begun.
+			for between, w := true, f.watch.Load(); between; runtime.Gosched() {
+				w.mu.Lock()
+				between = w.between
+				w.mu.Unlock()
+			}
 			if !f.EndWatch(&Ended{Why: "because", Code: http.StatusForbidden}) {
 				t.Error("it is no watch")
 			}
