@@ -71,7 +71,7 @@ func TestReadySaysWhyThereIsNoLease(t *testing.T) {
 	if err := os.Remove(filepath.Join(env["PIPEOPS_RUN_DIR"], frpc.LeaseFile)); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, output := bootstrap(t, env, "ready"); strings.Contains(output, "503") {
+	if _, _, output := bootstrap(t, env, "ready"); strings.Contains(output, "no lease yet") {
 		t.Errorf("the old reason is still there: %s", output)
 	}
 }
