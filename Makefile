@@ -54,7 +54,7 @@ test: unit build tools ## Run the unit and integration tests: no root, no networ
 	@echo "== the stock frp reads what the agent writes"
 	@cd tests/tools/frp && go test -count=1 ./...
 	@echo "== integration: real API server, real frps and frpc"
-	@cd tests && go test -count=1 -v -parallel 8 -timeout 20m ./integration ./manifests
+	@cd tests && go test -count=1 -v -parallel 8 -timeout 30m ./integration ./manifests
 
 # E2E_PACKAGES lists the Debian packages that the node, the images and the tests of the alerts need.
 E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables \
@@ -68,7 +68,7 @@ E2E_PARTS := e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE) docke
 
 .PHONY: e2e
 e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs root and Debian
-	@cd tests && go test -count=1 -v -timeout 20m ./monitoring ./e2e
+	@cd tests && go test -count=1 -v -timeout 30m ./monitoring ./e2e
 
 .PHONY: attack
 attack: $(E2E_PARTS) ## Attack the agent's memory on a real node for three minutes (ATTACK_DURATION): root, Debian
