@@ -113,6 +113,7 @@ func (b *blocks) done() {
 // not be taken for that of a later request.
 func (b *blocks) idle() { b.late, b.read, b.largest, b.data = b.late+b.read, 0, 0, 0 }
 
+// Read follows the frames, and waits while a write does and too many have come: see maxAhead.
 func (f *framed) Read(p []byte) (int, error) {
 	if f.ahead.Load() > maxAhead {
 		f.writing.Lock()
@@ -140,6 +141,7 @@ func (f *framed) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Write follows the frames that net/http sends: by them it refuses streams, of which the handlers never hear.
 func (f *framed) Write(p []byte) (int, error) {
 	f.writing.Lock()
 	defer f.writing.Unlock()

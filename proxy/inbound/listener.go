@@ -46,7 +46,7 @@ const (
 const (
 	TooMany      = "connections"   // all connections are in use
 	Evicted      = "idle"          // it made room for another
-	HeaderMemory = "header_memory" // unfinished headers used too much memory, and it had been unfinished for longest
+	HeaderMemory = "header_memory" // unfinished headers used too much memory, and its own most of it: see charge
 	Certificate  = "certificate"   // the caller's certificate is not valid any more
 	Invalid      = "handshake"     // it sent no valid PROXY header or TLS handshake
 )
@@ -255,7 +255,8 @@ func (c *Conn) readProxyHeader() error {
 	return nil
 }
 
-// ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait.
+// ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait. Over HTTP/2 what
+// has not reached the handler by then is counted apart.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 	c := unwrap(conn)
 	switch {

@@ -28,7 +28,10 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	s.metrics.requests.WithLabelValues(route, method, codeLabel).Inc()
 	if sc.inFlight != nil {
 		sc.inFlight.Dec()
-		origin := map[bool]string{true: "api_server", false: "agent"}[sc.Answered]
+		origin := "agent"
+		if sc.Answered {
+			origin = "api_server"
+		}
 		s.metrics.kube.WithLabelValues(sc.verb(), codeLabel, sc.lane(), origin).Inc()
 	}
 	if isKubernetes(r) {

@@ -94,7 +94,8 @@ func newMetrics() *metrics {
 	gauge := func(name, help string) prometheus.Gauge { return gauges(name, help).WithLabelValues() }
 	histograms := func(name, help string, labels ...string) *prometheus.HistogramVec {
 		return factory.NewHistogramVec(prometheus.HistogramOpts{
-			Name: name, Help: help, Buckets: append(slices.Clone(prometheus.DefBuckets), 30, 60), NativeHistogramBucketFactor: 1.1,
+			Name: name, Help: help, Buckets: append(slices.Clone(prometheus.DefBuckets), 30, 60),
+			NativeHistogramBucketFactor: 1.1,
 		}, labels)
 	}
 	m := &metrics{

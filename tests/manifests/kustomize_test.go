@@ -80,21 +80,25 @@ func TestManifestsRenderAsReviewed(t *testing.T) {
 	}
 }
 
-// deployments decodes the Deployments of a rendering. An unknown field is an error.
 func deployments(t *testing.T, rendering string) []appsv1.Deployment {
 	t.Helper()
-	var found []appsv1.Deployment
+	return objects[appsv1.Deployment](t, rendering, "Deployment")
+}
+
+// objects decodes a rendering's objects of a kind. An unknown field is an error.
+func objects[T any](t *testing.T, rendering, kind string) (found []T) {
+	t.Helper()
 	for _, doc := range documents(rendering) {
 		var meta metav1.TypeMeta
 		if err := yaml.Unmarshal([]byte(doc), &meta); err != nil {
 			t.Fatal(err)
 		}
-		if meta.Kind == "Deployment" {
-			var d appsv1.Deployment
-			if err := yaml.UnmarshalStrict([]byte(doc), &d); err != nil {
+		if meta.Kind == kind {
+			var object T
+			if err := yaml.UnmarshalStrict([]byte(doc), &object); err != nil {
 				t.Fatal(err)
 			}
-			found = append(found, d)
+			found = append(found, object)
 		}
 	}
 	return found

@@ -147,21 +147,19 @@ func TestProductionSatisfiesPolicies(t *testing.T) {
 	digest := "\n    digest: sha256:" + strings.Repeat("0", 64)
 	write(t, file, regexp.MustCompile(`(?m)^    newName: .*$`).ReplaceAllString(string(read(t, file)), "$0"+digest))
 	rendering := build(t, dir)
-	o := installedObjects{deployment: deployments(t, rendering)[0], rules: map[string][]rbacv1.PolicyRule{}}
+	o := installedObjects{
+		deployment: deployments(t, rendering)[0], rules: map[string][]rbacv1.PolicyRule{},
+		networks: objects[networkingv1.NetworkPolicy](t, rendering, "NetworkPolicy"),
+	}
+	for _, role := range objects[rbacv1.ClusterRole](t, rendering, "ClusterRole") {
+		o.rules[role.Name] = append(o.rules[role.Name], role.Rules...)
+	}
+	for _, role := range objects[rbacv1.Role](t, rendering, "Role") {
+		o.rules[role.Name] = append(o.rules[role.Name], role.Rules...)
+	}
 	for _, doc := range documents(rendering) {
 		var meta metav1.PartialObjectMetadata
-		var network networkingv1.NetworkPolicy
-		var role rbacv1.ClusterRole
-		err := yaml.Unmarshal([]byte(doc), &meta)
-		switch meta.Kind {
-		case "NetworkPolicy":
-			err = yaml.UnmarshalStrict([]byte(doc), &network)
-			o.networks = append(o.networks, network)
-		case "ClusterRole", "Role":
-			err = yaml.Unmarshal([]byte(doc), &role)
-			o.rules[meta.Name] = role.Rules
-		}
-		if err != nil {
+		if err := yaml.Unmarshal([]byte(doc), &meta); err != nil {
 			t.Fatal(err)
 		}
 		o.metas = append(o.metas, meta)

@@ -9,7 +9,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
-	"sigs.k8s.io/yaml"
 )
 
 // TestLostNodesPodIsReplacedSoon checks that two replicas do not wait five minutes, the API server's default.
@@ -36,11 +35,7 @@ func TestNetworkPolicyTakesAnotherPort(t *testing.T) {
 	write(t, filepath.Join(overlay, "kustomization.yaml"), "resources: [../../base]\ncomponents: "+
 		"[../../components/network-policy]\npatches:\n"+strings.ReplaceAll(comment, "#   ", ""))
 	ports := map[int]bool{}
-	for _, doc := range documents(build(t, overlay)) {
-		var policy networkingv1.NetworkPolicy
-		if err := yaml.Unmarshal([]byte(doc), &policy); err != nil || policy.Kind != "NetworkPolicy" {
-			continue
-		}
+	for _, policy := range objects[networkingv1.NetworkPolicy](t, build(t, overlay), "NetworkPolicy") {
 		for _, rule := range policy.Spec.Egress {
 			if len(rule.To) == 0 {
 				for _, p := range rule.Ports {
