@@ -181,7 +181,8 @@ func TestTiersGrantWhatTheySay(t *testing.T) {
 }
 
 // TestTenantNeedsNoClusterRights applies overlays/tenant as somebody who has ClusterRole admin in two namespaces, and
-// nothing else. The agent may use discovery, its switch, and the namespace that is listed. Its removal leaves the agent of the cluster as it is.
+// nothing else. The agent may use discovery, its switch, and the namespace that is listed. Its removal leaves the agent
+// of the cluster as it is.
 func TestTenantNeedsNoClusterRights(t *testing.T) {
 	aggregate(t)
 	base := variants(t)["base"]
