@@ -324,7 +324,7 @@ func installOnCluster(t *testing.T, p *page) {
 	base := objects()
 	i.write("overlays/test/agent-token", "another-agent-token\n")
 	i.patches = i.openPorts()
-	i.components("manage-all-namespaces", "cluster-admin", "guard", "access", "runners", "high-availability",
+	i.components("manage-all-namespaces", "cluster-admin", "read-cluster-kinds", "deploy", "guard", "access", "runners", "high-availability",
 		"network-policy", "priority", "monitoring")
 	sh.must(strings.ReplaceAll(p.command(t, "kubectl apply -k manifests/overlays/NAME"), "NAME", "test"))
 	do(rollout)
@@ -351,7 +351,7 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	sh.must(closing)
 	eventually(t, refused)
-	if with := objects(); len(with) != len(base)+17 {
+	if with := objects(); len(with) != len(base)+22 {
 		t.Errorf("with all components there are %v", with)
 	}
 	do("kubectl apply -k manifests")

@@ -14,15 +14,19 @@ import (
 // and client-side again. No way conflicts with another, and none of them changes anything the second time.
 func TestEveryWayToApplyAgrees(t *testing.T) {
 	apply(t, `{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team-a"}}`)
+	apply(t, tenantNamespace)
 	apply(t, cluster.PrometheusOperatorKinds)
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	withKinds(t)
 	all := variants(t)
-	for _, path := range []string{".", "overlays/edge", "overlays/production", gitops, "every component",
-		"components/named-constrained"} {
+	for _, path := range []string{".", "overlays/edge", "overlays/production", "overlays/tenant", gitops,
+		"every component", "every component of a second agent", "components/named-constrained"} {
 		rendering := all[path]
-		if path == "every component" {
+		switch path {
+		case "every component":
 			rendering = build(t, everyComponent(t, "pipeops-system"))
+		case "every component of a second agent":
+			rendering = build(t, everyComponent(t, "second", "suffix"))
 		}
 		t.Run(path, func(t *testing.T) {
 			// Without a controller manager, a namespace that is deleted stays in termination.

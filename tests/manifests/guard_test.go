@@ -36,8 +36,14 @@ var errAllowed = errors.New("allowed")
 // asAgent returns a configuration with a token of the agent's ServiceAccount.
 func asAgent(t *testing.T) *rest.Config {
 	t.Helper()
+	return asAgentIn(t, "pipeops-system")
+}
+
+// asAgentIn returns one of the agent in a namespace.
+func asAgentIn(t *testing.T, namespace string) *rest.Config {
+	t.Helper()
 	config := rest.CopyConfig(api.Config)
-	config.BearerToken = strings.TrimSpace(mustKubectl(t, "", "create", "token", "pipeops-agent", "-n", "pipeops-system"))
+	config.BearerToken = strings.TrimSpace(mustKubectl(t, "", "create", "token", "pipeops-agent", "-n", namespace))
 	return config
 }
 

@@ -168,6 +168,7 @@ func TestPodsFollowTheSecurityRules(t *testing.T) {
 func TestAPIServerAdmitsTheManifests(t *testing.T) {
 	all := variants(t)
 	apply(t, `{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team-a"}}`)
+	apply(t, tenantNamespace)
 	apply(t, cluster.PrometheusOperatorKinds)
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	withKinds(t)
@@ -254,15 +255,20 @@ func TestNamespaceCanBeChanged(t *testing.T) {
 	}
 }
 
-// everyComponent returns the directory of an overlay with every component but named-constrained, which replaces named.
-func everyComponent(t *testing.T, namespace string) string {
+// everyComponent returns the directory of an overlay with every component, and then the given ones. It leaves out
+// named-constrained, which replaces named, namespaced, which replaces the others that grant rights, and suffix.
+func everyComponent(t *testing.T, namespace string, last ...string) string {
 	t.Helper()
 	dir := installation(t)
 	overlay := "namespace: " + namespace + "\nresources: [../../base]\ncomponents:\n"
+	others := []string{"components/named-constrained", "components/namespaced", "components/suffix"}
 	for _, path := range kustomizations(t, dir, "Component") {
-		if path != "components/named-constrained" {
+		if !slices.Contains(others, path) {
 			overlay += "- ../../" + path + "\n"
 		}
+	}
+	for _, name := range last {
+		overlay += "- ../../components/" + name + "\n"
 	}
 	dir = filepath.Join(dir, "overlays", "every-component")
 	write(t, filepath.Join(dir, "kustomization.yaml"), overlay)

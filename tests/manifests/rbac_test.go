@@ -150,9 +150,27 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 	aggregate(t)
 	apply(t, variants(t)["components/runners"])
 	t.Cleanup(func() { removeAdded(t, variants(t)["base"], variants(t)["components/runners"]) })
+	call := startProxy(t, asAgent(t))
+	if status := call(http.StatusOK, "GET", "/api/agent/status", ""); !strings.Contains(status, `"reachable":true`) ||
+		strings.Contains(status, `"unavailable":{"`) {
+		t.Errorf("a part of the status is missing: %s", status)
+	}
+	call(http.StatusOK, "POST", "/api/control-plane/message",
+		`{"id":"1","type":"runner_assigned","timestamp":"2026-01-01T00:00:00Z","data":{"runner_id":"r-1",`+
+			`"runner_endpoint":"http://r.default.svc:1","runner_token":"t","assigned_at":"2026-01-01T00:00:00Z"}}`)
+	apply(t, variants(t)["components/runners"]) // again, as an upgrade does
+	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners",
+		metav1.GetOptions{})
+	if err != nil || secret.Data["r-1"] == nil {
+		t.Errorf("the runner is not in the registry: %v, %v", secret, err)
+	}
+}
+
+// startProxy starts a real proxy with the configuration's credential. The function that it returns makes a call until
+// the proxy answers with the wanted status, and returns the answer.
+func startProxy(t *testing.T, config *rest.Config) func(want int, method, path, body string) string {
+	t.Helper()
 	group := harness.NewGroup(t)
-	config := rest.CopyConfig(api.Config)
-	config.BearerToken = strings.TrimSpace(mustKubectl(t, "", "create", "token", "pipeops-agent", "-n", "pipeops-system"))
 	kubeconfig := filepath.Join(group.Dir(), "agent.kubeconfig")
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		t.Fatal(err)
@@ -166,7 +184,8 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 		t.Fatal(err)
 	}
 	plain := strings.Replace(a.Tunnel, "https:", "http:", 1) // without a lease there is no certificate
-	call := func(method, path, body string) (answer string) {
+	return func(want int, method, path, body string) (answer string) {
+		t.Helper()
 		err := process.Poll(t.Context(), 30*time.Second, a.Proxy.Done(), func() error {
 			req, err := http.NewRequestWithContext(t.Context(), method, plain+path, strings.NewReader(body))
 			if err != nil {
@@ -179,7 +198,7 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 			}
 			defer func() { _ = resp.Body.Close() }()
 			data, err := io.ReadAll(resp.Body)
-			if answer = string(data); err == nil && resp.StatusCode != http.StatusOK {
+			if answer = string(data); err == nil && resp.StatusCode != want {
 				err = errors.New(resp.Status + ": " + answer)
 			}
 			return err
@@ -188,19 +207,6 @@ func TestAgentWorksWithItsPermissions(t *testing.T) {
 			t.Fatal(err)
 		}
 		return answer
-	}
-	if status := call("GET", "/api/agent/status", ""); !strings.Contains(status, `"reachable":true`) ||
-		strings.Contains(status, `"unavailable":{"`) {
-		t.Errorf("a part of the status is missing: %s", status)
-	}
-	call("POST", "/api/control-plane/message",
-		`{"id":"1","type":"runner_assigned","timestamp":"2026-01-01T00:00:00Z","data":{"runner_id":"r-1",`+
-			`"runner_endpoint":"http://r.default.svc:1","runner_token":"t","assigned_at":"2026-01-01T00:00:00Z"}}`)
-	apply(t, variants(t)["components/runners"]) // again, as an upgrade does
-	secret, err := api.Client.CoreV1().Secrets("pipeops-system").Get(t.Context(), "pipeops-agent-runners",
-		metav1.GetOptions{})
-	if err != nil || secret.Data["r-1"] == nil {
-		t.Errorf("the runner is not in the registry: %v, %v", secret, err)
 	}
 }
 
@@ -237,12 +243,12 @@ func removeAdded(t *testing.T, base, variant string) {
 	}
 }
 
-// aggregate does the controller manager's work: it gives view and edit the rules of the ClusterRoles that they
+// aggregate does the controller manager's work: it gives view, edit and admin the rules of the ClusterRoles that they
 // select.
 func aggregate(t *testing.T) {
 	t.Helper()
 	roles := api.Client.RbacV1().ClusterRoles()
-	for _, name := range []string{"view", "edit"} { // edit selects view's too
+	for _, name := range []string{"view", "edit", "admin"} { // each selects the previous one's too
 		role, err := roles.Get(t.Context(), name, metav1.GetOptions{})
 		if err != nil {
 			t.Fatal(err)
@@ -271,8 +277,9 @@ func aggregate(t *testing.T) {
 
 // TestNoRuleGrantsTooMuch reads the rules of every variant for what `can-i` would not find.
 func TestNoRuleGrantsTooMuch(t *testing.T) {
-	known := []string{"view", "edit", "cluster-admin", "pipeops-agent-view-cluster", "pipeops-agent-runners",
-		"pipeops-agent-access", "pipeops-agent-named"}
+	known := []string{"view", "edit", "admin", "cluster-admin", "pipeops-agent-view-cluster",
+		"pipeops-agent-view-cluster-second", "pipeops-agent-runners", "pipeops-agent-access", "pipeops-agent-named",
+		"pipeops-agent-read-cluster-kinds", "pipeops-agent-deploy"}
 	for path, rendering := range variants(t) {
 		for _, doc := range documents(rendering) {
 			var object struct {
@@ -310,13 +317,20 @@ func TestNoRuleGrantsTooMuch(t *testing.T) {
 			if object.RoleRef.Name == "cluster-admin" && path != "components/cluster-admin" {
 				t.Errorf("%s binds cluster-admin", what)
 			}
+			if object.RoleRef.Name == "admin" && path != "components/deploy" {
+				t.Errorf("%s binds admin", what)
+			}
 			if object.RoleRef.Name == "edit" && path != "components/manage-all-namespaces" &&
 				(object.Kind != "RoleBinding" || slices.Contains([]string{"", "kube-system", "pipeops-system"},
 					object.Metadata.Namespace)) {
 				t.Errorf("%s binds edit in %q", what, object.Metadata.Namespace)
 			}
 			for _, s := range object.Subjects {
-				if s.Kind+s.Namespace+s.Name != "ServiceAccount"+"pipeops-system"+"pipeops-agent" {
+				namespace := "pipeops-system"
+				if strings.HasPrefix(path, "overlays/tenant") {
+					namespace = "team-a-agent"
+				}
+				if s.Kind+s.Namespace+s.Name != "ServiceAccount"+namespace+"pipeops-agent" {
 					t.Errorf("%s is for %v", what, s)
 				}
 			}
