@@ -4,12 +4,16 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
+	"os"
 	"slices"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 )
 
@@ -42,9 +46,29 @@ func newCertificate(names []string, end time.Time) (certificate, key []byte, err
 	return certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), err
 }
 
+// configured returns the certificate that the operator has configured, PEM; nil if there is none.
+func configured(cfg *config.Config) (certificate, key []byte, err error) {
+	if cfg.Proxy.CertFile == "" {
+		return nil, nil, nil
+	}
+	if certificate, err = os.ReadFile(cfg.Proxy.CertFile); err == nil {
+		key, err = os.ReadFile(cfg.Proxy.KeyFile)
+	}
+	if err == nil {
+		_, err = tls.X509KeyPair(certificate, key)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s and its key cannot be used: %w", config.Name("proxy.tls.cert_file"), err)
+	}
+	return certificate, key, nil
+}
+
 // certificateNames returns the names that callers may ask for: the agent's id and the tunnel's domains.
 func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
 	names := append([]string{agentID, tunnel.Subdomain}, tunnel.CustomDomains...)
+	if tunnel.Subdomain != "" && tunnel.SubdomainHost != "" {
+		names = append(names, tunnel.Subdomain+"."+tunnel.SubdomainHost)
+	}
 	return slices.Compact(slices.DeleteFunc(names, func(name string) bool { return name == "" }))
 }
 
