@@ -18,6 +18,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/doctor"
+	"github.com/pipeops/vm-agent/bootstrap/kubeconfig"
 	"github.com/pipeops/vm-agent/bootstrap/lease"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc/secret"
@@ -38,6 +39,10 @@ const usage = `Usage:
   bootstrap --check          check the configuration and print it, each value with its origin
   bootstrap ready            exit with 0 if the files are written, for a startup probe
   bootstrap doctor [--json]  walk the way from the configuration to the API server, a line for each step
+  bootstrap kubeconfig [--server URL] [--embed-token]
+                             print a kubeconfig for callers: straight through frps, or through a gateway at URL
+  bootstrap certificate [--dir DIR] NAME...
+                             make a certificate for the names that callers use, which lasts ten years
 
 Settings come from the file and from PIPEOPS_ variables: bootstrap/README.md lists them.
 
@@ -63,6 +68,9 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	once := flags.Bool("once", false, "write the files and exit")
 	check := flags.Bool("check", false, "check the configuration, print it and exit")
 	asJSON := flags.Bool("json", false, "doctor: print JSON")
+	server := flags.String("server", "", "kubeconfig: `URL` of the agent, as callers reach it")
+	embed := flags.Bool("embed-token", false, "kubeconfig: print the agent's token too")
+	dir := flags.String("dir", ".", "certificate: `directory` for its files")
 	timeout := flags.Duration("timeout", 5*time.Minute, "how long to try to get the first lease")
 	showVersion := flags.Bool("version", false, "print the version as JSON and exit")
 	command := ""
@@ -80,7 +88,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		return exitOK
 	case err != nil:
 		return exitUsage
-	case !slices.Contains([]string{"", "ready", "doctor"}, command) || flags.NArg() > 0:
+	case !slices.Contains([]string{"", "ready", "doctor", "kubeconfig", "certificate"}, command) ||
+		flags.NArg() > 0 && command != "certificate":
 		return complain(exitUsage, "unknown argument %q: see bootstrap --help", cmp.Or(flags.Arg(0), command))
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
 		return complain(exitUsage, "these arguments exclude each other: see bootstrap --help")
@@ -100,10 +109,24 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		}
 		return exitOK
 	}
+	if command == "certificate" {
+		if err := lease.MakeCertificate(*dir, flags.Args()); err != nil {
+			return complain(exitFailed, "%v", err)
+		}
+		return exitOK
+	}
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
 		return complain(exitUsage, "%v", err)
+	}
+	if command == "kubeconfig" {
+		access, err := kubeconfig.For(cfg, *server, *embed)
+		if err != nil {
+			return complain(exitFailed, "%v", err)
+		}
+		_, _ = stdout.Write(access.YAML())
+		return exitOK
 	}
 	if command == "ready" {
 		if err := lease.Ready(cfg.RunDir); err != nil {

@@ -31,6 +31,7 @@ type Config struct {
 	Proxy struct {
 		ListenAddr, MetricsAddr string
 		DrainTimeout            time.Duration
+		CertFile, KeyFile       string
 		ClientCAFile            string
 	}
 	Access  Access
@@ -61,6 +62,7 @@ type FRP struct {
 	ServerPort, AdminPort   int
 	Token, ProxyURL         secret.Secret // no token: ask the control plane
 	TokenFile, ProxyURLFile string
+	GroupKeyFile            string
 	TLS                     frpc.TLS
 	Tunnel                  frpc.Tunnel // LocalIP and LocalPort follow from proxy.listen_addr
 	TypeConfigured          bool        // the file or the environment sets Tunnel.Type: then no lease may weaken it

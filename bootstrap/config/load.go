@@ -154,6 +154,7 @@ func (l *loader) complete() {
 	l.secret("agent.token", &c.Agent.Token, c.Agent.TokenFile, checkToken)
 	l.secret("frp.token", &c.FRP.Token, c.FRP.TokenFile, checkToken)
 	l.secret("frp.proxy_url", &c.FRP.ProxyURL, c.FRP.ProxyURLFile, proxyURL)
+	l.secret("frp.tunnel.group_key", &tunnel.GroupKey, c.FRP.GroupKeyFile, checkToken)
 
 	hostname, _ := os.Hostname()
 	l.derive("agent.name", &c.Agent.Name, c.Agent.ID, "agent.id")
@@ -177,6 +178,10 @@ func (l *loader) complete() {
 	l.refuse(c.Agent.Instance == "", "agent.instance", "the host has no name: set it")
 	l.refuse((tls.CertFile == "") != (tls.KeyFile == "") && !l.told["frp.tls.key_file"], "frp.tls.cert_file",
 		"goes with frp.tls.key_file: set both or neither")
+	l.refuse((c.Proxy.CertFile == "") != (c.Proxy.KeyFile == "") && !l.told["proxy.tls.key_file"], "proxy.tls.cert_file",
+		"goes with proxy.tls.key_file: set both or neither")
+	l.refuse((tunnel.Group == "") != (tunnel.GroupKey == "") && !l.told["frp.tunnel.group_key_file"], "frp.tunnel.group",
+		"goes with frp.tunnel.group_key: set both or neither")
 	l.refuse(tls.InsecureSkipVerify && tls.CAFile != "", "frp.tls.insecure_skip_verify",
 		"true contradicts "+Name("frp.tls.ca_file")+": remove one of them")
 	l.refuse(strings.HasPrefix(tunnel.Type, "http") && tunnel.RemotePort != 0, "frp.tunnel.remote_port",
@@ -184,6 +189,8 @@ func (l *loader) complete() {
 	l.refuse(tunnel.Type == "tcp" && (tunnel.Subdomain != "" || len(tunnel.CustomDomains) > 0), "frp.tunnel.type",
 		"tcp has no domains: remove frp.tunnel.subdomain and frp.tunnel.custom_domains or change the type")
 	l.refuse(c.Proxy.ClientCAFile != "" && tunnel.Type != "https", "proxy.tls.client_ca_file",
+		"is for frp.tunnel.type https only: remove it or change the type")
+	l.refuse(c.Proxy.CertFile != "" && tunnel.Type != "https", "proxy.tls.cert_file",
 		"is for frp.tunnel.type https only: remove it or change the type")
 	l.refuse(c.Kubernetes.InCluster && c.Kubernetes.Kubeconfig != "", "kubernetes.in_cluster",
 		"true contradicts "+Name("kubernetes.kubeconfig")+": remove one of them")

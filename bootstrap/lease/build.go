@@ -62,6 +62,10 @@ func joinTunnel(cfg *config.Config, tunnel frpc.Tunnel) frpc.Tunnel {
 	tunnel.Name, tunnel.HealthPath = cfg.Agent.ID+"."+cfg.Agent.Instance, agentapi.TunnelHealthPath
 	tunnel.LocalIP, tunnel.LocalPort = configured.LocalIP, configured.LocalPort
 	tunnel.Type = cmp.Or(tunnel.Type, configured.Type)
+	tunnel.SubdomainHost = cmp.Or(tunnel.SubdomainHost, configured.SubdomainHost)
+	if tunnel.Group == "" {
+		tunnel.Group, tunnel.GroupKey = configured.Group, configured.GroupKey
+	}
 	if tunnel.Type == "tcp" { // frpc refuses keys that do not belong to the type
 		tunnel.Subdomain, tunnel.CustomDomains = "", nil
 		tunnel.RemotePort = cmp.Or(tunnel.RemotePort, configured.RemotePort)
@@ -76,7 +80,7 @@ func joinTunnel(cfg *config.Config, tunnel frpc.Tunnel) frpc.Tunnel {
 
 // check returns what is wrong with the control plane's answer, as the predicate of a sentence. tunnel is its tunnel.
 func check(cfg *config.Config, answer controlplane.Answer, tunnel frpc.Tunnel) error {
-	for _, host := range slices.Concat([]string{answer.ServerAddr, tunnel.Subdomain}, tunnel.CustomDomains) {
+	for _, host := range slices.Concat([]string{answer.ServerAddr, tunnel.Subdomain, tunnel.SubdomainHost}, tunnel.CustomDomains) {
 		if host != "" && (!config.IsHost(host) || host != answer.ServerAddr && net.ParseIP(host) != nil) {
 			return fmt.Errorf("has the invalid host %.100q: contact the control plane's operator", host)
 		}

@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -116,7 +117,7 @@ func (r *renewer) run(ctx context.Context) error {
 			_ = r.tryLogin(ctx, r.lease.Frpc)
 		}
 		r.probeFrps(ctx, now)
-		if r.tokenChanged() || r.renewalDue(now) {
+		if r.inputChanged() || r.renewalDue(now) {
 			_ = r.renew(ctx) // r.failed holds the failure
 		}
 		if r.unwanted(time.Now()) {
@@ -302,10 +303,14 @@ func (r *renewer) renewalDue(now time.Time) bool {
 	return (early || expires) && !now.Before(r.notYet)
 }
 
-// tokenChanged reports whether the lease was requested with another credential than the current one.
-func (r *renewer) tokenChanged() bool {
+// inputChanged reports whether the lease was requested with another credential than the current one, or shows another
+// certificate than the configured one.
+func (r *renewer) inputChanged() bool {
 	token, err := r.cfg.Credential()
-	return err == nil && token != r.token && !time.Now().Before(r.notYet)
+	certificate, _, unusable := configured(r.cfg)
+	return (err == nil && token != r.token || unusable != nil ||
+		certificate != nil && r.lease.Certificate != nil && !bytes.Equal(certificate, r.lease.Certificate)) &&
+		!time.Now().Before(r.notYet)
 }
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.

@@ -36,7 +36,7 @@ func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 
 // requestLease returns a new lease. For a tunnel of type https the request shows a certificate, whose names and end
 // depend on the lease that comes back. So the first request shows one that fits the last lease, and up to two more
-// follow until it fits the new one.
+// follow until it fits the new one. A configured certificate fits any lease.
 func requestLease(
 	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
 ) (frpc.Lease, *controlplane.Failure) {
@@ -51,10 +51,13 @@ func requestLease(
 		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
 	}
 	for range 3 {
-		var shown, key []byte
-		var err error
+		shown, key, err := configured(cfg)
+		if err != nil {
+			return fail(err)
+		}
+		given := shown != nil
 		names := certificateNames(cfg.Agent.ID, tunnel)
-		if tunnel.Type == "https" {
+		if tunnel.Type == "https" && !given {
 			if shown, key, err = newCertificate(names, end); err != nil {
 				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
 			}
@@ -72,7 +75,7 @@ func requestLease(
 			return lease, nil
 		}
 		sameNames := slices.Equal(names, certificateNames(cfg.Agent.ID, tunnel))
-		if shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
+		if given || shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
 			lease.Certificate, lease.Key = shown, key
 			return lease, nil
 		}

@@ -1,0 +1,128 @@
+// Package kubeconfig writes what a caller needs to reach the cluster through the tunnel.
+package kubeconfig
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
+	"github.com/pipeops/vm-agent/bootstrap/lease"
+	"github.com/pipeops/vm-agent/frpc"
+)
+
+// Access is a way to the cluster. Cluster, user and context are named after the agent's id, so that files merge.
+type Access struct {
+	ID     string
+	Server string // URL of the Kubernetes API
+	CA     []byte // PEM; nil: the system's authorities
+	Who    string // comment: who may use it
+	User   string // keys of the user, a line each
+}
+
+// YAML returns the kubeconfig.
+func (a Access) YAML() []byte {
+	var out bytes.Buffer
+	fmt.Fprintf(&out, "# %s\napiVersion: v1\nkind: Config\nclusters:\n  - name: %s\n    cluster:\n      server: %q\n",
+		a.Who, a.ID, a.Server)
+	if a.CA != nil {
+		fmt.Fprintf(&out, "      certificate-authority-data: %s\n", base64.StdEncoding.EncodeToString(a.CA))
+	}
+	fmt.Fprintf(&out, "users:\n  - name: %s\n    user:\n      %s\n", a.ID, strings.ReplaceAll(a.User, "\n", "\n      "))
+	fmt.Fprintf(&out, "contexts:\n  - name: %[1]s\n    context: {cluster: %[1]s, user: %[1]s}\ncurrent-context: %[1]s\n", a.ID)
+	return out.Bytes()
+}
+
+// For returns the access of callers of the configured agent: at server, which is the agent's own address at frps or a
+// gateway's for the agent, without the path of the Kubernetes API; if it is empty, at the agent's own name, port 443.
+// The agent's token is in it only if embed is set; else the user's token comes from a file beside the kubeconfig.
+func For(cfg *config.Config, server string, embed bool) (Access, error) {
+	a := Access{ID: cfg.Agent.ID}
+	tunnel, file := cfg.FRP.Tunnel, cfg.Proxy.CertFile
+	if granted, err := lease.Read(cfg.RunDir); err == nil {
+		tunnel = granted.Frpc.Tunnel
+	}
+	if server == "" {
+		name := tunnel.Subdomain + "." + tunnel.SubdomainHost
+		switch {
+		case len(tunnel.CustomDomains) > 0:
+			name = tunnel.CustomDomains[0]
+		case tunnel.SubdomainHost == "":
+			return a, fmt.Errorf("the name of the agent at frps is not known: set %s or give --server",
+				config.Name("frp.tunnel.subdomain_host"))
+		}
+		server = "https://" + name
+	}
+	address, err := url.Parse(server)
+	if err != nil || address.Scheme != "https" || address.Host == "" {
+		return a, errors.New("--server is not an https URL: kubectl sends no token in clear")
+	}
+	a.Server = strings.TrimSuffix(server, "/") + "/api/k8s"
+	if file == "" {
+		file = filepath.Join(cfg.RunDir, frpc.CertFile)
+	}
+	direct := false // else a gateway is between caller and agent
+	if tunnel.Type == "https" {
+		if a.CA, direct, err = authority(file, address.Hostname()); err != nil {
+			return a, fmt.Errorf("%w: run this where the agent runs, after its first lease", err)
+		}
+	}
+	clients := cfg.Proxy.ClientCAFile != ""
+	identity, token := cfg.Access.Identity, "tokenFile: "+a.ID+".token"
+	if direct && (identity == "named" || identity == "own" && !clients) {
+		return a, fmt.Errorf("with %s %s, callers need a gateway in front of the agent: give its URL for the agent by "+
+			"--server", config.Name("access.identity"), identity)
+	}
+	a.Who = map[string]string{
+		"agent": "For all who may act as the agent's ServiceAccount: the token is the agent's.",
+		"named": "For a user of the gateway: the token is the one that the gateway knows them by.",
+		"own":   "For a user of the cluster: the token is their own for it, or use exec with a credential plugin.",
+	}[identity]
+	if embed && identity == "agent" {
+		current, err := cfg.Agent.CurrentToken()
+		if err != nil {
+			return a, err
+		}
+		token = fmt.Sprintf("token: %q", current.Reveal())
+	}
+	a.User = token
+	if direct && clients {
+		a.User = "client-certificate: " + a.ID + ".crt\nclient-key: " + a.ID + ".key\n" + token
+	}
+	return a, nil
+}
+
+// authority returns the authority of the agent's certificate, if that is its own and not one that callers trust anyway,
+// and whether the certificate is for host.
+func authority(file, host string) (ca []byte, valid bool, err error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, false, err
+	}
+	var first, last *x509.Certificate
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if last, err = x509.ParseCertificate(block.Bytes); err != nil {
+			return nil, false, fmt.Errorf("%s: %w", file, err)
+		}
+		if first == nil {
+			first = last
+		}
+	}
+	if first == nil {
+		return nil, false, fmt.Errorf("%s holds no certificate", file)
+	}
+	if first.VerifyHostname(host) != nil {
+		return nil, false, nil
+	}
+	if bytes.Equal(last.RawIssuer, last.RawSubject) {
+		ca = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: last.Raw})
+	}
+	return ca, true, nil
+}
