@@ -83,6 +83,12 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		_, _ = fmt.Fprintf(stderr, "bootstrap: "+format+"\n", args...)
 		return code
 	}
+	end := func(err error, failed int) int {
+		if err != nil {
+			return complain(failed, "%v", err)
+		}
+		return exitOK
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return exitOK
@@ -99,36 +105,24 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
 	case *check:
-		if err := config.Describe(stdout, *configPath, env); err != nil {
-			return complain(exitUsage, "%v", err)
-		}
-		return exitOK
+		return end(config.Describe(stdout, *configPath, env), exitUsage)
 	case command == "doctor":
 		if !doctor.Run(ctx, *configPath, env, stdout, *asJSON) {
 			return exitFailed
 		}
 		return exitOK
-	}
-	if command == "certificate" {
-		if err := lease.MakeCertificate(*dir, flags.Args()); err != nil {
-			return complain(exitFailed, "%v", err)
-		}
-		return exitOK
+	case command == "certificate":
+		return end(lease.MakeCertificate(*dir, flags.Args()), exitFailed)
 	}
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
 		return complain(exitUsage, "%v", err)
 	}
-	if command == "kubeconfig" {
-		access, err := kubeconfig.For(cfg, *server, *embed)
-		if err != nil {
-			return complain(exitFailed, "%v", err)
-		}
-		_, _ = stdout.Write(access.YAML())
-		return exitOK
-	}
-	if command == "ready" {
+	switch command {
+	case "kubeconfig":
+		return end(kubeconfig.Write(stdout, cfg, *server, *embed), exitFailed)
+	case "ready":
 		if _, err := lease.Read(cfg.RunDir); err != nil {
 			return complain(exitFailed, "not ready: %v", err)
 		}
