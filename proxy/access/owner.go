@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -26,8 +26,7 @@ type Owner struct {
 	name      string // empty: everything is allowed
 	log       *slog.Logger
 
-	mu     sync.Mutex
-	last   State
+	last   atomic.Pointer[State]
 	logged State // by Follow
 }
 
@@ -42,18 +41,17 @@ type State struct {
 
 // NewOwner returns the owner of the ConfigMap, which it does not read yet: until then nothing is allowed.
 func NewOwner(client *kube.Client, namespace, name string, log *slog.Logger) *Owner {
-	o := &Owner{client: client, namespace: namespace, name: name, log: log, last: State{Detail: "it is not read yet"}}
+	o := &Owner{client: client, namespace: namespace, name: name, log: log}
+	o.last.Store(&State{Detail: "it is not read yet"})
 	if name == "" {
-		o.last = State{Allow: All}
+		o.last.Store(&State{Allow: All})
 	}
 	return o
 }
 
 // State returns what is allowed now.
 func (o *Owner) State() State {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	now := o.last
+	now := *o.last.Load()
 	if now.Until != nil && !time.Now().Before(*now.Until) {
 		now.Allow, now.Detail = None, "its until, "+now.Until.Format(time.RFC3339)+", has passed"
 	}
@@ -86,28 +84,21 @@ func (o *Owner) Follow(ctx context.Context) {
 	defer cancel()
 	data, err := o.client.ReadConfigMap(ctx, o.namespace, o.name)
 	refusal, _ := errors.AsType[*apierrors.StatusError](err)
+	last := o.State()
+	last.Held = "the API server cannot be reached or is busy: what the ConfigMap last said holds"
 	switch {
 	case err == nil:
-		o.set(parse(data))
+		last = parse(data)
 	case refusal != nil && refusal.ErrStatus.Code < 500 && !apierrors.IsTooManyRequests(err):
-		o.set(State{Detail: err.Error()})
-	default:
-		held := o.State()
-		held.Held = "the API server cannot be reached or is busy: what the ConfigMap last said holds"
-		o.set(held)
+		last = State{Detail: err.Error()}
 	}
+	o.last.Store(&last)
 	now := o.State()
 	if now.Allow != o.logged.Allow || now.Detail != o.logged.Detail || now.Held != o.logged.Held {
 		o.log.Warn("what the owner of the cluster allows, or how it is known, has changed", "allow", now.Allow.String(),
 			"before", o.logged.Allow.String(), "until", now.Until, "reason", now.Reason, "detail", now.Detail, "held", now.Held)
 	}
 	o.logged = now
-}
-
-func (o *Owner) set(s State) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.last = s
 }
 
 // parse reads the ConfigMap's data. What is not exactly right allows nothing.

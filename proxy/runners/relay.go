@@ -27,6 +27,7 @@ import (
 const (
 	HeaderTimeout  = 30 * time.Second // from the command's last byte to the answer's headers
 	CommandTimeout = 5 * time.Minute  // from the command's headers to the end of the answer
+	MaxCommands    = 32               // that are relayed at a time
 
 	maxEndpoint      = 2 << 10  // bytes
 	maxCommand       = 10 << 20 // bytes
@@ -40,7 +41,7 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 		answer.WriteProblem(w, http.StatusBadRequest, "invalid runner id: give "+validID)
 		return
 	}
-	via := "1.1 " + r.config.AgentID
+	via := "1.1 " + r.config.Agent.ID
 	if slices.Contains(kube.ListOf(req, "Via"), via) {
 		answer.WriteProblem(w, http.StatusLoopDetected,
 			fmt.Sprintf("the endpoint of runner %q leads back to this agent: assign it another one", id))
@@ -50,7 +51,7 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 	case r.running <- struct{}{}:
 		defer func() { <-r.running }()
 	default:
-		r.config.Refused()
+		r.refused()
 		w.Header().Set("Retry-After", "1")
 		answer.WriteProblem(w, http.StatusTooManyRequests, "too many commands are being relayed: try again")
 		return
@@ -92,7 +93,7 @@ func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, bod
 		},
 		Transport: r.Transport, ModifyResponse: checkAnswer, ErrorHandler: c.fail,
 		FlushInterval: -1, // answers may be streams
-		ErrorLog:      slog.NewLogLogger(r.config.Log.Handler(), slog.LevelDebug),
+		ErrorLog:      slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 	}
 	relay.ServeHTTP(w, req)
 }
@@ -173,7 +174,7 @@ func (r *Runners) checkEndpoint(endpoint string) (*url.URL, error) {
 	}
 	if !r.allows(host, ip) {
 		return nil, fmt.Errorf("names the host %.253q, which is not among runners.allowed_hosts (%s)",
-			host, strings.Join(r.config.AllowedHosts, ", "))
+			host, strings.Join(r.config.Runners.AllowedHosts, ", "))
 	}
 	return u, nil
 }
@@ -181,7 +182,7 @@ func (r *Runners) checkEndpoint(endpoint string) (*url.URL, error) {
 // allows reports whether the allowed hosts name the host. An ip is compared as an address, be it written as IPv4 or
 // mapped to IPv6, and belongs to no domain.
 func (r *Runners) allows(host string, ip netip.Addr) bool {
-	return slices.ContainsFunc(r.config.AllowedHosts, func(allowed string) bool {
+	return slices.ContainsFunc(r.config.Runners.AllowedHosts, func(allowed string) bool {
 		if ip.IsValid() {
 			addr, err := netip.ParseAddr(allowed)
 			return err == nil && addr.Unmap() == ip.Unmap()

@@ -17,6 +17,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc/secret"
 	"github.com/pipeops/vm-agent/proxy/answer"
 	"github.com/pipeops/vm-agent/proxy/kube"
@@ -39,29 +40,22 @@ const (
 
 var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
-// Config is what Runners needs to know.
-type Config struct {
-	AgentID      string
-	Namespace    string   // where the registry's Secret is
-	AllowedHosts []string // that endpoints may name: DNS names, *.DOMAIN, IPs
-	MaxCommands  int      // that are relayed at a time
-	Refused      func()   // is called for each command beyond MaxCommands
-	Log          *slog.Logger
-}
-
 // Runners relays commands to the runners in the registry. The registry is a Secret, so that it survives restarts and
 // is shared by all replicas. Safe for concurrent use.
 type Runners struct {
 	Transport *http.Transport // sends commands; tests replace its dialer
 
-	config  Config
+	config  *config.Config
 	client  *kube.Client
+	refused func()
+	log     *slog.Logger
 	running chan struct{} // holds one for each command that is being relayed
 }
 
-// New returns the runners of a registry, which it does not read yet.
-func New(client *kube.Client, config Config) *Runners {
-	r := &Runners{config: config, client: client, running: make(chan struct{}, config.MaxCommands)}
+// New returns the runners of a registry, which it does not read yet. It calls refused for each command beyond
+// MaxCommands.
+func New(client *kube.Client, cfg *config.Config, refused func(), log *slog.Logger) *Runners {
+	r := &Runners{config: cfg, client: client, refused: refused, log: log, running: make(chan struct{}, MaxCommands)}
 	r.Transport = &http.Transport{ // without the environment's proxy
 		DialContext:            (&net.Dialer{Timeout: 10 * time.Second, ControlContext: r.checkAddress}).DialContext,
 		TLSHandshakeTimeout:    10 * time.Second,
@@ -123,7 +117,7 @@ var errDuplicate = errors.New("duplicate message")
 
 // change applies a message to the registry, once.
 func (r *Runners) change(ctx context.Context, messageID string, apply kube.Change) (duplicate bool, err error) {
-	err = r.client.ChangeSecret(ctx, r.config.Namespace, registryName, func(data map[string][]byte) error {
+	err = r.client.ChangeSecret(ctx, r.config.Kubernetes.Namespace, registryName, func(data map[string][]byte) error {
 		var processed []string
 		if stored := data[processedKey]; stored != nil && json.Unmarshal(stored, &processed) != nil {
 			return fmt.Errorf("the key %s of Secret %s is not a list: delete it", processedKey, r.name())
@@ -141,12 +135,12 @@ func (r *Runners) change(ctx context.Context, messageID string, apply kube.Chang
 	return false, err
 }
 
-func (r *Runners) name() string { return r.config.Namespace + "/" + registryName }
+func (r *Runners) name() string { return r.config.Kubernetes.Namespace + "/" + registryName }
 
 // find reads a runner from the registry; nil if it is not there. It keeps no copy, because another replica may change
 // the Secret.
 func (r *Runners) find(ctx context.Context, id string) (*runner, error) {
-	registry, err := r.client.ReadSecret(ctx, r.config.Namespace, registryName)
+	registry, err := r.client.ReadSecret(ctx, r.config.Kubernetes.Namespace, registryName)
 	if err != nil || registry.Data[id] == nil {
 		return nil, err
 	}

@@ -20,7 +20,6 @@ const (
 	maxHeaderBytes = 128 << 10 // of a request on the tunnel listener; net/http adds 4 KiB
 	opsHeaderBytes = 16 << 10
 	opsConnections = 100
-	maxCommands    = 32
 	maxStreams     = 15       // on a connection of HTTP/2; callers open another then
 	baseMemory     = 24 << 20 // bytes that the proxy itself needs
 	stalledMemory  = 96 << 10 // bytes for a stream whose caller does not read: its window, and what is in transit

@@ -75,17 +75,14 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 		},
 		cluster: &clusterSummary{api: client, metrics: m},
 		gate:    newGate(limits, refused, log),
-		runners: runners.New(client, runners.Config{
-			AgentID: cfg.Agent.ID, Namespace: cfg.Kubernetes.Namespace, AllowedHosts: cfg.Runners.AllowedHosts,
-			MaxCommands: maxCommands, Refused: func() { refused("commands") }, Log: log,
-		}),
+		runners: runners.New(client, cfg, func() { refused("commands") }, log),
 	}
 	s.addChecks(client)
 	m.owner(s.owner)
 	m.access.WithLabelValues(cfg.Access.Identity, "forwarded") // 0 until there is one
 	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse().requests) })
 	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { return s.gate.inUse().memory })
-	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })
+	m.limit("commands", runners.MaxCommands, func() int64 { return int64(s.runners.Running()) })
 	return s, nil
 }
 
