@@ -47,20 +47,14 @@ func serverCertificate(names []string, notAfter time.Time) *x509.Certificate {
 
 // newPair makes a key and its certificate, PEM, signed by issuer; nil: by itself.
 func newPair(template *x509.Certificate, issuer *tls.Certificate) (certificate, key []byte, err error) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, err
-	}
-	template.NotBefore = time.Now().Add(-24 * time.Hour) // clocks differ
+	private, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader) // neither this nor its encoding can fail
+	template.NotBefore = time.Now().Add(-24 * time.Hour)          // clocks differ
 	parent, signer := template, crypto.PrivateKey(private)
 	if issuer != nil {
 		parent, signer = issuer.Leaf, issuer.PrivateKey
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, private.Public(), signer)
-	if err != nil {
-		return nil, nil, err
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	keyDER, _ := x509.MarshalPKCS8PrivateKey(private)
 	certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	return certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), err
 }

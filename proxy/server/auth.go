@@ -206,7 +206,8 @@ func (s *Server) identify(sc *scope, r *http.Request) (code int, why string) {
 		sc.share = string(r.TLS.PeerCertificates[0].RawSubject)
 	}
 	if sc.isStream() {
-		sc.right = rightOf(sc)
+		sc.right = &right{sc.who.ID(), sc.Description}
+		sc.right.Upgrade = false
 	}
 	return 0, ""
 }

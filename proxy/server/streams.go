@@ -95,12 +95,6 @@ func (v *reviewer) review(ctx context.Context, key right, sc *scope) {
 	}
 }
 
-func rightOf(sc *scope) *right {
-	key := &right{sc.who.ID(), sc.Description}
-	key.Upgrade = false
-	return key
-}
-
 // end ends the running requests that match, for a reason that is a label of metrics.
 func (s *Server) end(reason string, match func(*scope) bool, why *kube.Ended) {
 	s.metrics.streamsEnded.WithLabelValues(reason).Add(float64(s.gate.revoke(match, why)))
