@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -33,20 +34,8 @@ const (
 // terminationLog is where the kubelet reads why a container has terminated. It exists only in a pod.
 const terminationLog = "/dev/termination-log"
 
-const usage = `Usage:
-  bootstrap [flags]          get a lease, write frpc.toml and lease.json, and renew the lease until SIGTERM
-  bootstrap --once [flags]   get a lease, write the files, and exit
-  bootstrap --check          check the configuration and print it, each value with its origin
-  bootstrap ready            exit with 0 if the files are written, for a startup probe
-  bootstrap doctor [--json]  walk the way from the configuration to the API server, a line for each step
-  bootstrap kubeconfig [--server URL] [--embed-token]
-                             print a kubeconfig for callers: straight through frps, or through a gateway at URL
-  bootstrap certificate [--dir DIR] NAME...
-                             make a certificate for the names that callers use, which lasts ten years
-
-Settings come from the file and from PIPEOPS_ variables: bootstrap/README.md lists them.
-
-`
+//go:embed usage.txt
+var usage string
 
 func main() {
 	secret.ForbidCoreDumps()

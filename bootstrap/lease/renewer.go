@@ -129,9 +129,7 @@ func (r *renewer) run(ctx context.Context) error {
 		} else if r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.noIdleRestartBefore) && r.idle(ctx) {
 			r.restartFrpc(ctx, admin, "there is a new lease, and no request is in flight")
 		}
-		select {
-		case <-time.After(pollInterval):
-		case <-ctx.Done():
+		if sleep(ctx, pollInterval) != nil {
 			return nil
 		}
 	}
@@ -222,11 +220,7 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 		if stopErr := stopFrpc(ctx, runDir, admin); attempt == 10 || errors.Is(stopErr, frpc.ErrStuck) {
 			err = cmp.Or(stopErr, errors.New("it still runs"))
 		}
-		select {
-		case <-time.After(500 * time.Millisecond):
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
+		err = cmp.Or(sleep(ctx, 500*time.Millisecond), err)
 	}
 	return fmt.Errorf("%w; the tunnel may still be open, because frpc does not stop (%w): delete the pod", refusal, err)
 }

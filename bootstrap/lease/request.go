@@ -108,12 +108,20 @@ func retryUntilLease(issue issuer, log *slog.Logger) issuer {
 				return answer, &controlplane.Failure{Err: fmt.Errorf("%w (gave up after --timeout)", fail)}
 			}
 			log.Warn("no lease yet", "error", fail, "next_attempt_in", wait.String())
-			select {
-			case <-time.After(wait):
-			case <-ctx.Done(): // by a signal: the deadline is later
+			if sleep(ctx, wait) != nil { // a signal: the deadline is later
 				return answer, &controlplane.Failure{Err: errors.New("stopped by a signal before there was a lease")}
 			}
 		}
+	}
+}
+
+// sleep waits for d, or returns the error of ctx if that ends before.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 

@@ -23,17 +23,15 @@ import (
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
-// call sends a request with the headers, which may name the caller that it is for, else as the agent. body is JSON, or
+// call sends a request with the header, which may name the caller that it is for, else as the agent. body is JSON, or
 // nil. read is called with the body of a 2xx answer; any other answer is an *apierrors.StatusError.
-func (c *Client) call(
-	ctx context.Context, headers http.Header, method, path string, body io.Reader, read reader,
-) error {
+func (c *Client) call(ctx context.Context, header http.Header, method, path string, body io.Reader, read reader) error {
 	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(c.target.String(), "/")+path, body)
 	if err != nil {
 		return err
 	}
 	req.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {"application/json"}}
-	maps.Copy(req.Header, headers)
+	maps.Copy(req.Header, header)
 	resp, err := c.RoundTrip(req)
 	if err != nil {
 		_, message := explain(c.target.Host, err)
