@@ -179,9 +179,7 @@ func RemoveCaller(header http.Header) {
 // GateHeader carries the agent's token where Authorization is the caller's own.
 const GateHeader = "Pipeops-Agent-Authorization"
 
-var removed = []string{
-	"Authorization", GateHeader, "Cookie", "X-Real-Ip", "Expect", // Expect: see Body.stream
-}
+var removed = []string{"Authorization", GateHeader, "Cookie", "X-Real-Ip", "Expect"} // Expect: see Body.stream
 
 // TokenProtocol begins an element of Sec-WebSocket-Protocol that holds a token, which the API server accepts too.
 // Source: k8s.io/apiserver/pkg/authentication/request/websocket.

@@ -41,6 +41,16 @@ const (
 	maxProcessed = 256
 	maxToken     = 8 << 10 // bytes
 
+	// Limits of a command.
+	HeaderTimeout  = 30 * time.Second // from the command's last byte to the answer's headers
+	CommandTimeout = 5 * time.Minute  // from the command's headers to the end of the answer
+	MaxCommands    = 32               // that are relayed at a time
+
+	maxEndpoint      = 2 << 10  // bytes
+	maxCommand       = 10 << 20 // bytes
+	maxAnswer        = 64 << 20 // bytes; the rest is cut off
+	maxAnswerHeaders = 16 << 10 // bytes
+
 	validID      = "1 to 128 letters, digits, dots, hyphens and underscores, a letter or digit first"
 	errInvalidID = answer.InvalidError("data.runner_id: give " + validID)
 )
@@ -175,18 +185,6 @@ func WriteError(ctx context.Context, w http.ResponseWriter, err error) {
 func IsPrintable(s string, limit int) bool {
 	return s != "" && len(s) <= limit && !strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c > '~' })
 }
-
-// Limits of a command.
-const (
-	HeaderTimeout  = 30 * time.Second // from the command's last byte to the answer's headers
-	CommandTimeout = 5 * time.Minute  // from the command's headers to the end of the answer
-	MaxCommands    = 32               // that are relayed at a time
-
-	maxEndpoint      = 2 << 10  // bytes
-	maxCommand       = 10 << 20 // bytes
-	maxAnswer        = 64 << 20 // bytes; the rest is cut off
-	maxAnswerHeaders = 16 << 10 // bytes
-)
 
 // Relay answers a command for the runner id with that runner's answer. body is the request's, nil if it has none.
 func (r *Runners) Relay(w http.ResponseWriter, req *http.Request, id string, body *kube.Body) {

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,7 +34,7 @@ type Server struct {
 	callers *kube.Client // sends their requests: without the agent's credential if they have their own
 	owner   *access.Owner
 	guard   access.Guard
-	cluster *clusterSummary
+	api     *kube.Client // with the agent's own credential
 	runners *runners.Runners
 	metrics *metrics
 	checks  map[string]*check // of /ready, by name
@@ -44,6 +45,10 @@ type Server struct {
 
 	heartbeats    atomic.Uint64             // received from the control plane
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
+
+	summaryMu sync.Mutex
+	summaryAt time.Time
+	summary   kube.Summary // of the cluster, as it was then
 }
 
 // New returns a server for the API server of api, with limits for memory in bytes. It starts and opens nothing.
@@ -73,11 +78,11 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 		guard: access.Guard{
 			Namespace: cfg.Kubernetes.Namespace, ConfigMap: cfg.Access.ConfigMap, Open: cfg.Access.OwnNamespace == "open",
 		},
-		cluster: &clusterSummary{api: client, metrics: m},
+		api:     client,
 		gate:    newGate(limits, refused, log),
 		runners: runners.New(client, cfg, func() { refused("commands") }, log),
 	}
-	s.addChecks(client)
+	s.addChecks()
 	m.owner(s.owner)
 	m.access.WithLabelValues(cfg.Access.Identity, "forwarded") // 0 until there is one
 	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse().requests) })
@@ -224,8 +229,7 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 			MaxReadFrameSize:              16 << 10,                       // a connection keeps a buffer of this size
 			SendPingTimeout:               headerTime,                     // unfinished headers too end without an answer
 		}
-	}
-	if l == operations { // on the tunnel listener these timeouts would cut watches, logs and exec
+	} else { // on the tunnel listener these timeouts would cut watches, logs and exec
 		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
 	}
 	return server
