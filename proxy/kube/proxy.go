@@ -91,12 +91,8 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (ref
 		f.streamed = body
 	}
 	rp := &httputil.ReverseProxy{
-		BufferPool:     p.buffers,
-		Rewrite:        f.rewrite,
-		Transport:      p.client,
-		ModifyResponse: f.checkAnswer,
-		ErrorHandler:   f.fail,
-		ErrorLog:       p.errorLog,
+		Rewrite: f.rewrite, Transport: p.client, ModifyResponse: f.checkAnswer,
+		ErrorHandler: f.fail, ErrorLog: p.errorLog, BufferPool: p.buffers,
 	}
 	if req.Verb == "watch" {
 		rp.BufferPool = p.watchBuffers

@@ -73,13 +73,10 @@ type Runners struct {
 // MaxCommands.
 func New(client *kube.Client, cfg *config.Config, refused func(), log *slog.Logger) *Runners {
 	r := &Runners{config: cfg, client: client, refused: refused, log: log, running: make(chan struct{}, MaxCommands)}
+	dialer := &net.Dialer{Timeout: 10 * time.Second, ControlContext: r.checkAddress}
 	r.Transport = &http.Transport{ // without the environment's proxy
-		DialContext:            (&net.Dialer{Timeout: 10 * time.Second, ControlContext: r.checkAddress}).DialContext,
-		TLSHandshakeTimeout:    10 * time.Second,
-		ResponseHeaderTimeout:  HeaderTimeout,
-		MaxResponseHeaderBytes: maxAnswerHeaders,
-		IdleConnTimeout:        time.Minute,
-		DisableCompression:     true,
+		DialContext: dialer.DialContext, TLSHandshakeTimeout: 10 * time.Second, IdleConnTimeout: time.Minute,
+		ResponseHeaderTimeout: HeaderTimeout, MaxResponseHeaderBytes: maxAnswerHeaders, DisableCompression: true,
 	}
 	return r
 }

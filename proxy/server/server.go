@@ -43,6 +43,8 @@ type Server struct {
 	limits  *limits
 	log     *slog.Logger
 
+	reviews map[right]review // of what running streams need; used by reviewStreams alone
+
 	heartbeats    atomic.Uint64             // received from the control plane
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
 
@@ -66,7 +68,7 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	}
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &Server{
-		config: cfg, metrics: m, limits: limits, log: log,
+		config: cfg, metrics: m, limits: limits, log: log, reviews: map[right]review{},
 		agent: agentStatus{
 			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
 			Version: version.Version, StartedAt: time.Now().UTC(),
@@ -144,7 +146,7 @@ func (s *Server) Run(ctx context.Context) error {
 		s.endForbidden()
 	}, stallInterval)
 	go wait.UntilWithContext(requests, s.owner.Follow, access.OwnerInterval)
-	go wait.UntilWithContext(requests, (&reviewer{s, map[right]review{}}).run, reviewInterval)
+	go wait.UntilWithContext(requests, s.reviewStreams, reviewInterval)
 	if s.config.Agent.TokenFile != "" {
 		go s.auth.follow(requests, s.config.Agent.CurrentToken)
 	}
@@ -209,10 +211,8 @@ func (s *Server) bound(l listener, socket *net.TCPListener, tlsConfig *tls.Confi
 // newHTTPServer returns the server of one listener. Its requests' contexts end with ctx.
 func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
 	server := &http.Server{
-		Handler:           handler,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ConnContext:       inbound.ConnContext,
-		ReadHeaderTimeout: headerTime,
+		Handler: handler, ConnContext: inbound.ConnContext,
+		MaxHeaderBytes: maxHeaderBytes, ReadHeaderTimeout: headerTime,
 		// frps keeps idle connections for 60 s: if this end closed first, a request would be lost.
 		IdleTimeout: 120 * time.Second,
 		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
