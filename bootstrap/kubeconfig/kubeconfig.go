@@ -73,8 +73,7 @@ func Write(w io.Writer, cfg *config.Config, server string, embed bool) error {
 			return fmt.Errorf("%w: run this where the agent runs, after its first lease", err)
 		}
 	}
-	clients := cfg.Proxy.ClientCAFile != ""
-	identity := cfg.Access.Identity
+	identity, clients := cfg.Access.Identity, cfg.Proxy.ClientCAFile != ""
 	if direct && (identity == "named" || identity == "own" && !clients) {
 		return fmt.Errorf("with %s %s, callers need a gateway in front of the agent: give its URL for the agent by "+
 			"--server", config.Name("access.identity"), identity)

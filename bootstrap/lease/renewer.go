@@ -25,8 +25,8 @@ const (
 	waitMax      = 90 * time.Second // between two attempts, whatever the control plane asks for
 	confirmAfter = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
 	stuckFor     = 25 * time.Second // how long StuckFile stays: three liveness probes, 5 s apart
-	backoffMin   = time.Second      // between two attempts: has jitter, and doubles each time
-	backoffMax   = time.Minute
+
+	backoffMin, backoffMax = time.Second, time.Minute // between two attempts: has jitter, and doubles each time
 
 	// While frpc is logged out. All have jitter; the first two double each time.
 	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login

@@ -104,11 +104,8 @@ type Description struct {
 // Source: k8s.io/apiserver/pkg/endpoints/request/requestinfo.go.
 func Describe(r *http.Request) Description {
 	path := strings.Trim(strings.TrimPrefix(r.URL.Path, Prefix), "/")
-	if !strings.Contains(path, "//") {
-		return describe(r, strings.Split(path, "/"))
-	}
 	d := describe(r, strings.FieldsFunc(path, func(c rune) bool { return c == '/' }))
-	if d.Subresource != "proxy" {
+	if strings.Contains(path, "//") && d.Subresource != "proxy" {
 		d.Verb = "other"
 	}
 	return d

@@ -35,13 +35,6 @@ type usage struct {
 	memory   int64 // bytes
 }
 
-func newGate(l *limits, refused func(limit string), log *slog.Logger) *gate {
-	return &gate{
-		limits: l, refused: refused, log: log,
-		running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),
-	}
-}
-
 // enter admits a request whose headers use so many bytes of memory, and returns why not, or "": then leave must follow.
 // One caller has at most three times what is free: alone three quarters of all, beside others less, so that there is
 // always room for one more. Once the gate is closed, enter admits only whileDraining.

@@ -80,8 +80,11 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 		guard: access.Guard{
 			Namespace: cfg.Kubernetes.Namespace, ConfigMap: cfg.Access.ConfigMap, Open: cfg.Access.OwnNamespace == "open",
 		},
-		api:     client,
-		gate:    newGate(limits, refused, log),
+		api: client,
+		gate: &gate{
+			limits: limits, refused: refused, log: log,
+			running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),
+		},
 		runners: runners.New(client, cfg, func() { refused("commands") }, log),
 	}
 	s.addChecks()
