@@ -38,7 +38,8 @@ func (a Access) YAML() []byte {
 		fmt.Fprintf(&out, "      certificate-authority-data: %s\n", base64.StdEncoding.EncodeToString(a.CA))
 	}
 	fmt.Fprintf(&out, "users:\n  - name: %s\n    user:\n      %s\n", a.ID, strings.ReplaceAll(a.User, "\n", "\n      "))
-	fmt.Fprintf(&out, "contexts:\n  - name: %[1]s\n    context: {cluster: %[1]s, user: %[1]s}\ncurrent-context: %[1]s\n", a.ID)
+	const contexts = "contexts:\n  - name: %[1]s\n    context: {cluster: %[1]s, user: %[1]s}\ncurrent-context: %[1]s\n"
+	fmt.Fprintf(&out, contexts, a.ID)
 	return out.Bytes()
 }
 

@@ -62,8 +62,8 @@ func newPair(template *x509.Certificate, issuer *tls.Certificate) (certificate, 
 const lifetime = 10 * 365 * 24 * time.Hour // of certificates that MakeCertificate makes
 
 // MakeCertificate makes files for proxy.tls.cert_file and proxy.tls.key_file in dir: tls.crt, a certificate for names
-// with that of its authority, and tls.key. The authority is ca.crt, which callers trust, and ca.key, which only the next
-// certificate needs. It is made if both are missing. No file is overwritten.
+// with that of its authority, and tls.key. The authority is ca.crt, which callers trust, and ca.key, which only the
+// next certificate needs. It is made if both are missing. No file is overwritten.
 func MakeCertificate(dir string, names []string) error {
 	invalid := func(name string) bool {
 		return !config.IsHost(strings.TrimPrefix(name, "*.")) || net.ParseIP(name) != nil

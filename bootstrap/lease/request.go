@@ -192,7 +192,8 @@ func joinTunnel(cfg *config.Config, tunnel frpc.Tunnel) frpc.Tunnel {
 
 // check returns what is wrong with the control plane's answer, as the predicate of a sentence. tunnel is its tunnel.
 func check(cfg *config.Config, answer controlplane.Answer, tunnel frpc.Tunnel) error {
-	for _, host := range slices.Concat([]string{answer.ServerAddr, tunnel.Subdomain, tunnel.SubdomainHost}, tunnel.CustomDomains) {
+	hosts := append([]string{answer.ServerAddr, tunnel.Subdomain, tunnel.SubdomainHost}, tunnel.CustomDomains...)
+	for _, host := range hosts {
 		if host != "" && (!config.IsHost(host) || host != answer.ServerAddr && net.ParseIP(host) != nil) {
 			return fmt.Errorf("has the invalid host %.100q: contact the control plane's operator", host)
 		}
