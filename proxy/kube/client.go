@@ -84,10 +84,7 @@ func (c *Client) CheckReady(ctx context.Context) error {
 
 // ReadConfigMap returns the data of a ConfigMap, with empty values for what is not text.
 func (c *Client) ReadConfigMap(ctx context.Context, namespace, name string) (map[string]string, error) {
-	var configMap struct {
-		Data       map[string]string
-		BinaryData map[string][]byte
-	}
+	var configMap struct{ Data, BinaryData map[string]string }
 	path := "/api/v1/namespaces/" + namespace + "/configmaps/" + name
 	err := c.call(ctx, nil, http.MethodGet, path, nil, decodeInto(&configMap))
 	data := map[string]string{}
@@ -116,18 +113,15 @@ func (c *Client) Review(ctx context.Context, identity http.Header, d *Descriptio
 
 // Secret is a Kubernetes Secret.
 type Secret struct {
-	metav1.TypeMeta   `json:",inline"`
-	metav1.ObjectMeta `json:"metadata"`
+	metav1.PartialObjectMetadata
 
 	Data map[string][]byte `json:"data"`
 }
 
 // ReadSecret returns a Secret, an empty one if it does not exist.
 func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secret, error) {
-	secret := &Secret{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
-	}
+	secret := &Secret{}
+	secret.APIVersion, secret.Kind, secret.Namespace, secret.Name = "v1", "Secret", namespace, name
 	err := c.call(ctx, nil, http.MethodGet, secretsPath(namespace)+"/"+name, nil, decodeInto(secret))
 	if secret.Data == nil { // null in the answer
 		secret.Data = map[string][]byte{}
