@@ -38,7 +38,8 @@ func TestCertificateAndKubeconfigFitTogether(t *testing.T) {
 	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
 	make := func() {
 		t.Helper()
-		if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "edge-7.k8s.example", "*.edge.example"); code != exitOK {
+		code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "edge-7.k8s.example", "*.edge.example")
+		if code != exitOK {
 			t.Fatal(out)
 		}
 	}

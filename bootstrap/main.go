@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -33,20 +34,8 @@ const (
 // terminationLog is where the kubelet reads why a container has terminated. It exists only in a pod.
 const terminationLog = "/dev/termination-log"
 
-const usage = `Usage:
-  bootstrap [flags]          get a lease, write frpc.toml and lease.json, and renew the lease until SIGTERM
-  bootstrap --once [flags]   get a lease, write the files, and exit
-  bootstrap --check          check the configuration and print it, each value with its origin
-  bootstrap ready            exit with 0 if the files are written, for a startup probe
-  bootstrap doctor [--json]  walk the way from the configuration to the API server, a line for each step
-  bootstrap kubeconfig [--server URL] [--embed-token]
-                             print a kubeconfig for callers: straight through frps, or through a gateway at URL
-  bootstrap certificate [--dir DIR] NAME...
-                             make a certificate for the names that callers use, which lasts ten years
-
-Settings come from the file and from PIPEOPS_ variables: bootstrap/README.md lists them.
-
-`
+//go:embed usage.txt
+var usage string
 
 func main() {
 	secret.ForbidCoreDumps()
@@ -83,6 +72,12 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		_, _ = fmt.Fprintf(stderr, "bootstrap: "+format+"\n", args...)
 		return code
 	}
+	end := func(err error, failed int) int {
+		if err != nil {
+			return complain(failed, "%v", err)
+		}
+		return exitOK
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return exitOK
@@ -99,36 +94,24 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
 	case *check:
-		if err := config.Describe(stdout, *configPath, env); err != nil {
-			return complain(exitUsage, "%v", err)
-		}
-		return exitOK
+		return end(config.Describe(stdout, *configPath, env), exitUsage)
 	case command == "doctor":
 		if !doctor.Run(ctx, *configPath, env, stdout, *asJSON) {
 			return exitFailed
 		}
 		return exitOK
-	}
-	if command == "certificate" {
-		if err := lease.MakeCertificate(*dir, flags.Args()); err != nil {
-			return complain(exitFailed, "%v", err)
-		}
-		return exitOK
+	case command == "certificate":
+		return end(lease.MakeCertificate(*dir, flags.Args()), exitFailed)
 	}
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
 		return complain(exitUsage, "%v", err)
 	}
-	if command == "kubeconfig" {
-		access, err := kubeconfig.For(cfg, *server, *embed)
-		if err != nil {
-			return complain(exitFailed, "%v", err)
-		}
-		_, _ = stdout.Write(access.YAML())
-		return exitOK
-	}
-	if command == "ready" {
+	switch command {
+	case "kubeconfig":
+		return end(kubeconfig.Write(stdout, cfg, *server, *embed), exitFailed)
+	case "ready":
 		if err := lease.Ready(cfg.RunDir); err != nil {
 			return complain(exitFailed, "not ready: %v", err)
 		}

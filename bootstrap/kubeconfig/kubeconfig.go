@@ -3,11 +3,13 @@ package kubeconfig
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -36,48 +38,45 @@ func (a Access) YAML() []byte {
 		fmt.Fprintf(&out, "      certificate-authority-data: %s\n", base64.StdEncoding.EncodeToString(a.CA))
 	}
 	fmt.Fprintf(&out, "users:\n  - name: %s\n    user:\n      %s\n", a.ID, strings.ReplaceAll(a.User, "\n", "\n      "))
-	fmt.Fprintf(&out, "contexts:\n  - name: %[1]s\n    context: {cluster: %[1]s, user: %[1]s}\ncurrent-context: %[1]s\n", a.ID)
+	const contexts = "contexts:\n  - name: %[1]s\n    context: {cluster: %[1]s, user: %[1]s}\ncurrent-context: %[1]s\n"
+	fmt.Fprintf(&out, contexts, a.ID)
 	return out.Bytes()
 }
 
-// For returns the access of callers of the configured agent: at server, which is the agent's own address at frps or a
-// gateway's for the agent, without the path of the Kubernetes API; if it is empty, at the agent's own name, port 443.
-// The agent's token is in it only if embed is set; else the user's token comes from a file beside the kubeconfig.
-func For(cfg *config.Config, server string, embed bool) (Access, error) {
+// Write writes the kubeconfig for callers of the configured agent: at server, which is the agent's own address at frps
+// or a gateway's for the agent, without the path of the Kubernetes API; if it is empty, at the agent's own name, port
+// 443. The agent's token is in it only if embed is set; else the user's token comes from a file beside the kubeconfig.
+func Write(w io.Writer, cfg *config.Config, server string, embed bool) error {
 	a := Access{ID: cfg.Agent.ID}
-	tunnel, file := cfg.FRP.Tunnel, cfg.Proxy.CertFile
+	tunnel := cfg.FRP.Tunnel
 	if granted, err := lease.Read(cfg.RunDir); err == nil {
 		tunnel = granted.Frpc.Tunnel
 	}
 	if server == "" {
-		name := tunnel.Subdomain + "." + tunnel.SubdomainHost
+		server = "https://" + tunnel.Subdomain + "." + tunnel.SubdomainHost
 		switch {
 		case len(tunnel.CustomDomains) > 0:
-			name = tunnel.CustomDomains[0]
+			server = "https://" + tunnel.CustomDomains[0]
 		case tunnel.SubdomainHost == "":
-			return a, fmt.Errorf("the name of the agent at frps is not known: set %s or give --server",
+			return fmt.Errorf("the name of the agent at frps is not known: set %s or give --server",
 				config.Name("frp.tunnel.subdomain_host"))
 		}
-		server = "https://" + name
 	}
 	address, err := url.Parse(server)
 	if err != nil || address.Scheme != "https" || address.Host == "" {
-		return a, errors.New("--server is not an https URL: kubectl sends no token in clear")
+		return errors.New("--server is not an https URL: kubectl sends no token in clear")
 	}
 	a.Server = strings.TrimSuffix(server, "/") + "/api/k8s"
-	if file == "" {
-		file = filepath.Join(cfg.RunDir, frpc.CertFile)
-	}
 	direct := false // else a gateway is between caller and agent
 	if tunnel.Type == "https" {
+		file := cmp.Or(cfg.Proxy.CertFile, filepath.Join(cfg.RunDir, frpc.CertFile))
 		if a.CA, direct, err = authority(file, address.Hostname()); err != nil {
-			return a, fmt.Errorf("%w: run this where the agent runs, after its first lease", err)
+			return fmt.Errorf("%w: run this where the agent runs, after its first lease", err)
 		}
 	}
-	clients := cfg.Proxy.ClientCAFile != ""
-	identity, token := cfg.Access.Identity, "tokenFile: "+a.ID+".token"
+	identity, clients := cfg.Access.Identity, cfg.Proxy.ClientCAFile != ""
 	if direct && (identity == "named" || identity == "own" && !clients) {
-		return a, fmt.Errorf("with %s %s, callers need a gateway in front of the agent: give its URL for the agent by "+
+		return fmt.Errorf("with %s %s, callers need a gateway in front of the agent: give its URL for the agent by "+
 			"--server", config.Name("access.identity"), identity)
 	}
 	a.Who = map[string]string{
@@ -85,18 +84,19 @@ func For(cfg *config.Config, server string, embed bool) (Access, error) {
 		"named": "For a user of the gateway: the token is the one that the gateway knows them by.",
 		"own":   "For a user of the cluster: the token is their own for it, or use exec with a credential plugin.",
 	}[identity]
+	a.User = "tokenFile: " + a.ID + ".token"
 	if embed && identity == "agent" {
-		current, err := cfg.Agent.CurrentToken()
+		token, err := cfg.Agent.CurrentToken()
 		if err != nil {
-			return a, err
+			return err
 		}
-		token = fmt.Sprintf("token: %q", current.Reveal())
+		a.User = fmt.Sprintf("token: %q", token.Reveal())
 	}
-	a.User = token
 	if direct && clients {
-		a.User = "client-certificate: " + a.ID + ".crt\nclient-key: " + a.ID + ".key\n" + token
+		a.User = "client-certificate: " + a.ID + ".crt\nclient-key: " + a.ID + ".key\n" + a.User
 	}
-	return a, nil
+	_, _ = w.Write(a.YAML())
+	return nil
 }
 
 // authority returns the authority of the agent's certificate, if that is its own and not one that callers trust anyway,
@@ -106,22 +106,20 @@ func authority(file, host string) (ca []byte, valid bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
-	var first, last *x509.Certificate
+	var der []byte
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
-		if last, err = x509.ParseCertificate(block.Bytes); err != nil {
-			return nil, false, fmt.Errorf("%s: %w", file, err)
-		}
-		if first == nil {
-			first = last
-		}
+		der = append(der, block.Bytes...)
 	}
-	if first == nil {
+	chain, err := x509.ParseCertificates(der)
+	switch {
+	case err != nil:
+		return nil, false, fmt.Errorf("%s: %w", file, err)
+	case len(chain) == 0:
 		return nil, false, fmt.Errorf("%s holds no certificate", file)
-	}
-	if first.VerifyHostname(host) != nil {
+	case chain[0].VerifyHostname(host) != nil:
 		return nil, false, nil
 	}
-	if bytes.Equal(last.RawIssuer, last.RawSubject) {
+	if last := chain[len(chain)-1]; bytes.Equal(last.RawIssuer, last.RawSubject) {
 		ca = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: last.Raw})
 	}
 	return ca, true, nil

@@ -47,20 +47,14 @@ func serverCertificate(names []string, notAfter time.Time) *x509.Certificate {
 
 // newPair makes a key and its certificate, PEM, signed by issuer; nil: by itself.
 func newPair(template *x509.Certificate, issuer *tls.Certificate) (certificate, key []byte, err error) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, err
-	}
-	template.NotBefore = time.Now().Add(-24 * time.Hour) // clocks differ
+	private, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader) // neither this nor its encoding can fail
+	template.NotBefore = time.Now().Add(-24 * time.Hour)          // clocks differ
 	parent, signer := template, crypto.PrivateKey(private)
 	if issuer != nil {
 		parent, signer = issuer.Leaf, issuer.PrivateKey
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, private.Public(), signer)
-	if err != nil {
-		return nil, nil, err
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	keyDER, _ := x509.MarshalPKCS8PrivateKey(private)
 	certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	return certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), err
 }
@@ -68,50 +62,42 @@ func newPair(template *x509.Certificate, issuer *tls.Certificate) (certificate, 
 const lifetime = 10 * 365 * 24 * time.Hour // of certificates that MakeCertificate makes
 
 // MakeCertificate makes files for proxy.tls.cert_file and proxy.tls.key_file in dir: tls.crt, a certificate for names
-// with that of its authority, and tls.key. The authority is ca.crt, which callers trust, and ca.key, which only the next
-// certificate needs. It is made if both are missing. No file is overwritten.
+// with that of its authority, and tls.key. The authority is ca.crt, which callers trust, and ca.key, which only the
+// next certificate needs. It is made if both are missing. No file is overwritten.
 func MakeCertificate(dir string, names []string) error {
-	valid := func(name string) bool {
-		return config.IsHost(strings.TrimPrefix(name, "*.")) && net.ParseIP(name) == nil
+	invalid := func(name string) bool {
+		return !config.IsHost(strings.TrimPrefix(name, "*.")) || net.ParseIP(name) != nil
 	}
-	if i := slices.IndexFunc(names, func(name string) bool { return !valid(name) }); i >= 0 || len(names) == 0 {
+	if len(names) == 0 || slices.ContainsFunc(names, invalid) {
 		return fmt.Errorf("give DNS names, not %q: those by which callers reach the agent", names)
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
+	files, end := map[string][]byte{}, time.Now().Add(lifetime)
 	authority, err := tls.LoadX509KeyPair(in("ca.crt"), in("ca.key"))
-	files := []string{"tls.crt", "tls.key"}
 	if errors.Is(err, fs.ErrNotExist) {
-		files, err = append(files, "ca.crt", "ca.key"), nil
-	}
-	for _, name := range files {
-		if _, missing := os.Lstat(in(name)); missing == nil {
-			err = cmp.Or(err, fmt.Errorf("%s exists: move it away, with its pair, or choose another --dir", in(name)))
-		}
-	}
-	if err != nil {
-		return err
-	}
-	contents := make([][]byte, len(files))
-	end := time.Now().Add(lifetime)
-	if len(files) > 2 {
-		contents[2], contents[3], err = newPair(&x509.Certificate{
+		files["ca.crt"], files["ca.key"], err = newPair(&x509.Certificate{
 			Subject: pkix.Name{CommonName: "authority of " + names[0]}, NotAfter: end,
 			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 		}, nil)
 		if err == nil {
-			authority, err = tls.X509KeyPair(contents[2], contents[3])
-		}
-		if err != nil {
-			return err
+			authority, err = tls.X509KeyPair(files["ca.crt"], files["ca.key"])
 		}
 	}
-	if contents[0], contents[1], err = newPair(serverCertificate(names, end), &authority); err != nil {
+	if err == nil {
+		files["tls.crt"], files["tls.key"], err = newPair(serverCertificate(names, end), &authority)
+	}
+	if err != nil {
 		return err
 	}
 	chain := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Certificate[0]})
-	contents[0] = append(contents[0], chain...)
-	for i, name := range files {
-		if err := os.WriteFile(in(name), contents[i], 0o600); err != nil {
+	files["tls.crt"] = append(files["tls.crt"], chain...)
+	for _, name := range []string{"tls.crt", "tls.key", "ca.crt", "ca.key"} {
+		if _, missing := os.Lstat(in(name)); missing == nil && files[name] != nil {
+			return fmt.Errorf("%s exists: move it away, with its pair, or choose another --dir", in(name))
+		}
+	}
+	for name, data := range files {
+		if err := os.WriteFile(in(name), data, 0o600); err != nil {
 			return err
 		}
 	}
@@ -123,13 +109,10 @@ func configured(cfg *config.Config) (certificate, key []byte, err error) {
 	if cfg.Proxy.CertFile == "" {
 		return nil, nil, nil
 	}
-	if certificate, err = os.ReadFile(cfg.Proxy.CertFile); err == nil {
-		key, err = os.ReadFile(cfg.Proxy.KeyFile)
-	}
-	if err == nil {
-		_, err = tls.X509KeyPair(certificate, key)
-	}
-	if err != nil {
+	certificate, certErr := os.ReadFile(cfg.Proxy.CertFile)
+	key, keyErr := os.ReadFile(cfg.Proxy.KeyFile)
+	_, pairErr := tls.X509KeyPair(certificate, key)
+	if err := cmp.Or(certErr, keyErr, pairErr); err != nil {
 		return nil, nil, fmt.Errorf("%s and its key cannot be used: %w", config.Name("proxy.tls.cert_file"), err)
 	}
 	return certificate, key, nil

@@ -428,7 +428,8 @@ func TestConfiguredCertificateIsShown(t *testing.T) {
 			if fail := r.renew(t.Context()); fail == nil || !strings.Contains(fail.Error(), "PIPEOPS_PROXY_TLS_CERT_FILE") {
 				t.Errorf("half of it: %v", fail)
 			}
-			if r.lease.Renewal == nil || bytes.Equal(r.lease.Certificate, certificate) || last != nil && !bytes.Equal(r.lease.Certificate, last) {
+			if r.lease.Renewal == nil || bytes.Equal(r.lease.Certificate, certificate) ||
+				last != nil && !bytes.Equal(r.lease.Certificate, last) {
 				t.Error("half of it was taken, or nobody hears of it")
 			}
 		}
