@@ -329,33 +329,27 @@ func TestOnlyAuthenticatedRequestsKeepAConnection(t *testing.T) {
 // TestHandlersOfResetStreamsCountOnce: a stream that the caller resets at once is closed, and the connection perhaps
 // idle, before its handler begins. Requests that come meanwhile stay counted.
 func TestHandlersOfResetStreamsCountOnce(t *testing.T) {
-	w := start(t, Config{Connections: 10, HeaderMemory: 64 << 20})
-	w.dial(t, "")
-	for open := 0; open < 1; open, _ = w.InUse() { // until it is accepted
-		runtime.Gosched()
-	}
-	w.Listener.mu.Lock()
-	c, _ := w.open.PopAny()
-	w.open.Insert(c)
-	w.Listener.mu.Unlock()
-	c.http2 = true
+	l := &Listener{config: Config{Connections: 10, HeaderMemory: 64 << 20}, open: sets.New[*Conn](), waiting: list.New()}
+	c := &Conn{listener: l, http2: true}
+	l.open.Insert(c)
+	l.admit(c, 1)
 	f := &framed{conn: c, in: frames{head: [9]byte{3: headersFrame, 4: endHeaders}}, began: true}
 	for range 15 {
 		f.count(100, true)
 	}
-	w.ConnState(f, http.StateIdle)
+	l.ConnState(f, http.StateIdle)
 	for range 14 { // that net/http answers itself
 		f.block = 0
 		f.count(1000, true)
 	}
-	_, want := w.InUse()
+	_, want := l.InUse()
 	for range 15 { // whose streams were reset
 		c.HeadersRead(0)
 	}
 	for range 15 {
 		c.Answered(0, false)
 	}
-	if _, headers := w.InUse(); headers < want*9/10 || want < 14*1000*firstCost {
+	if _, headers := l.InUse(); headers < want*9/10 || want < 14*1000*firstCost {
 		t.Errorf("%d bytes are counted, and %d before", headers, want)
 	}
 }
