@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/doctor"
+	"github.com/pipeops/vm-agent/bootstrap/kubeconfig"
 	"github.com/pipeops/vm-agent/bootstrap/lease"
 	"github.com/pipeops/vm-agent/bootstrap/version"
 	"github.com/pipeops/vm-agent/frpc/secret"
@@ -32,16 +34,8 @@ const (
 // terminationLog is where the kubelet reads why a container has terminated. It exists only in a pod.
 const terminationLog = "/dev/termination-log"
 
-const usage = `Usage:
-  bootstrap [flags]          get a lease, write frpc.toml and lease.json, and renew the lease until SIGTERM
-  bootstrap --once [flags]   get a lease, write the files, and exit
-  bootstrap --check          check the configuration and print it, each value with its origin
-  bootstrap ready            exit with 0 if the files are written, for a startup probe
-  bootstrap doctor [--json]  walk the way from the configuration to the API server, a line for each step
-
-Settings come from the file and from PIPEOPS_ variables: bootstrap/README.md lists them.
-
-`
+//go:embed usage.txt
+var usage string
 
 func main() {
 	secret.ForbidCoreDumps()
@@ -63,6 +57,9 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	once := flags.Bool("once", false, "write the files and exit")
 	check := flags.Bool("check", false, "check the configuration, print it and exit")
 	asJSON := flags.Bool("json", false, "doctor: print JSON")
+	server := flags.String("server", "", "kubeconfig: `URL` of the agent, as callers reach it")
+	embed := flags.Bool("embed-token", false, "kubeconfig: print the agent's token too")
+	dir := flags.String("dir", ".", "certificate: `directory` for its files")
 	timeout := flags.Duration("timeout", 5*time.Minute, "how long to try to get the first lease")
 	showVersion := flags.Bool("version", false, "print the version as JSON and exit")
 	command := ""
@@ -75,12 +72,19 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		_, _ = fmt.Fprintf(stderr, "bootstrap: "+format+"\n", args...)
 		return code
 	}
+	end := func(err error, failed int) int {
+		if err != nil {
+			return complain(failed, "%v", err)
+		}
+		return exitOK
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return exitOK
 	case err != nil:
 		return exitUsage
-	case !slices.Contains([]string{"", "ready", "doctor"}, command) || flags.NArg() > 0:
+	case !slices.Contains([]string{"", "ready", "doctor", "kubeconfig", "certificate"}, command) ||
+		flags.NArg() > 0 && command != "certificate":
 		return complain(exitUsage, "unknown argument %q: see bootstrap --help", cmp.Or(flags.Arg(0), command))
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
 		return complain(exitUsage, "these arguments exclude each other: see bootstrap --help")
@@ -90,22 +94,24 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
 	case *check:
-		if err := config.Describe(stdout, *configPath, env); err != nil {
-			return complain(exitUsage, "%v", err)
-		}
-		return exitOK
+		return end(config.Describe(stdout, *configPath, env), exitUsage)
 	case command == "doctor":
 		if !doctor.Run(ctx, *configPath, env, stdout, *asJSON) {
 			return exitFailed
 		}
 		return exitOK
+	case command == "certificate":
+		return end(lease.MakeCertificate(*dir, flags.Args()), exitFailed)
 	}
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
 		return complain(exitUsage, "%v", err)
 	}
-	if command == "ready" {
+	switch command {
+	case "kubeconfig":
+		return end(kubeconfig.Write(stdout, cfg, *server, *embed), exitFailed)
+	case "ready":
 		if err := lease.Ready(cfg.RunDir); err != nil {
 			return complain(exitFailed, "not ready: %v", err)
 		}

@@ -56,6 +56,7 @@ type Tunnel struct {
 	Name          string        `json:"name"` // unique on the whole frps
 	Type          string        `json:"type"` // http, https or tcp
 	Subdomain     string        `json:"subdomain,omitempty"`
+	SubdomainHost string        `json:"subdomain_host,omitempty"` // of frps: the whole name is Subdomain.SubdomainHost
 	CustomDomains []string      `json:"custom_domains,omitempty"`
 	RemotePort    int           `json:"remote_port,omitempty"` // tcp only
 	Group         string        `json:"group,omitempty"`       // instances of one agent share it

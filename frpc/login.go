@@ -128,11 +128,10 @@ func Outdated(version string) string {
 	return ""
 }
 
-func (t TLS) clientConfig(serverAddr string) (*tls.Config, error) {
-	config := &tls.Config{ServerName: cmp.Or(t.ServerName, serverAddr), MinVersion: tls.VersionTLS12}
+func (t TLS) clientConfig(serverAddr string) (config *tls.Config, err error) {
+	config = &tls.Config{ServerName: cmp.Or(t.ServerName, serverAddr), MinVersion: tls.VersionTLS12}
 	config.InsecureSkipVerify = t.InsecureSkipVerify // bootstrap warns of it
 	if t.CAFile != "" {
-		var err error
 		config.RootCAs, err = tlsutil.CertPool(t.CAFile)
 		// RootsFile will hold what Go trusts by default.
 		notYet := errors.Is(err, fs.ErrNotExist) && filepath.Base(t.CAFile) == RootsFile

@@ -122,10 +122,8 @@ func (c *Client) RequestLease(ctx context.Context, certificate []byte) (answer A
 		Instance: agent.Instance, Version: version.Version, Certificate: string(certificate),
 	})
 	req, _ := http.NewRequestWithContext(ctx, http.MethodPost, agent.APIURL+authPath, bytes.NewReader(body))
-	req.Header.Set("Authorization", "Bearer "+token.Reveal())
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("Accept", "application/json")
-	req.Header.Set("User-Agent", "pipeops-agent-bootstrap/"+version.Version)
+	req.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {"application/json"},
+		"Authorization": {"Bearer " + token.Reveal()}, "User-Agent": {"pipeops-agent-bootstrap/" + version.Version}}
 	resp, err := c.HTTP.Do(req)
 	if err != nil {
 		return Answer{}, &Failure{Err: fmt.Errorf("%s %w", hop, explain(err))}

@@ -1,15 +1,26 @@
 package lease
 
 import (
+	"cmp"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 )
 
@@ -20,31 +31,99 @@ const grace, tolerance = 330 * time.Second, 270 * time.Second
 // zero: never. The first name is the agent's id. The certificate is self-signed: the control plane gets it with the
 // request for the lease, and trusts no other. The key never leaves the run directory.
 func newCertificate(names []string, end time.Time) (certificate, key []byte, err error) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, err
-	}
 	notAfter := end.Add(grace)
 	if end.IsZero() {
 		notAfter = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // never, by RFC 5280, 4.1.2.5
 	}
-	template := &x509.Certificate{
-		Subject: pkix.Name{CommonName: names[0]}, DNSNames: names,
-		NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: notAfter, // clocks differ
+	return newPair(serverCertificate(names, notAfter), nil)
+}
+
+func serverCertificate(names []string, notAfter time.Time) *x509.Certificate {
+	return &x509.Certificate{
+		Subject: pkix.Name{CommonName: names[0]}, DNSNames: names, NotAfter: notAfter,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		return nil, nil, err
+}
+
+// newPair makes a key and its certificate, PEM, signed by issuer; nil: by itself.
+func newPair(template *x509.Certificate, issuer *tls.Certificate) (certificate, key []byte, err error) {
+	private, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader) // neither this nor its encoding can fail
+	template.NotBefore = time.Now().Add(-24 * time.Hour)          // clocks differ
+	parent, signer := template, crypto.PrivateKey(private)
+	if issuer != nil {
+		parent, signer = issuer.Leaf, issuer.PrivateKey
 	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, private.Public(), signer)
+	keyDER, _ := x509.MarshalPKCS8PrivateKey(private)
 	certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	return certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), err
+}
+
+const lifetime = 10 * 365 * 24 * time.Hour // of certificates that MakeCertificate makes
+
+// MakeCertificate makes files for proxy.tls.cert_file and proxy.tls.key_file in dir: tls.crt, a certificate for names
+// with that of its authority, and tls.key. The authority is ca.crt, which callers trust, and ca.key, which only the
+// next certificate needs. It is made if both are missing. No file is overwritten.
+func MakeCertificate(dir string, names []string) error {
+	invalid := func(name string) bool {
+		return !config.IsHost(strings.TrimPrefix(name, "*.")) || net.ParseIP(name) != nil
+	}
+	if len(names) == 0 || slices.ContainsFunc(names, invalid) {
+		return fmt.Errorf("give DNS names, not %q: those by which callers reach the agent", names)
+	}
+	in := func(name string) string { return filepath.Join(dir, name) }
+	files, end := map[string][]byte{}, time.Now().Add(lifetime)
+	authority, err := tls.LoadX509KeyPair(in("ca.crt"), in("ca.key"))
+	if errors.Is(err, fs.ErrNotExist) {
+		files["ca.crt"], files["ca.key"], err = newPair(&x509.Certificate{
+			Subject: pkix.Name{CommonName: "authority of " + names[0]}, NotAfter: end,
+			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		}, nil)
+		if err == nil {
+			authority, err = tls.X509KeyPair(files["ca.crt"], files["ca.key"])
+		}
+	}
+	if err == nil {
+		files["tls.crt"], files["tls.key"], err = newPair(serverCertificate(names, end), &authority)
+	}
+	if err != nil {
+		return err
+	}
+	chain := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Certificate[0]})
+	files["tls.crt"] = append(files["tls.crt"], chain...)
+	for _, name := range []string{"tls.crt", "tls.key", "ca.crt", "ca.key"} {
+		if _, missing := os.Lstat(in(name)); missing == nil && files[name] != nil {
+			return fmt.Errorf("%s exists: move it away, with its pair, or choose another --dir", in(name))
+		}
+	}
+	for name, data := range files {
+		if err := os.WriteFile(in(name), data, 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// configured returns the certificate that the operator has configured, PEM; nil if there is none.
+func configured(cfg *config.Config) (certificate, key []byte, err error) {
+	if cfg.Proxy.CertFile == "" {
+		return nil, nil, nil
+	}
+	certificate, certErr := os.ReadFile(cfg.Proxy.CertFile)
+	key, keyErr := os.ReadFile(cfg.Proxy.KeyFile)
+	_, pairErr := tls.X509KeyPair(certificate, key)
+	if err := cmp.Or(certErr, keyErr, pairErr); err != nil {
+		return nil, nil, fmt.Errorf("%s and its key cannot be used: %w", config.Name("proxy.tls.cert_file"), err)
+	}
+	return certificate, key, nil
 }
 
 // certificateNames returns the names that callers may ask for: the agent's id and the tunnel's domains.
 func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
 	names := append([]string{agentID, tunnel.Subdomain}, tunnel.CustomDomains...)
+	if tunnel.Subdomain != "" && tunnel.SubdomainHost != "" {
+		names = append(names, tunnel.Subdomain+"."+tunnel.SubdomainHost)
+	}
 	return slices.Compact(slices.DeleteFunc(names, func(name string) bool { return name == "" }))
 }
 

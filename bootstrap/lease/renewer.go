@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -24,8 +25,8 @@ const (
 	waitMax      = 90 * time.Second // between two attempts, whatever the control plane asks for
 	confirmAfter = 30 * time.Second // between two answers that together close the tunnel of a revoked agent
 	stuckFor     = 25 * time.Second // how long StuckFile stays: three liveness probes, 5 s apart
-	backoffMin   = time.Second      // between two attempts: has jitter, and doubles each time
-	backoffMax   = time.Minute
+
+	backoffMin, backoffMax = time.Second, time.Minute // between two attempts: has jitter, and doubles each time
 
 	// While frpc is logged out. All have jitter; the first two double each time.
 	probeMin, probeMax     = 15 * time.Second, time.Minute     // until a trial login
@@ -116,7 +117,7 @@ func (r *renewer) run(ctx context.Context) error {
 			_ = r.tryLogin(ctx, r.lease.Frpc)
 		}
 		r.probeFrps(ctx, now)
-		if r.tokenChanged() || r.renewalDue(now) {
+		if r.inputChanged() || r.renewalDue(now) {
 			_ = r.renew(ctx) // r.failed holds the failure
 		}
 		if r.unwanted(time.Now()) {
@@ -128,9 +129,7 @@ func (r *renewer) run(ctx context.Context) error {
 		} else if r.lease.Stale != nil && r.outage.since.IsZero() && now.After(r.noIdleRestartBefore) && r.idle(ctx) {
 			r.restartFrpc(ctx, admin, "there is a new lease, and no request is in flight")
 		}
-		select {
-		case <-time.After(pollInterval):
-		case <-ctx.Done():
+		if sleep(ctx, pollInterval) != nil {
 			return nil
 		}
 	}
@@ -221,11 +220,7 @@ func closeTunnel(ctx context.Context, runDir string, admin frpc.Admin, refusal *
 		if stopErr := stopFrpc(ctx, runDir, admin); attempt == 10 || errors.Is(stopErr, frpc.ErrStuck) {
 			err = cmp.Or(stopErr, errors.New("it still runs"))
 		}
-		select {
-		case <-time.After(500 * time.Millisecond):
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
+		err = cmp.Or(sleep(ctx, 500*time.Millisecond), err)
 	}
 	return fmt.Errorf("%w; the tunnel may still be open, because frpc does not stop (%w): delete the pod", refusal, err)
 }
@@ -302,10 +297,14 @@ func (r *renewer) renewalDue(now time.Time) bool {
 	return (early || expires) && !now.Before(r.notYet)
 }
 
-// tokenChanged reports whether the lease was requested with another credential than the current one.
-func (r *renewer) tokenChanged() bool {
+// inputChanged reports whether the lease was requested with another credential than the current one, or shows another
+// certificate than the configured one.
+func (r *renewer) inputChanged() bool {
 	token, err := r.cfg.Credential()
-	return err == nil && token != r.token && !time.Now().Before(r.notYet)
+	certificate, _, unusable := configured(r.cfg)
+	return (err == nil && token != r.token || unusable != nil ||
+		certificate != nil && r.lease.Certificate != nil && !bytes.Equal(certificate, r.lease.Certificate)) &&
+		!time.Now().Before(r.notYet)
 }
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.

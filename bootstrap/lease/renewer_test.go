@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -378,19 +379,99 @@ func TestChangedTokenRenewsTheLeaseOnce(t *testing.T) {
 	}
 	write(token)
 	r.notYet = time.Time{}
-	if r.tokenChanged() {
+	if r.inputChanged() {
 		t.Error("the token is the same")
 	}
 	write("another-token-of-the-agent")
-	if !r.tokenChanged() {
+	if !r.inputChanged() {
 		t.Error("the token has changed")
 	}
 	if fail := r.renew(t.Context()); fail != nil {
 		t.Fatal(fail)
 	}
 	r.notYet = time.Time{}
-	if r.tokenChanged() {
+	if r.inputChanged() {
 		t.Error("the lease was requested with this token")
+	}
+}
+
+// TestConfiguredCertificateIsShown: to the control plane and to callers, in place of one of bootstrap's own; and a
+// changed one soon, once it is whole.
+func TestConfiguredCertificateIsShown(t *testing.T) {
+	var shown []byte
+	r := newRenewer(t, func(_ context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
+		shown = certificate
+		return controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, nil
+	})
+	dir := t.TempDir()
+	r.cfg.Proxy.CertFile, r.cfg.Proxy.KeyFile = filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	put := func(file string, data []byte) {
+		t.Helper()
+		if err := os.WriteFile(file, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var last []byte
+	for range 2 {
+		certificate, key, err := newCertificate([]string{"edge.example"}, time.Time{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		put(r.cfg.Proxy.CertFile, certificate)
+		for _, half := range [][]byte{nil, key[:len(key)/2]} { // at first the key is missing, or of the other certificate
+			if half != nil {
+				put(r.cfg.Proxy.KeyFile, half)
+			}
+			if r.notYet = (time.Time{}); !r.inputChanged() {
+				t.Error("the certificate has changed")
+			}
+			if fail := r.renew(t.Context()); fail == nil || !strings.Contains(fail.Error(), "PIPEOPS_PROXY_TLS_CERT_FILE") {
+				t.Errorf("half of it: %v", fail)
+			}
+			if r.lease.Renewal == nil || bytes.Equal(r.lease.Certificate, certificate) ||
+				last != nil && !bytes.Equal(r.lease.Certificate, last) {
+				t.Error("half of it was taken, or nobody hears of it")
+			}
+		}
+		put(r.cfg.Proxy.KeyFile, key)
+		if fail := r.renew(t.Context()); fail != nil {
+			t.Error(fail)
+		}
+		if r.notYet = (time.Time{}); r.inputChanged() {
+			t.Error("it is shown already")
+		}
+		written, err := Read(r.cfg.RunDir)
+		if err != nil || !bytes.Equal(shown, certificate) || !bytes.Equal(written.Certificate, certificate) ||
+			!bytes.Equal(written.Key, key) {
+			t.Errorf("the control plane and callers see another certificate; %v", err)
+		}
+		last = certificate
+	}
+}
+
+// TestConfiguredGroupIsJoined: where the lease names none.
+func TestConfiguredGroupIsJoined(t *testing.T) {
+	env := environment(t, "https://control.example")
+	env["PIPEOPS_FRP_TUNNEL_GROUP"], env["PIPEOPS_FRP_TUNNEL_GROUP_KEY"] = "edge", "key-of-the-group"
+	env["PIPEOPS_FRP_TUNNEL_SUBDOMAIN_HOST"] = "agents.example"
+	cfg := configuration(t, env)
+	for given, want := range map[string]frpc.Tunnel{
+		"":      {Group: "edge", GroupKey: "key-of-the-group", SubdomainHost: "agents.example"},
+		"lease": {Group: "lease", GroupKey: "", SubdomainHost: "lease.example"},
+	} {
+		answer := controlplane.Answer{FRPToken: "f"}
+		if given != "" {
+			answer.Tunnel = frpc.Tunnel{Group: given, SubdomainHost: "lease.example"}
+		}
+		lease, err := newLease(cfg, answer, frpc.Admin{})
+		got := lease.Frpc.Tunnel
+		if err != nil || got.Group != want.Group || got.GroupKey != want.GroupKey || got.SubdomainHost != want.SubdomainHost {
+			t.Errorf("%q: %+v, %v", given, got, err)
+		}
+		name := "agent-001." + want.SubdomainHost
+		if !slices.Contains(certificateNames("agent-001", got), name) {
+			t.Errorf("the certificate lacks %s", name)
+		}
 	}
 }
 

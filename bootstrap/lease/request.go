@@ -3,17 +3,23 @@ package lease
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
+	"net"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/controlplane"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // issuer is [controlplane.Client.RequestLease], or one that retries it.
@@ -36,7 +42,7 @@ func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 
 // requestLease returns a new lease. For a tunnel of type https the request shows a certificate, whose names and end
 // depend on the lease that comes back. So the first request shows one that fits the last lease, and up to two more
-// follow until it fits the new one.
+// follow until it fits the new one. A configured certificate fits any lease.
 func requestLease(
 	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
 ) (frpc.Lease, *controlplane.Failure) {
@@ -51,10 +57,13 @@ func requestLease(
 		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
 	}
 	for range 3 {
-		var shown, key []byte
-		var err error
+		shown, key, err := configured(cfg)
+		if err != nil {
+			return fail(err)
+		}
+		given := shown != nil
 		names := certificateNames(cfg.Agent.ID, tunnel)
-		if tunnel.Type == "https" {
+		if tunnel.Type == "https" && !given {
 			if shown, key, err = newCertificate(names, end); err != nil {
 				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
 			}
@@ -72,7 +81,7 @@ func requestLease(
 			return lease, nil
 		}
 		sameNames := slices.Equal(names, certificateNames(cfg.Agent.ID, tunnel))
-		if shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
+		if given || shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
 			lease.Certificate, lease.Key = shown, key
 			return lease, nil
 		}
@@ -101,16 +110,134 @@ func retryUntilLease(issue issuer, waiting string, log *slog.Logger) issuer {
 			}
 			log.Warn("no lease yet", "error", fail, "next_attempt_in", wait.String())
 			_ = os.WriteFile(waiting, []byte(fail.Error()), 0o600)
-			select {
-			case <-time.After(wait):
-			case <-ctx.Done(): // by a signal: the deadline is later
+			if sleep(ctx, wait) != nil { // a signal: the deadline is later
 				return answer, &controlplane.Failure{Err: errors.New("stopped by a signal before there was a lease")}
 			}
 		}
 	}
 }
 
+// sleep waits for d, or returns the error of ctx if that ends before.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // jitter returns a random duration around d, so that agents which failed together do not retry together.
 func jitter(d time.Duration) time.Duration {
 	return d/2 + mathrand.N(max(d, 1)) //nolint:gosec // no secret
+}
+
+// newLease joins the configuration and the control plane's answer; the answer wins. admin is the admin API of the last
+// lease, if any, because frpc may still run with it; what admin leaves out gets a default, the password a random one.
+func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) (frpc.Lease, error) {
+	tunnel := joinTunnel(cfg, answer.Tunnel)
+	err := check(cfg, answer, tunnel)
+	if err != nil {
+		token, _ := cfg.Agent.CurrentToken() // the answer may repeat it
+		return frpc.Lease{}, token.RedactIn(fmt.Errorf("the control plane's lease %w", err))
+	}
+	lease := frpc.Lease{
+		IssuedAt: time.Now().UTC().Truncate(time.Second), ExpiresAt: answer.Ends, Permissions: answer.Permissions,
+		Frpc: frpc.Config{
+			ServerAddr: cmp.Or(answer.ServerAddr, cfg.FRP.ServerAddr),
+			ServerPort: cmp.Or(answer.ServerPort, cfg.FRP.ServerPort),
+			Protocol:   cfg.FRP.Protocol, ProxyURL: cfg.FRP.ProxyURL, TLS: cfg.FRP.TLS,
+			AuthMethod: cmp.Or(answer.AuthMethod, "token"), Token: answer.FRPToken,
+			User: answer.User, ClientID: tunnel.Name, Metadatas: answer.Metadatas,
+			// At level info frpc logs two lines for each request to its admin API.
+			LogLevel: cmp.Or(map[string]string{"debug": "debug", "error": "error"}[cfg.Logging.Level], "warn"),
+			Admin: frpc.Admin{
+				Port: cmp.Or(admin.Port, cfg.FRP.AdminPort), User: cmp.Or(admin.User, adminUser),
+				Password: cmp.Or(admin.Password, secret.Secret(rand.Text())),
+			},
+			Tunnel: tunnel,
+		},
+	}
+	if tls := &lease.Frpc.TLS; tls.CAFile == "" && !tls.InsecureSkipVerify {
+		if lease.Roots, err = publicRoots(); err != nil {
+			return frpc.Lease{}, err
+		}
+		tls.CAFile = filepath.Join(cfg.RunDir, frpc.RootsFile)
+	}
+	if answer.AuthMethod == "oidc" {
+		lease.Frpc.TokenFile = filepath.Join(cfg.RunDir, frpc.TokenFile)
+	}
+	return lease, nil
+}
+
+// joinTunnel returns the tunnel that the control plane granted, completed by the configured one.
+func joinTunnel(cfg *config.Config, tunnel frpc.Tunnel) frpc.Tunnel {
+	configured := cfg.FRP.Tunnel
+	tunnel.Name, tunnel.HealthPath = cfg.Agent.ID+"."+cfg.Agent.Instance, agentapi.TunnelHealthPath
+	tunnel.LocalIP, tunnel.LocalPort = configured.LocalIP, configured.LocalPort
+	tunnel.Type = cmp.Or(tunnel.Type, configured.Type)
+	tunnel.SubdomainHost = cmp.Or(tunnel.SubdomainHost, configured.SubdomainHost)
+	if tunnel.Group == "" {
+		tunnel.Group, tunnel.GroupKey = configured.Group, configured.GroupKey
+	}
+	if tunnel.Type == "tcp" { // frpc refuses keys that do not belong to the type
+		tunnel.Subdomain, tunnel.CustomDomains = "", nil
+		tunnel.RemotePort = cmp.Or(tunnel.RemotePort, configured.RemotePort)
+	} else {
+		tunnel.RemotePort = 0
+		if tunnel.Subdomain == "" && len(tunnel.CustomDomains) == 0 {
+			tunnel.Subdomain, tunnel.CustomDomains = configured.Subdomain, configured.CustomDomains
+		}
+	}
+	return tunnel
+}
+
+// check returns what is wrong with the control plane's answer, as the predicate of a sentence. tunnel is its tunnel.
+func check(cfg *config.Config, answer controlplane.Answer, tunnel frpc.Tunnel) error {
+	hosts := append([]string{answer.ServerAddr, tunnel.Subdomain, tunnel.SubdomainHost}, tunnel.CustomDomains...)
+	for _, host := range hosts {
+		if host != "" && (!config.IsHost(host) || host != answer.ServerAddr && net.ParseIP(host) != nil) {
+			return fmt.Errorf("has the invalid host %.100q: contact the control plane's operator", host)
+		}
+	}
+	for _, port := range []int{answer.ServerPort, tunnel.RemotePort} {
+		if port < 0 || port > 65535 {
+			return fmt.Errorf("has the invalid port %d: contact the control plane's operator", port)
+		}
+	}
+	switch {
+	case !slices.Contains([]string{"", "token", "oidc"}, answer.AuthMethod):
+		return fmt.Errorf("has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
+	case !slices.Contains([]string{"http", "https", "tcp"}, tunnel.Type):
+		return fmt.Errorf("has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
+	case cfg.FRP.Tunnel.Type == "https" && tunnel.Type != "https" && cfg.FRP.TypeConfigured:
+		// Without an explicit setting, write warns instead.
+		return fmt.Errorf("has a tunnel of type %s, but %s is https: have the control plane give https, "+
+			"or change the setting if others may read the traffic", tunnel.Type, config.Name("frp.tunnel.type"))
+	case isLocal(answer.ServerAddr) && !strings.EqualFold(answer.ServerAddr, cfg.FRP.ServerAddr):
+		return fmt.Errorf("names %q as frps, which is this host or a link-local address: contact the control plane's "+
+			"operator, or set %s to the same if frps does run there", answer.ServerAddr, config.Name("frp.server_addr"))
+	}
+	return nil
+}
+
+// isLocal reports whether host is this host, or one that is not routed to, such as the cloud's metadata service.
+func isLocal(host string) bool {
+	ip := net.ParseIP(host)
+	return strings.HasSuffix("."+strings.ToLower(host), ".localhost") ||
+		ip != nil && (ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast())
+}
+
+// publicRoots returns the public authorities of this host, PEM. Source: crypto/x509/root_linux.go.
+func publicRoots() ([]byte, error) {
+	for _, file := range []string{
+		os.Getenv("SSL_CERT_FILE"), "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+		"/etc/ssl/ca-bundle.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/cert.pem",
+	} {
+		if roots, err := os.ReadFile(file); err == nil { //nolint:gosec // a file that Go trusts, too
+			return roots, nil
+		}
+	}
+	return nil, fmt.Errorf("this host has no list of public authorities to verify frps by: set %s, "+
+		"or accept any certificate with %s", config.Name("frp.tls.ca_file"), config.Name("frp.tls.insecure_skip_verify"))
 }

@@ -302,11 +302,11 @@ func TestOwner(t *testing.T) {
 		}
 	}
 	api.Close()
-	o.set(State{Allow: Read, Until: new(time.Now().Add(time.Hour))})
+	o.last.Store(&State{Allow: Read, Until: new(time.Now().Add(time.Hour))})
 	if o.Follow(t.Context()); o.State().Allow != Read {
 		t.Error("an API server that is away changes what is allowed")
 	}
-	o.set(State{Allow: Read, Until: new(time.Now())})
+	o.last.Store(&State{Allow: Read, Until: new(time.Now())})
 	if o.Follow(t.Context()); o.State().Allow != None {
 		t.Error("an API server that is away keeps what has ended")
 	}

@@ -19,19 +19,14 @@ import (
 )
 
 // Values of the setting access.identity.
-const (
-	Agent = "agent"
-	Named = "named"
-	Own   = "own"
-)
+const Agent, Named, Own = "agent", "named", "own"
 
-const (
-	// TunnelGroup is a group of every caller in identity named, so that the cluster can tell them from its own users.
-	TunnelGroup = "pipeops:tunnel"
+// TunnelGroup is a group of every caller in identity named, so that the cluster can tell them from its own users.
+const TunnelGroup = "pipeops:tunnel"
 
-	impersonateUser, impersonateGroup = "Impersonate-User", "Impersonate-Group"
-	maxName                           = 256 // bytes
-)
+const impersonateUser, impersonateGroup = "Impersonate-User", "Impersonate-Group"
+
+const maxName = 256 // bytes
 
 // Caller is as whom a caller acts at the Kubernetes API.
 type Caller struct {
@@ -58,7 +53,8 @@ func Identify(r *http.Request, identity, prefix string) (c Caller, code int, err
 		return c, 0, nil
 	}
 	for _, option := range kube.ListOf(r, "Connection") {
-		if name := http.CanonicalHeaderKey(option); isIdentity(name) {
+		name := http.CanonicalHeaderKey(option)
+		if name == "Authorization" || name == kube.GateHeader || strings.HasPrefix(name, "Impersonate-") {
 			return c, http.StatusBadRequest, fmt.Errorf("the header Connection names %.64s, "+
 				"which a proxy on the way would have removed: do not send it there", name)
 		}
@@ -78,11 +74,6 @@ func (c *Caller) ID() [sha256.Size]byte {
 	hash := sha256.New()
 	_ = c.Headers.Write(hash) // sorted
 	return [sha256.Size]byte(hash.Sum(nil))
-}
-
-// isIdentity reports whether a header, by its canonical name, may say who calls.
-func isIdentity(name string) bool {
-	return name == "Authorization" || name == kube.GateHeader || strings.HasPrefix(name, "Impersonate-")
 }
 
 func identifyNamed(header http.Header, prefix string) (c Caller, err error) {

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -26,8 +26,7 @@ type Owner struct {
 	name      string // empty: everything is allowed
 	log       *slog.Logger
 
-	mu     sync.Mutex
-	last   State
+	last   atomic.Pointer[State]
 	logged State // by Follow
 }
 
@@ -42,18 +41,17 @@ type State struct {
 
 // NewOwner returns the owner of the ConfigMap, which it does not read yet: until then nothing is allowed.
 func NewOwner(client *kube.Client, namespace, name string, log *slog.Logger) *Owner {
-	o := &Owner{client: client, namespace: namespace, name: name, log: log, last: State{Detail: "it is not read yet"}}
+	o := &Owner{client: client, namespace: namespace, name: name, log: log}
+	o.last.Store(&State{Detail: "it is not read yet"})
 	if name == "" {
-		o.last = State{Allow: All}
+		o.last.Store(&State{Allow: All})
 	}
 	return o
 }
 
 // State returns what is allowed now.
 func (o *Owner) State() State {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	now := o.last
+	now := *o.last.Load()
 	if now.Until != nil && !time.Now().Before(*now.Until) {
 		now.Allow, now.Detail = None, "its until, "+now.Until.Format(time.RFC3339)+", has passed"
 	}
@@ -86,16 +84,15 @@ func (o *Owner) Follow(ctx context.Context) {
 	defer cancel()
 	data, err := o.client.ReadConfigMap(ctx, o.namespace, o.name)
 	refusal, _ := errors.AsType[*apierrors.StatusError](err)
+	last := o.State()
+	last.Held = "the API server cannot be reached or is busy: what the ConfigMap last said holds"
 	switch {
 	case err == nil:
-		o.set(parse(data))
+		last = parse(data)
 	case refusal != nil && refusal.ErrStatus.Code < 500 && !apierrors.IsTooManyRequests(err):
-		o.set(State{Detail: err.Error()})
-	default:
-		held := o.State()
-		held.Held = "the API server cannot be reached or is busy: what the ConfigMap last said holds"
-		o.set(held)
+		last = State{Detail: err.Error()}
 	}
+	o.last.Store(&last)
 	now := o.State()
 	if now.Allow != o.logged.Allow || now.Detail != o.logged.Detail || now.Held != o.logged.Held {
 		o.log.Warn("what the owner of the cluster allows, or how it is known, has changed", "allow", now.Allow.String(),
@@ -104,34 +101,87 @@ func (o *Owner) Follow(ctx context.Context) {
 	o.logged = now
 }
 
-func (o *Owner) set(s State) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.last = s
-}
-
 // parse reads the ConfigMap's data. What is not exactly right allows nothing.
 func parse(data map[string]string) State {
-	invalid := State{Reason: data["reason"][:min(len(data["reason"]), maxReason)]}
-	s := invalid
+	reason := data["reason"][:min(len(data["reason"]), maxReason)]
+	invalid := func(format, value string) State { return State{Reason: reason, Detail: fmt.Sprintf(format, value)} }
 	for key := range data {
 		if !slices.Contains([]string{"allow", "until", "reason"}, key) {
-			invalid.Detail = fmt.Sprintf("it has an unknown key %.64q: give allow, until and reason", key)
-			return invalid
+			return invalid("it has an unknown key %.64q: give allow, until and reason", key)
 		}
 	}
-	s.Allow = Level(slices.Index(Levels, data["allow"]))
+	s := State{Reason: reason, Allow: Level(slices.Index(Levels, data["allow"]))}
 	if s.Allow < None {
-		invalid.Detail = fmt.Sprintf("its allow is %.64q: give none, read, write or all", data["allow"])
-		return invalid
+		return invalid("its allow is %.64q: give none, read, write or all", data["allow"])
 	}
 	if until, given := data["until"]; given {
-		var at time.Time
-		if err := at.UnmarshalText([]byte(until)); err != nil { // strictly RFC 3339
-			invalid.Detail = fmt.Sprintf("its until is %.64q: give a time as 2026-01-02T03:04:05Z", until)
-			return invalid
+		s.Until = new(time.Time)
+		if err := s.Until.UnmarshalText([]byte(until)); err != nil { // strictly RFC 3339
+			return invalid("its until is %.64q: give a time as 2026-01-02T03:04:05Z", until)
 		}
-		s.Until = &at
 	}
 	return s
+}
+
+// Level is how much a cluster's owner allows, or a request needs. Each includes those before it.
+type Level int
+
+// The levels, as the owner's ConfigMap names them.
+const (
+	None Level = iota
+	Read
+	Write
+	All
+)
+
+// Levels are their names.
+var Levels = []string{"none", "read", "write", "all"}
+
+func (l Level) String() string { return Levels[l] }
+
+// connects are the subresources that run something or open a connection, by any method.
+var connects = []string{"exec", "attach", "portforward", "proxy"}
+
+// Connects reports whether a request runs something or opens a connection to it.
+func Connects(d *kube.Description) bool { return slices.Contains(connects, d.Subresource) }
+
+// selfReviews ask what the caller itself may do.
+var selfReviews = []string{"selfsubjectaccessreviews", "selfsubjectrulesreviews", "selfsubjectreviews"}
+
+// Needs returns the level that a request for the Kubernetes API needs.
+func Needs(d *kube.Description) Level {
+	read := slices.Contains([]string{"get", "list", "watch"}, d.Verb)
+	switch {
+	case d.Verb == "other", Connects(d), d.Upgrade && d.Verb != "watch" && d.Subresource != "log":
+		return All
+	case read, d.Verb == "create" && slices.Contains(selfReviews, d.Resource) &&
+		slices.Contains([]string{"authorization.k8s.io", "authentication.k8s.io"}, d.Group):
+		return Read
+	}
+	return Write
+}
+
+// Guard keeps callers out of the agent's own namespace, as far as paths show.
+type Guard struct {
+	Namespace string
+	ConfigMap string // the owner's, which stays closed even if the namespace is open; empty: there is none
+	Open      bool   // the namespace is
+}
+
+// Refuse returns what a request is refused for, which is a label of metrics, and why; or nothing.
+func (g *Guard) Refuse(d *kube.Description) (outcome, why string) {
+	if d.Namespace != g.Namespace {
+		return "", ""
+	}
+	changes := Needs(d) >= Write
+	// Without a name, the name is in the body.
+	if changes && g.ConfigMap != "" && d.Resource == "configmaps" && (d.Name == "" || d.Name == g.ConfigMap) {
+		return "config_map", fmt.Sprintf("ConfigMap %s/%s, by which the cluster's owner limits access, "+
+			"cannot be changed through the agent: change it in the cluster", g.Namespace, g.ConfigMap)
+	}
+	if !g.Open && (changes || d.Group == "" && d.Resource == "secrets") {
+		return "own_namespace", fmt.Sprintf("the agent's own namespace %s is closed to writes, exec and Secrets "+
+			"through the agent (access.own_namespace): do that in the cluster", g.Namespace)
+	}
+	return "", ""
 }

@@ -20,26 +20,18 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// What the agent's own requests accept: whole objects, or of each only its metadata.
-const (
-	acceptObjects  = "application/json"
-	acceptMetadata = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
-)
-
 // failedCheck is a line of the API server's /readyz.
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
-// call sends a request as the caller that the headers of identity name, or as the agent. body is JSON, or nil. read is
-// called with the body of a 2xx answer; any other answer is an *apierrors.StatusError.
-func (c *Client) call(
-	ctx context.Context, identity http.Header, method, path, accept string, body io.Reader, read reader,
-) error {
+// call sends a request with the header, which may name the caller that it is for, else as the agent. body is JSON, or
+// nil. read is called with the body of a 2xx answer; any other answer is an *apierrors.StatusError.
+func (c *Client) call(ctx context.Context, header http.Header, method, path string, body io.Reader, read reader) error {
 	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(c.target.String(), "/")+path, body)
 	if err != nil {
 		return err
 	}
-	req.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {accept}}
-	maps.Copy(req.Header, identity)
+	req.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {"application/json"}}
+	maps.Copy(req.Header, header)
 	resp, err := c.RoundTrip(req)
 	if err != nil {
 		_, message := explain(c.target.Host, err)
@@ -83,7 +75,7 @@ func ignore(*json.Decoder) error { return nil }
 // CheckReady returns an error unless the API server says that it is ready, which includes its storage. A credential
 // that may not ask for that passes too.
 func (c *Client) CheckReady(ctx context.Context) error {
-	err := c.call(ctx, nil, http.MethodGet, "/readyz", acceptObjects, nil, ignore)
+	err := c.call(ctx, nil, http.MethodGet, "/readyz", nil, ignore)
 	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 		return nil
 	}
@@ -92,12 +84,9 @@ func (c *Client) CheckReady(ctx context.Context) error {
 
 // ReadConfigMap returns the data of a ConfigMap, with empty values for what is not text.
 func (c *Client) ReadConfigMap(ctx context.Context, namespace, name string) (map[string]string, error) {
-	var configMap struct {
-		Data       map[string]string
-		BinaryData map[string][]byte
-	}
+	var configMap struct{ Data, BinaryData map[string]string }
 	path := "/api/v1/namespaces/" + namespace + "/configmaps/" + name
-	err := c.call(ctx, nil, http.MethodGet, path, acceptObjects, nil, decodeInto(&configMap))
+	err := c.call(ctx, nil, http.MethodGet, path, nil, decodeInto(&configMap))
 	data := map[string]string{}
 	maps.Copy(data, configMap.Data)
 	for key := range configMap.BinaryData {
@@ -108,41 +97,32 @@ func (c *Client) ReadConfigMap(ctx context.Context, namespace, name string) (map
 
 // Review asks the API server whether the caller that the headers of identity name may do what d describes.
 func (c *Client) Review(ctx context.Context, identity http.Header, d *Description) (allowed bool, err error) {
-	var review struct {
-		APIVersion string `json:"apiVersion"`
-		Kind       string `json:"kind"`
-		Spec       struct {
-			Attributes map[string]string `json:"resourceAttributes"`
-		} `json:"spec"`
-		Status struct{ Allowed bool } `json:"status"`
-	}
 	const group = "authorization.k8s.io/v1"
-	review.APIVersion, review.Kind = group, "SelfSubjectAccessReview"
-	review.Spec.Attributes = map[string]string{
-		"verb": d.Verb, "group": d.Group, "resource": d.Resource, "subresource": d.Subresource,
-		"namespace": d.Namespace, "name": d.Name,
-	}
-	body, _ := json.Marshal(review) // cannot fail: strings only
-	err = c.call(ctx, identity, http.MethodPost, "/apis/"+group+"/selfsubjectaccessreviews", acceptObjects,
-		bytes.NewReader(body), decodeInto(&review))
+	body, _ := json.Marshal(map[string]any{ // cannot fail: strings only
+		"apiVersion": group, "kind": "SelfSubjectAccessReview",
+		"spec": map[string]any{"resourceAttributes": map[string]string{
+			"verb": d.Verb, "group": d.Group, "resource": d.Resource, "subresource": d.Subresource,
+			"namespace": d.Namespace, "name": d.Name,
+		}},
+	})
+	var review struct{ Status struct{ Allowed bool } }
+	path := "/apis/" + group + "/selfsubjectaccessreviews"
+	err = c.call(ctx, identity, http.MethodPost, path, bytes.NewReader(body), decodeInto(&review))
 	return review.Status.Allowed, err
 }
 
 // Secret is a Kubernetes Secret.
 type Secret struct {
-	metav1.TypeMeta   `json:",inline"`
-	metav1.ObjectMeta `json:"metadata"`
+	metav1.PartialObjectMetadata
 
 	Data map[string][]byte `json:"data"`
 }
 
 // ReadSecret returns a Secret, an empty one if it does not exist.
 func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secret, error) {
-	secret := &Secret{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
-	}
-	err := c.call(ctx, nil, http.MethodGet, secretsPath(namespace)+"/"+name, acceptObjects, nil, decodeInto(secret))
+	secret := &Secret{}
+	secret.APIVersion, secret.Kind, secret.Namespace, secret.Name = "v1", "Secret", namespace, name
+	err := c.call(ctx, nil, http.MethodGet, secretsPath(namespace)+"/"+name, nil, decodeInto(secret))
 	if secret.Data == nil { // null in the answer
 		secret.Data = map[string][]byte{}
 	}
@@ -172,11 +152,8 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 		if secret.ResourceVersion == "" {
 			method, path = http.MethodPost, secretsPath(namespace)
 		}
-		data, err := json.Marshal(secret)
-		if err != nil {
-			return err
-		}
-		err = c.call(ctx, nil, method, path, acceptObjects, bytes.NewReader(data), ignore)
+		data, _ := json.Marshal(secret) // cannot fail: it was JSON
+		err = c.call(ctx, nil, method, path, bytes.NewReader(data), ignore)
 		if !apierrors.IsConflict(err) {
 			return err
 		}
@@ -226,12 +203,12 @@ const nodePage = 500
 // But for the nodes, the cost does not depend on the size of the cluster.
 func (c *Client) Summarize(ctx context.Context) Summary {
 	s := Summary{Unavailable: map[string]string{}}
-	get := func(path, accept string, read reader) error {
+	get := func(path string, headers http.Header, read reader) error {
 		s.Requests++
-		return c.call(ctx, nil, http.MethodGet, path, accept, nil, read)
+		return c.call(ctx, headers, http.MethodGet, path, nil, read)
 	}
 	var version struct{ GitVersion, Platform string }
-	err := get("/version", acceptObjects, decodeInto(&version))
+	err := get("/version", nil, decodeInto(&version))
 	if err == nil {
 		s.Version, s.Platform = &version.GitVersion, &version.Platform
 	} else {
@@ -240,33 +217,30 @@ func (c *Client) Summarize(ctx context.Context) Summary {
 	// An API server that answers with an error is reachable.
 	_, answered := errors.AsType[*apierrors.StatusError](err)
 	s.Reachable = err == nil || answered
-	for _, part := range []struct {
-		field string
-		read  func() error
-	}{
-		{"namespaces", func() error { return count(get, "/api/v1/namespaces", &s.Namespaces) }},
-		{"deployments", func() error { return count(get, "/apis/apps/v1/deployments", &s.Deployments) }},
-		{"services", func() error { return count(get, "/api/v1/services", &s.Services) }},
-		{"pods", func() error { return count(get, "/api/v1/pods", &s.Pods) }},
-		{"nodes", func() error { return readNodes(get, &s.Nodes) }},
-	} {
+	part := func(field string, read func() error) {
 		if s.Reachable { // else err is the reason for all
-			err = part.read()
+			err = read()
 		}
 		if err != nil {
-			s.Unavailable[part.field] = err.Error()
+			s.Unavailable[field] = err.Error()
 		}
 	}
+	part("namespaces", func() error { return count(get, "/api/v1/namespaces", &s.Namespaces) })
+	part("deployments", func() error { return count(get, "/apis/apps/v1/deployments", &s.Deployments) })
+	part("services", func() error { return count(get, "/api/v1/services", &s.Services) })
+	part("pods", func() error { return count(get, "/api/v1/pods", &s.Pods) })
+	part("nodes", func() error { return readNodes(get, &s.Nodes) })
 	return s
 }
 
 // getter reads the answer to a GET.
-type getter func(path, accept string, read reader) error
+type getter func(path string, headers http.Header, read reader) error
 
 // count sets n to the number of objects: it reads the metadata of one, and how many there are beside it.
 func count(get getter, path string, n **int64) error {
 	var list metav1.PartialObjectMetadataList
-	if err := get(path+"?limit=1", acceptMetadata, decodeInto(&list)); err != nil {
+	const metadata = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
+	if err := get(path+"?limit=1", http.Header{"Accept": {metadata}}, decodeInto(&list)); err != nil {
 		return err
 	}
 	total := int64(len(list.Items))
@@ -294,7 +268,7 @@ func readNodes(get getter, sum **Nodes) error {
 	for next, more := "", true; more; more = next != "" {
 		var meta metav1.ListMeta
 		path := fmt.Sprintf("/api/v1/nodes?limit=%d&continue=%s", nodePage, url.QueryEscape(next))
-		err := get(path, acceptObjects, func(body *json.Decoder) error { return eachNode(body, &meta, nodes.add) })
+		err := get(path, nil, func(body *json.Decoder) error { return eachNode(body, &meta, nodes.add) })
 		if err != nil {
 			return err
 		}

@@ -91,7 +91,9 @@ func TestSummaryWithoutAnAPIServerIsNull(t *testing.T) {
 func TestIncompleteListOfNodesIsAnError(t *testing.T) {
 	for _, body := range []string{``, `[]`, `{"items":[{"status":{}}`, `{"items":{}}`,
 		`{"items":[{"status":{"capacity":{"cpu":"x"}}}]}`, `{"items":[1]}`, `{"metadata":1}`, `{"items":[]`} {
-		get := func(_, _ string, read reader) error { return read(json.NewDecoder(strings.NewReader(body))) }
+		get := func(_ string, _ http.Header, read reader) error {
+			return read(json.NewDecoder(strings.NewReader(body)))
+		}
 		var nodes *Nodes
 		if err := readNodes(get, &nodes); err == nil || nodes != nil {
 			t.Errorf("%q: got %+v, %v", body, nodes, err)

@@ -6,11 +6,20 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+
+	"github.com/pipeops/vm-agent/bootstrap/config"
 )
+
+// allowing returns runners whose endpoints may name the hosts.
+func allowing(hosts ...string) *Runners {
+	cfg := &config.Config{}
+	cfg.Runners.AllowedHosts = hosts
+	return New(nil, cfg, nil, nil)
+}
 
 // TestInternalAddressesAreNotDialled: an allowed name may resolve to one.
 func TestInternalAddressesAreNotDialled(t *testing.T) {
-	r := New(nil, Config{AllowedHosts: []string{"*.svc", "127.0.0.2", "fd00:ec2::254"}})
+	r := allowing("*.svc", "127.0.0.2", "fd00:ec2::254")
 	for address, allowed := range map[string]bool{
 		"127.0.0.1:80": false, "127.0.0.2:80": true,
 		"[::1]:80": false, "[::ffff:127.0.0.1]:80": false, "[::ffff:127.0.0.2]:80": true,
@@ -34,7 +43,7 @@ func TestInternalAddressesAreNotDialled(t *testing.T) {
 
 // TestOnlyAllowedEndpointsAreAccepted: and none that the dialer could take for another host.
 func TestOnlyAllowedEndpointsAreAccepted(t *testing.T) {
-	r := New(nil, Config{AllowedHosts: []string{"*.svc", "runner", "10.1.2.3", "::1", "*.3"}})
+	r := allowing("*.svc", "runner", "10.1.2.3", "::1", "*.3")
 	for endpoint, want := range map[string]bool{
 		"http://r.a.svc/":            true,
 		"https://R.A.SVC.:65535/x?y": true,

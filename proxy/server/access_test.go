@@ -188,20 +188,19 @@ func TestRightsOfStreamsAreReviewed(t *testing.T) {
 			first, second, other := watch("a"), watch("a"), watch("b")
 			api.take()
 			answer(test.code, test.allowed)
-			v := &reviewer{s, map[right]review{}}
-			v.run(t.Context())
+			s.reviewStreams(t.Context())
 			if n := len(api.take()); n != 0 {
 				t.Fatalf("%d reviews before any was due", n)
 			}
-			for key := range v.reviews {
-				v.reviews[key] = review{at: time.Now()}
+			for key := range s.reviews {
+				s.reviews[key] = review{at: time.Now()}
 			}
-			v.run(t.Context())
+			s.reviewStreams(t.Context())
 			reviews := api.take()
 			if len(reviews) != 2 {
 				t.Errorf("%d reviews for the watches of two callers", len(reviews))
 			}
-			v.run(t.Context())
+			s.reviewStreams(t.Context())
 			if n := len(api.take()); n != 0 {
 				t.Errorf("%d reviews at once after the last", n)
 			}

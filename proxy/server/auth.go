@@ -13,7 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/apimachinery/pkg/util/wait"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
@@ -26,16 +25,15 @@ import (
 const (
 	tokenInterval = 2 * time.Second // between two readings of the token's file
 	// Within failureWindow a caller may fail maxFailures times before it gets 429. At most maxCallers are told apart.
-	failureWindow = time.Minute
-	maxFailures   = 20
-	maxCallers    = 1000
+	failureWindow           = time.Minute
+	maxFailures, maxCallers = 20, 1000
 )
 
 // authenticator checks callers' tokens, and counts their failures. Safe for concurrent use.
 type authenticator struct {
-	failures *prometheus.CounterVec
-	log      *slog.Logger
-	overlap  time.Duration // how long the previous token stays valid, so that callers can change theirs later
+	metrics *metrics
+	log     *slog.Logger
+	overlap time.Duration // how long the previous token stays valid, so that callers can change theirs later
 
 	mu                sync.Mutex
 	current, previous [sha256.Size]byte
@@ -50,7 +48,7 @@ var noToken = sha256.Sum256(nil)
 
 func newAuthenticator(token secret.Secret, overlap time.Duration, m *metrics, log *slog.Logger) *authenticator {
 	current := sha256.Sum256([]byte(token.Reveal()))
-	return &authenticator{failures: m.authFailures, log: log, overlap: overlap, current: current}
+	return &authenticator{metrics: m, log: log, overlap: overlap, current: current}
 }
 
 // follow reads the token every tokenInterval until ctx ends, and not when a request comes: the overlap counts from the
@@ -126,7 +124,7 @@ func (a *authenticator) check(headers http.Header, header string) *refusal {
 // recordFailure counts a refusal, and logs the first of each caller in a window. It returns for how long the
 // caller's wrong tokens get 429, else 0. Right ones are always accepted: many callers share their gateway's address.
 func (a *authenticator) recordFailure(caller string, refused *refusal) time.Duration {
-	a.failures.WithLabelValues(refused.reason).Inc()
+	a.metrics.authFailures.WithLabelValues(refused.reason).Inc()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if time.Since(a.window) > failureWindow {
@@ -206,7 +204,8 @@ func (s *Server) identify(sc *scope, r *http.Request) (code int, why string) {
 		sc.share = string(r.TLS.PeerCertificates[0].RawSubject)
 	}
 	if sc.isStream() {
-		sc.right = rightOf(sc)
+		sc.right = &right{sc.who.ID(), sc.Description}
+		sc.right.Upgrade = false
 	}
 	return 0, ""
 }

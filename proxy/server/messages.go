@@ -21,10 +21,8 @@ import (
 	"github.com/pipeops/vm-agent/proxy/runners"
 )
 
-const (
-	maxMessage  = 64 << 10   // bytes
-	messageTime = headerTime // for all of a message to arrive
-)
+// maxMessage limits a message in bytes, messageTime how long all of it may take to arrive.
+const maxMessage, messageTime = 64 << 10, headerTime
 
 // message is what the control plane tells the agent to do.
 type message struct {

@@ -57,7 +57,7 @@ func TestHangingCredentialPluginIsNamed(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 40 { // more than maxAbandoned
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-		err := s.cluster.api.CheckReady(ctx)
+		err := s.api.CheckReady(ctx)
 		cancel()
 		if err == nil || !strings.Contains(err.Error(), "slow-plugin does not answer") {
 			t.Fatalf("the check says %v", err)

@@ -30,13 +30,13 @@ const (
 	loginAge = 15 * time.Second
 )
 
-func (s *Server) addChecks(api *kube.Client) {
+func (s *Server) addChecks() {
 	s.tunnel = &tunnelCheck{config: s.config, metrics: s.metrics}
 	if lease, err := frpc.ReadLease(s.config.RunDir); err == nil {
 		s.tunnel.https.Store(lease.Frpc.Tunnel.Type == "https")
 	}
 	s.checks = map[string]*check{
-		agentapi.CheckKubernetes: {age: checkAge, run: api.CheckReady},
+		agentapi.CheckKubernetes: {age: checkAge, run: s.api.CheckReady},
 		agentapi.CheckTunnel:     {age: checkAge, run: s.tunnel.run},
 		agentapi.CheckShutdown: {run: func(context.Context) error {
 			if s.gate.closed.Load() {
@@ -299,36 +299,26 @@ type tunnelStatus struct {
 	LeaseProblem   string             `json:"lease_problem,omitempty"` // why the lease is not renewed, and since when
 }
 
-// clusterSummary reads the cluster, and shares the last summary. Safe for concurrent use.
-type clusterSummary struct {
-	api     *kube.Client
-	metrics *metrics
-
-	mu   sync.Mutex
-	at   time.Time
-	last kube.Summary
-}
-
-// get returns a summary that is at most statusAge old, and when it was read.
-func (c *clusterSummary) get(ctx context.Context) (kube.Summary, time.Time) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if time.Since(c.at) > statusAge {
+// readCluster returns a summary that is at most statusAge old, and when it was read.
+func (s *Server) readCluster(ctx context.Context) (kube.Summary, time.Time) {
+	s.summaryMu.Lock()
+	defer s.summaryMu.Unlock()
+	if time.Since(s.summaryAt) > statusAge {
 		// Others wait for the result: a caller that leaves must not end the reading.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
 		defer cancel()
 		begin := time.Now()
-		c.last = c.api.Summarize(ctx)
-		c.at = time.Now()
-		c.metrics.statusDuration.Observe(c.at.Sub(begin).Seconds())
-		c.metrics.statusRequests.Add(float64(c.last.Requests))
+		s.summary = s.api.Summarize(ctx)
+		s.summaryAt = time.Now()
+		s.metrics.statusDuration.Observe(s.summaryAt.Sub(begin).Seconds())
+		s.metrics.statusRequests.Add(float64(s.summary.Requests))
 	}
-	return c.last, c.at
+	return s.summary, s.summaryAt
 }
 
 // getStatus answers GET /api/agent/status. What cannot be read is null, with a reason.
 func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
-	summary, at := s.cluster.get(r.Context())
+	summary, at := s.readCluster(r.Context())
 	_ = s.checks[agentapi.CheckTunnel].refresh(r.Context()) // the error is in the status
 	owner, settings := s.owner.State(), s.config.Access
 	answer.WriteJSON(w, http.StatusOK, status{

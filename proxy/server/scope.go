@@ -1,10 +1,18 @@
 package server
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/rand"
+	"io"
+	"log/slog"
+	"net"
 	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -138,4 +146,225 @@ func (s *scope) abort() (first bool) {
 	}
 	s.aborted = true
 	return first
+}
+
+// caller returns the address of the request's sender: that of frpc's PROXY header, which tunnels of type https and tcp
+// have, or the last of X-Forwarded-For, which can be trusted because frps appends it.
+func caller(r *http.Request) string {
+	if from := forwardedFor(r); from != "" && !inbound.From(r.Context()).Proxied() {
+		return from
+	}
+	host, _, _ := net.SplitHostPort(r.RemoteAddr)
+	return host
+}
+
+// forwardedFor returns the last address of X-Forwarded-For, empty if there is none.
+func forwardedFor(r *http.Request) string {
+	list := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
+	addr, err := netip.ParseAddr(strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:]))
+	if err != nil {
+		return ""
+	}
+	return addr.WithZone("").String()
+}
+
+// WriteHeader also limits the time for the rest of a body that nobody will read: net/http, or ReverseProxy, would wait
+// for it before the answer is sent, for ever. A caller who still sends it then sees the answer, not a reset connection.
+func (s *scope) WriteHeader(code int) {
+	if code >= 200 {
+		s.begin(code)
+		if !s.authenticated && s.agentID != "" { // else one could pipeline requests, and read no answer
+			s.Header().Set("Connection", "close")
+		}
+		if !s.Body.Ended() && (code >= 400 || !s.answersEarly) {
+			s.Header().Set("Connection", "close")
+			s.Body.Within(2 * time.Second)
+		}
+		if s.http2 { // one request must not close the connection for the others
+			s.Header().Del("Connection")
+			if !s.admitted {
+				_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Now().Add(2 * time.Second))
+			}
+		}
+		if s.renew {
+			s.Header().Set("Connection", "close") // net/http sends GOAWAY: what runs goes on
+		}
+	}
+	s.ResponseWriter.WriteHeader(code)
+}
+
+// begin records the status and sets our headers, in place of any that the API server may have sent. It does so last,
+// because ReverseProxy clears all headers when a 1xx passes.
+func (s *scope) begin(code int) {
+	s.code = code
+	s.Header().Set("X-Request-Id", s.requestID)
+	if s.agentID != "" {
+		// It tells a gateway that the agent has answered, and not frps for an agent that is not connected.
+		s.Header().Set("Pipeops-Agent", s.agentID)
+	}
+}
+
+func (s *scope) Write(data []byte) (int, error) {
+	if s.code == 0 {
+		s.WriteHeader(http.StatusOK)
+	}
+	return s.send(s.ResponseWriter, data)
+}
+
+// send writes data to the caller, counts it, and records that it waits.
+func (s *scope) send(to io.Writer, data []byte) (int, error) {
+	s.blocked.Store(time.Now().UnixNano())
+	n, err := to.Write(data)
+	s.blocked.Store(0)
+	s.bytes.Add(int64(n))
+	s.metrics.sent.Add(float64(n))
+	return n, err
+}
+
+// FlushError is what http.ResponseController calls.
+func (s *scope) FlushError() error {
+	s.blocked.Store(time.Now().UnixNano())
+	defer s.blocked.Store(0)
+	return http.NewResponseController(s.ResponseWriter).Flush()
+}
+
+func (s *scope) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffer, err := http.NewResponseController(s.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	s.begin(http.StatusSwitchingProtocols)
+	if s.started != nil {
+		s.started()
+	}
+	return &upgraded{conn, s}, buffer, nil
+}
+
+// upgraded is the connection of an upgraded request. It counts the bytes.
+type upgraded struct {
+	net.Conn
+
+	scope *scope
+}
+
+func (u *upgraded) Read(p []byte) (int, error) {
+	n, err := u.Conn.Read(p)
+	u.scope.sent.Add(int64(n))
+	u.scope.metrics.received.Add(float64(n))
+	return n, err
+}
+
+// Write fails once the request's context has ended: when a connection is cut, the API server sends a regular end, which
+// kubectl exec would take for success.
+func (u *upgraded) Write(p []byte) (int, error) {
+	if err := u.scope.ended(); err != nil {
+		return 0, err
+	}
+	return u.scope.send(u.Conn, p)
+}
+
+// CloseWrite lets ReverseProxy end one direction of the connection.
+func (u *upgraded) CloseWrite() error {
+	return u.Conn.(interface{ CloseWrite() error }).CloseWrite() // of TCP or TLS
+}
+
+// answered counts and logs a request, without its query, headers and body. It must be deferred: it records a panic of
+// the handler, and panics again.
+func (s *Server) answered(sc *scope, r *http.Request, l listener) {
+	sc.Body.Release()
+	sc.conn.Answered(sc.headers, sc.admitted)
+	code := sc.status()
+	if p := recover(); p != nil {
+		if p != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
+			code = http.StatusInternalServerError // a bug; ReverseProxy drops connections by ErrAbortHandler
+		}
+		defer panic(p)
+	}
+	route, method := routeLabel(r), orOther(r.Method, slices.Contains(kube.Methods, r.Method))
+	codeLabel := orOther(strconv.Itoa(code), http.StatusText(code) != "" || code == callerLeft)
+	s.metrics.requests.WithLabelValues(route, method, codeLabel).Inc()
+	if sc.inFlight != nil {
+		sc.inFlight.Dec()
+		origin := "agent"
+		if sc.Answered {
+			origin = "api_server"
+		}
+		s.metrics.kube.WithLabelValues(sc.verb(), codeLabel, sc.lane(), origin).Inc()
+	}
+	if isKubernetes(r) {
+		s.metrics.access.WithLabelValues(s.config.Access.Identity, sc.outcome).Inc()
+	} else {
+		sc.outcome = ""
+	}
+
+	level := slog.LevelInfo
+	// Probes and scrapes, and callers who could fill the log.
+	if l == operations || !sc.authenticated && sc.outcome != "identity" {
+		level = slog.LevelDebug
+	}
+	more := append(make([]slog.Attr, 0, 5), slog.Int("status", code), slog.Int64("bytes", sc.bytes.Load()),
+		slog.Int64("duration_us", time.Since(sc.start).Microseconds()))
+	if sc.outcome != "" {
+		more = append(more, slog.String("outcome", sc.outcome))
+	}
+	if sc.Upgrade {
+		more = append(more, slog.Int64("received_bytes", sc.sent.Load()))
+	}
+	s.logRequest(sc, r, level, "request", more...)
+}
+
+// logRequest logs who asks for what, and more. slog.Logger would also look for the line of the source that calls it.
+func (s *Server) logRequest(sc *scope, r *http.Request, level slog.Level, message string, more ...slog.Attr) {
+	if !s.log.Enabled(r.Context(), level) {
+		return
+	}
+	from, user, certificate := "", sc.who.User, ""
+	if sc.conn.Proxied() {
+		from = forwardedFor(r)
+	}
+	if sc.Identity.Get("Authorization") != "" && !sc.Accepted() {
+		user = "" // it is the token's own account, which nobody has verified
+	}
+	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		certificate = r.TLS.PeerCertificates[0].Subject.CommonName
+	}
+	attrs := make([]slog.Attr, 0, 20)
+	for _, attr := range [...]struct{ key, value string }{
+		{"request_id", sc.requestID}, {"method", orOther(r.Method, slices.Contains(kube.Methods, r.Method))},
+		{"route", routeLabel(r)}, {"caller", sc.caller}, {"forwarded_for", from}, {"client_certificate", certificate},
+		{"user", user}, {"groups", strings.Join(sc.who.Groups, ",")}, {"as", sc.who.As}, {"verb", sc.verb()},
+		{"group", sc.Group}, {"resource", sc.Resource}, {"subresource", sc.Subresource}, {"namespace", sc.Namespace},
+		{"name", sc.Name},
+	} {
+		if attr.value != "" {
+			attrs = append(attrs, slog.String(attr.key, attr.value))
+		}
+	}
+	record := slog.NewRecord(time.Now(), level, message, 0)
+	record.AddAttrs(append(attrs, more...)...)
+	_ = s.log.Handler().Handle(r.Context(), record)
+}
+
+// verb returns the verb as metrics and the log have it.
+func (s *scope) verb() string {
+	if s.Upgrade {
+		return "connect"
+	}
+	return s.Verb
+}
+
+// orOther returns a known value of a label, else "other": callers and backends may send any.
+func orOther(value string, known bool) string {
+	if known {
+		return value
+	}
+	return "other"
+}
+
+// routeLabel returns the path of the request's route, "none" if it has none; never the caller's path.
+func routeLabel(r *http.Request) string {
+	if _, path, _ := strings.Cut(r.Pattern, "/"); path != "" {
+		return "/" + path
+	}
+	return "none"
 }

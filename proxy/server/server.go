@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,7 +34,7 @@ type Server struct {
 	callers *kube.Client // sends their requests: without the agent's credential if they have their own
 	owner   *access.Owner
 	guard   access.Guard
-	cluster *clusterSummary
+	api     *kube.Client // with the agent's own credential
 	runners *runners.Runners
 	metrics *metrics
 	checks  map[string]*check // of /ready, by name
@@ -42,8 +43,14 @@ type Server struct {
 	limits  *limits
 	log     *slog.Logger
 
+	reviews map[right]review // of what running streams need; used by reviewStreams alone
+
 	heartbeats    atomic.Uint64             // received from the control plane
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
+
+	summaryMu sync.Mutex
+	summaryAt time.Time
+	summary   kube.Summary // of the cluster, as it was then
 }
 
 // New returns a server for the API server of api, with limits for memory in bytes. It starts and opens nothing.
@@ -61,7 +68,7 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	}
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &Server{
-		config: cfg, metrics: m, limits: limits, log: log,
+		config: cfg, metrics: m, limits: limits, log: log, reviews: map[right]review{},
 		agent: agentStatus{
 			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
 			Version: version.Version, StartedAt: time.Now().UTC(),
@@ -73,14 +80,14 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 		guard: access.Guard{
 			Namespace: cfg.Kubernetes.Namespace, ConfigMap: cfg.Access.ConfigMap, Open: cfg.Access.OwnNamespace == "open",
 		},
-		cluster: &clusterSummary{api: client, metrics: m},
-		gate:    newGate(limits, refused, log),
-		runners: runners.New(client, runners.Config{
-			AgentID: cfg.Agent.ID, Namespace: cfg.Kubernetes.Namespace, AllowedHosts: cfg.Runners.AllowedHosts,
-			MaxCommands: maxCommands, Refused: func() { refused("commands") }, Log: log,
-		}),
+		api: client,
+		gate: &gate{
+			limits: limits, refused: refused, log: log,
+			running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),
+		},
+		runners: runners.New(client, cfg, func() { refused("commands") }, log),
 	}
-	s.addChecks(client)
+	s.addChecks()
 	m.owner(s.owner)
 	m.certificate("frp_client", cfg.FRP.TLS.CertFile, false)
 	m.certificate("frp_ca", cfg.FRP.TLS.CAFile, true)
@@ -89,7 +96,7 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	m.access.WithLabelValues(cfg.Access.Identity, "forwarded") // 0 until there is one
 	m.limit("requests", int64(limits.requests), func() int64 { return int64(s.gate.inUse().requests) })
 	m.limit("request_memory_bytes", limits.requestMemory, func() int64 { return s.gate.inUse().memory })
-	m.limit("commands", maxCommands, func() int64 { return int64(s.runners.Running()) })
+	m.limit("commands", runners.MaxCommands, func() int64 { return int64(s.runners.Running()) })
 	return s, nil
 }
 
@@ -146,7 +153,7 @@ func (s *Server) Run(ctx context.Context) error {
 		s.endForbidden()
 	}, stallInterval)
 	go wait.UntilWithContext(requests, s.owner.Follow, access.OwnerInterval)
-	go wait.UntilWithContext(requests, (&reviewer{s, map[right]review{}}).run, reviewInterval)
+	go wait.UntilWithContext(requests, s.reviewStreams, reviewInterval)
 	if s.config.Agent.TokenFile != "" {
 		go s.auth.follow(requests, s.config.Agent.CurrentToken)
 	}
@@ -211,10 +218,8 @@ func (s *Server) bound(l listener, socket *net.TCPListener, tlsConfig *tls.Confi
 // newHTTPServer returns the server of one listener. Its requests' contexts end with ctx.
 func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *slog.Logger) *http.Server {
 	server := &http.Server{
-		Handler:           handler,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ConnContext:       inbound.ConnContext,
-		ReadHeaderTimeout: headerTime,
+		Handler: handler, ConnContext: inbound.ConnContext,
+		MaxHeaderBytes: maxHeaderBytes, ReadHeaderTimeout: headerTime,
 		// frps keeps idle connections for 60 s: if this end closed first, a request would be lost.
 		IdleTimeout: 120 * time.Second,
 		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
@@ -231,8 +236,7 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 			MaxReadFrameSize:              16 << 10,                       // a connection keeps a buffer of this size
 			SendPingTimeout:               headerTime,                     // unfinished headers too end without an answer
 		}
-	}
-	if l == operations { // on the tunnel listener these timeouts would cut watches, logs and exec
+	} else { // on the tunnel listener these timeouts would cut watches, logs and exec
 		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
 	}
 	return server

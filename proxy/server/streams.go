@@ -33,40 +33,34 @@ type right struct {
 // review is when a right was found to hold, and when it is due to be asked for again.
 type review struct{ at, due time.Time }
 
-// reviewer asks the API server again whether the callers of running streams may do what they do.
-type reviewer struct {
-	*Server
-
-	reviews map[right]review
-}
-
-// run reviews the rights that are due.
-func (v *reviewer) run(ctx context.Context) {
-	running := v.gate.streams()
-	maps.DeleteFunc(v.reviews, func(key right, _ review) bool { return running[key] == nil })
+// reviewStreams asks the API server again whether the callers of running streams may do what they do, where that is
+// due.
+func (s *Server) reviewStreams(ctx context.Context) {
+	running := s.gate.streams()
+	maps.DeleteFunc(s.reviews, func(key right, _ review) bool { return running[key] == nil })
 	var due []right
 	oldest, now := time.Duration(0), time.Now()
 	for key, sc := range running {
-		last, known := v.reviews[key]
+		last, known := s.reviews[key]
 		if !known {
 			last = newReview(sc.start)
-			v.reviews[key] = last
+			s.reviews[key] = last
 		}
 		if last.due.Before(now) {
 			due = append(due, key)
 		}
 		oldest = max(oldest, now.Sub(last.at))
 	}
-	v.metrics.reviewAge.Set(oldest.Seconds())
-	slices.SortFunc(due, func(a, b right) int { return v.reviews[a].due.Compare(v.reviews[b].due) })
+	s.metrics.reviewAge.Set(oldest.Seconds())
+	slices.SortFunc(due, func(a, b right) int { return s.reviews[a].due.Compare(s.reviews[b].due) })
 	due = due[:min(len(due), maxReviews)]
 	var reviewing sync.WaitGroup
 	for _, key := range due {
-		reviewing.Go(func() { v.review(ctx, key, running[key]) })
+		reviewing.Go(func() { s.review(ctx, key, running[key]) })
 	}
 	reviewing.Wait()
 	for _, key := range due {
-		v.reviews[key] = newReview(time.Now())
+		s.reviews[key] = newReview(time.Now())
 	}
 }
 
@@ -76,29 +70,23 @@ func newReview(at time.Time) review {
 
 // review asks for one right, as sc has it, and ends all streams that need it if it has ended. While the API server
 // cannot answer, they go on.
-func (v *reviewer) review(ctx context.Context, key right, sc *scope) {
+func (s *Server) review(ctx context.Context, key right, sc *scope) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	allowed, err := v.callers.Review(ctx, sc.Identity, &key.Description)
-	unauthorized := apierrors.IsUnauthorized(err) && v.config.Access.Identity == access.Own
+	allowed, err := s.callers.Review(ctx, sc.Identity, &key.Description)
+	unauthorized := apierrors.IsUnauthorized(err) && s.config.Access.Identity == access.Own
 	same := func(other *scope) bool { return other.right != nil && *other.right == key }
 	what := key.Verb + " " + cmp.Or(key.Resource, "this")
 	switch {
 	case err == nil && !allowed, apierrors.IsForbidden(err):
 		why := &kube.Ended{Why: "the caller may no longer " + what, Code: http.StatusForbidden}
-		v.end("rights", same, why)
+		s.end("rights", same, why)
 	case unauthorized && (!access.Connects(&key.Description) || !sc.who.Expired()):
 		// Without an event: the caller comes again, with a fresh credential if it has one.
-		v.end("credential", same, &kube.Ended{Why: "the API server no longer accepts the caller's credential"})
+		s.end("credential", same, &kube.Ended{Why: "the API server no longer accepts the caller's credential"})
 	case err != nil && !unauthorized:
-		v.log.Debug("a running stream cannot be authorised again", "request_id", sc.requestID, "error", err)
+		s.log.Debug("a running stream cannot be authorised again", "request_id", sc.requestID, "error", err)
 	}
-}
-
-func rightOf(sc *scope) *right {
-	key := &right{sc.who.ID(), sc.Description}
-	key.Upgrade = false
-	return key
 }
 
 // end ends the running requests that match, for a reason that is a label of metrics.

@@ -62,7 +62,7 @@ func (f *ownFrps) waitAnswering(t *testing.T, id, token string) {
 }
 
 // TestEdgeOverlayNeedsNoControlPlane applies the overlay of a cluster without a control plane, twice: the second pod
-// takes over the tunnel of the first.
+// joins the tunnel of the first.
 func TestEdgeOverlayNeedsNoControlPlane(t *testing.T) {
 	i := prepare(t)
 	frps := startFrps(t, harness.NewGroup(t))
@@ -79,6 +79,7 @@ func TestEdgeOverlayNeedsNoControlPlane(t *testing.T) {
 	}
 	i.write("overlays/edge/agent-token", "your-agent-token\n")
 	i.write("overlays/edge/frp-token", frpToken+"\n")
+	i.write("overlays/edge/group-key", "your-group-key\n")
 	for _, level := range []string{"warn", "info"} {
 		i.write(overlay, strings.Replace(yaml, "PIPEOPS_LOG_LEVEL=warn", "PIPEOPS_LOG_LEVEL="+level, 1))
 		i.mustKubectl(i.admin, "apply", "-k", "manifests/overlays/edge")

@@ -91,7 +91,7 @@ func mustKubectl(t *testing.T, stdin string, args ...string) string {
 // userFiles are the files that a user writes beside a kustomization.
 var userFiles = map[string]string{
 	"agent.env": "PIPEOPS_AGENT_ID=agent-001\n", "agent-token": "your-agent-token\n",
-	"frp-token": "your-frp-token\n", "frps-ca.crt": "a certificate\n",
+	"frp-token": "your-frp-token\n", "group-key": "your-group-key\n", "frps-ca.crt": "a certificate\n",
 }
 
 // installation copies manifests/ to a temporary directory, with userFiles beside each kustomization.

@@ -18,8 +18,8 @@ import (
 
 	"k8s.io/client-go/rest"
 
+	"github.com/pipeops/vm-agent/bootstrap/kubeconfig"
 	"github.com/pipeops/vm-agent/frpc"
-	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -269,9 +269,11 @@ type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// WriteCaller writes the configuration of Caller as a kubeconfig.
+// WriteCaller writes the configuration of Caller as a kubeconfig, as `bootstrap kubeconfig` does.
 func WriteCaller(path string, cp *controlplane.ControlPlane, id, token string) error {
-	return cluster.WriteKubeconfig(path, Caller(cp, id, token))
+	access := kubeconfig.Access{ID: id, Server: cp.GatewayURL + "/agents/" + id + "/api/k8s", CA: cp.CA,
+		Who: "For this control plane's callers.", User: fmt.Sprintf("token: %q", token)}
+	return os.WriteFile(path, access.YAML(), 0o600)
 }
 
 func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }

@@ -1,0 +1,180 @@
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"sigs.k8s.io/yaml"
+)
+
+// parsed is the part of a kubeconfig that is looked at.
+type parsed struct {
+	Clusters []struct {
+		Name    string
+		Cluster struct {
+			Server string
+			CA     []byte `json:"certificate-authority-data"`
+		}
+	}
+	Users []struct {
+		Name string
+		User map[string]string
+	}
+	CurrentContext string `json:"current-context"`
+}
+
+// TestCertificateAndKubeconfigFitTogether: a caller with the kubeconfig trusts an agent with the certificate, and
+// still does when the next certificate of the same authority has replaced it.
+func TestCertificateAndKubeconfigFitTogether(t *testing.T) {
+	dir := t.TempDir()
+	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	make := func() {
+		t.Helper()
+		code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "edge-7.k8s.example", "*.edge.example")
+		if code != exitOK {
+			t.Fatal(out)
+		}
+	}
+	make()
+	env := environment(t, "https://control.example")
+	for name, value := range map[string]string{
+		"FRP_TUNNEL_TYPE": "https", "AGENT_ID": "edge-7", "FRP_TUNNEL_SUBDOMAIN_HOST": "k8s.example",
+		"PROXY_TLS_CERT_FILE": crt, "PROXY_TLS_KEY_FILE": key,
+	} {
+		env["PIPEOPS_"+name] = value
+	}
+	code, _, out := bootstrap(t, env, "kubeconfig")
+	var config parsed
+	if err := yaml.Unmarshal([]byte(out), &config); err != nil || code != exitOK {
+		t.Fatalf("%v: %s", err, out)
+	}
+	cluster, user := config.Clusters[0], config.Users[0]
+	if cluster.Cluster.Server != "https://edge-7.k8s.example/api/k8s" || user.User["tokenFile"] != "edge-7.token" ||
+		config.CurrentContext != "edge-7" || cluster.Name != "edge-7" || user.Name != "edge-7" {
+		t.Errorf("%+v", config)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(cluster.Cluster.CA) {
+		t.Fatal(out)
+	}
+	for range 2 {
+		pair, err := tls.LoadX509KeyPair(crt, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		server := httptest.NewUnstartedServer(http.NotFoundHandler())
+		server.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
+		server.StartTLS()
+		for _, name := range []string{"edge-7.k8s.example", "a.edge.example"} {
+			conn, err := tls.Dial("tcp", server.Listener.Addr().String(),
+				&tls.Config{RootCAs: roots, ServerName: name, MinVersion: tls.VersionTLS12})
+			if err != nil {
+				t.Error(err)
+			} else {
+				_ = conn.Close()
+			}
+		}
+		server.Close()
+		for _, file := range []string{crt, key} {
+			if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
+				t.Errorf("%v, %v", info, err)
+			}
+			if err := os.Remove(file); err != nil {
+				t.Fatal(err)
+			}
+		}
+		make()
+	}
+}
+
+// TestCertificateOverwritesNothing: whichever of its files is there; and it takes DNS names alone.
+func TestCertificateOverwritesNothing(t *testing.T) {
+	for _, name := range []string{"tls.crt", "tls.key", "ca.crt", "ca.key"} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("old"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "a.example")
+		files, _ := filepath.Glob(filepath.Join(dir, "*"))
+		if data, _ := os.ReadFile(files[0]); code != exitFailed || len(files) != 1 || string(data) != "old" ||
+			!strings.Contains(out, name) {
+			t.Errorf("%s: %d, %q, %s", name, code, files, out)
+		}
+	}
+	for _, names := range [][]string{{}, {"192.0.2.1"}, {"a.example", "b/c"}} {
+		dir := t.TempDir()
+		code, _, out := bootstrap(t, nil, append([]string{"certificate", "--dir", dir}, names...)...)
+		if files, _ := filepath.Glob(filepath.Join(dir, "*")); code != exitFailed || len(files) > 0 ||
+			!strings.Contains(out, "DNS names") {
+			t.Errorf("%q: %d, %q, %s", names, code, files, out)
+		}
+	}
+}
+
+// TestKubeconfigIsForTheIdentityInForce: who may use it, and with what.
+func TestKubeconfigIsForTheIdentityInForce(t *testing.T) {
+	dir := t.TempDir()
+	if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "agent-001.k8s.example"); code != exitOK {
+		t.Fatal(out)
+	}
+	const gateway = "--server=https://gateway.example:8443/agents/agent-001/"
+	for what, test := range map[string]struct {
+		env  string // NAME=VALUE of PIPEOPS_NAME
+		args string
+		want string // parts of what is printed
+		code int
+	}{
+		"direct":          {"", "", `"https://agent-001.k8s.example/api/k8s" authority-data agent-001.token`, 0},
+		"at another port": {"", "--server=https://agent-001.k8s.example:8443", `example:8443/api/k8s" authority-data`, 0},
+		"through a gateway": {"", gateway,
+			`"https://gateway.example:8443/agents/agent-001/api/k8s" tokenFile`, 0},
+		"own and a certificate": {"ACCESS_IDENTITY=own PROXY_TLS_CLIENT_CA_FILE=/ca.crt", "",
+			"agent-001.crt agent-001.key tokenFile", 0},
+		"own and a gateway":   {"ACCESS_IDENTITY=own", gateway, "exec tokenFile", 0},
+		"own and neither":     {"ACCESS_IDENTITY=own", "", "gateway --server", 1},
+		"named and a gateway": {"ACCESS_IDENTITY=named", gateway, "tokenFile", 0},
+		"named without one":   {"ACCESS_IDENTITY=named", "", "gateway --server", 1},
+		"http and a gateway": {"FRP_TUNNEL_TYPE=http PROXY_TLS_CERT_FILE= PROXY_TLS_KEY_FILE=", gateway,
+			"gateway.example", 0},
+		"an address in clear": {"", "--server=http://agent-001.k8s.example", "https", 1},
+		"a custom domain": {"FRP_TUNNEL_CUSTOM_DOMAINS=agent-001.k8s.example FRP_TUNNEL_SUBDOMAIN_HOST=", "",
+			"agent-001.k8s.example", 0},
+		"an unknown name":        {"FRP_TUNNEL_SUBDOMAIN_HOST=", "", "PIPEOPS_FRP_TUNNEL_SUBDOMAIN_HOST", 1},
+		"before the first lease": {"PROXY_TLS_CERT_FILE= PROXY_TLS_KEY_FILE=", "", "first lease", 1},
+	} {
+		env := environment(t, "https://control.example")
+		settings := fmt.Sprintf("FRP_TUNNEL_TYPE=https FRP_TUNNEL_SUBDOMAIN_HOST=k8s.example "+
+			"PROXY_TLS_CERT_FILE=%[1]s/tls.crt PROXY_TLS_KEY_FILE=%[1]s/tls.key %[2]s", dir, test.env)
+		for setting := range strings.FieldsSeq(settings) {
+			name, value, _ := strings.Cut(setting, "=")
+			env["PIPEOPS_"+name] = value
+		}
+		code, _, out := bootstrap(t, env, append([]string{"kubeconfig"}, strings.Fields(test.args)...)...)
+		for part := range strings.FieldsSeq(test.want) {
+			if code != test.code || !strings.Contains(out, part) {
+				t.Errorf("%s: exit code %d, lacks %q: %s", what, code, part, out)
+			}
+		}
+		if strings.Contains(out, "authority-data") != (test.code == 0 && !strings.Contains(out, "gateway")) {
+			t.Errorf("%s: %s", what, out)
+		}
+	}
+}
+
+// TestKubeconfigHoldsTheTokenIfAsked: only then; the other tests see that it is not printed.
+func TestKubeconfigHoldsTheTokenIfAsked(t *testing.T) {
+	env := environment(t, "https://control.example")
+	var out, errs bytes.Buffer
+	code := run(t.Context(), []string{"kubeconfig", "--embed-token", "--server=https://gateway.example"}, env, &out, &errs)
+	if code != exitOK || !strings.Contains(out.String(), `token: "`+token+`"`) {
+		t.Errorf("%d: %s%s", code, &out, &errs)
+	}
+}
