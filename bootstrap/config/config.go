@@ -393,6 +393,8 @@ func readFile(path string) (map[string]any, error) {
 		switch found := yamlMistake.FindStringSubmatch(err.Error()); { // the rest of it may repeat a secret
 		case found == nil:
 			return nil, fmt.Errorf("%s: is not YAML: check its quotes, anchors and tags", name)
+		case found[1] == "" && yamlTab.Match(data):
+			return nil, fmt.Errorf("%s: is not YAML, at or before %s: indent with spaces, not tabs", name, found[0])
 		case found[1] == "":
 			return nil, fmt.Errorf("%s: is not YAML, at or before %s", name, found[0])
 		default:
@@ -410,6 +412,7 @@ func readFile(path string) (map[string]any, error) {
 
 var (
 	yamlSecond  = regexp.MustCompile(`(?m)^[^#\s-].*\n([^\n]*\n)*---(\s|$)`)
+	yamlTab     = regexp.MustCompile(`(?m)^ *\t`)
 	yamlMistake = regexp.MustCompile(`line \d+(: key "[^"]*" already set)?`)
 	keyName     = regexp.MustCompile(`^[\w.-]*`)
 )
