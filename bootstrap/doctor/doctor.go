@@ -187,7 +187,7 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 	case state != frpc.Running:
 		return failed, "frpc is about to register the tunnel: see its log if it has none after 20 s"
 	}
-	lacks := current.Frpc.Tunnel.GivesUp() // nothing for https
+	lacks := current.Frpc.Tunnel.GivesUp()                 // nothing for https
 	if result = ok; lacks != "" && p.cfg.FRP.Token != "" { // else the control plane has chosen it, and has a gateway
 		result = warning
 	}
