@@ -36,9 +36,9 @@ type scope struct {
 	caller    string // address
 	start     time.Time
 	conn      *inbound.Conn
-	http2     bool          // the connection serves other requests too
-	renew     bool          // the connection must not be used for further requests
-	headers   int64         // bytes of memory that the request's headers use
+	http2     bool  // the connection serves other requests too
+	renew     bool  // the connection must not be used for further requests
+	headers   int64 // bytes of memory that the request's headers use
 
 	authenticated bool
 	admitted      bool             // by the gate
