@@ -54,7 +54,7 @@ test: unit build tools ## Run the unit and integration tests: no root, no networ
 	@echo "== the stock frp reads what the agent writes"
 	@cd tests/tools/frp && go test -count=1 ./...
 	@echo "== integration: real API server, real frps and frpc"
-	@cd tests && go test -count=1 -v -parallel 8 -timeout 30m ./integration ./manifests
+	@cd tests && go test -count=1 -v -parallel 16 -timeout 30m ./integration ./manifests
 
 # E2E_PACKAGES lists the Debian packages that the node, the images and the tests of the alerts need.
 E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables \

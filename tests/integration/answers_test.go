@@ -28,7 +28,8 @@ func rawClient(t *testing.T, config *rest.Config) *http.Client {
 	return client
 }
 
-// TestResponsesAreForwardedUnchanged compares answers byte for byte, with the headers that clients depend on.
+// TestResponsesAreForwardedUnchanged compares answers byte for byte, with the headers that clients depend on. It runs
+// alone, because lists show the version of the last change to anything.
 func TestResponsesAreForwardedUnchanged(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -104,6 +105,7 @@ func TestResponsesAreForwardedUnchanged(t *testing.T) {
 
 // TestProtobufClientListsAndWatches works as controllers do: client-go with protobuf, lists in chunks, and a watch.
 func TestProtobufClientListsAndWatches(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
 	config := agent.Caller(w.cp, agentID, agentToken)

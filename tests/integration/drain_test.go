@@ -114,6 +114,7 @@ func (i *informer) waitSeen(t *testing.T, names []string) {
 // TestInformerSeesNoErrorDuringADrain stops the proxy gracefully and starts it again. The informer misses nothing and
 // logs no error.
 func TestInformerSeesNoErrorDuringADrain(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
 	i := newInformer(t, w, ns)
@@ -138,6 +139,7 @@ func TestInformerSeesNoErrorDuringADrain(t *testing.T) {
 
 // TestInformerMissesNoEvent kills each hop in turn.
 func TestInformerMissesNoEvent(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
 	i := newInformer(t, w, ns)
@@ -201,6 +203,7 @@ func startDraining(t *testing.T, w *world) {
 
 // TestExecFinishesDuringADrain checks that running streams go on, and that new requests are told to retry.
 func TestExecFinishesDuringADrain(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)
@@ -227,6 +230,7 @@ func TestExecFinishesDuringADrain(t *testing.T) {
 
 // TestDrainTimeoutCutsStreams checks that a stream that does not end is cut when the drain timeout expires.
 func TestDrainTimeoutCutsStreams(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_DRAIN_TIMEOUT=100ms")
 	w.startAgent()
@@ -249,6 +253,7 @@ func TestDrainTimeoutCutsStreams(t *testing.T) {
 
 // TestSecondSignalSkipsTheDrain checks that a second SIGTERM ends the proxy at once.
 func TestSecondSignalSkipsTheDrain(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
 	runningPod(t, &kubelet{}, ns)

@@ -42,6 +42,7 @@ func value(families map[string]*dto.MetricFamily, name string, labels map[string
 
 // TestMetricsCountTheTraffic makes a known number of requests, and compares it with the metrics.
 func TestMetricsCountTheTraffic(t *testing.T) {
+	t.Parallel()
 	w, ns := connectedWithRunners(t)
 	sendMessage(t, w.agent, "1", "runner_assigned",
 		assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)
