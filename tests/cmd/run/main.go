@@ -70,7 +70,7 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 			return err
 		}
 	} else {
-		say("cluster        starting etcd and kube-apiserver (no nodes, no controllers: it stores objects and runs nothing)")
+		say("cluster        starting etcd and kube-apiserver (it stores objects; without nodes, nothing runs)")
 		if c, err = cluster.Start(ctx, group); err != nil {
 			return err
 		}
