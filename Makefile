@@ -210,13 +210,18 @@ clean: ## Remove everything that was built
 	rm -rf .build
 
 # build-tool builds package $(2) of module $(1) with the flags $(3). It replaces the target only after a complete build.
-# Compiling takes minutes without a cache, so it prints how many packages are compiled.
+# Without caches that takes minutes, so it prints how many modules are downloaded and packages compiled: by the shell,
+# because some awks read a pipe only in blocks of 4 KiB.
 define build-tool
 	@mkdir -p $(BIN)
 	@echo "building $(@F) (once)"
 	@rm -f $@.new
-	@cd $(1) && { go build -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | \
-		awk '/^[A-Za-z0-9._\/~-]+$$/ { if (++n % 100 == 0) print "  " n " packages compiled"; fflush(); next } { print }'
+	@cd $(1) && { go build -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | { \
+		d=0; n=0; while IFS= read -r line; do case "$$line" in \
+			'go: downloading '*) [ $$((d % 20)) != 0 ] || echo "  downloading modules ($$d done)"; d=$$((d + 1)) ;; \
+			*[!A-Za-z0-9._/~-]*) echo "$$line" ;; \
+			*) n=$$((n + 1)); [ $$((n % 100)) != 0 ] || echo "  $$n packages compiled" ;; \
+		esac; done; }
 	@mv $@.new $@
 endef
 
