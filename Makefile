@@ -170,14 +170,15 @@ images: ## Build the images for amd64 and arm64, with their lists of components,
 	@echo $(VERSION) >$(IMAGES)/VERSION
 	@cd $(IMAGES) && sha256sum * >SHA256SUMS && cat SHA256SUMS
 
-# test-images builds an image of frpc too, because the test node reaches no registry: see
+# test-images builds images of frpc and frps too, because the test node reaches no registry: see
 # manifests/images/frpc.Dockerfile.
 .PHONY: test-images
-test-images: images $(BIN)/frpc
-	@mkdir -p $(IMAGES)/context && install -m 755 $(BIN)/frpc $(IMAGES)/context/frpc && \
+test-images: images $(BIN)/frpc $(BIN)/frps
+	@mkdir -p $(IMAGES)/context && install -m 755 $(BIN)/frpc $(BIN)/frps $(IMAGES)/context && \
 		install -m 755 /bin/busybox $(IMAGES)/context/test
-	@manifests/images/build manifests/images/frpc.Dockerfile $(IMAGES)/context $$(go env GOARCH) \
-		$(FRPC_IMAGE) $(IMAGES)/frpc.tar
+	@for name in frpc frps; do \
+		manifests/images/build manifests/images/$$name.Dockerfile $(IMAGES)/context $$(go env GOARCH) \
+			$(subst fatedier/frpc,fatedier/$$name,$(FRPC_IMAGE)) $(IMAGES)/$$name.tar || exit 1; done
 	@rm -r $(IMAGES)/context
 
 .PHONY: verify-images

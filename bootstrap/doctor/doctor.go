@@ -2,6 +2,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -199,9 +200,10 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	p.operations = agentapi.Client{ListenAddr: p.cfg.Proxy.MetricsAddr, Token: p.cfg.Agent.Token}
 	p.callers = agentapi.Client{ListenAddr: p.cfg.Proxy.ListenAddr, Token: p.cfg.Agent.Token}
 	if current, err := lease.Read(p.cfg.RunDir); err == nil && current.Certificate != nil {
-		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for the agent's id
+		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for the agent's name
 		trusted.AppendCertsFromPEM(current.Certificate)
-		p.callers.TLS = &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}
+		name := cmp.Or(append(current.Frpc.Tunnel.Names(), p.cfg.Agent.ID)...)
+		p.callers.TLS = &tls.Config{ServerName: name, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 	}
 	var info version.Info
 	if err := p.operations.Call(ctx, agentapi.VersionPath, nil, &info); err != nil {

@@ -23,7 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// page is manifests/README.md. The tests run its commands word for word.
+// page is a page of the manifests. The tests run its commands word for word.
 type page struct {
 	blocks [][]string // consecutive commands; a command within a sentence is a block of its own
 
@@ -42,17 +42,19 @@ func (p *page) run(commands ...string) {
 // within matches the commands within sentences.
 var within = regexp.MustCompile("`((?:ctr|docker|kubectl|make) [^`]+)`")
 
-func readPage(t *testing.T) *page {
+func readPage(t *testing.T, name string) *page {
 	t.Helper()
-	data, err := os.ReadFile(filepath.Join(harness.Root(t), "manifests", "README.md"))
+	data, err := os.ReadFile(filepath.Join(harness.Root(t), "manifests", name))
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &page{ran: map[string]bool{}}
 	var block []string
-	more := false // whether the last command continues
+	more, fenced := false, false // whether the last command continues; whether it is a file's content
 	for line := range strings.Lines(string(data) + "\n") {
 		code, indented := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "    ")
+		fenced = fenced != strings.HasPrefix(line, "```")
+		indented = indented && !fenced
 		switch {
 		case indented && more:
 			block[len(block)-1] += "\n" + code
@@ -91,11 +93,25 @@ func (p *page) command(t *testing.T, words string) string {
 // block returns the commands of a block of the page, from the one that begins with words to the last.
 func (p *page) block(t *testing.T, words string) string {
 	t.Helper()
-	first := p.command(t, words)
+	block, n := p.find(t, words)
+	p.run(block[n:]...)
+	return strings.Join(block[n:], "\n")
+}
+
+// whole returns all commands of the block with the one that begins with words.
+func (p *page) whole(t *testing.T, words string) string {
+	t.Helper()
+	block, _ := p.find(t, words)
+	p.run(block...)
+	return strings.Join(block, "\n")
+}
+
+func (p *page) find(t *testing.T, words string) (block []string, n int) {
+	t.Helper()
+	command := p.command(t, words)
 	for _, block := range p.blocks {
-		if n := slices.Index(block, first); n >= 0 {
-			p.run(block[n:]...)
-			return strings.Join(block[n:], "\n")
+		if n := slices.Index(block, command); n >= 0 {
+			return block, n
 		}
 	}
 	panic("a command in no block")
@@ -154,7 +170,7 @@ func (s *shell) must(command string) string {
 // TestEveryCommandOfTheInstallPageWorks runs each command of the install page, and checks that it does what the page
 // says.
 func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
-	p := readPage(t)
+	p := readPage(t, "README.md")
 	var ran atomic.Int32
 	parts := map[string]func(*testing.T, *page){
 		"cluster": installOnCluster, "registry": pushImages,
@@ -179,6 +195,12 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 	for _, words := range []string{"make images", "make verify-images"} {
 		p.command(t, words)
 	}
+	p.allRan(t)
+}
+
+// allRan checks that a test has run each command of the page.
+func (p *page) allRan(t *testing.T) {
+	t.Helper()
 	for _, c := range slices.Concat(p.blocks...) {
 		if !p.ran[c] {
 			t.Errorf("no test runs %s", c)

@@ -213,7 +213,7 @@ func apply(t *testing.T, rendering string) {
 func TestMissingFileIsNamed(t *testing.T) {
 	for path, names := range map[string][]string{
 		".": {"agent.env", "agent-token"}, "overlays/production/agent": {"agent-token", "frps-ca.crt"},
-		"overlays/edge": {"agent-token", "frp-token", "group-key"},
+		"overlays/edge": {"agent-token", "frp-token", "group-key", "ca.crt", "tls.crt", "tls.key"},
 	} {
 		for _, name := range names {
 			dir := installation(t)

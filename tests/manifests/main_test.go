@@ -92,6 +92,7 @@ func mustKubectl(t *testing.T, stdin string, args ...string) string {
 var userFiles = map[string]string{
 	"agent.env": "PIPEOPS_AGENT_ID=agent-001\n", "agent-token": "your-agent-token\n",
 	"frp-token": "your-frp-token\n", "group-key": "your-group-key\n", "frps-ca.crt": "a certificate\n",
+	"ca.crt": "a certificate\n", "tls.crt": "a certificate\n", "tls.key": "a key\n",
 }
 
 // installation copies manifests/ to a temporary directory, with userFiles beside each kustomization.
