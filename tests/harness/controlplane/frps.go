@@ -50,7 +50,7 @@ func (c *ControlPlane) configureFrps() error {
 		"log":              map[string]any{"disablePrintColor": true},
 		"transport": map[string]any{"tls": map[string]any{
 			"force": true, "certFile": filepath.Join(c.dir, "server.crt"), "keyFile": filepath.Join(c.dir, "server.key"),
-		}},
+		}, "tcpMuxKeepaliveInterval": 10}, // a vanished agent is noticed within 20 s
 		"httpPlugins": []any{map[string]any{
 			"name": "control-plane", "addr": c.pluginURL, "path": "/", "ops": []string{"Login", "NewProxy"},
 		}},
@@ -124,28 +124,47 @@ func (c *ControlPlane) FrpsPid() int {
 	return c.frps.Pid()
 }
 
-// PlainPorts are the ports of a frps of an operator: for frpc, and for callers by the type of the tunnel.
-type PlainPorts struct{ Bind, HTTP, HTTPS int }
+// PlainFrps is a frps of an operator without a control plane, with its ports: for frpc, and for callers by the type of
+// the tunnel.
+type PlainFrps struct {
+	Bind, HTTP, HTTPS int
+
+	group   *process.Group
+	ip      string
+	running *process.Process
+}
 
 // StartPlainFrps starts a frps of an operator without a control plane: an agent with the token may have a tunnel of
 // type http or https, which callers reach under a name below example.internal.
-func StartPlainFrps(ctx context.Context, group *process.Group, ip, token string) (ports PlainPorts, err error) {
-	binary, err := process.Binary("frps")
-	for _, port := range []*int{&ports.Bind, &ports.HTTP, &ports.HTTPS} {
-		if err == nil {
-			*port, err = process.FreePort()
+func StartPlainFrps(ctx context.Context, group *process.Group, ip, token string) (*PlainFrps, error) {
+	f := &PlainFrps{group: group, ip: ip}
+	for _, port := range []*int{&f.Bind, &f.HTTP, &f.HTTPS} {
+		var err error
+		if *port, err = process.FreePort(); err != nil {
+			return nil, err
 		}
 	}
+	return f, f.start(ctx, token)
+}
+
+// Restart restarts it with another token.
+func (f *PlainFrps) Restart(ctx context.Context, token string) error {
+	f.running.Stop()
+	return f.start(ctx, token)
+}
+
+func (f *PlainFrps) start(ctx context.Context, token string) error {
+	binary, err := process.Binary("frps")
 	if err != nil {
-		return ports, err
+		return err
 	}
-	p, err := group.Start("plain-frps", nil, binary, "--bind-addr", ip, "--bind-port", strconv.Itoa(ports.Bind),
-		"--vhost-http-port", strconv.Itoa(ports.HTTP), "--vhost-https-port", strconv.Itoa(ports.HTTPS),
+	f.running, err = f.group.Start("plain-frps", nil, binary, "--bind-addr", f.ip, "--bind-port", strconv.Itoa(f.Bind),
+		"--vhost-http-port", strconv.Itoa(f.HTTP), "--vhost-https-port", strconv.Itoa(f.HTTPS),
 		"--subdomain-host", "example.internal", "--token", token)
-	if err == nil {
-		err = process.Poll(ctx, 10*time.Second, p.Done(), func() error {
-			return process.Listening(net.JoinHostPort(ip, strconv.Itoa(ports.Bind)))
-		})
+	if err != nil {
+		return err
 	}
-	return ports, err
+	return process.Poll(ctx, 10*time.Second, f.running.Done(), func() error {
+		return process.Listening(net.JoinHostPort(f.ip, strconv.Itoa(f.Bind)))
+	})
 }
