@@ -64,7 +64,7 @@ missing-packages = for p in $(E2E_PACKAGES); do \
 # NODE lists the parts that only a whole node needs. They and Compose take minutes to build.
 NODE := kube-controller-manager kube-proxy kube-router kube-scheduler kubelet
 
-E2E_PARTS := e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE) docker-compose)
+E2E_PARTS := e2e-ready build tools test-images previous $(addprefix $(BIN)/,$(NODE) docker-compose)
 
 .PHONY: e2e
 e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs root and Debian
@@ -180,6 +180,19 @@ test-images: images $(BIN)/frpc $(BIN)/frps
 		manifests/images/build manifests/images/$$name.Dockerfile $(IMAGES)/context $$(go env GOARCH) \
 			$(subst fatedier/frpc,fatedier/$$name,$(FRPC_IMAGE)) $(IMAGES)/$$name.tar || exit 1; done
 	@rm -r $(IMAGES)/context
+
+# previous builds the images of the version that the tests upgrade from, with the manifests beside them: the last tag
+# before this commit, or the parent commit while there is no tag.
+PREVIOUS := $(CURDIR)/.build/previous
+.PHONY: previous
+previous:
+	@version=$$(git describe --tags --abbrev=0 --match 'v*' HEAD^ 2>/dev/null || echo HEAD^); \
+	commit=$$(git rev-parse --quiet --verify $$version^{commit}) || { \
+		echo "there is no version to upgrade from: git fetch --unshallow --tags"; exit 1; }; \
+	if [ "$$(cat $(PREVIOUS)/.build/COMMIT 2>/dev/null)" != $$commit ]; then \
+		rm -rf $(PREVIOUS) && git clone --quiet --no-checkout . $(PREVIOUS) && \
+			git -C $(PREVIOUS) -c advice.detachedHead=false checkout --quiet $$commit && \
+			$(MAKE) --no-print-directory -C $(PREVIOUS) test-images && echo $$commit >$(PREVIOUS)/.build/COMMIT; fi
 
 .PHONY: verify-images
 verify-images: images ## Build the images a second time, in a clone elsewhere, and compare them bit for bit
