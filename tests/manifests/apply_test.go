@@ -29,6 +29,7 @@ func TestEveryWayToApplyAgrees(t *testing.T) {
 			rendering = build(t, everyComponent(t, "second", "suffix"))
 		}
 		t.Run(path, func(t *testing.T) {
+			needsGuard(t, rendering)
 			// Without a controller manager, a namespace that is deleted stays in termination.
 			objects := strings.Join(slices.DeleteFunc(documents(rendering), func(doc string) bool {
 				return strings.Contains(doc, "kind: Namespace\n")
