@@ -28,8 +28,8 @@ func TestEveryWayToApplyAgrees(t *testing.T) {
 		case "every component of a second agent":
 			rendering = build(t, everyComponent(t, "second", "suffix"))
 		}
+		rendering = supported(rendering)
 		t.Run(path, func(t *testing.T) {
-			needsGuard(t, rendering)
 			// Without a controller manager, a namespace that is deleted stays in termination.
 			objects := strings.Join(slices.DeleteFunc(documents(rendering), func(doc string) bool {
 				return strings.Contains(doc, "kind: Namespace\n")

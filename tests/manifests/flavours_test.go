@@ -267,7 +267,7 @@ func TestRemovalOfOneAgentLeavesTheOther(t *testing.T) {
 	agents := []*agent{{namespace: "pipeops-system", selected: "!=second"},
 		{namespace: "another", selected: "=second", last: []string{"suffix"}}}
 	for _, a := range agents {
-		for _, doc := range documents(build(t, everyComponent(t, a.namespace, a.last...))) {
+		for _, doc := range documents(supported(build(t, everyComponent(t, a.namespace, a.last...)))) {
 			if strings.Contains(doc, "\nkind: Namespace\n") {
 				a.namespaceObject = doc // without a controller manager, one that is deleted stays in termination
 			} else {

@@ -97,12 +97,11 @@ func needs(t *testing.T, name string) {
 	}
 }
 
-// needsGuard skips a test of a rendering that includes the guard if the API server is too old for it.
-func needsGuard(t *testing.T, rendering string) {
-	t.Helper()
-	if strings.Contains(rendering, "\nkind: ValidatingAdmissionPolicy\n") {
-		needs(t, "guard")
-	}
+// supported returns a rendering without the guard if the API server is too old for it.
+func supported(rendering string) string {
+	return strings.Join(slices.DeleteFunc(documents(rendering), func(doc string) bool {
+		return strings.Contains(doc, "\nkind: ValidatingAdmissionPolicy") && !api.Supports("guard")
+	}), "\n---\n")
 }
 
 // userFiles are the files that a user writes beside a kustomization.
