@@ -65,13 +65,14 @@ type Cluster struct {
 // needs maps what needs a newer Kubernetes than the agent itself to the minor version that it needs. Only `make matrix`
 // has older ones.
 var needs = map[string]int{
+	"WebSocket":         30, // exec and attach by kubectl, with SPDY before
 	"guard":             30, // ValidatingAdmissionPolicy
 	"named-constrained": 36, // constrained impersonation
 	"RestrictedV2":      36, // MutatingAdmissionPolicy
 }
 
-// Supports reports whether the API server is new enough for a component of the manifests, or for RestrictedV2. It
-// panics rather than let a test of the pinned version be left out.
+// Supports reports whether the API server is new enough for what needs lists; all else is supported. It panics rather
+// than let a test of the pinned version be left out.
 func (c *Cluster) Supports(name string) bool {
 	if c.minor >= needs[name] {
 		return true
