@@ -15,9 +15,6 @@ import (
 // isWatch reads ?watch as the API server does: anything but false and 0 is true.
 // Source: k8s.io/apimachinery/pkg/runtime/conversion.go, Convert_Slice_string_To_bool.
 func isWatch(u *url.URL) bool {
-	if !strings.ContainsAny(u.RawQuery, "w%") {
-		return false // many requests: nothing to parse
-	}
 	values, ok := u.Query()["watch"]
 	return ok && !strings.EqualFold(values[0], "false") && values[0] != "0"
 }
