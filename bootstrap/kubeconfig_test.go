@@ -31,6 +31,15 @@ type parsed struct {
 	CurrentContext string `json:"current-context"`
 }
 
+// obtain has bootstrap write the lease of an agent without a control plane.
+func obtain(t *testing.T, env map[string]string) {
+	t.Helper()
+	env["PIPEOPS_FRP_TOKEN"], env["PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY"] = "token-of-frps", "true"
+	if code, _, out := bootstrap(t, env, "--once"); code != exitOK {
+		t.Fatal(out)
+	}
+}
+
 // TestCertificateAndKubeconfigFitTogether: a caller with the kubeconfig trusts an agent with the certificate, and
 // still does when the next certificate of the same authority has replaced it.
 func TestCertificateAndKubeconfigFitTogether(t *testing.T) {
@@ -51,6 +60,7 @@ func TestCertificateAndKubeconfigFitTogether(t *testing.T) {
 	} {
 		env["PIPEOPS_"+name] = value
 	}
+	obtain(t, env)
 	code, _, out := bootstrap(t, env, "kubeconfig")
 	var config parsed
 	if err := yaml.Unmarshal([]byte(out), &config); err != nil || code != exitOK {
@@ -132,13 +142,13 @@ func TestKubeconfigIsForTheIdentityInForce(t *testing.T) {
 		want string // parts of what is printed
 		code int
 	}{
-		"direct":          {"", "", `"https://agent-001.k8s.example/api/k8s" authority-data agent-001.token`, 0},
-		"at another port": {"", "--server=https://agent-001.k8s.example:8443", `example:8443/api/k8s" authority-data`, 0},
+		"direct":          {"", "", `https://agent-001.k8s.example/api/k8s authority-data agent-001.token`, 0},
+		"at another port": {"", "--server=https://agent-001.k8s.example:8443", "example:8443/api/k8s authority-data", 0},
 		"through a gateway": {"", gateway,
-			`"https://gateway.example:8443/agents/agent-001/api/k8s" tokenFile`, 0},
+			"https://gateway.example:8443/agents/agent-001/api/k8s tokenFile", 0},
 		"own and a certificate": {"ACCESS_IDENTITY=own PROXY_TLS_CLIENT_CA_FILE=/ca.crt", "",
 			"agent-001.crt agent-001.key tokenFile", 0},
-		"own and a gateway":   {"ACCESS_IDENTITY=own", gateway, "exec tokenFile", 0},
+		"own and a gateway":   {"ACCESS_IDENTITY=own", gateway, "exec: tokenFile", 0},
 		"own and neither":     {"ACCESS_IDENTITY=own", "", "gateway --server", 1},
 		"named and a gateway": {"ACCESS_IDENTITY=named", gateway, "tokenFile", 0},
 		"named without one":   {"ACCESS_IDENTITY=named", "", "gateway --server", 1},
@@ -148,7 +158,16 @@ func TestKubeconfigIsForTheIdentityInForce(t *testing.T) {
 		"a custom domain": {"FRP_TUNNEL_CUSTOM_DOMAINS=agent-001.k8s.example FRP_TUNNEL_SUBDOMAIN_HOST=", "",
 			"agent-001.k8s.example", 0},
 		"an unknown name":        {"FRP_TUNNEL_SUBDOMAIN_HOST=", "", "PIPEOPS_FRP_TUNNEL_SUBDOMAIN_HOST", 1},
-		"before the first lease": {"PROXY_TLS_CERT_FILE= PROXY_TLS_KEY_FILE=", "", "first lease", 1},
+		"before the first lease": {"RUN_DIR=" + t.TempDir(), "", "first lease", 1},
+		"a name that the certificate lacks": {"FRP_TUNNEL_SUBDOMAIN_HOST=other.example", "",
+			"certificate agent-001.other.example", 1},
+		"http without a gateway": {"FRP_TUNNEL_TYPE=http PROXY_TLS_CERT_FILE= PROXY_TLS_KEY_FILE=", "",
+			"http gateway --server", 1},
+		"tcp without a gateway": {"FRP_TUNNEL_TYPE=tcp PROXY_TLS_CERT_FILE= PROXY_TLS_KEY_FILE=", "",
+			"tcp gateway --server", 1},
+		"the URL of the API":         {"", "--server=https://agent-001.k8s.example/api/k8s/", "authority-data", 0},
+		"own, and the agent's token": {"ACCESS_IDENTITY=own", gateway + " --embed-token", "access.identity own", 1},
+		"an id like a number":        {"AGENT_ID=1e3", "--server=https://agent-001.k8s.example", "authority-data 1e3.token", 0},
 	} {
 		env := environment(t, "https://control.example")
 		settings := fmt.Sprintf("FRP_TUNNEL_TYPE=https FRP_TUNNEL_SUBDOMAIN_HOST=k8s.example "+
@@ -157,11 +176,19 @@ func TestKubeconfigIsForTheIdentityInForce(t *testing.T) {
 			name, value, _ := strings.Cut(setting, "=")
 			env["PIPEOPS_"+name] = value
 		}
+		if what != "before the first lease" {
+			obtain(t, env)
+		}
 		code, _, out := bootstrap(t, env, append([]string{"kubeconfig"}, strings.Fields(test.args)...)...)
 		for part := range strings.FieldsSeq(test.want) {
 			if code != test.code || !strings.Contains(out, part) {
 				t.Errorf("%s: exit code %d, lacks %q: %s", what, code, part, out)
 			}
+		}
+		var config parsed
+		if err := yaml.Unmarshal([]byte(out), &config); test.code == 0 &&
+			(err != nil || config.Clusters[0].Name == "" || strings.Count(out, "/api/k8s") != 1) {
+			t.Errorf("%s: %v: %s", what, err, out)
 		}
 		if strings.Contains(out, "authority-data") != (test.code == 0 && !strings.Contains(out, "gateway")) {
 			t.Errorf("%s: %s", what, out)
@@ -169,12 +196,54 @@ func TestKubeconfigIsForTheIdentityInForce(t *testing.T) {
 	}
 }
 
+// TestKubeconfigHasTheAuthorityOfTheSecret: cert-manager puts it into ca.crt, and not at the end of tls.crt. That of
+// another certificate is not taken.
+func TestKubeconfigHasTheAuthorityOfTheSecret(t *testing.T) {
+	dirs := [2]string{t.TempDir(), t.TempDir()}
+	for _, dir := range dirs {
+		if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "agent-001.k8s.example"); code != exitOK {
+			t.Fatal(out)
+		}
+	}
+	read := func(dir, name string) []byte {
+		t.Helper()
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	env := environment(t, "https://control.example")
+	crt := filepath.Join(dirs[0], "tls.crt")
+	for name, value := range map[string]string{"FRP_TUNNEL_TYPE": "https", "FRP_TUNNEL_SUBDOMAIN_HOST": "k8s.example",
+		"PROXY_TLS_CERT_FILE": crt, "PROXY_TLS_KEY_FILE": filepath.Join(dirs[0], "tls.key")} {
+		env["PIPEOPS_"+name] = value
+	}
+	ca := read(dirs[0], "ca.crt")
+	if err := os.WriteFile(crt, bytes.TrimSuffix(read(dirs[0], "tls.crt"), ca), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ beside, want []byte }{{ca, ca}, {read(dirs[1], "ca.crt"), nil}} {
+		if err := os.WriteFile(filepath.Join(dirs[0], "ca.crt"), test.beside, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		obtain(t, env)
+		_, _, out := bootstrap(t, env, "kubeconfig")
+		var config parsed
+		if err := yaml.Unmarshal([]byte(out), &config); err != nil || len(config.Clusters) != 1 ||
+			!bytes.Equal(config.Clusters[0].Cluster.CA, test.want) {
+			t.Errorf("%v: %s", err, out)
+		}
+	}
+}
+
 // TestKubeconfigHoldsTheTokenIfAsked: only then; the other tests see that it is not printed.
 func TestKubeconfigHoldsTheTokenIfAsked(t *testing.T) {
 	env := environment(t, "https://control.example")
+	obtain(t, env)
 	var out, errs bytes.Buffer
 	code := run(t.Context(), []string{"kubeconfig", "--embed-token", "--server=https://gateway.example"}, env, &out, &errs)
-	if code != exitOK || !strings.Contains(out.String(), `token: "`+token+`"`) {
+	if code != exitOK || !strings.Contains(out.String(), "token: "+token) {
 		t.Errorf("%d: %s%s", code, &out, &errs)
 	}
 }

@@ -96,10 +96,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case *check:
 		return end(config.Describe(stdout, *configPath, env), exitUsage)
 	case command == "doctor":
-		if !doctor.Run(ctx, *configPath, env, stdout, *asJSON) {
-			return exitFailed
-		}
-		return exitOK
+		healthy := doctor.Run(ctx, *configPath, env, stdout, *asJSON)
+		return map[bool]int{true: exitOK, false: exitFailed}[healthy]
 	case command == "certificate":
 		return end(lease.MakeCertificate(*dir, flags.Args()), exitFailed)
 	}
@@ -112,10 +110,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case "kubeconfig":
 		return end(kubeconfig.Write(stdout, cfg, *server, *embed), exitFailed)
 	case "ready":
-		if err := lease.Ready(cfg.RunDir); err != nil {
-			return complain(exitFailed, "not ready: %v", err)
-		}
-		return exitOK
+		return end(lease.Ready(cfg.RunDir), exitFailed)
 	}
 	log, _ := cfg.Logger(stderr)
 	if err := lease.Run(ctx, cfg, *timeout, *once, log); err != nil {

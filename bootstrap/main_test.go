@@ -62,7 +62,7 @@ func TestReadySaysWhyThereIsNoLease(t *testing.T) {
 	if code, _, output := bootstrap(t, env, "--once"); code != exitOK {
 		t.Fatal(output)
 	}
-	if !strings.Contains(ready, "not ready: no lease yet: ") || !strings.Contains(ready, "503") {
+	if !strings.Contains(ready, "bootstrap: no lease yet: ") || !strings.Contains(ready, "503") {
 		t.Errorf("before there is a lease: %s", ready)
 	}
 	if code, _, output := bootstrap(t, env, "ready"); code != exitOK {

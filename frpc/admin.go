@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -88,6 +89,17 @@ type ProxyStatus struct {
 	Status     string `json:"status"` // new, wait start, start error, running, check failed or closed
 	Err        string `json:"err"`    // why frps refused it
 	RemoteAddr string `json:"remote_addr"`
+}
+
+// Explain returns why frps refuses the tunnel, and what to do.
+// Source: frp pkg/config/v1/validation/proxy.go and server/proxy.
+func (p ProxyStatus) Explain() error {
+	do := "check what frps.toml allows (vhostHTTPPort, vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and " +
+		"that no other agent has the same"
+	if strings.Contains(p.Err, "should not belong to subdomain host") {
+		do = "a name below frps's subDomainHost must be the tunnel's subdomain, not one of its custom domains"
+	}
+	return fmt.Errorf("frps refuses the tunnel (%s: %s): %s", p.Status, p.Err, do)
 }
 
 // State is how far frpc has come on its way to frps.

@@ -68,6 +68,15 @@ type Tunnel struct {
 	HealthPath string `json:"health_path,omitempty"`
 }
 
+// Names returns the names by which callers reach the tunnel at frps, as far as they are known.
+func (t Tunnel) Names() []string {
+	names := slices.Clone(t.CustomDomains)
+	if t.Subdomain != "" && t.SubdomainHost != "" {
+		names = append(names, t.Subdomain+"."+t.SubdomainHost)
+	}
+	return names
+}
+
 // GivesUp returns what a tunnel of this type lacks compared with https. It is empty for https.
 func (t Tunnel) GivesUp() string {
 	return map[string]string{

@@ -322,22 +322,18 @@ func (l *loader) complete() {
 		"required: the token that the control plane gave this agent, here or in the file that "+
 			Name("agent.token_file")+" names")
 	l.refuse(c.Agent.Instance == "", "agent.instance", "the host has no name: set it")
-	l.refuse((tls.CertFile == "") != (tls.KeyFile == "") && !l.told["frp.tls.key_file"], "frp.tls.cert_file",
-		"goes with frp.tls.key_file: set both or neither")
-	l.refuse((c.Proxy.CertFile == "") != (c.Proxy.KeyFile == "") && !l.told["proxy.tls.key_file"], "proxy.tls.cert_file",
-		"goes with proxy.tls.key_file: set both or neither")
-	l.refuse((tunnel.Group == "") != (tunnel.GroupKey == "") && !l.told["frp.tunnel.group_key_file"], "frp.tunnel.group",
-		"goes with frp.tunnel.group_key: set both or neither")
+	l.pair("frp.tls.cert_file", tls.CertFile, "frp.tls.key_file", tls.KeyFile)
+	l.pair("proxy.tls.cert_file", c.Proxy.CertFile, "proxy.tls.key_file", c.Proxy.KeyFile)
+	l.pair("frp.tunnel.group", tunnel.Group, "frp.tunnel.group_key", tunnel.GroupKey.Reveal())
 	l.refuse(tls.InsecureSkipVerify && tls.CAFile != "", "frp.tls.insecure_skip_verify",
 		"true contradicts "+Name("frp.tls.ca_file")+": remove one of them")
 	l.refuse(strings.HasPrefix(tunnel.Type, "http") && tunnel.RemotePort != 0, "frp.tunnel.remote_port",
 		"is for frp.tunnel.type tcp only: remove it or change the type")
 	l.refuse(tunnel.Type == "tcp" && (tunnel.Subdomain != "" || len(tunnel.CustomDomains) > 0), "frp.tunnel.type",
 		"tcp has no domains: remove frp.tunnel.subdomain and frp.tunnel.custom_domains or change the type")
-	l.refuse(c.Proxy.ClientCAFile != "" && tunnel.Type != "https", "proxy.tls.client_ca_file",
-		"is for frp.tunnel.type https only: remove it or change the type")
-	l.refuse(c.Proxy.CertFile != "" && tunnel.Type != "https", "proxy.tls.cert_file",
-		"is for frp.tunnel.type https only: remove it or change the type")
+	const httpsOnly = "is for frp.tunnel.type https only: remove it or change the type"
+	l.refuse(c.Proxy.ClientCAFile != "" && tunnel.Type != "https", "proxy.tls.client_ca_file", httpsOnly)
+	l.refuse(c.Proxy.CertFile != "" && tunnel.Type != "https", "proxy.tls.cert_file", httpsOnly)
 	l.refuse(c.Kubernetes.InCluster && c.Kubernetes.Kubeconfig != "", "kubernetes.in_cluster",
 		"true contradicts "+Name("kubernetes.kubeconfig")+": remove one of them")
 	adminPort := ":" + strconv.Itoa(c.FRP.AdminPort)
@@ -352,6 +348,12 @@ func (l *loader) refuse(broken bool, key, mistake string) {
 	if broken && !l.told[key] {
 		l.mistake(key, mistake)
 	}
+}
+
+// pair refuses one of two settings that go together.
+func (l *loader) pair(key, value, otherKey, other string) {
+	l.refuse((value == "") != (other == "") && !l.told[otherKey] && !l.told[otherKey+"_file"], key,
+		"goes with "+otherKey+": set both or neither")
 }
 
 // secret reads a secret from its file if one is configured.
@@ -393,6 +395,8 @@ func readFile(path string) (map[string]any, error) {
 		switch found := yamlMistake.FindStringSubmatch(err.Error()); { // the rest of it may repeat a secret
 		case found == nil:
 			return nil, fmt.Errorf("%s: is not YAML: check its quotes, anchors and tags", name)
+		case found[1] == "" && yamlTab.Match(data):
+			return nil, fmt.Errorf("%s: is not YAML, at or before %s: indent with spaces, not tabs", name, found[0])
 		case found[1] == "":
 			return nil, fmt.Errorf("%s: is not YAML, at or before %s", name, found[0])
 		default:
@@ -410,6 +414,7 @@ func readFile(path string) (map[string]any, error) {
 
 var (
 	yamlSecond  = regexp.MustCompile(`(?m)^[^#\s-].*\n([^\n]*\n)*---(\s|$)`)
+	yamlTab     = regexp.MustCompile(`(?m)^ *\t`)
 	yamlMistake = regexp.MustCompile(`line \d+(: key "[^"]*" already set)?`)
 	keyName     = regexp.MustCompile(`^[\w.-]*`)
 )

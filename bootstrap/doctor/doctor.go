@@ -2,6 +2,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -31,7 +32,7 @@ type finding struct {
 	Detail string `json:"detail"`
 }
 
-const ok, failed, skipped = "ok", "failed", "skipped" // results of a step
+const ok, warning, failed, skipped = "ok", "warning", "failed", "skipped" // results of a step
 
 // Run takes every step of the way, writes what it finds to stdout, and reports whether no step failed. It writes no
 // file; the lease that it requests is not used.
@@ -81,6 +82,7 @@ type patient struct {
 	reached             bool            // the control plane answers
 	lease               *frpc.Lease     // from the control plane
 	operations, callers agentapi.Client // of the proxy's listeners, set by the step proxy
+	answered            bool            // the API server has, to the proxy
 }
 
 const noControlPlane = "frp.token is set: there is no control plane"
@@ -181,22 +183,27 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 		return failed, "frpc is not logged in to frps: see the step frps, and frpc's log"
 	case state == frpc.Withdrawn:
 		return failed, "frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: see the step proxy"
+	case state == frpc.Rejected:
+		return failed, proxies[0].Explain().Error()
 	case state != frpc.Running:
-		t := proxies[0]
-		return failed, fmt.Sprintf("%s of type %s: %s %s: see frpc's log", t.Name, t.Type, t.Status, t.Err)
+		return failed, "frpc is about to register the tunnel: see its log if it has none after 20 s"
 	}
-	detail = fmt.Sprintf("%s of type %s is running at %s; %s",
-		proxies[0].Name, proxies[0].Type, proxies[0].RemoteAddr, current.Frpc.Tunnel.GivesUp())
-	return ok, strings.TrimSuffix(detail, "; ") // https gives up nothing
+	lacks := current.Frpc.Tunnel.GivesUp()                 // nothing for https
+	if result = ok; lacks != "" && p.cfg.FRP.Token != "" { // else the control plane has chosen it, and has a gateway
+		result = warning
+	}
+	detail = fmt.Sprintf("%s of type %s is running at %s; %s", proxies[0].Name, proxies[0].Type, proxies[0].RemoteAddr, lacks)
+	return result, strings.TrimSuffix(detail, "; ")
 }
 
 func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	p.operations = agentapi.Client{ListenAddr: p.cfg.Proxy.MetricsAddr, Token: p.cfg.Agent.Token}
 	p.callers = agentapi.Client{ListenAddr: p.cfg.Proxy.ListenAddr, Token: p.cfg.Agent.Token}
 	if current, err := lease.Read(p.cfg.RunDir); err == nil && current.Certificate != nil {
-		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for the agent's id
+		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for the agent's name
 		trusted.AppendCertsFromPEM(current.Certificate)
-		p.callers.TLS = &tls.Config{ServerName: p.cfg.Agent.ID, RootCAs: trusted, MinVersion: tls.VersionTLS12}
+		name := cmp.Or(append(current.Frpc.Tunnel.Names(), p.cfg.Agent.ID)...)
+		p.callers.TLS = &tls.Config{ServerName: name, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 	}
 	var info version.Info
 	if err := p.operations.Call(ctx, agentapi.VersionPath, nil, &info); err != nil {
@@ -221,6 +228,7 @@ func (p *patient) kubernetes(ctx context.Context) (result, detail string) {
 	if check := ready.Checks[agentapi.CheckKubernetes]; !check.OK {
 		return failed, check.Detail
 	}
+	p.answered = true
 	return ok, "the API server answers the agent's credential"
 }
 
@@ -241,8 +249,13 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 	} {
 		body := fmt.Appendf(nil, review, access.verb, access.resource, access.name, access.namespace)
 		var answer struct{ Status struct{ Allowed bool } }
-		if err := p.callers.Call(ctx, reviews, body, &answer); err != nil {
+		switch err := p.callers.Call(ctx, reviews, body, &answer); {
+		case err != nil && !p.answered:
 			return skipped, "the proxy and the API server come first"
+		case err != nil && strings.Contains(err.Error(), "403 "):
+			return skipped, "the cluster's owner allows no requests now: the status says why"
+		case err != nil:
+			return failed, err.Error() + ": check that bootstrap and the proxy have the same " + config.Name("agent.token")
 		}
 		granted[answer.Status.Allowed] = append(granted[answer.Status.Allowed], access.what)
 	}

@@ -28,21 +28,17 @@ import (
 const grace, tolerance = 330 * time.Second, 270 * time.Second
 
 // newCertificate makes what the proxy shows to callers of a tunnel of type https, PEM, for a lease that expires at end;
-// zero: never. The first name is the agent's id. The certificate is self-signed: the control plane gets it with the
-// request for the lease, and trusts no other. The key never leaves the run directory.
-func newCertificate(names []string, end time.Time) (certificate, key []byte, err error) {
+// zero: never. For a lease it is self-signed (no issuer), and the first name is the agent's id: the control plane gets
+// it with the request for the lease, and trusts no other. The key never leaves the run directory.
+func newCertificate(names []string, end time.Time, issuer *tls.Certificate) (certificate, key []byte, err error) {
 	notAfter := end.Add(grace)
 	if end.IsZero() {
 		notAfter = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // never, by RFC 5280, 4.1.2.5
 	}
-	return newPair(serverCertificate(names, notAfter), nil)
-}
-
-func serverCertificate(names []string, notAfter time.Time) *x509.Certificate {
-	return &x509.Certificate{
+	return newPair(&x509.Certificate{
 		Subject: pkix.Name{CommonName: names[0]}, DNSNames: names, NotAfter: notAfter,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
+	}, issuer)
 }
 
 // newPair makes a key and its certificate, PEM, signed by issuer; nil: by itself.
@@ -59,8 +55,6 @@ func newPair(template *x509.Certificate, issuer *tls.Certificate) (certificate, 
 	return certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), err
 }
 
-const lifetime = 10 * 365 * 24 * time.Hour // of certificates that MakeCertificate makes
-
 // MakeCertificate makes files for proxy.tls.cert_file and proxy.tls.key_file in dir: tls.crt, a certificate for names
 // with that of its authority, and tls.key. The authority is ca.crt, which callers trust, and ca.key, which only the
 // next certificate needs. It is made if both are missing. No file is overwritten.
@@ -72,19 +66,17 @@ func MakeCertificate(dir string, names []string) error {
 		return fmt.Errorf("give DNS names, not %q: those by which callers reach the agent", names)
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
-	files, end := map[string][]byte{}, time.Now().Add(lifetime)
+	files, end := map[string][]byte{}, time.Now().AddDate(10, 0, 0)
 	authority, err := tls.LoadX509KeyPair(in("ca.crt"), in("ca.key"))
 	if errors.Is(err, fs.ErrNotExist) {
-		files["ca.crt"], files["ca.key"], err = newPair(&x509.Certificate{
+		files["ca.crt"], files["ca.key"], _ = newPair(&x509.Certificate{
 			Subject: pkix.Name{CommonName: "authority of " + names[0]}, NotAfter: end,
 			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 		}, nil)
-		if err == nil {
-			authority, err = tls.X509KeyPair(files["ca.crt"], files["ca.key"])
-		}
+		authority, err = tls.X509KeyPair(files["ca.crt"], files["ca.key"]) // fails if they were not made
 	}
 	if err == nil {
-		files["tls.crt"], files["tls.key"], err = newPair(serverCertificate(names, end), &authority)
+		files["tls.crt"], files["tls.key"], err = newCertificate(names, end, &authority)
 	}
 	if err != nil {
 		return err
@@ -112,18 +104,15 @@ func configured(cfg *config.Config) (certificate, key []byte, err error) {
 	certificate, certErr := os.ReadFile(cfg.Proxy.CertFile)
 	key, keyErr := os.ReadFile(cfg.Proxy.KeyFile)
 	_, pairErr := tls.X509KeyPair(certificate, key)
-	if err := cmp.Or(certErr, keyErr, pairErr); err != nil {
-		return nil, nil, fmt.Errorf("%s and its key cannot be used: %w", config.Name("proxy.tls.cert_file"), err)
+	if err = cmp.Or(certErr, keyErr, pairErr); err != nil {
+		err = fmt.Errorf("%s and its key cannot be used: %w", config.Name("proxy.tls.cert_file"), err)
 	}
-	return certificate, key, nil
+	return certificate, key, err
 }
 
 // certificateNames returns the names that callers may ask for: the agent's id and the tunnel's domains.
 func certificateNames(agentID string, tunnel frpc.Tunnel) []string {
-	names := append([]string{agentID, tunnel.Subdomain}, tunnel.CustomDomains...)
-	if tunnel.Subdomain != "" && tunnel.SubdomainHost != "" {
-		names = append(names, tunnel.Subdomain+"."+tunnel.SubdomainHost)
-	}
+	names := append([]string{agentID, tunnel.Subdomain}, tunnel.Names()...)
 	return slices.Compact(slices.DeleteFunc(names, func(name string) bool { return name == "" }))
 }
 

@@ -413,7 +413,7 @@ func TestConfiguredCertificateIsShown(t *testing.T) {
 	}
 	var last []byte
 	for range 2 {
-		certificate, key, err := newCertificate([]string{"edge.example"}, time.Time{})
+		certificate, key, err := newCertificate([]string{"edge.example"}, time.Time{}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -794,7 +794,7 @@ func TestControlPlaneIsShownACertificateForTheLease(t *testing.T) {
 		t.Error("fits another end, or another tunnel")
 	}
 	never := time.Time{}
-	forever, _, err := newCertificate(certificateNames("agent-001", tunnel), never)
+	forever, _, err := newCertificate(certificateNames("agent-001", tunnel), never, nil)
 	if err != nil || !sameEnd(never, never) || sameEnd(never, end) || sameEnd(end, never) ||
 		!fits(forever, tunnel, never) {
 		t.Errorf("a lease without an end: %v", err)

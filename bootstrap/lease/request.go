@@ -64,7 +64,7 @@ func requestLease(
 		given := shown != nil
 		names := certificateNames(cfg.Agent.ID, tunnel)
 		if tunnel.Type == "https" && !given {
-			if shown, key, err = newCertificate(names, end); err != nil {
+			if shown, key, err = newCertificate(names, end, nil); err != nil {
 				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
 			}
 		}

@@ -4,10 +4,8 @@ package answer
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
 	"net/http"
 	"os"
-	"time"
 )
 
 // Problem is an error as in RFC 9457.
@@ -27,13 +25,12 @@ type InvalidError string
 
 func (e InvalidError) Error() string { return string(e) }
 
-// WriteBodyError answers for an err of reading a request's body, which was allowed to take limit.
-func WriteBodyError(w http.ResponseWriter, err error, limit time.Duration) {
+// BodyError returns the status for an err of reading a request's body, and why: late if it came too late.
+func BodyError(err error, late string) (code int, why string) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		WriteProblem(w, http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive in full within %s", limit))
-		return
+		return http.StatusRequestTimeout, "the body of the request did not arrive in time: " + late
 	}
-	WriteProblem(w, http.StatusBadRequest, "the body cannot be read: its length or chunks are wrong, or it ended early")
+	return http.StatusBadRequest, "the body of the request cannot be read: its length or chunks are wrong, or it ended early"
 }
 
 // WriteJSON answers with body as JSON.

@@ -112,7 +112,7 @@ func (l *Listener) accept() {
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
-		c := &Conn{TCPConn: accepted, listener: l, remote: accepted.RemoteAddr(), begun: time.Now()}
+		c := &Conn{TCPConn: accepted, listener: l, remote: accepted.RemoteAddr(), Begun: time.Now()}
 		_ = c.SetReadBuffer(readBuffer)
 		_ = c.SetWriteBuffer(writeBuffer)
 		c.locked(func() { l.open.Insert(c) })
@@ -194,7 +194,7 @@ func (c *Conn) hello(config *tls.Config) (net.Conn, error) {
 	err = conn.HandshakeContext(context.Background()) // the connection has a deadline
 	state := conn.ConnectionState()
 	if c.http2 = state.NegotiatedProtocol == "h2"; c.http2 {
-		c.state = &state
+		c.State = &state
 	}
 	c.locked(func() { c.peer = state.PeerCertificates })
 	return conn, err
@@ -254,7 +254,7 @@ func (c *Conn) readProxyHeader() error {
 	}
 	addr, _ := netip.AddrFromSlice(rest[:size])
 	remote := netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(rest[2*size:]))
-	c.locked(func() { c.remote, c.proxied = net.TCPAddrFromAddrPort(remote), true })
+	c.locked(func() { c.remote, c.Proxied = net.TCPAddrFromAddrPort(remote), true })
 	return nil
 }
 
@@ -288,18 +288,19 @@ func (l *Listener) InUse() (connections int, headers int64) {
 	return l.count, l.headers
 }
 
-// Conn is one connection. A nil *Conn, that of a request which came by another listener, does nothing.
+// Conn is one connection.
 type Conn struct {
 	*net.TCPConn
 
+	Proxied bool                 // its RemoteAddr is from a PROXY header
+	Begun   time.Time            // when it was accepted
+	State   *tls.ConnectionState // of HTTP/2, for which net/http does not know it
+
 	listener *Listener
 	remote   net.Addr
-	proxied  bool         // remote is what a PROXY header said
 	unread   []byte       // read by peek
 	cost     atomic.Int64 // bytes of memory that a byte read now may cost
 	http2    bool
-	state    *tls.ConnectionState // of HTTP/2
-	begun    time.Time
 	idle     *time.Timer // over HTTP/1.1
 	known    atomic.Bool // a request was authenticated; else the caller is a stranger
 
@@ -320,10 +321,12 @@ func ConnContext(ctx context.Context, conn net.Conn) context.Context {
 	return context.WithValue(ctx, contextKey{}, unwrap(conn))
 }
 
-// From returns the connection of a request's context, nil if there is none.
+// From returns the connection of a request's context, one of no account if it came by another listener.
 func From(ctx context.Context) *Conn {
-	c, _ := ctx.Value(contextKey{}).(*Conn)
-	return c
+	if c, _ := ctx.Value(contextKey{}).(*Conn); c != nil {
+		return c
+	}
+	return &Conn{TCPConn: &net.TCPConn{}, listener: &Listener{}}
 }
 
 func unwrap(conn net.Conn) *Conn {
@@ -341,32 +344,10 @@ func unwrap(conn net.Conn) *Conn {
 // RemoteAddr returns the caller's address, from the PROXY header if there was one.
 func (c *Conn) RemoteAddr() net.Addr { return c.remote }
 
-// TLS returns the state of TLS of a connection of HTTP/2, for which net/http does not know it.
-func (c *Conn) TLS() *tls.ConnectionState {
-	if c == nil {
-		return nil
-	}
-	return c.state
-}
-
-// Age returns how long the connection has been open.
-func (c *Conn) Age() time.Duration {
-	if c == nil {
-		return 0
-	}
-	return time.Since(c.begun)
-}
-
-// Proxied reports whether RemoteAddr is from a PROXY header.
-func (c *Conn) Proxied() bool { return c != nil && c.proxied }
-
 // HeadersRead must be called when a request's headers are complete, with how much memory they use. It returns false if
 // that is too much: the request must end.
 func (c *Conn) HeadersRead(memory int64) bool {
-	switch {
-	case c == nil:
-		return true
-	case c.http2:
+	if c.http2 {
 		return c.countHeaders(memory+streamCost, (*blocks).done)
 	}
 	c.cost.Store(0) // they were counted while they were read
@@ -431,10 +412,8 @@ func (c *Conn) countHeaders(more int64, change func(*blocks)) bool {
 
 // Abort closes the connection, also during a write that waits.
 func (c *Conn) Abort() {
-	if c != nil {
-		_ = c.SetLinger(0)
-		_ = c.Close()
-	}
+	_ = c.SetLinger(0)
+	_ = c.Close()
 }
 
 // Close closes the connection and removes it from the counts.
@@ -445,11 +424,9 @@ func (c *Conn) Close() error {
 
 // locked calls change while the listener's mu is held.
 func (c *Conn) locked(change func()) {
-	if c != nil {
-		c.listener.mu.Lock()
-		defer c.listener.mu.Unlock()
-		change()
-	}
+	c.listener.mu.Lock()
+	defer c.listener.mu.Unlock()
+	change()
 }
 
 // The listener's mu is held during what follows.

@@ -429,13 +429,13 @@ func TestIncompleteHelloTimesOut(t *testing.T) {
 	}
 }
 
-func TestNilConnDoesNothing(t *testing.T) {
+func TestConnOfNoListenerDoesNothing(t *testing.T) {
 	c := From(context.Background())
 	c.HeadersRead(0)
 	c.Authenticated(0)
 	c.Answered(0, true)
 	c.Abort()
-	if c.Proxied() {
+	if c.Proxied {
 		t.Error("no connection has a PROXY header")
 	}
 }

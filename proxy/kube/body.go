@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/pipeops/vm-agent/proxy/answer"
 )
 
 // maxRepeatable is up to how many bytes a body is kept, if memory allows, so that the transport can repeat the request
@@ -163,12 +165,8 @@ func (b *Body) late() bool {
 
 // writeBodyError answers for a body that could not be read; err is why.
 func writeBodyError(w http.ResponseWriter, r *http.Request, err error) {
-	code := http.StatusBadRequest
-	why := "the body of the request cannot be read: its length or its chunks are wrong, or it ended early"
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		code, why = http.StatusRequestTimeout, "the body of the request did not arrive in time: nothing came "+
-			"for a minute, or for a second while others wait, or a small body took longer than 32 s"
-	}
+	code, why := answer.BodyError(err, "nothing came for a minute, or for a second while others wait, or a small body "+
+		"took longer than 32 s")
 	w.Header().Set("Connection", "close")
 	WriteStatus(w, r, code, why, 0)
 }

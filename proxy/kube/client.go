@@ -24,8 +24,8 @@ import (
 var failedCheck = regexp.MustCompile(`\[-\][^:\n]*`)
 
 // call sends a request with the header, which may name the caller that it is for, else as the agent. body is JSON, or
-// nil. read is called with the body of a 2xx answer; any other answer is an *apierrors.StatusError.
-func (c *Client) call(ctx context.Context, header http.Header, method, path string, body io.Reader, read reader) error {
+// nil. A 2xx answer is decoded into object, unless that is nil; any other answer is an *apierrors.StatusError.
+func (c *Client) call(ctx context.Context, header http.Header, method, path string, body io.Reader, object any) error {
 	req, err := http.NewRequestWithContext(ctx, method, strings.TrimRight(c.target.String(), "/")+path, body)
 	if err != nil {
 		return err
@@ -56,26 +56,20 @@ func (c *Client) call(ctx context.Context, header http.Header, method, path stri
 		// Without the answer's reason: with AlreadyExists, IsConflict would be false, and ChangeSecret would not retry.
 		return &apierrors.StatusError{ErrStatus: metav1.Status{Code: int32(resp.StatusCode), Message: message}}
 	}
-	if err := read(json.NewDecoder(resp.Body)); err != nil {
+	if object == nil {
+		return nil
+	}
+	if err := json.NewDecoder(resp.Body).Decode(object); err != nil {
 		return fmt.Errorf("the answer of the Kubernetes API server at %s to %s %s cannot be read: %w",
 			c.target.Host, method, req.URL.Path, err)
 	}
 	return nil
 }
 
-// reader reads the body of an answer.
-type reader func(*json.Decoder) error
-
-func decodeInto(object any) reader {
-	return func(body *json.Decoder) error { return body.Decode(object) }
-}
-
-func ignore(*json.Decoder) error { return nil }
-
 // CheckReady returns an error unless the API server says that it is ready, which includes its storage. A credential
 // that may not ask for that passes too.
 func (c *Client) CheckReady(ctx context.Context) error {
-	err := c.call(ctx, nil, http.MethodGet, "/readyz", nil, ignore)
+	err := c.call(ctx, nil, http.MethodGet, "/readyz", nil, nil)
 	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 		return nil
 	}
@@ -86,7 +80,7 @@ func (c *Client) CheckReady(ctx context.Context) error {
 func (c *Client) ReadConfigMap(ctx context.Context, namespace, name string) (map[string]string, error) {
 	var configMap struct{ Data, BinaryData map[string]string }
 	path := "/api/v1/namespaces/" + namespace + "/configmaps/" + name
-	err := c.call(ctx, nil, http.MethodGet, path, nil, decodeInto(&configMap))
+	err := c.call(ctx, nil, http.MethodGet, path, nil, &configMap)
 	data := map[string]string{}
 	maps.Copy(data, configMap.Data)
 	for key := range configMap.BinaryData {
@@ -107,7 +101,7 @@ func (c *Client) Review(ctx context.Context, identity http.Header, d *Descriptio
 	})
 	var review struct{ Status struct{ Allowed bool } }
 	path := "/apis/" + group + "/selfsubjectaccessreviews"
-	err = c.call(ctx, identity, http.MethodPost, path, bytes.NewReader(body), decodeInto(&review))
+	err = c.call(ctx, identity, http.MethodPost, path, bytes.NewReader(body), &review)
 	return review.Status.Allowed, err
 }
 
@@ -122,7 +116,7 @@ type Secret struct {
 func (c *Client) ReadSecret(ctx context.Context, namespace, name string) (*Secret, error) {
 	secret := &Secret{}
 	secret.APIVersion, secret.Kind, secret.Namespace, secret.Name = "v1", "Secret", namespace, name
-	err := c.call(ctx, nil, http.MethodGet, secretsPath(namespace)+"/"+name, nil, decodeInto(secret))
+	err := c.call(ctx, nil, http.MethodGet, secretsPath(namespace)+"/"+name, nil, secret)
 	if secret.Data == nil { // null in the answer
 		secret.Data = map[string][]byte{}
 	}
@@ -153,7 +147,7 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 			method, path = http.MethodPost, secretsPath(namespace)
 		}
 		data, _ := json.Marshal(secret) // cannot fail: it was JSON
-		err = c.call(ctx, nil, method, path, bytes.NewReader(data), ignore)
+		err = c.call(ctx, nil, method, path, bytes.NewReader(data), nil)
 		if !apierrors.IsConflict(err) {
 			return err
 		}
@@ -196,19 +190,19 @@ type Resources struct {
 	Memory int64 `json:"memory_bytes"`
 }
 
-// nodePage is how many nodes one request reads: a thousand nodes cost two requests.
-const nodePage = 500
+// nodePage is how many nodes one request reads, and how many are in memory: their lists of images make them large.
+const nodePage = 100
 
 // Summarize reads the API server's version, one object of each resource that is counted, and the nodes page by page.
 // But for the nodes, the cost does not depend on the size of the cluster.
 func (c *Client) Summarize(ctx context.Context) Summary {
 	s := Summary{Unavailable: map[string]string{}}
-	get := func(path string, headers http.Header, read reader) error {
+	get := func(path string, headers http.Header, object any) error {
 		s.Requests++
-		return c.call(ctx, headers, http.MethodGet, path, nil, read)
+		return c.call(ctx, headers, http.MethodGet, path, nil, object)
 	}
 	var version struct{ GitVersion, Platform string }
-	err := get("/version", nil, decodeInto(&version))
+	err := get("/version", nil, &version)
 	if err == nil {
 		s.Version, s.Platform = &version.GitVersion, &version.Platform
 	} else {
@@ -233,14 +227,14 @@ func (c *Client) Summarize(ctx context.Context) Summary {
 	return s
 }
 
-// getter reads the answer to a GET.
-type getter func(path string, headers http.Header, read reader) error
+// getter decodes the answer to a GET into object.
+type getter func(path string, headers http.Header, object any) error
 
 // count sets n to the number of objects: it reads the metadata of one, and how many there are beside it.
 func count(get getter, path string, n **int64) error {
 	var list metav1.PartialObjectMetadataList
 	const metadata = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
-	if err := get(path+"?limit=1", http.Header{"Accept": {metadata}}, decodeInto(&list)); err != nil {
+	if err := get(path+"?limit=1", http.Header{"Accept": {metadata}}, &list); err != nil {
 		return err
 	}
 	total := int64(len(list.Items))
@@ -266,13 +260,18 @@ type node struct {
 func readNodes(get getter, sum **Nodes) error {
 	nodes := &Nodes{Versions: map[string]int64{}}
 	for next, more := "", true; more; more = next != "" {
-		var meta metav1.ListMeta
+		var list struct {
+			Metadata metav1.ListMeta
+			Items    []node
+		}
 		path := fmt.Sprintf("/api/v1/nodes?limit=%d&continue=%s", nodePage, url.QueryEscape(next))
-		err := get(path, nil, func(body *json.Decoder) error { return eachNode(body, &meta, nodes.add) })
-		if err != nil {
+		if err := get(path, nil, &list); err != nil {
 			return err
 		}
-		next = meta.Continue
+		for i := range list.Items {
+			nodes.add(&list.Items[i])
+		}
+		next = list.Metadata.Continue
 	}
 	*sum = nodes
 	return nil
@@ -294,42 +293,4 @@ func (r *Resources) add(list map[string]resource.Quantity) {
 	cpu, memory := list["cpu"], list["memory"]
 	r.CPU += cpu.MilliValue()
 	r.Memory += memory.Value()
-}
-
-// eachNode decodes a list of nodes, with one node in memory at a time.
-func eachNode(list *json.Decoder, meta *metav1.ListMeta, add func(*node)) error {
-	return each(list, '{', func(key json.Token) error {
-		switch key {
-		case "metadata":
-			return list.Decode(meta)
-		case "items":
-			return each(list, '[', func(json.Token) error {
-				var item node
-				err := list.Decode(&item)
-				add(&item)
-				return err
-			})
-		}
-		return list.Decode(&json.RawMessage{})
-	})
-}
-
-// each calls decode to read each value of the object or array that comes next, with the value's key if it has one.
-func each(decoder *json.Decoder, begin json.Delim, decode func(key json.Token) error) error {
-	token, err := decoder.Token()
-	if err == nil && token != begin {
-		err = fmt.Errorf("found %v, expected %v", token, begin)
-	}
-	for err == nil && decoder.More() {
-		if begin == '{' {
-			token, err = decoder.Token()
-		}
-		if err == nil {
-			err = decode(token)
-		}
-	}
-	if err == nil {
-		_, err = decoder.Token() // the end; or there is none
-	}
-	return err
 }

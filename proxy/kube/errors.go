@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
@@ -20,12 +21,16 @@ import (
 // code. retryAfter is in seconds; 0 sends none.
 //
 // Discovery, which kubectl requests first, is answered with a warning, for kubectl does not print its Status, and
-// without Retry-After: kubectl would retry each of five requests ten times before its first word.
+// without Retry-After: kubectl would retry each of five requests ten times before its first word. Nor has the answer one
+// if the caller's timeout is shorter: client-go waits all the same, and then reports its timeout in place of the cause.
 func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message string, retryAfter int32) {
 	if strings.Contains(r.Header.Get("Accept"), "g=apidiscovery.k8s.io") {
 		if warning, err := utilnet.NewWarningHeader(299, "-", message); err == nil {
 			w.Header().Add("Warning", warning)
 		}
+		retryAfter = 0
+	}
+	if timeout, err := time.ParseDuration(r.URL.Query().Get("timeout")); err == nil && timeout.Seconds() < float64(retryAfter) {
 		retryAfter = 0
 	}
 	status := newStatus(code, message)

@@ -281,7 +281,8 @@ func (c *command) fail(w http.ResponseWriter, out *http.Request, err error) {
 	case errors.Is(cause, context.Canceled) && !errors.Is(unread, os.ErrDeadlineExceeded):
 		panic(http.ErrAbortHandler) // the caller has gone
 	case unread != nil:
-		answer.WriteBodyError(w, unread, CommandTimeout)
+		code, why := answer.BodyError(unread, "it took longer than "+CommandTimeout.String())
+		answer.WriteProblem(w, code, why)
 		return
 	case ended != nil:
 		code, what, err = http.StatusForbidden, "has not answered", ended

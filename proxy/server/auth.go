@@ -219,6 +219,9 @@ func (s *Server) protect(next http.HandlerFunc, needs access.Level, whileDrainin
 		sc.needs = needs
 		if refused := s.authenticate(r); refused != nil {
 			sc.outcome = "credential"
+			if refused.reason == "none" && r.TLS == nil && isKubernetes(r) {
+				refused.why += "; kubectl sends no token over http://, so its server's URL must be that of a TLS gateway"
+			}
 			if !s.throttle(w, r, refused) {
 				w.Header().Set("WWW-Authenticate", `Bearer realm="pipeops-agent"`) // RFC 6750
 				fail(w, r, http.StatusUnauthorized, refused.why, 0)

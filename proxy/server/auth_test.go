@@ -15,6 +15,10 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc/secret"
@@ -169,5 +173,25 @@ func TestWrongTokensAtReadyAreLimited(t *testing.T) {
 			strings.Contains(w.Body.String(), "detail") != (right != nil) {
 			t.Errorf("%v: answered %d %s", right, w.Code, w.Body)
 		}
+	}
+}
+
+// TestThrottledCallerSeesWhy: client-go waits for as long as Retry-After says, past the timeout that its caller has set,
+// and then reports the timeout in place of the cause.
+func TestThrottledCallerSeesWhy(t *testing.T) {
+	s, _, _ := newTest(t, token)
+	server := httptest.NewServer(s.handler(tunnel))
+	t.Cleanup(server.Close)
+	client, err := kubernetes.NewForConfig(&rest.Config{
+		Host: server.URL + "/api/k8s", BearerToken: "wrong", Timeout: 2 * time.Second, QPS: -1,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range maxFailures + 1 {
+		_, err = client.CoreV1().Pods("default").Get(t.Context(), "pod", metav1.GetOptions{})
+	}
+	if !apierrors.IsTooManyRequests(err) || !strings.Contains(err.Error(), "too many wrong credentials") {
+		t.Errorf("it sees: %v", err)
 	}
 }

@@ -111,7 +111,8 @@ func readMessage(w http.ResponseWriter, r *http.Request) []byte {
 	case tooLarge:
 		answer.WriteProblem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", maxMessage))
 	case err != nil:
-		answer.WriteBodyError(w, err, messageTime)
+		code, why := answer.BodyError(err, "it took longer than "+messageTime.String())
+		answer.WriteProblem(w, code, why)
 	case len(body) == 0:
 		answer.WriteProblem(w, http.StatusBadRequest, "the body is empty")
 	case !utf8.Valid(body):

@@ -235,9 +235,7 @@ func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []
 		t.loginAt = time.Time{}
 		return nil
 	case frpc.Rejected:
-		return fmt.Errorf("frps refuses the tunnel (%s: %s): check what frps.toml allows "+
-			"(vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and that no other agent has the same",
-			proxies[0].Status, proxies[0].Err)
+		return proxies[0].Explain()
 	case frpc.Withdrawn:
 		return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: " +
 			"check that " + config.Name("proxy.listen_addr") + " is the same for bootstrap and the proxy")

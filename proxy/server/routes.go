@@ -106,14 +106,14 @@ func (s *Server) handler(l listener) http.Handler {
 	}))
 }
 
-// notFound answers for all other paths. kubectl requests some of them if its server's URL lacks the prefix.
+// notFound answers for all other paths. kubectl requests some of them if its server's URL ends in another path.
 func notFound(l listener) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		const none, prefix = "there is no such path: ", "the Kubernetes API is under " + kube.Prefix + "/"
 		switch p := r.URL.Path; {
 		case l == operations:
 			answer.WriteProblem(w, http.StatusNotFound, none+"/health, /ready, /version, /activity and /metrics are served here")
-		case p == "/api" || p == "/apis" || strings.HasPrefix(p, "/api/v1/") || strings.HasPrefix(p, "/apis/"):
+		case strings.HasSuffix(p, "/api") || strings.Contains(p, "/api/v1/") || strings.Contains(p+"/", "/apis/"):
 			kube.WriteStatus(w, r, http.StatusNotFound, none+prefix+": add that to the server's URL in the kubeconfig", 0)
 		default:
 			answer.WriteProblem(w, http.StatusNotFound, none+"/openapi.yaml lists all; "+prefix)

@@ -35,10 +35,10 @@ type scope struct {
 	agentID   string // empty on the operations listener
 	caller    string // address
 	start     time.Time
-	conn      *inbound.Conn // nil in tests without a listener
-	http2     bool          // the connection serves other requests too
-	renew     bool          // the connection must not be used for further requests
-	headers   int64         // bytes of memory that the request's headers use
+	conn      *inbound.Conn
+	http2     bool  // the connection serves other requests too
+	renew     bool  // the connection must not be used for further requests
+	headers   int64 // bytes of memory that the request's headers use
 
 	authenticated bool
 	admitted      bool             // by the gate
@@ -81,9 +81,9 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 		}
 		sc.share, sc.headers = sc.caller, kube.HeaderMemory(r.Header)+8*int64(len(r.RequestURI))
 		if sc.http2 = r.ProtoMajor == 2; sc.http2 {
-			r.TLS = sc.conn.TLS()
+			r.TLS = sc.conn.State
 		}
-		sc.renew = sc.http2 && (sc.conn.Age() > s.limits.connectionAge || s.gate.closed.Load())
+		sc.renew = sc.http2 && (time.Since(sc.conn.Begun) > s.limits.connectionAge || s.gate.closed.Load())
 		if !sc.conn.HeadersRead(sc.headers) {
 			panic(http.ErrAbortHandler)
 		}
@@ -151,7 +151,7 @@ func (s *scope) abort() (first bool) {
 // caller returns the address of the request's sender: that of frpc's PROXY header, which tunnels of type https and tcp
 // have, or the last of X-Forwarded-For, which can be trusted because frps appends it.
 func caller(r *http.Request) string {
-	if from := forwardedFor(r); from != "" && !inbound.From(r.Context()).Proxied() {
+	if from := forwardedFor(r); from != "" && !inbound.From(r.Context()).Proxied {
 		return from
 	}
 	host, _, _ := net.SplitHostPort(r.RemoteAddr)
@@ -319,7 +319,7 @@ func (s *Server) logRequest(sc *scope, r *http.Request, level slog.Level, messag
 		return
 	}
 	from, user, certificate := "", sc.who.User, ""
-	if sc.conn.Proxied() {
+	if sc.conn.Proxied {
 		from = forwardedFor(r)
 	}
 	if sc.Identity.Get("Authorization") != "" && !sc.Accepted() {

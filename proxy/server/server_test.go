@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -246,6 +247,51 @@ func TestPathsAreNotRedirected(t *testing.T) {
 				strings.Contains(w.Body.String(), "/api/k8s") != (l == tunnel) {
 				t.Errorf("%s, %s: answered %d %v %s", l, target, w.Code, w.Header(), w.Body)
 			}
+		}
+	}
+}
+
+// TestWrongPathsOfTheServerGetAHint: kubectl prints the message of a Status, and the warning of discovery.
+func TestWrongPathsOfTheServerGetAHint(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	for _, prefix := range []string{"", "/api/k8", "/k8s", "/agents/agent-001", "/apis", "/api"} {
+		for _, path := range []string{"/api", "/apis", "/api/v1/pods", "/apis/apps/v1/deployments"} {
+			r := httptest.NewRequest(http.MethodGet, prefix+path, nil)
+			r.Header.Set("Accept", "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList")
+			w := httptest.NewRecorder()
+			handlers[tunnel].ServeHTTP(w, r)
+			const hint = "the Kubernetes API is under /api/k8s/: add that to the server's URL"
+			if w.Code != http.StatusNotFound || !strings.Contains(w.Body.String(), `"kind":"Status"`) ||
+				!strings.Contains(w.Body.String(), hint) || !strings.Contains(w.Header().Get("Warning"), hint) {
+				t.Errorf("%s%s: answered %d %v %s", prefix, path, w.Code, w.Header(), w.Body)
+			}
+		}
+	}
+	if w := do(handlers[tunnel], "GET", "/api/agent/nothing"); strings.Contains(w.Body.String(), `"kind":"Status"`) {
+		t.Errorf("not a request of kubectl: answered %s", w.Body)
+	}
+}
+
+// TestMissingCredentialInClearIsExplained: kubectl has a token, and does not send it over http.
+func TestMissingCredentialInClearIsExplained(t *testing.T) {
+	_, _, handlers := newTest(t, token)
+	const hint = "kubectl sends no token over http://"
+	r := httptest.NewRequest(http.MethodGet, "/api/k8s/api", nil)
+	for _, encrypted := range []bool{false, true} {
+		if encrypted {
+			r.TLS = &tls.ConnectionState{}
+		}
+		w := httptest.NewRecorder()
+		handlers[tunnel].ServeHTTP(w, r)
+		if w.Code != 401 || strings.Contains(w.Body.String(), hint) == encrypted {
+			t.Errorf("over TLS %t: answered %d %s", encrypted, w.Code, w.Body)
+		}
+	}
+	for _, other := range []*httptest.ResponseRecorder{
+		do(handlers[tunnel], "GET", "/api/k8s/api", "Bearer wrong"), do(handlers[tunnel], "GET", "/metrics"),
+	} {
+		if strings.Contains(other.Body.String(), hint) {
+			t.Errorf("answered %s", other.Body)
 		}
 	}
 }

@@ -143,13 +143,21 @@ func prepareIn(t *testing.T, ns string, options ...func(*controlplane.Options)) 
 		if ns != home { // namespace deletes it
 			return
 		}
-		if _, err := i.run(i.admin, "", nil, "delete", "namespace,clusterrole,clusterrolebinding,"+
-			"validatingadmissionpolicy,validatingadmissionpolicybinding,priorityclass", "-l", "app.kubernetes.io/name=pipeops-agent",
+		if _, err := i.run(i.admin, "", nil, "delete", clusterKinds(), "-l", "app.kubernetes.io/name=pipeops-agent",
 			"--ignore-not-found"); err != nil {
 			t.Error(err)
 		}
 	})
 	return i
+}
+
+// clusterKinds are the cluster-scoped kinds that the components have, as far as the node supports them.
+func clusterKinds() string {
+	kinds := "namespaces,clusterroles,clusterrolebindings,priorityclasses"
+	if node.Supports("guard") {
+		kinds += ",validatingadmissionpolicies,validatingadmissionpolicybindings"
+	}
+	return kinds
 }
 
 // unpin removes the digest of Docker Hub's frpc image, because the tests build their own image.
@@ -198,7 +206,9 @@ func (i *installed) components(names ...string) {
 	i.t.Helper()
 	paths := []string{"../../components/" + map[bool]string{true: "namespace", false: "namespaced"}[i.ns == home]}
 	for _, name := range names {
-		paths = append(paths, "../../components/"+name)
+		if node.Supports(name) {
+			paths = append(paths, "../../components/"+name)
+		}
 	}
 	i.write("overlays/test/kustomization.yaml", `
 namespace: `+i.ns+`

@@ -35,10 +35,10 @@ func startDocker(t *testing.T) *docker {
 	settings := filepath.Join(dir, "containers.conf")
 	d := &docker{shell: newShell(t, dir, "CONTAINERS_CONF="+settings, "DOCKER_HOST="+socket,
 		"KUBECONFIG="+node.Kubeconfig)}
-	// Otherwise podman would raise the limits, which fails without CAP_SYS_RESOURCE, and share its locks with other
-	// podmans.
-	const limits = "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n" +
-		"[engine]\nlock_type = \"file\"\n"
+	// Otherwise podman would raise the limits, which fails without CAP_SYS_RESOURCE, and share its locks and networks with
+	// other podmans.
+	limits := "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n" +
+		"[engine]\nlock_type = \"file\"\n[network]\nnetwork_config_dir = \"" + dir + "/networks\"\n"
 	if err := os.WriteFile(settings, []byte(limits), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -46,12 +46,13 @@ func startDocker(t *testing.T) *docker {
 	d.program("sudo", `exec "$@"`)
 	t.Cleanup(func() {
 		if t.Failed() {
-			for _, name := range []string{"bootstrap", "frpc", "proxy"} {
+			for _, name := range []string{"bootstrap", "frpc", "proxy", "frps"} {
 				out, err := d.run("docker logs --tail 20 $(docker ps --all --quiet --filter name=" + name + ")")
 				t.Logf("log of %s: %v\n%s", name, err, out)
 			}
 		}
-		const clean = "docker rm --all --force --time 1; docker volume rm --all --force; docker rmi --all --force"
+		const clean = "docker rm --all --force --time 1; docker network prune --force; " +
+			"docker volume rm --all --force; docker rmi --all --force"
 		if _, err := d.run(clean); err != nil {
 			t.Error(err)
 		}

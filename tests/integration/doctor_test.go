@@ -92,3 +92,32 @@ func TestDoctorFindsTheBrokenHop(t *testing.T) {
 		})
 	}
 }
+
+// TestCustomDomainBelowSubdomainHostIsExplained: frps refuses it, and wants it as the tunnel's subdomain.
+func TestCustomDomainBelowSubdomainHostIsExplained(t *testing.T) {
+	t.Parallel()
+	w := newAccessWorld(t, "agent")
+	env, _ := ownFrpsFromManifests(t, w)
+	w.agent.Env = append(w.agent.Env, append(env, "PIPEOPS_FRP_TUNNEL_CUSTOM_DOMAINS=edge.k8s.example.com")...)
+	if err := w.agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	const want = "frps refuses the tunnel (start error: custom domain [edge.k8s.example.com] should not belong to subdomain " +
+		"host [k8s.example.com]): a name below frps's subDomainHost must be the tunnel's subdomain, not one of its custom domains"
+	wantReady(t, w.agent, "tunnel", want)
+	_, results, details := w.doctor()
+	if results["tunnel"] != "failed" || details["tunnel"] != want {
+		t.Errorf("doctor says: %s: %s", results["tunnel"], details["tunnel"])
+	}
+}
+
+// TestDoctorFindsAnotherTokenInTheProxy: bootstrap and the proxy read their own copies of the settings.
+func TestDoctorFindsAnotherTokenInTheProxy(t *testing.T) {
+	t.Parallel()
+	w := connected(t)
+	w.agent.Env = append(w.agent.Env, "PIPEOPS_AGENT_TOKEN=another")
+	_, results, details := w.doctor()
+	if results["permissions"] != "failed" || !strings.Contains(details["permissions"], "401") {
+		t.Errorf("doctor says: %s: %s", results["permissions"], details["permissions"])
+	}
+}

@@ -39,6 +39,11 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	if err := cluster.WriteKubeconfig(noPrefix, caller); err != nil {
 		t.Fatal(err)
 	}
+	caller.Host += "/api/k8"
+	wrongPath := filepath.Join(w.group.Dir(), "wrong-path")
+	if err := cluster.WriteKubeconfig(wrongPath, caller); err != nil {
+		t.Fatal(err)
+	}
 	protectedPod(t, w, ns)
 	away := newWorld(t) // its agent has never started
 	refused := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
@@ -100,6 +105,7 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 		{"404, an object that does not exist", w, "", "", "get configmap none"},
 		{"404, the server's URL lacks /api/k8s", w, noPrefix, "", "get pods"},
 		{"404, the server's URL lacks /api/k8s, no discovery", w, noPrefix, "", "get --raw /api/v1/pods"},
+		{"404, the server's URL ends in /api/k8", w, wrongPath, "", "get pods"},
 		{"413, too large for the API server", w, "", big, "create -f -"},
 		{"429, not now, says the API server", w, "", eviction, "create --raw /api/v1/namespaces/" + ns + "/pods/pod/eviction -f -"},
 		{"502, the API server refuses the agent", refused, "", "", "get pods"},

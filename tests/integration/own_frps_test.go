@@ -34,6 +34,9 @@ func TestOwnFrpsServesKubectl(t *testing.T) {
 				"PIPEOPS_PROXY_TLS_KEY_FILE="+filepath.Join(certificates, "tls.key"))
 			w.agent.Env = append(w.agent.Env, append(env, "PIPEOPS_INSTANCE=first")...)
 			w.startAgent()
+			if out := w.command(t, "doctor"); !strings.Contains(out, "ok       proxy") { // the certificate lacks the agent's id
+				t.Error(out)
+			}
 			second, err := agent.New(w.group, w.cp, "second", agentToken, api.kubeconfig)
 			if err != nil {
 				t.Fatal(err)

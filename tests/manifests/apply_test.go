@@ -28,6 +28,7 @@ func TestEveryWayToApplyAgrees(t *testing.T) {
 		case "every component of a second agent":
 			rendering = build(t, everyComponent(t, "second", "suffix"))
 		}
+		rendering = supported(rendering)
 		t.Run(path, func(t *testing.T) {
 			// Without a controller manager, a namespace that is deleted stays in termination.
 			objects := strings.Join(slices.DeleteFunc(documents(rendering), func(doc string) bool {

@@ -272,7 +272,7 @@ func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { retur
 // WriteCaller writes the configuration of Caller as a kubeconfig, as `bootstrap kubeconfig` does.
 func WriteCaller(path string, cp *controlplane.ControlPlane, id, token string) error {
 	access := kubeconfig.Access{ID: id, Server: cp.GatewayURL + "/agents/" + id + "/api/k8s", CA: cp.CA,
-		Who: "For this control plane's callers.", User: fmt.Sprintf("token: %q", token)}
+		Who: "For this control plane's callers.", User: map[string]string{"token": token}}
 	return os.WriteFile(path, access.YAML(), 0o600)
 }
 

@@ -3,13 +3,9 @@ package e2e
 import (
 	"fmt"
 	"net/http"
-	"os"
-	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
-	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -59,31 +55,4 @@ func (f *ownFrps) waitAnswering(t *testing.T, id, token string) {
 		}
 		return nil
 	})
-}
-
-// TestEdgeOverlayNeedsNoControlPlane applies the overlay of a cluster without a control plane, twice: the second pod
-// joins the tunnel of the first.
-func TestEdgeOverlayNeedsNoControlPlane(t *testing.T) {
-	i := prepare(t)
-	frps := startFrps(t, harness.NewGroup(t))
-	const overlay = "overlays/edge/kustomization.yaml"
-	data, err := os.ReadFile(filepath.Join(i.dir, overlay))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, address, _ := strings.Cut(strings.TrimSpace(frps.settings), "\n") // the token is in its file
-	const placeholder = "PIPEOPS_FRP_SERVER_ADDR=frp.example.com"
-	yaml := strings.Replace(string(data), placeholder, strings.ReplaceAll(address, "\n", "\n      - "), 1)
-	if yaml == string(data) {
-		t.Fatalf("%s has no %s", overlay, placeholder)
-	}
-	i.write("overlays/edge/agent-token", "your-agent-token\n")
-	i.write("overlays/edge/frp-token", frpToken+"\n")
-	i.write("overlays/edge/group-key", "your-group-key\n")
-	for _, level := range []string{"warn", "info"} {
-		i.write(overlay, strings.Replace(yaml, "PIPEOPS_LOG_LEVEL=warn", "PIPEOPS_LOG_LEVEL="+level, 1))
-		i.mustKubectl(i.admin, "apply", "-k", "manifests/overlays/edge")
-		i.rollout()
-		frps.waitAnswering(t, "edge-7", "your-agent-token")
-	}
 }
