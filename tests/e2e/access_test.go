@@ -44,6 +44,7 @@ type person struct {
 // TestAccess installs the agent with each identity: named behind the gateway, own and agent behind an operator's own
 // frps with client certificates. It uses the node as each, and measures how long it takes until access ends.
 func TestAccess(t *testing.T) {
+	t.Parallel() // beside tests that use prepareBeside
 	ca, next := harness.NewAuthority(t), harness.NewAuthority(t)
 	i := prepare(t, func(o *controlplane.Options) {
 		o.Identity = "named"

@@ -34,7 +34,7 @@ func TestEveryWayToApplyAgrees(t *testing.T) {
 			objects := strings.Join(slices.DeleteFunc(documents(rendering), func(doc string) bool {
 				return strings.Contains(doc, "kind: Namespace\n")
 			}), "\n---\n")
-			remove := func() { mustKubectl(t, objects, "delete", "--ignore-not-found", "-f", "-") }
+			remove := func() { mustKubectl(t, objects, "delete", "--ignore-not-found", "--wait=false", "-f", "-") }
 			remove()
 			t.Cleanup(remove)
 			for _, how := range [][]string{
