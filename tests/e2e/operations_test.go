@@ -147,7 +147,7 @@ func (i *installed) pressWorker(t *testing.T, worker *cluster.Machine) {
 		return nil
 	})
 	run("umount /proc/sys/kernel/pid_max")
-	newShell(t, filepath.Dir(i.dir), "KUBECONFIG="+i.admin).must(readPage(t).command(t, deleteEvicted))
+	newShell(t, filepath.Dir(i.dir), "KUBECONFIG="+i.admin).must(readPage(t, "OPERATIONS.md").command(t, deleteEvicted))
 }
 
 // loseWorker cuts the worker off and kills it. Kubernetes would notice after 50 s; here its Node is reported silent at
@@ -194,7 +194,7 @@ func (i *installed) loseWorker(t *testing.T) {
 		t.Errorf("the pod was replaced %s after its node was found lost", after)
 	}
 	newShell(t, filepath.Dir(i.dir), "KUBECONFIG="+i.admin).must(
-		strings.ReplaceAll(readPage(t).command(t, deleteLost), "POD", lost))
+		strings.ReplaceAll(readPage(t, "OPERATIONS.md").command(t, deleteLost), "POD", lost))
 }
 
 // agents returns the agent's pods, those that have ended too.
