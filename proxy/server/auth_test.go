@@ -178,8 +178,8 @@ func TestWrongTokensAtReadyAreLimited(t *testing.T) {
 	}
 }
 
-// TestThrottledCallerSeesWhy: client-go waits for as long as Retry-After says, past the timeout that its caller has set,
-// and then reports the timeout in place of the cause.
+// TestThrottledCallerSeesWhy: client-go waits for as long as Retry-After says, past its caller's timeout, and then
+// reports the timeout in place of the cause.
 func TestThrottledCallerSeesWhy(t *testing.T) {
 	s, _, _ := newTest(t, token)
 	server := httptest.NewServer(s.handler(tunnel))
