@@ -21,8 +21,8 @@ import (
 // code. retryAfter is in seconds; 0 sends none.
 //
 // Discovery, which kubectl requests first, is answered with a warning, for kubectl does not print its Status, and
-// without Retry-After: kubectl would retry each of five requests ten times before its first word. Nor is there one beyond
-// the caller's timeout: client-go waits all the same, and then reports its timeout in place of the cause.
+// without Retry-After: kubectl would retry each of five requests ten times before its first word. Nor is there one
+// beyond the caller's timeout: client-go waits all the same, and then reports its timeout in place of the cause.
 func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message string, retryAfter int32) {
 	if strings.Contains(r.Header.Get("Accept"), "g=apidiscovery.k8s.io") {
 		if warning, err := utilnet.NewWarningHeader(299, "-", message); err == nil {
