@@ -91,7 +91,7 @@ e2e-missing:
 # MATRIX lists other versions than the pinned ones: the oldest Kubernetes that the agent supports, one in the middle and
 # the newest, each with its own kubectl, and other versions of frps and frpc. The programs of a row are built in a
 # directory of its own; tests take the others from $(BIN).
-MATRIX := kubernetes-v1.29.15 kubernetes-v1.33.11 kubernetes-v1.37.2 frps-v0.65.0 frps-v0.70.0 frpc-v0.68.1 frpc-v0.70.0
+MATRIX := kubernetes-v1.29.15 kubernetes-v1.34.4 kubernetes-v1.37.2 frps-v0.65.0 frps-v0.70.0 frpc-v0.68.1 frpc-v0.70.0
 MATRIX_E2E := kubernetes-v1.29.15
 MATRIX_DIR := $(CURDIR)/.build/matrix
 

@@ -23,14 +23,13 @@ func isWatch(u *url.URL) bool {
 // when the caller loses its right. client-go takes that for the end that every watch has after a while, and watches
 // again from where it was. A watch in a format whose events cannot be told apart is left alone, and ends less cleanly.
 func (f *forward) endBetweenEvents(resp *http.Response) {
-	body := &watchBody{ReadCloser: resp.Body, endsEvent: endsLine, between: true}
-	switch contentType := resp.Header.Get("Content-Type"); {
-	case strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf"):
+	contentType := resp.Header.Get("Content-Type")
+	body := &watchBody{ReadCloser: resp.Body, endsEvent: endsLine, between: true,
+		isJSON: strings.HasPrefix(contentType, "application/json")}
+	if strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf") {
 		body.endsEvent = new(framedEvents).read
-	case !strings.HasPrefix(contentType, "application/json"):
+	} else if !body.isJSON {
 		return
-	default:
-		body.isJSON = true
 	}
 	body.forget = context.AfterFunc(f.draining, func() { body.end(&Ended{}) })
 	if f.draining.Err() != nil {

@@ -47,6 +47,9 @@ func TestNodeRunsAPod(t *testing.T) {
 		VersionedParams(&corev1.PodExecOptions{Command: []string{"/bin/busybox", "cat"}, Stdin: true, Stdout: true},
 			scheme.ParameterCodec).URL()
 	exec, err := remotecommand.NewWebSocketExecutor(node.Config, "GET", url.String())
+	if !node.Supports("WebSocket") {
+		exec, err = remotecommand.NewSPDYExecutor(node.Config, "POST", url)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
