@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/elazarl/goproxy"
 
@@ -77,7 +78,7 @@ func TestOwnFrps(t *testing.T) {
 	answers := func() {
 		t.Helper()
 		for _, id := range []string{"edge-7", "edge-8"} {
-			eventually(t, func() error {
+			harness.Eventually(t, 2*time.Minute, func() error { // the kubelet may wait before it restarts a container again
 				_, err := o.by(id).run(o.by(id).caller, "", sh.env, "-n", ns, "get", "pods")
 				return err
 			})
