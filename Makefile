@@ -54,7 +54,7 @@ test: unit build tools ## Run the unit and integration tests: no root, no networ
 	@echo "== the stock frp reads what the agent writes"
 	@cd tests/tools/frp && go test -count=1 ./...
 	@echo "== integration: real API server, real frps and frpc"
-	@cd tests && go test -count=1 -v -parallel 8 -timeout 30m ./integration ./manifests
+	@cd tests && go test -count=1 -v -parallel 16 -timeout 30m ./integration ./manifests
 
 # E2E_PACKAGES lists the Debian packages that the node, the images and the tests of the alerts need.
 E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables \
@@ -62,13 +62,14 @@ E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins do
 missing-packages = for p in $(E2E_PACKAGES); do \
 	dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
 # NODE lists the parts that only a whole node needs. They and Compose take minutes to build.
-NODE := kube-controller-manager kube-proxy kube-router kube-scheduler kubelet
+KUBE_NODE := kube-controller-manager kube-proxy kube-scheduler kubelet
+NODE := $(KUBE_NODE) kube-router
 
-E2E_PARTS := e2e-ready build tools test-images $(addprefix $(BIN)/,$(NODE) docker-compose)
+E2E_PARTS := e2e-ready build tools test-images previous $(addprefix $(BIN)/,$(NODE) docker-compose)
 
 .PHONY: e2e
 e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs root and Debian
-	@cd tests && go test -count=1 -v -timeout 30m ./monitoring ./e2e
+	@cd tests && go test -count=1 -v -parallel 8 -timeout 30m ./monitoring ./e2e
 
 .PHONY: attack
 attack: $(E2E_PARTS) ## Attack the agent's memory on a real node for three minutes (ATTACK_DURATION): root, Debian
@@ -86,6 +87,27 @@ e2e-ready:
 .PHONY: e2e-missing
 e2e-missing:
 	@$(missing-packages)
+
+# MATRIX lists other versions than the pinned ones: the oldest Kubernetes that the agent supports, one in the middle and
+# the newest, each with its own kubectl, and other versions of frps and frpc. The programs of a row are built in a
+# directory of its own; tests take the others from $(BIN).
+MATRIX := kubernetes-v1.29.15 kubernetes-v1.33.11 kubernetes-v1.37.2 frps-v0.65.0 frps-v0.70.0 frpc-v0.68.1 frpc-v0.70.0
+MATRIX_E2E := kubernetes-v1.29.15
+MATRIX_DIR := $(CURDIR)/.build/matrix
+
+.PHONY: matrix
+matrix: $(addprefix matrix-,$(MATRIX)) $(addprefix matrix-e2e-,$(MATRIX_E2E)) ## Test with other versions of Kubernetes and frp, for hours; results are in tests/MATRIX.md
+
+# TESTS selects some of the tests, as go test's -run does.
+matrix-test = cd tests && PARTS_DIR=$(MATRIX_DIR)/$(1) go test -count=1 -v -timeout 60m $(and $(TESTS),-run '$(TESTS)') $(2)
+matrix-kubernetes-%: build tools $(addprefix $(MATRIX_DIR)/kubernetes-%/,kube-apiserver kubectl)
+	$(call matrix-test,kubernetes-$*,-parallel 8 ./integration ./manifests)
+matrix-frps-%: build tools $(MATRIX_DIR)/frps-%/frps
+	$(call matrix-test,frps-$*,-parallel 8 ./integration)
+matrix-frpc-%: build tools $(MATRIX_DIR)/frpc-%/frpc
+	$(call matrix-test,frpc-$*,-parallel 8 ./integration)
+matrix-e2e-kubernetes-%: $(E2E_PARTS) $(addprefix $(MATRIX_DIR)/kubernetes-%/,kube-apiserver kubectl $(KUBE_NODE))
+	$(call matrix-test,kubernetes-$*,./e2e)
 
 # TUNNELS are measured by PARTS=tunnels alone.
 TUNNELS := chisel konnectivity-agent konnectivity-server tunnels
@@ -181,6 +203,19 @@ test-images: images $(BIN)/frpc $(BIN)/frps
 			$(subst fatedier/frpc,fatedier/$$name,$(FRPC_IMAGE)) $(IMAGES)/$$name.tar || exit 1; done
 	@rm -r $(IMAGES)/context
 
+# previous builds the images of the version that the tests upgrade from, with the manifests beside them: the last tag
+# before this commit, or the parent commit while there is no tag.
+PREVIOUS := $(CURDIR)/.build/previous
+.PHONY: previous
+previous:
+	@version=$$(git describe --tags --abbrev=0 --match 'v*' HEAD^ 2>/dev/null || echo HEAD^); \
+	commit=$$(git rev-parse --quiet --verify $$version^{commit}) || { \
+		echo "there is no version to upgrade from: git fetch --unshallow --tags"; exit 1; }; \
+	if [ "$$(cat $(PREVIOUS)/.build/COMMIT 2>/dev/null)" != $$commit ]; then \
+		rm -rf $(PREVIOUS) && git clone --quiet --no-checkout . $(PREVIOUS) && \
+			git -C $(PREVIOUS) -c advice.detachedHead=false checkout --quiet $$commit && \
+			$(MAKE) --no-print-directory -C $(PREVIOUS) test-images && echo $$commit >$(PREVIOUS)/.build/COMMIT; fi
+
 .PHONY: verify-images
 verify-images: images ## Build the images a second time, in a clone elsewhere, and compare them bit for bit
 	@cd tests && go test -count=1 -tags images -run TestImagesHoldOnlyWhatTheyNeed ./manifests
@@ -211,13 +246,18 @@ clean: ## Remove everything that was built
 	rm -rf .build
 
 # build-tool builds package $(2) of module $(1) with the flags $(3). It replaces the target only after a complete build.
-# Compiling takes minutes without a cache, so it prints how many packages are compiled.
+# Without caches that takes minutes, so it prints how many modules are downloaded and packages compiled: by the shell,
+# because some awks read a pipe only in blocks of 4 KiB.
 define build-tool
 	@mkdir -p $(BIN)
 	@echo "building $(@F) (once)"
 	@rm -f $@.new
-	@cd $(1) && { go build -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | \
-		awk '/^[A-Za-z0-9._\/~-]+$$/ { if (++n % 100 == 0) print "  " n " packages compiled"; fflush(); next } { print }'
+	@cd $(1) && { go build -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | { \
+		d=0; n=0; while IFS= read -r line; do case "$$line" in \
+			'go: downloading '*) [ $$((d % 20)) != 0 ] || echo "  downloading modules ($$d done)"; d=$$((d + 1)) ;; \
+			*[!A-Za-z0-9._/~-]*) echo "$$line" ;; \
+			*) n=$$((n + 1)); [ $$((n % 100)) != 0 ] || echo "  $$n packages compiled" ;; \
+		esac; done; }
 	@mv $@.new $@
 endef
 
@@ -231,16 +271,29 @@ FRP_VERSION = $(call version-of,$(FRP),github.com/fatedier/frp)
 $(BIN)/frpc $(BIN)/frps: $(FRP)/go.mod $(FRP)/go.sum
 	$(call build-tool,$(FRP),github.com/fatedier/frp/cmd/$(@F),-tags noweb -ldflags '-s -w')
 
-# KUBE_STAMPS set the version, because a build from a module reports v0.0.0.
+# kube-flags set the version $(1), because a build from a module reports v0.0.0.
+kube-stamps = gitVersion=$(1) gitMajor=1 gitMinor=$(word 2,$(subst ., ,$(1)))
+kube-flags = -ldflags '-s -w $(foreach v,$(kube-stamps),-X k8s.io/component-base/version.$(v))'
 KUBERNETES := tests/tools/kubernetes
 KUBE = $(call version-of,$(KUBERNETES),k8s.io/kubernetes)
-KUBE_VERSION = gitVersion=$(KUBE) gitMajor=$(patsubst v%,%,$(word 1,$(subst ., ,$(KUBE)))) \
-	gitMinor=$(word 2,$(subst ., ,$(KUBE)))
-KUBE_STAMPS = $(foreach v,$(KUBE_VERSION),-X k8s.io/component-base/version.$(v))
-$(addprefix $(BIN)/,kube-apiserver kubectl $(filter-out kube-router,$(NODE))): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
-	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),-ldflags '-s -w $(KUBE_STAMPS)')
+$(addprefix $(BIN)/,kube-apiserver kubectl $(KUBE_NODE)): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),$(call kube-flags,$(KUBE)))
 $(BIN)/etcd: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),go.etcd.io/etcd/server/v3,-ldflags '-s -w')
+
+# In these rules, % is a version and a program.
+.PRECIOUS: $(addprefix $(MATRIX_DIR)/,kubernetes-% frps-% frpc-%)
+$(MATRIX_DIR)/kubernetes-%:
+	@tests/tools/matrix k8s.io/kubernetes@$(*D) $(@D)
+	$(call build-tool,$(@D),k8s.io/kubernetes/cmd/$(@F),-mod=mod $(call kube-flags,$(*D)))
+define build-frp
+	@tests/tools/matrix github.com/fatedier/frp@$(*D) $(@D)
+	$(call build-tool,$(@D),github.com/fatedier/frp/cmd/$(@F),-mod=mod -tags noweb -ldflags '-s -w')
+endef
+$(MATRIX_DIR)/frps-%:
+	$(build-frp)
+$(MATRIX_DIR)/frpc-%:
+	$(build-frp)
 
 KUBE_ROUTER := tests/tools/kube-router
 $(BIN)/kube-router: $(KUBE_ROUTER)/go.mod $(KUBE_ROUTER)/go.sum

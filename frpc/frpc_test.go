@@ -24,7 +24,6 @@ import (
 func lease() Lease {
 	return Lease{
 		IssuedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), ExpiresAt: time.Date(2026, 1, 3, 0, 0, 0, 0, time.UTC),
-		Permissions: []string{"read"},
 		Frpc: Config{
 			ServerAddr: "frp.example", ServerPort: 7000, ClientID: "a.1", Protocol: "tcp",
 			AuthMethod: "token", Token: "t", Metadatas: map[string]secret.Secret{"lease": "l"},

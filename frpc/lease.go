@@ -25,12 +25,11 @@ const (
 
 // Lease is what the control plane granted for the tunnel, and the configuration of frpc for it.
 type Lease struct {
-	IssuedAt    time.Time      `json:"issued_at"`
-	ExpiresAt   time.Time      `json:"expires_at,omitzero"` // by the clock of this host; zero: never
-	Permissions []string       `json:"permissions,omitempty"`
-	Frpc        Config         `json:"frpc"`
-	Renewal     *FailedRenewal `json:"renewal,omitempty"` // set while bootstrap cannot get the next lease
-	Stale       *Stale         `json:"stale,omitempty"`   // set while frpc may run with an earlier frpc.toml
+	IssuedAt  time.Time      `json:"issued_at"`
+	ExpiresAt time.Time      `json:"expires_at,omitzero"` // by the clock of this host; zero: never
+	Frpc      Config         `json:"frpc"`
+	Renewal   *FailedRenewal `json:"renewal,omitempty"` // set while bootstrap cannot get the next lease
+	Stale     *Stale         `json:"stale,omitempty"`   // set while frpc may run with an earlier frpc.toml
 
 	Certificate, Key []byte `json:"-"` // PEM, for a tunnel of type https: files of their own
 	Roots            []byte `json:"-"` // PEM, for RootsFile

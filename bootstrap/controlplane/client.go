@@ -39,15 +39,14 @@ type Request struct {
 
 // Answer is the control plane's answer. Only frp_token is required.
 type Answer struct {
-	FRPToken    secret.Secret            `json:"frp_token"`
-	ExpiresAt   time.Time                `json:"expires_at"`
-	AuthMethod  string                   `json:"auth_method"`
-	ServerAddr  string                   `json:"server_addr"`
-	ServerPort  int                      `json:"server_port"`
-	User        string                   `json:"user"`
-	Metadatas   map[string]secret.Secret `json:"metadatas"`
-	Tunnel      frpc.Tunnel              `json:"tunnel"` // its local fields do not count
-	Permissions []string                 `json:"permissions"`
+	FRPToken   secret.Secret            `json:"frp_token"`
+	ExpiresAt  time.Time                `json:"expires_at"`
+	AuthMethod string                   `json:"auth_method"`
+	ServerAddr string                   `json:"server_addr"`
+	ServerPort int                      `json:"server_port"`
+	User       string                   `json:"user"`
+	Metadatas  map[string]secret.Secret `json:"metadatas"`
+	Tunnel     frpc.Tunnel              `json:"tunnel"` // its local fields do not count
 
 	Ends time.Time `json:"-"` // ExpiresAt by the clock of this host, not the control plane's; zero: never
 }

@@ -192,7 +192,8 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 	if result = ok; lacks != "" && p.cfg.FRP.Token != "" { // else the control plane has chosen it, and has a gateway
 		result = warning
 	}
-	detail = fmt.Sprintf("%s of type %s is running at %s; %s", proxies[0].Name, proxies[0].Type, proxies[0].RemoteAddr, lacks)
+	running := proxies[0]
+	detail = fmt.Sprintf("%s of type %s is running at %s; %s", running.Name, running.Type, running.RemoteAddr, lacks)
 	return result, strings.TrimSuffix(detail, "; ")
 }
 

@@ -99,11 +99,7 @@ func Write(w io.Writer, cfg *config.Config, server string, embed bool) error {
 	}
 	a.User = map[string]string{"tokenFile": a.ID + ".token"}
 	if embed {
-		token, err := cfg.Agent.CurrentToken()
-		if err != nil {
-			return err
-		}
-		a.User = map[string]string{"token": token.Reveal()}
+		a.User = map[string]string{"token": cfg.Agent.Token.Reveal()}
 	}
 	if direct && clients {
 		a.User["client-certificate"], a.User["client-key"] = a.ID+".crt", a.ID+".key"

@@ -142,7 +142,7 @@ func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) 
 		return frpc.Lease{}, token.RedactIn(fmt.Errorf("the control plane's lease %w", err))
 	}
 	lease := frpc.Lease{
-		IssuedAt: time.Now().UTC().Truncate(time.Second), ExpiresAt: answer.Ends, Permissions: answer.Permissions,
+		IssuedAt: time.Now().UTC().Truncate(time.Second), ExpiresAt: answer.Ends,
 		Frpc: frpc.Config{
 			ServerAddr: cmp.Or(answer.ServerAddr, cfg.FRP.ServerAddr),
 			ServerPort: cmp.Or(answer.ServerPort, cfg.FRP.ServerPort),

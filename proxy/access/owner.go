@@ -139,11 +139,10 @@ var Levels = []string{"none", "read", "write", "all"}
 
 func (l Level) String() string { return Levels[l] }
 
-// connects are the subresources that run something or open a connection, by any method.
-var connects = []string{"exec", "attach", "portforward", "proxy"}
-
-// Connects reports whether a request runs something or opens a connection to it.
-func Connects(d *kube.Description) bool { return slices.Contains(connects, d.Subresource) }
+// Connects reports whether a request runs something or opens a connection to it, by any method.
+func Connects(d *kube.Description) bool {
+	return slices.Contains([]string{"exec", "attach", "portforward", "proxy"}, d.Subresource)
+}
 
 // selfReviews ask what the caller itself may do.
 var selfReviews = []string{"selfsubjectaccessreviews", "selfsubjectrulesreviews", "selfsubjectreviews"}

@@ -40,6 +40,9 @@ const (
 	handshakeRecord = 0x16                     // begins every TLS connection (RFC 8446, 5.1), and no HTTP request
 	signature       = "\r\n\r\n\x00\r\nQUIT\n" // begins a PROXY header
 	maxProxyHeader  = 512                      // bytes after the first 16: addresses, ports, and further fields
+
+	// frps keeps idle connections for 60 s: if this end closed first, a request would be lost.
+	idleTimeout = 120 * time.Second
 )
 
 // Why a connection was closed.
@@ -256,14 +259,19 @@ func (c *Conn) readProxyHeader() error {
 }
 
 // ConnState is for http.Server. It moves a connection that becomes idle to the end of those that wait. Over HTTP/2 what
-// has not reached the handler by then is counted apart.
+// has not reached the handler by then is counted apart. The server must have no IdleTimeout: by that, net/http keeps a
+// connection of HTTP/2 that was cut during a request, and nothing counts it.
 func (l *Listener) ConnState(conn net.Conn, state http.ConnState) {
 	c := unwrap(conn)
+	if c != nil && c.idle != nil {
+		c.idle.Stop()
+	}
 	switch {
 	case c == nil || state != http.StateIdle:
-	case c.http2:
+	case c.http2: // has no timeout: what is idle makes room, and the server's pings find a caller who has gone
 		c.countHeaders(0, (*blocks).idle)
 	default:
+		c.idle = time.AfterFunc(idleTimeout, func() { _ = conn.Close() })
 		c.cost.Store(headerCost)
 		c.locked(func() {
 			c.releaseHeaders(c.memory)
@@ -293,6 +301,7 @@ type Conn struct {
 	unread   []byte       // read by peek
 	cost     atomic.Int64 // bytes of memory that a byte read now may cost
 	http2    bool
+	idle     *time.Timer // over HTTP/1.1
 	known    atomic.Bool // a request was authenticated; else the caller is a stranger
 
 	// Guarded by the listener's mu.

@@ -171,8 +171,6 @@ type Summary struct {
 	Services    *int64            `json:"services"`
 	Pods        *int64            `json:"pods"`
 	Unavailable map[string]string `json:"unavailable,omitempty"` // field: why it is null
-
-	Requests int `json:"-"` // sent to read it
 }
 
 // Nodes is the sum of all nodes.
@@ -197,12 +195,8 @@ const nodePage = 100
 // But for the nodes, the cost does not depend on the size of the cluster.
 func (c *Client) Summarize(ctx context.Context) Summary {
 	s := Summary{Unavailable: map[string]string{}}
-	get := func(path string, headers http.Header, object any) error {
-		s.Requests++
-		return c.call(ctx, headers, http.MethodGet, path, nil, object)
-	}
 	var version struct{ GitVersion, Platform string }
-	err := get("/version", nil, &version)
+	err := c.call(ctx, nil, http.MethodGet, "/version", nil, &version)
 	if err == nil {
 		s.Version, s.Platform = &version.GitVersion, &version.Platform
 	} else {
@@ -219,22 +213,19 @@ func (c *Client) Summarize(ctx context.Context) Summary {
 			s.Unavailable[field] = err.Error()
 		}
 	}
-	part("namespaces", func() error { return count(get, "/api/v1/namespaces", &s.Namespaces) })
-	part("deployments", func() error { return count(get, "/apis/apps/v1/deployments", &s.Deployments) })
-	part("services", func() error { return count(get, "/api/v1/services", &s.Services) })
-	part("pods", func() error { return count(get, "/api/v1/pods", &s.Pods) })
-	part("nodes", func() error { return readNodes(get, &s.Nodes) })
+	part("namespaces", func() error { return c.count(ctx, "/api/v1/namespaces", &s.Namespaces) })
+	part("deployments", func() error { return c.count(ctx, "/apis/apps/v1/deployments", &s.Deployments) })
+	part("services", func() error { return c.count(ctx, "/api/v1/services", &s.Services) })
+	part("pods", func() error { return c.count(ctx, "/api/v1/pods", &s.Pods) })
+	part("nodes", func() error { return c.readNodes(ctx, &s.Nodes) })
 	return s
 }
 
-// getter decodes the answer to a GET into object.
-type getter func(path string, headers http.Header, object any) error
-
 // count sets n to the number of objects: it reads the metadata of one, and how many there are beside it.
-func count(get getter, path string, n **int64) error {
+func (c *Client) count(ctx context.Context, path string, n **int64) error {
 	var list metav1.PartialObjectMetadataList
 	const metadata = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
-	if err := get(path+"?limit=1", http.Header{"Accept": {metadata}}, &list); err != nil {
+	if err := c.call(ctx, http.Header{"Accept": {metadata}}, http.MethodGet, path+"?limit=1", nil, &list); err != nil {
 		return err
 	}
 	total := int64(len(list.Items))
@@ -257,7 +248,7 @@ type node struct {
 }
 
 // readNodes sets sum to the sum of all nodes, which it reads page by page.
-func readNodes(get getter, sum **Nodes) error {
+func (c *Client) readNodes(ctx context.Context, sum **Nodes) error {
 	nodes := &Nodes{Versions: map[string]int64{}}
 	for next, more := "", true; more; more = next != "" {
 		var list struct {
@@ -265,7 +256,7 @@ func readNodes(get getter, sum **Nodes) error {
 			Items    []node
 		}
 		path := fmt.Sprintf("/api/v1/nodes?limit=%d&continue=%s", nodePage, url.QueryEscape(next))
-		if err := get(path, nil, &list); err != nil {
+		if err := c.call(ctx, nil, http.MethodGet, path, nil, &list); err != nil {
 			return err
 		}
 		for i := range list.Items {

@@ -1,8 +1,8 @@
 package kube
 
 import (
-	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -91,11 +91,9 @@ func TestSummaryWithoutAnAPIServerIsNull(t *testing.T) {
 func TestIncompleteListOfNodesIsAnError(t *testing.T) {
 	for _, body := range []string{``, `[]`, `{"items":[{"status":{}}`, `{"items":{}}`,
 		`{"items":[{"status":{"capacity":{"cpu":"x"}}}]}`, `{"items":[1]}`, `{"metadata":1}`, `{"items":[]`} {
-		get := func(_ string, _ http.Header, object any) error {
-			return json.NewDecoder(strings.NewReader(body)).Decode(object)
-		}
+		proxy := before(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, body) })
 		var nodes *Nodes
-		if err := readNodes(get, &nodes); err == nil || nodes != nil {
+		if err := proxy.client.readNodes(t.Context(), &nodes); err == nil || nodes != nil {
 			t.Errorf("%q: got %+v, %v", body, nodes, err)
 		}
 	}

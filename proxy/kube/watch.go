@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -14,9 +15,6 @@ import (
 // isWatch reads ?watch as the API server does: anything but false and 0 is true.
 // Source: k8s.io/apimachinery/pkg/runtime/conversion.go, Convert_Slice_string_To_bool.
 func isWatch(u *url.URL) bool {
-	if !strings.ContainsAny(u.RawQuery, "w%") {
-		return false // many requests: nothing to parse
-	}
 	values, ok := u.Query()["watch"]
 	return ok && !strings.EqualFold(values[0], "false") && values[0] != "0"
 }
@@ -54,7 +52,7 @@ type watchBody struct {
 	between bool   // the caller has got whole events only
 	ending  *Ended // why it ends after the event that is being sent; nil: it goes on
 	ended   bool
-	last    []byte // what the caller still gets once it has ended
+	last    bytes.Buffer // what the caller still gets once it has ended
 }
 
 // Read returns io.EOF once the body has ended: the caller's next watch delivers the events that came since.
@@ -63,12 +61,7 @@ func (b *watchBody) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.ended {
-		if len(b.last) == 0 {
-			return 0, io.EOF
-		}
-		n = copy(p, b.last)
-		b.last = b.last[n:]
-		return n, nil
+		return b.last.Read(p)
 	}
 	if n > 0 {
 		b.between = b.endsEvent(p[:n])
@@ -98,8 +91,8 @@ func (b *watchBody) endBetween() {
 	}
 	b.ended = true
 	if b.isJSON && b.ending.Code != 0 {
-		b.last, _ = json.Marshal(map[string]any{"type": "ERROR", "object": newStatus(int(b.ending.Code), b.ending.Error())})
-		b.last = append(b.last, '\n')
+		status := newStatus(int(b.ending.Code), b.ending.Error())
+		_ = json.NewEncoder(&b.last).Encode(map[string]any{"type": "ERROR", "object": status})
 	}
 	_ = b.ReadCloser.Close() // ends a Read that waits
 }

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -510,4 +511,31 @@ func TestRefusedStreamsAreForgotten(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestCutConnectionsOfHTTP2LeaveNoMemory: net/http's timer for idle connections would keep each of those that a caller
+// cuts during a request.
+func TestCutConnectionsOfHTTP2LeaveNoMemory(t *testing.T) {
+	s := withLimits(t, func(*limits) {}, events(nil))
+	client, _ := overHTTP2(t, s)
+	used := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	cut := func(n int) {
+		for range n {
+			conn := rawHTTP2(t, client)
+			// A request with a body that does not come.
+			_, _ = io.WriteString(conn, noWindow+frame(1, 4, 1, "\x83\x84\x87"+strings.Repeat("\x00\x02aa\x00", 10)))
+			_, _ = io.ReadFull(conn, make([]byte, 9)) // its SETTINGS have arrived
+			_ = conn.Close()
+		}
+		eventually(t, func() bool { return limitInUse(s, "connections") == "0" })
+	}
+	cut(10)
+	before := used()
+	cut(90)
+	eventually(t, func() bool { return used() < before+500_000 })
 }

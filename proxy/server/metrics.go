@@ -22,7 +22,7 @@ import (
 type metrics struct {
 	requests, kube, authFailures, commands, refused   *prometheus.CounterVec
 	access, streamsEnded                              *prometheus.CounterVec
-	received, sent, frpcRestarts, statusRequests      prometheus.Counter
+	received, sent, frpcRestarts                      prometheus.Counter
 	kubeInFlight, checks, limits                      *prometheus.GaugeVec
 	tunnelUp, leaseEnd, renewalFailing, lastHeartbeat prometheus.Gauge
 	reviewAge, leaseStart                             prometheus.Gauge
@@ -110,7 +110,6 @@ func newMetrics() *metrics {
 		checks:         gauges("ready_check", "1 if the named check of /ready passed when it last ran, else 0.", "check"),
 		commands:       counters("runner_commands_total", "Commands for runners answered.", "code"),
 		statusDuration: histograms("cluster_read_duration_seconds", "Time to read the cluster for a status; answers that share a reading are not counted.").WithLabelValues().(prometheus.Histogram),
-		statusRequests: counter("cluster_read_requests_total", "Requests to the API server that reading the cluster for a status took."),
 		refused:        counters("limit_refusals_total", "Connections and requests refused or ended for a limit.", "limit"),
 		limits:         gauges("limit", "The limit, in bytes if its name says so, else a number.", "limit"),
 		authFailures:   counters("authentication_failures_total", "Requests refused for their credential.", "reason"),

@@ -309,7 +309,6 @@ func (s *Server) readCluster(ctx context.Context) (kube.Summary, time.Time) {
 		s.summary = s.api.Summarize(ctx)
 		s.summaryAt = time.Now()
 		s.metrics.statusDuration.Observe(s.summaryAt.Sub(begin).Seconds())
-		s.metrics.statusRequests.Add(float64(s.summary.Requests))
 	}
 	return s.summary, s.summaryAt
 }

@@ -220,8 +220,6 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 	server := &http.Server{
 		Handler: handler, ConnContext: inbound.ConnContext,
 		MaxHeaderBytes: maxHeaderBytes, ReadHeaderTimeout: headerTime,
-		// frps keeps idle connections for 60 s: if this end closed first, a request would be lost.
-		IdleTimeout: 120 * time.Second,
 		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelError), // panics, above all
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
@@ -237,7 +235,8 @@ func newHTTPServer(ctx context.Context, l listener, handler http.Handler, log *s
 			SendPingTimeout:               headerTime,                     // unfinished headers too end without an answer
 		}
 	} else { // on the tunnel listener these timeouts would cut watches, logs and exec
-		server.ReadTimeout, server.WriteTimeout, server.MaxHeaderBytes = time.Minute, time.Minute, opsHeaderBytes
+		server.ReadTimeout, server.WriteTimeout, server.IdleTimeout = time.Minute, time.Minute, 2*time.Minute
+		server.MaxHeaderBytes = opsHeaderBytes
 	}
 	return server
 }

@@ -103,6 +103,8 @@ func TestAttacksKillNoContainer(t *testing.T) {
 	if err := victim.Attack(ctx, waves, t.Logf); err != nil {
 		t.Error(err)
 		cancel()
+	} else if err := victim.Recover(t.Context(), t.Logf); err != nil {
+		t.Error(err)
 	}
 	rolling.Wait()
 	peak, _ := process.Memory(frpc, "VmHWM") // 0 if the process has ended
@@ -133,7 +135,7 @@ func (i *installed) pod() *corev1.Pod {
 	i.t.Helper()
 	var found *corev1.Pod
 	eventually(i.t, func() error {
-		pods, err := node.Client.CoreV1().Pods("pipeops-system").List(i.t.Context(),
+		pods, err := node.Client.CoreV1().Pods(i.ns).List(i.t.Context(),
 			metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
 		if err == nil && len(pods.Items) != 1 {
 			err = fmt.Errorf("there are %d pods of the agent", len(pods.Items))

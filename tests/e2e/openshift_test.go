@@ -14,6 +14,9 @@ import (
 // TestOneArbitraryUserRunsTheAgent installs the component openshift under the rules of restricted-v2: all containers
 // run as the user whom admission has given them, and the tunnel works.
 func TestOneArbitraryUserRunsTheAgent(t *testing.T) {
+	if !node.Supports("RestrictedV2") {
+		t.Skip("RestrictedV2 needs a newer Kubernetes")
+	}
 	i := prepare(t)
 	if _, err := i.run(i.admin, cluster.RestrictedV2, nil, "apply", "-f", "-"); err != nil {
 		t.Fatal(err)

@@ -16,7 +16,8 @@ import (
 // TestHangingFrpcIsRestarted has the HTTP proxy before frps never answer frpc's first login. frpc then waits forever
 // and cannot be stopped. bootstrap reports it, the kubelet restarts that container alone, and the pod gets ready.
 func TestHangingFrpcIsRestarted(t *testing.T) {
-	i := prepare(t)
+	t.Parallel() // it waits most of the time
+	i := prepareBeside(t)
 	proxy := httptest.NewServer(goproxy.NewProxyHttpServer())
 	t.Cleanup(proxy.Close)
 	silent, err := relay.Start(t.Context(), node.HostIP, proxy.Listener.Addr().String(), 0)

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -12,10 +13,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/elazarl/goproxy"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
@@ -28,10 +32,13 @@ type ownPage struct {
 	*page
 }
 
+// replacePods begins the commands of OPERATIONS.md that replace the pods for another group key.
+const replacePods = "kubectl apply -k manifests/overlays/edge"
+
 const ownDomain = "k8s.example.test" // in place of the page's k8s.example.com
 
 // TestOwnFrps follows the page about a frps of one's own: the stock frps in podman, by Compose, and two agents of the
-// overlay edge, the second with identity own. No part needs a control plane.
+// overlay edge, the second with identity own. No part needs a control plane. The first comes to a node of one.
 func TestOwnFrps(t *testing.T) {
 	o := followOwnPage(t)
 	sh, p := o.shell, o.page
@@ -40,7 +47,9 @@ func TestOwnFrps(t *testing.T) {
 	o.do("ssh root@frps.k8s.example.com mkdir")
 	o.edit("edge", "components:\n", "components:\n  - ../../components/manage-all-namespaces\n")
 	o.edit("edge", "patches:\n", hostAlias)
+	restore := taintNode(t)
 	o.do("openssl rand -hex 32 > agent-token")
+	restore()
 	if out := o.do("kubectl -n pipeops-system exec"); strings.Contains(out, "failed") {
 		t.Errorf("doctor:\n%s", out)
 	}
@@ -124,6 +133,10 @@ func TestOwnFrps(t *testing.T) {
 		}
 		return err
 	})
+	answers()
+	o.installed.write("overlays/edge/group-key", "another-group-key\n")
+	sh.must(readPage(t, "OPERATIONS.md").block(t, replacePods))
+	o.rollout()
 	answers()
 	out, err := node.Command(t.Context(), "busybox", "wget", "-q", "-O", "-", "http://127.0.0.1:7500/metrics").Output()
 	if err != nil || !strings.Contains(string(out), "frp_server_client_counts ") {
@@ -269,4 +282,41 @@ func (o *ownPage) uses(ns, id string) {
 			t.Fatalf("logs -f: %q, %v", lines.Text(), lines.Err())
 		}
 	}
+}
+
+// taintNode gives the node the taint of control-plane nodes, until the function that it returns is called.
+func taintNode(t *testing.T) (restore func()) {
+	t.Helper()
+	taint := func(change string) error {
+		out, err := harness.Run(harness.Kubectl(context.Background(), t, t.TempDir(), node.Kubeconfig, nil,
+			"taint", "node", cluster.NodeName, "node-role.kubernetes.io/control-plane:NoSchedule"+change), "")
+		if err != nil {
+			err = fmt.Errorf("%w: %s", err, out.Stdout)
+		}
+		return err
+	}
+	restore = sync.OnceFunc(func() {
+		if err := taint("-"); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(restore)
+	if err := taint(""); err != nil {
+		t.Fatal(err)
+	}
+	other := pod("other", "true")
+	ns := namespace(t)
+	if _, err := node.Client.CoreV1().Pods(ns).Create(t.Context(), other, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { // pods without the toleration have to wait
+		p, err := node.Client.CoreV1().Pods(ns).Get(t.Context(), other.Name, metav1.GetOptions{})
+		if err == nil && !slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
+			return c.Reason == corev1.PodReasonUnschedulable
+		}) {
+			err = fmt.Errorf("pod %s: %+v", p.Name, p.Status)
+		}
+		return err
+	})
+	return restore
 }

@@ -23,7 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// page is a page of the manifests. The tests run its commands word for word.
+// page is one page of the manifests, or two. The tests run its commands word for word.
 type page struct {
 	blocks [][]string // consecutive commands; a command within a sentence is a block of its own
 
@@ -40,18 +40,26 @@ func (p *page) run(commands ...string) {
 }
 
 // within matches the commands within sentences.
-var within = regexp.MustCompile("`((?:ctr|docker|kubectl|make) [^`]+)`")
+var within = regexp.MustCompile("`((?:cp|ctr|docker|kubectl|make) [^`]+)`")
 
-func readPage(t *testing.T, name string) *page {
+func readPage(t *testing.T, names ...string) *page {
 	t.Helper()
-	data, err := os.ReadFile(filepath.Join(harness.Root(t), "manifests", name))
-	if err != nil {
-		t.Fatal(err)
-	}
 	p := &page{ran: map[string]bool{}}
+	for _, name := range names {
+		data, err := os.ReadFile(filepath.Join(harness.Root(t), "manifests", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.read(string(data))
+	}
+	return p
+}
+
+// read adds the commands of a file.
+func (p *page) read(text string) {
 	var block []string
 	more, fenced := false, false // whether the last command continues; whether it is a file's content
-	for line := range strings.Lines(string(data) + "\n") {
+	for line := range strings.Lines(text + "\n") {
 		code, indented := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "    ")
 		fenced = fenced != strings.HasPrefix(line, "```")
 		indented = indented && !fenced
@@ -70,7 +78,6 @@ func readPage(t *testing.T, name string) *page {
 			}
 		}
 	}
-	return p
 }
 
 // command returns the page's command that equals words, or else the first that begins with them.
@@ -127,7 +134,8 @@ type shell struct {
 func newShell(t *testing.T, dir string, env ...string) *shell {
 	t.Helper()
 	bin := filepath.Join(dir, "bin")
-	path := "PATH=" + bin + ":" + filepath.Join(harness.Root(t), ".build", "bin") + ":" + os.Getenv("PATH")
+	path := "PATH=" + bin + ":" + filepath.Dir(harness.Binary(t, "kubectl")) + ":" +
+		filepath.Join(harness.Root(t), ".build", "bin") + ":" + os.Getenv("PATH")
 	return &shell{t, dir, append([]string{path, "HOME=" + dir}, env...)}
 }
 
@@ -167,10 +175,10 @@ func (s *shell) must(command string) string {
 	return out
 }
 
-// TestEveryCommandOfTheInstallPageWorks runs each command of the install page, and checks that it does what the page
-// says.
+// TestEveryCommandOfTheInstallPageWorks runs each command of the install page and of the one on operations, and checks
+// that it does what the page says.
 func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
-	p := readPage(t, "README.md")
+	p := readPage(t, "README.md", "OPERATIONS.md")
 	var ran atomic.Int32
 	parts := map[string]func(*testing.T, *page){
 		"cluster": installOnCluster, "registry": pushImages,
@@ -194,6 +202,9 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 	// `make e2e` itself and .ci/run have run these.
 	for _, words := range []string{"make images", "make verify-images"} {
 		p.command(t, words)
+	}
+	for _, words := range []string{replacePods, deleteEvicted, deleteLost} { // TestOwnFrps and TestHighAvailabilityLosesNoCall do
+		p.block(t, words)
 	}
 	p.allRan(t)
 }
@@ -228,6 +239,7 @@ func installOnCluster(t *testing.T, p *page) {
 		})
 	}
 	const rollout = "kubectl -n pipeops-system rollout status"
+	newVersion := i.previousVersion()
 
 	if _, err := sh.run(p.command(t, "kubectl apply -k manifests")); err == nil ||
 		!strings.Contains(err.Error(), "agent.env: no such file") {
@@ -260,11 +272,12 @@ func installOnCluster(t *testing.T, p *page) {
 	callers("your-agent-token")
 
 	// An upgrade, and its rollback.
-	mapOf := func() string {
-		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent",
-			"-o", "jsonpath={.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
+	version := func() string { // and settings
+		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "deployment/pipeops-agent", "-o",
+			"jsonpath={.spec.template.spec.containers[0].image} {.spec.template.spec.containers[0].envFrom[0].configMapRef.name}")
 	}
-	before := mapOf()
+	before := version()
+	newVersion()
 	i.write("agent.env", settings+"PIPEOPS_LOG_LEVEL=debug\n")
 	// The load writes.
 	i.mustKubectl(i.admin, "create", "clusterrolebinding", "upgrade", "--clusterrole", "edit",
@@ -280,15 +293,21 @@ func installOnCluster(t *testing.T, p *page) {
 		t.Errorf("during the upgrade of %d calls %d failed, such as: %v",
 			l.calls.Load(), len(l.errors)+len(l.raw), slices.Concat(l.errors, l.raw)[0])
 	}
-	if mapOf() == before {
-		t.Error("a changed setting does not roll the pods")
+	upgraded := strings.Fields(version())
+	for n, field := range strings.Fields(before) {
+		if upgraded[n] == field {
+			t.Errorf("after the upgrade the pods have %v, before %s", upgraded, before)
+		}
 	}
 	do("kubectl -n pipeops-system rollout undo")
 	do(rollout)
-	if mapOf() != before {
-		t.Errorf("after the rollback the pods have the settings of %s, before %s", mapOf(), before)
+	if version() != before {
+		t.Errorf("after the rollback the pods have %s, before %s", version(), before)
 	}
+	callers("your-agent-token")
 	i.write("agent.env", settings)
+	do("kubectl apply -k manifests")
+	do(rollout)
 	callers("your-agent-token")
 
 	pods := func() string { // with the restarts of their proxies
@@ -320,6 +339,8 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	i.runbooks(sh)
 	do(rollout)
+	i.move(p, sh, "another-agent-token")
+	callers("another-agent-token")
 
 	if _, err := i.run(i.admin, cluster.PrometheusOperatorKinds, nil, "apply", "-f", "-"); err != nil {
 		t.Fatal(err)
@@ -335,9 +356,8 @@ func installOnCluster(t *testing.T, p *page) {
 	}
 	objects := func() []string {
 		names := strings.Fields(i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "name",
-			"-l", "app.kubernetes.io/part-of=pipeops", "clusterroles,clusterrolebindings,namespaces,roles,rolebindings,"+
-				"secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments,"+
-				"validatingadmissionpolicies,validatingadmissionpolicybindings,priorityclasses"))
+			"-l", "app.kubernetes.io/part-of=pipeops", clusterKinds()+",roles,rolebindings,"+
+				"secrets,configmaps,poddisruptionbudgets,networkpolicies,podmonitors,prometheusrules,serviceaccounts,deployments"))
 		return slices.DeleteFunc(names, func(name string) bool { // current and previous settings
 			return strings.HasPrefix(name, "configmap/pipeops-agent-") && name != "configmap/pipeops-agent-dashboard" &&
 				name != "configmap/pipeops-agent-access"
@@ -367,21 +387,35 @@ func installOnCluster(t *testing.T, p *page) {
 		}
 		return err
 	})
-	if out, err := i.run(i.caller, "", nil, "-n", "kube-system", "create", "configmap", "a"); err == nil ||
-		!strings.Contains(err.Error(), "pipeops-agent-guard") {
-		t.Errorf("the guard: %s, %v", out, err)
+	added := 19
+	if node.Supports("guard") {
+		added += 3
+		if out, err := i.run(i.caller, "", nil, "-n", "kube-system", "create", "configmap", "a"); err == nil ||
+			!strings.Contains(err.Error(), "pipeops-agent-guard") {
+			t.Errorf("the guard: %s, %v", out, err)
+		}
 	}
+	i.assignRunner("another-agent-token")
+	saved := func() string {
+		return i.mustKubectl(i.admin, "-n", "pipeops-system", "get", "-o", "jsonpath={.items[*].data}",
+			"configmap/pipeops-agent-access", "secret/pipeops-agent-runners")
+	}
+	data := saved()
+	sh.must(p.block(t, "(umask 077; kubectl -n pipeops-system get -o yaml"))
 	sh.must(closing)
 	eventually(t, refused)
-	if with := objects(); len(with) != len(base)+22 {
+	if with := objects(); len(with) != len(base)+added {
 		t.Errorf("with all components there are %v", with)
 	}
 	do("kubectl apply -k manifests")
 	do(rollout)
 	// named is not installed: the gateway of these tests names nobody.
-	sh.must(strings.ReplaceAll(
-		p.block(t, "kubectl delete clusterrolebinding pipeops-agent-manage"),
-		"pipeops-agent-named", "pipeops-agent-named --ignore-not-found"))
+	removal := strings.ReplaceAll(p.block(t, "kubectl delete clusterrolebinding pipeops-agent-manage"),
+		"pipeops-agent-named", "pipeops-agent-named --ignore-not-found")
+	if !node.Supports("guard") {
+		removal = strings.Replace(removal, "kubectl delete validatingadmissionpolicy,", "true ", 1)
+	}
+	sh.must(removal)
 	if diff := cmp.Diff(base, objects()); diff != "" {
 		t.Errorf("after the components were removed (-before +after)\n%s", diff)
 	}
@@ -394,6 +428,14 @@ func installOnCluster(t *testing.T, p *page) {
 	if out, err := i.run(i.caller, "", nil, "get", "--raw", "/version"); err == nil ||
 		!strings.Contains(err.Error(), "is not connected to the control plane") {
 		t.Errorf("the tunnel: %s, %v", out, err)
+	}
+
+	sh.must(strings.ReplaceAll(p.block(t, "kubectl apply -f manifests/components/namespace"),
+		"-k manifests", "-k manifests/overlays/test"))
+	do(rollout)
+	callers("another-agent-token") // so the switch is open, as it was
+	if restored := saved(); restored != data || !strings.Contains(data, "r1") {
+		t.Errorf("restored: %s, saved: %s", restored, data)
 	}
 }
 

@@ -33,13 +33,14 @@ func port(t *testing.T, address string) string {
 // that enforces it, that only Prometheus can connect to the pod, and that the pod can connect only to what the agent
 // needs.
 func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
-	i := prepare(t)
+	t.Parallel()
+	i := prepareBeside(t)
 	api, gateway := port(t, i.cp.APIURL), port(t, i.cp.GatewayURL)
 	i.patches = i.openPorts()
 	i.components("network-policy")
 	i.apply()
-	i.mustKubectl(i.caller, "get", "nodes")
-	agents, err := node.Client.CoreV1().Pods("pipeops-system").List(t.Context(),
+	i.mustKubectl(i.caller, "get", "--raw", "/version")
+	agents, err := node.Client.CoreV1().Pods(i.ns).List(t.Context(),
 		metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=pipeops-agent"})
 	if err != nil || len(agents.Items) != 1 {
 		t.Fatalf("%d pods, %v", len(agents.Items), err)
@@ -77,7 +78,7 @@ func TestNetworkPolicyAllowsOnlyWhatIsNeeded(t *testing.T) {
 	const name = "app.kubernetes.io/name"
 	prometheus, stranger := pod(ns, "prometheus", name, "prometheus"), pod(ns, "stranger", name, "stranger")
 	runner := pod(ns, "runner", "pipeops.io/runner", "true")
-	likeAgent := pod("pipeops-system", "like-the-agent", name, "pipeops-agent")
+	likeAgent := pod(i.ns, "like-the-agent", name, "pipeops-agent")
 
 	for _, test := range []struct {
 		from     corev1.Pod

@@ -37,9 +37,9 @@ func pushImages(t *testing.T, p *page) {
 	write(".config/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = %[1]q\ninsecure = true\n"+
 		"[[registry]]\nprefix = \"docker.io\"\nlocation = %[1]q\ninsecure = true\n", registry))
 
-	push := strings.ReplaceAll(p.command(t, "make push"), "registry.example.com", registry)
+	pushing := strings.ReplaceAll(p.command(t, "make push"), "registry.example.com", registry)
 	pushed := regexp.MustCompile(regexp.QuoteMeta(registry) +
-		`/pipeops/vm-agent:\S+@sha256:\S+`).FindString(sh.must("cd " + root + " && TLS_VERIFY=false " + push))
+		`/pipeops/vm-agent:\S+@sha256:\S+`).FindString(sh.must("cd " + root + " && TLS_VERIFY=false " + pushing))
 	index := sh.must("skopeo inspect --raw docker://" + strings.SplitN(pushed, "@", 2)[0])
 	for _, arch := range []string{"amd64", "arm64"} {
 		if strings.Count(index, `"architecture":"`+arch+`"`) != 1 {
@@ -73,14 +73,26 @@ func pushImages(t *testing.T, p *page) {
 	unpin(t, filepath.Join(dir, "manifests", "docker", "compose.yaml"))
 	sh.must("diff -r manifests " + filepath.Join(root, "manifests"))
 
-	// A node without a registry.
+	// A site without internet: with a registry, and without one.
+	sh.must("mkdir -p .build/images && cp " + root + "/.build/images/vm-agent-*.tar .build/images")
+	atSite := func(words string) string {
+		return strings.NewReplacer("amd64", runtime.GOARCH, "registry.example.com", registry).Replace(p.block(t, words))
+	}
+	sh.must(atSite("skopeo copy --override-arch")) // `make e2e` has built ours
+	push := atSite("skopeo copy docker-archive:")
+	sh.must(push)
+	for _, image := range regexp.MustCompile(`docker://\S+`).FindAllString(push, -1) {
+		sh.must("skopeo inspect --no-tags " + image)
+	}
 	real, err := exec.LookPath("ctr")
 	if err != nil {
 		t.Fatal(err)
 	}
 	sh.program("ctr", inNode("env CONTAINERD_SNAPSHOTTER=native "+real))
-	ctr := strings.ReplaceAll(p.command(t, "ctr -n k8s.io images import"), "amd64", runtime.GOARCH)
-	if out := sh.must("cd " + root + " && " + ctr); !strings.Contains(out, "pipeops/vm-agent") {
-		t.Errorf("ctr: %s", out)
+	loaded := sh.must(atSite("ctr -n k8s.io images import"))
+	for _, image := range []string{"pipeops/vm-agent", frpc} {
+		if !strings.Contains(loaded, image) {
+			t.Errorf("ctr: %s", loaded)
+		}
 	}
 }

@@ -96,6 +96,7 @@ func identityFault(identity string, r *http.Request) string {
 // TestNoHeaderChangesWhoCalls sends requests byte by byte that try to be somebody else. Whatever becomes of them, the
 // API server gets the decided identity and no other.
 func TestNoHeaderChangesWhoCalls(t *testing.T) {
+	t.Parallel()
 	const (
 		token   = "Authorization: Bearer " + agentToken + "\r\n"
 		alice   = "Impersonate-User: alice\r\n"

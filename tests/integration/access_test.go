@@ -336,6 +336,7 @@ func (w *accessWorld) seesWhoCalls(t *testing.T, client *http.Client, base strin
 
 // TestClientCertificatesNeedAnHTTPSTunnel checks that an agent does not start where the CA would be without effect.
 func TestClientCertificatesNeedAnHTTPSTunnel(t *testing.T) {
+	t.Parallel()
 	for _, tunnel := range []string{"http", "tcp"} {
 		w := newWorld(t)
 		w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TUNNEL_TYPE="+tunnel,

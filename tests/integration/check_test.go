@@ -13,6 +13,7 @@ import (
 // TestDevelopmentControlPlaneKeepsTheContract runs `controlplane check` against the development control plane, over
 // both types of tunnel.
 func TestDevelopmentControlPlaneKeepsTheContract(t *testing.T) {
+	t.Parallel()
 	for _, tunnel := range []string{"https", "http"} {
 		t.Run(tunnel, func(t *testing.T) {
 			t.Parallel()

@@ -30,6 +30,7 @@ func crash() int {
 
 // TestNothingIsLeftAfterACrash kills a process that runs a cluster, with a signal that it cannot handle.
 func TestNothingIsLeftAfterACrash(t *testing.T) {
+	t.Parallel()
 	cmd, dir, err := process.Crashing()
 	if err != nil {
 		t.Fatal(err)

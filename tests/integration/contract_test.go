@@ -15,6 +15,7 @@ import (
 // TestAgentCannotTakeAnotherAgentsTunnel checks that the control plane's plugin identifies an agent by its
 // credential, and refuses it another agent's names, whatever its frpc.toml says.
 func TestAgentCannotTakeAnotherAgentsTunnel(t *testing.T) {
+	t.Parallel()
 	eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
 		const thief, token = "agent-002", "the-thiefs-token"
 		w := newWorld(t, method, func(o *controlplane.Options) { o.Agents[thief] = token })

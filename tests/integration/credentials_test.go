@@ -79,6 +79,7 @@ func TestKubernetesCredentialRotatesWithoutARestart(t *testing.T) {
 // TestCallersMayUseTheOldAndTheNewToken checks that callers may show the new token soon after its file has changed,
 // and the old token for a while.
 func TestCallersMayUseTheOldAndTheNewToken(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	file := filepath.Join(w.group.Dir(), "agent-token")
 	w.agent.Env = append(slices.DeleteFunc(w.agent.Env,

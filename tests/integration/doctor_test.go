@@ -33,6 +33,7 @@ func (w *world) doctor() (code int, results, details map[string]string) {
 
 // TestDoctorFindsTheBrokenHop checks what doctor reports about an agent that works, and about each broken hop.
 func TestDoctorFindsTheBrokenHop(t *testing.T) {
+	t.Parallel()
 	const ok, failed, skipped = "ok", "failed", "skipped"
 	steps := []string{"configuration", "dns", "control plane", "authentication", "frps", "tunnel", "proxy", "kubernetes",
 		"permissions"}

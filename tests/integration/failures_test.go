@@ -23,6 +23,7 @@ import (
 // TestBootstrapErrorsSayWhatToDo checks, for each failure, the exit code and a last line that names the hop, the
 // cause and the next step.
 func TestBootstrapErrorsSayWhatToDo(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	closed := harness.FreeAddr(t)
 	for _, test := range []struct {
@@ -70,6 +71,7 @@ func TestBootstrapErrorsSayWhatToDo(t *testing.T) {
 // TestReadyExplainsWhyTheTunnelIsDown checks that /ready answers 503 for a tunnel that does not come up, and names
 // the hop, the cause and the next step.
 func TestReadyExplainsWhyTheTunnelIsDown(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name    string
 		prepare func(w *world) // after bootstrap, before frpc
@@ -101,6 +103,7 @@ func TestReadyExplainsWhyTheTunnelIsDown(t *testing.T) {
 
 // TestReadyReportsALostTunnel checks that a tunnel that was up is not reported as still up.
 func TestReadyReportsALostTunnel(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	w.cp.StopFrps()
 	wantReady(t, w.agent, "tunnel", fmt.Sprintf(
@@ -114,6 +117,7 @@ func TestReadyReportsALostTunnel(t *testing.T) {
 
 // TestWrongFrpTokenIsReported has frps itself refuse the shared token, without a control plane.
 func TestWrongFrpTokenIsReported(t *testing.T) {
+	t.Parallel()
 	w, addr := ownFrps(t, "wrong")
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
@@ -125,6 +129,7 @@ func TestWrongFrpTokenIsReported(t *testing.T) {
 // TestFrpTokenNeedsNoControlPlane checks that with frp.token set the control plane is not asked, and that the tunnel
 // comes up at the operator's own frps.
 func TestFrpTokenNeedsNoControlPlane(t *testing.T) {
+	t.Parallel()
 	w, _ := ownFrps(t, "the-right-token")
 	w.startAgent()
 }
@@ -132,6 +137,7 @@ func TestFrpTokenNeedsNoControlPlane(t *testing.T) {
 // TestUnverifiedFrpsGetsNoCredential checks that by default no credential is sent to a frps with a self-signed
 // certificate.
 func TestUnverifiedFrpsGetsNoCredential(t *testing.T) {
+	t.Parallel()
 	w, addr := ownFrps(t, "the-right-token")
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_FRP_TLS_INSECURE_SKIP_VERIFY=false")
 	if err := w.agent.Start(); err != nil {
@@ -190,6 +196,7 @@ func startedWithAPIServer(t *testing.T, change func(*rest.Config), env ...string
 // TestAPIServer401BecomesA502 checks that a caller whose token was right is not told that it was wrong, when it is
 // the agent's own credential that the API server refuses.
 func TestAPIServer401BecomesA502(t *testing.T) {
+	t.Parallel()
 	w := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
 	const want = "the Kubernetes API server refuses the agent's credential (401 Unauthorized): " +
 		"check the agent's ServiceAccount or kubeconfig; the caller's token was accepted"
@@ -199,6 +206,7 @@ func TestAPIServer401BecomesA502(t *testing.T) {
 
 // TestUnreachableAPIServerIsA502 checks that kubectl shows which hop failed.
 func TestUnreachableAPIServerIsA502(t *testing.T) {
+	t.Parallel()
 	closed := harness.FreeAddr(t)
 	w := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + closed })
 	want := "the agent cannot reach the Kubernetes API server at " + closed + ": dial tcp " + closed +
@@ -210,6 +218,7 @@ func TestUnreachableAPIServerIsA502(t *testing.T) {
 // TestCallersWithoutTheTokenAreRefused checks that the agent refuses them, and that no part of such a request reaches
 // the API server.
 func TestCallersWithoutTheTokenAreRefused(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	wrong := filepath.Join(w.group.Dir(), "wrong-caller.kubeconfig")
 	if err := agent.WriteCaller(wrong, w.cp, agentID, "wrong"); err != nil {
@@ -296,6 +305,7 @@ func wantKubectl(t *testing.T, w *world, kubeconfig, kind, message string) {
 
 // TestReadyReportsAStoppedEtcd stops the storage of the API server, which still answers but can do nothing.
 func TestReadyReportsAStoppedEtcd(t *testing.T) {
+	t.Parallel()
 	own, err := cluster.Start(t.Context(), harness.NewGroup(t))
 	if err != nil {
 		t.Fatal(err)

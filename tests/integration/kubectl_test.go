@@ -20,7 +20,7 @@ import (
 const configMap = `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"thing"},"data":{"a":"%s"}}`
 
 // TestKubectlPrintsTheSameThroughTheTunnel compares kubectl's output through the tunnel with its output directly from
-// the API server, with the same rights.
+// the API server, with the same rights. It runs alone, because it reads the objects of all namespaces.
 func TestKubectlPrintsTheSameThroughTheTunnel(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -64,6 +64,7 @@ func TestKubectlPrintsTheSameThroughTheTunnel(t *testing.T) {
 // TestChangesWorkTheSameThroughTheTunnel makes the same changes directly and through the tunnel, each in a namespace
 // of its own, and compares kubectl's output.
 func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	const (
 		deployment = `{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"d"},"spec":{
@@ -136,6 +137,7 @@ func TestChangesWorkTheSameThroughTheTunnel(t *testing.T) {
 
 // TestKubectlProxyWorksThroughTheTunnel runs kubectl proxy with the caller's kubeconfig.
 func TestKubectlProxyWorksThroughTheTunnel(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	p := w.startKubectl("kubectl-proxy", "proxy", "--port=0", "--append-server-path")
 	var found []string
@@ -160,6 +162,7 @@ func withoutAges(r harness.Result) harness.Result {
 // TestBuiltPartsReportTheirVersion checks that Kubernetes was built with its version. A build from a module reports
 // v0.0.0.
 func TestBuiltPartsReportTheirVersion(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	var versions map[string]struct{ GitVersion, Major, Minor string }
 	// The checks below report what is missing.
@@ -173,6 +176,7 @@ func TestBuiltPartsReportTheirVersion(t *testing.T) {
 
 // TestWatchShowsApplyAndDelete follows one object from its creation to its deletion with one watch.
 func TestWatchShowsApplyAndDelete(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
 	watch := w.startKubectl("watch", "get", "configmap", "-n", ns, "-w", "--output-watch-events", "--no-headers",
@@ -212,6 +216,7 @@ func TestWatchShowsApplyAndDelete(t *testing.T) {
 // TestTunnelRecoversFromEveryKilledHop kills one hop after the other. The same kubeconfig works again when the hop is
 // back.
 func TestTunnelRecoversFromEveryKilledHop(t *testing.T) {
+	t.Parallel()
 	w := connected(t)
 	frpsPid := w.cp.FrpsPid()
 	for _, hop := range []struct {
@@ -254,6 +259,7 @@ func TestTunnelRecoversFromEveryKilledHop(t *testing.T) {
 // TestAbsentAgentIsNotReportedAsNotFound checks the gateway. frps answers 404 for an agent that is not connected, and
 // kubectl would take that for an object that does not exist.
 func TestAbsentAgentIsNotReportedAsNotFound(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t) // its agent has never started
 	for _, command := range []string{
 		"delete pod x --ignore-not-found",

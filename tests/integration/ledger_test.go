@@ -19,6 +19,7 @@ import (
 // LEDGER_WRITES=1000 sets the number of writes during which a hop is killed, three times then. By default there are
 // few enough for every run of the tests.
 func TestNoWriteIsLostOrRepeated(t *testing.T) {
+	t.Parallel()
 	writes, kills := 240, 1
 	if value := os.Getenv("LEDGER_WRITES"); value != "" {
 		var err error

@@ -42,6 +42,7 @@ func value(families map[string]*dto.MetricFamily, name string, labels map[string
 
 // TestMetricsCountTheTraffic makes a known number of requests, and compares it with the metrics.
 func TestMetricsCountTheTraffic(t *testing.T) {
+	t.Parallel()
 	w, ns := connectedWithRunners(t)
 	sendMessage(t, w.agent, "1", "runner_assigned",
 		assignment("r", serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))), false)
@@ -84,7 +85,6 @@ func TestMetricsCountTheTraffic(t *testing.T) {
 		{"http_requests_total", map[string]string{"route": "/api/k8s/", "code": "401"}, 1},
 		{"http_requests_total", map[string]string{"route": "/api/agent/status", "method": "GET", "code": "200"}, 2},
 		{"cluster_read_duration_seconds", nil, 1},
-		{"cluster_read_requests_total", nil, 6}, // version, four counts, one page of no nodes
 		{"authentication_failures_total", map[string]string{"reason": "token"}, 1},
 		{"authentication_failures_total", nil, 1},
 		{"runner_commands_total", map[string]string{"code": "200"}, 1},

@@ -39,6 +39,7 @@ func (o *openAPI) resolve(t *testing.T, page map[string]any, v any) map[string]a
 // TestOpenAPIDescribesEveryResponse compares the description with the agent: the examples match the schemas, every
 // route answers as described, and every described response is shown by a request here.
 func TestOpenAPIDescribesEveryResponse(t *testing.T) {
+	t.Parallel()
 	w, runnersNS := connectedWithRunners(t)
 	resp, text := get(t, http.DefaultClient, w.agent.Tunnel+"/openapi.yaml", nil)
 	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "application/yaml" {

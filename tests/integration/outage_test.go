@@ -22,6 +22,7 @@ import (
 // TestFrpsOutageRestartsNothing freezes or kills frps for a while. frpc is never restarted, few leases are requested,
 // and the tunnel is back soon after frps. OUTAGES="1s 20s 2m 10m" sets the durations, by default the first two.
 func TestFrpsOutageRestartsNothing(t *testing.T) {
+	t.Parallel()
 	for outage := range strings.FieldsSeq(cmp.Or(os.Getenv("OUTAGES"), "1s 20s")) {
 		duration, err := time.ParseDuration(outage)
 		if err != nil {
@@ -84,6 +85,7 @@ func newRelay(t *testing.T, server string, after int64) *relay.Relay {
 // TestFrpcRecoversFromASilentLogin has a hop before frps, or frps itself, fall silent during frpc's login, and answer
 // again later. Where frpc would wait forever it is restarted, with the kubelet's help if it does not even stop.
 func TestFrpcRecoversFromASilentLogin(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name     string
 		protocol string

@@ -530,6 +530,7 @@ func TestRevokedAgentLosesItsTunnel(t *testing.T) {
 // TestRefusedLeaseIsReplaced has the control plane forget its leases, or move frps. The agent does not wait until its
 // lease expires.
 func TestRefusedLeaseIsReplaced(t *testing.T) {
+	t.Parallel()
 	for name, happen := range map[string]func(w *world) error{
 		"leases forgotten": func(w *world) error {
 			w.cp.RevokeLeases()
@@ -539,6 +540,7 @@ func TestRefusedLeaseIsReplaced(t *testing.T) {
 		"frps moved": func(w *world) error { return w.cp.MoveFrps(w.t.Context()) },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			eachMethod(t, func(t *testing.T, method func(*controlplane.Options)) {
 				w := connectedWithLeases(t, controlplane.Terms{Life: time.Hour}, method)
 				if err := happen(w); err != nil {
@@ -558,6 +560,7 @@ func TestRefusedLeaseIsReplaced(t *testing.T) {
 // TestExpiredLeasesAreReplaced gives leases that have expired when they arrive or expire at once, and a lease with
 // another type of tunnel.
 func TestExpiredLeasesAreReplaced(t *testing.T) {
+	t.Parallel()
 	for name, life := range map[string]time.Duration{"past": -time.Hour, "one second": time.Second} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -594,6 +597,7 @@ func TestExpiredLeasesAreReplaced(t *testing.T) {
 // TestRotatedTokenIsUsedAtOnce changes the agent's token in its file. The lease is renewed at once, and callers may
 // use the new token.
 func TestRotatedTokenIsUsedAtOnce(t *testing.T) {
+	t.Parallel()
 	eachMethod(t, tokenIsRotated)
 }
 
@@ -629,6 +633,7 @@ func tokenIsRotated(t *testing.T, method func(*controlplane.Options)) {
 // TestBootstrapStopsOnSIGTERM checks that bootstrap ends at once, whatever it waits for, and leaves complete files
 // for the next one.
 func TestBootstrapStopsOnSIGTERM(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	asked := make(chan struct{}, 1)
 	w.cp.Fail(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {

@@ -14,6 +14,7 @@ import (
 // gateway answers it to reads, and to writes that have certainly not reached the agent. To other writes it answers
 // 502, and that the caller must look whether the write was done.
 func TestOnlyUndeliveredRequestsAreRetried(t *testing.T) {
+	t.Parallel()
 	arrived := make(chan struct{}, 8)
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/api/") {

@@ -154,6 +154,7 @@ func TestCommandsReachTheRunner(t *testing.T) {
 
 // TestReplicasShareTheRegistry has two replicas change the registry at the same time. No change is lost.
 func TestReplicasShareTheRegistry(t *testing.T) {
+	t.Parallel()
 	w, ns := connectedWithRunners(t)
 	second := *w.agent
 	second.Env = slices.Clone(w.agent.Env)
@@ -214,6 +215,7 @@ func fillRegistry(t *testing.T, ns string) {
 // TestFullRegistryIsReported checks that an assignment beyond the registry's size is refused, and that runners can
 // still be unassigned.
 func TestFullRegistryIsReported(t *testing.T) {
+	t.Parallel()
 	w, ns := connectedWithRunners(t)
 	large := assignment("r1", "http://r.a.svc/"+strings.Repeat("x", 2000))
 	sendMessage(t, w.agent, "m1", "runner_assigned", large, false)
@@ -230,6 +232,7 @@ func TestFullRegistryIsReported(t *testing.T) {
 // TestRegistryWithoutPermissionIsReported checks that nothing is acknowledged if RBAC forbids the agent to write the
 // registry.
 func TestRegistryWithoutPermissionIsReported(t *testing.T) {
+	t.Parallel()
 	w := viewer(t)
 	resp, body := post(t, w.agent, "/api/control-plane/message",
 		`{"id":"1","type":"runner_assigned","data":`+assignment("r", "http://r.a.svc/")+`}`)

@@ -14,6 +14,7 @@ import (
 // TestNoSecretIsLoggedOrReturned calls every route with marked secrets, at log level debug, and finds none of them in
 // what the agent's own processes print or answer: logs, metrics, status, errors, the OpenAPI description.
 func TestNoSecretIsLoggedOrReturned(t *testing.T) {
+	t.Parallel()
 	w, ns := connectedWithRunners(t)
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGUSR1); err != nil {
 		t.Fatal(err)

@@ -81,7 +81,8 @@ func (w *world) status() agentStatus {
 	return s
 }
 
-// TestStatusMatchesTheCluster compares the status with kubectl's output, and with what was done to the tunnel.
+// TestStatusMatchesTheCluster compares the status with kubectl's output, and with what was done to the tunnel. It runs
+// alone, because it counts the objects of all namespaces.
 func TestStatusMatchesTheCluster(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
@@ -136,6 +137,7 @@ func TestStatusMatchesTheCluster(t *testing.T) {
 // TestStatusOmitsWhatRBACForbids checks that a value that RBAC forbids the agent to read is null, with the API
 // server's reason.
 func TestStatusOmitsWhatRBACForbids(t *testing.T) {
+	t.Parallel()
 	w := viewer(t)
 	c := w.status().Cluster
 	if c.Nodes != nil || !strings.Contains(c.Unavailable["nodes"],

@@ -72,6 +72,7 @@ func newOwnServer(t *testing.T, w *world, force bool, clientCA string) ownServer
 // TestEveryProtocolReachesFrps sends a request to the API server through the stock frpc and frps: with each protocol,
 // with the hops that may stand between, and with each type of tunnel.
 func TestEveryProtocolReachesFrps(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name    string
 		prepare func(t *testing.T, w *world) (s ownServer, env []string)
@@ -192,6 +193,7 @@ func TestEveryProtocolReachesFrps(t *testing.T) {
 // TestUnwritableRunDirectoryIsReported uses a run directory that is full, read-only or another user's. The error says
 // so, and no file is half written.
 func TestUnwritableRunDirectoryIsReported(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for name, test := range map[string]struct{ prepare, want string }{
 		"full":      {`mount -t tmpfs -o size=4k tmpfs "$PIPEOPS_RUN_DIR"`, "no space left on device"},

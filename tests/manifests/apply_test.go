@@ -28,12 +28,13 @@ func TestEveryWayToApplyAgrees(t *testing.T) {
 		case "every component of a second agent":
 			rendering = build(t, everyComponent(t, "second", "suffix"))
 		}
+		rendering = supported(rendering)
 		t.Run(path, func(t *testing.T) {
 			// Without a controller manager, a namespace that is deleted stays in termination.
 			objects := strings.Join(slices.DeleteFunc(documents(rendering), func(doc string) bool {
 				return strings.Contains(doc, "kind: Namespace\n")
 			}), "\n---\n")
-			remove := func() { mustKubectl(t, objects, "delete", "--ignore-not-found", "-f", "-") }
+			remove := func() { mustKubectl(t, objects, "delete", "--ignore-not-found", "--wait=false", "-f", "-") }
 			remove()
 			t.Cleanup(remove)
 			for _, how := range [][]string{

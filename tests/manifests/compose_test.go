@@ -78,10 +78,10 @@ func TestComposeRunsTheSameAsThePod(t *testing.T) {
 		!regexp.MustCompile(`env file .*/docker/agent\.env not found`).MatchString(err.Error()) {
 		t.Errorf("without agent.env: %v", err)
 	}
-	readme := string(read(t, filepath.Join(source, "README.md")))
+	readme := string(read(t, filepath.Join(source, "README.md"))) + string(read(t, filepath.Join(source, "OPERATIONS.md")))
 	for _, image := range regexp.MustCompile(`docker\.io/[^/]+/[^:]+:\S+`).FindAllString(readme, -1) {
 		if frpc, _, _ := strings.Cut(got["frpc"].Image, "@"); image != got["proxy"].Image && image != frpc {
-			t.Errorf("the README runs %s", image)
+			t.Errorf("the pages name %s", image)
 		}
 	}
 	for name, service := range project.Services {

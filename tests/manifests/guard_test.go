@@ -104,6 +104,7 @@ var guarded = []call{
 // TestGuardKeepsCallersOut gives callers ClusterRole edit in the whole cluster. Only the guard keeps them out of
 // kube-system and the agent's namespace.
 func TestGuardKeepsCallersOut(t *testing.T) {
+	needs(t, "guard")
 	aggregate(t)
 	apply(t, variants(t)["base"])
 	apply(t, editGroups)
@@ -201,6 +202,7 @@ func TestGuardKeepsCallersOut(t *testing.T) {
 
 // TestGuardFollowsTheNamespace applies the guard as an overlay with another namespace renders it.
 func TestGuardFollowsTheNamespace(t *testing.T) {
+	needs(t, "guard")
 	dir := installation(t)
 	overlay := filepath.Join(dir, "overlays", "other")
 	write(t, filepath.Join(overlay, "kustomization.yaml"),

@@ -88,6 +88,22 @@ func mustKubectl(t *testing.T, stdin string, args ...string) string {
 	return result.Stdout
 }
 
+// needs skips a test whose API server is too old for a component or for RestrictedV2, which happens in `make matrix`
+// only.
+func needs(t *testing.T, name string) {
+	t.Helper()
+	if !api.Supports(name) {
+		t.Skipf("%s needs a newer Kubernetes", name)
+	}
+}
+
+// supported returns a rendering without the guard if the API server is too old for it.
+func supported(rendering string) string {
+	return strings.Join(slices.DeleteFunc(documents(rendering), func(doc string) bool {
+		return strings.Contains(doc, "\nkind: ValidatingAdmissionPolicy") && !api.Supports("guard")
+	}), "\n---\n")
+}
+
 // userFiles are the files that a user writes beside a kustomization.
 var userFiles = map[string]string{
 	"agent.env": "PIPEOPS_AGENT_ID=agent-001\n", "agent-token": "your-agent-token\n",

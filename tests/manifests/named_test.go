@@ -75,6 +75,7 @@ func TestNamedImpersonatesListedNames(t *testing.T) {
 	}
 	for _, name := range []string{"named", "named-constrained"} {
 		t.Run(name, func(t *testing.T) {
+			needs(t, name)
 			with(t, name)
 			use(t)
 			for _, other := range others {
@@ -84,6 +85,7 @@ func TestNamedImpersonatesListedNames(t *testing.T) {
 			}
 		})
 		t.Run(name+" with all users", func(t *testing.T) {
+			needs(t, name)
 			dir := installation(t)
 			overlay := filepath.Join(dir, "overlays", "all")
 			write(t, filepath.Join(overlay, "kustomization.yaml"), "resources: [../../base]\ncomponents: [../../components/"+

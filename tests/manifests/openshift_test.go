@@ -18,6 +18,7 @@ import (
 // TestOpenShiftAdmitsItsComponent creates pods under the rules of restricted-v2: that of the component is admitted,
 // with one user for all containers; that of the base is refused, as is one that breaks another rule.
 func TestOpenShiftAdmitsItsComponent(t *testing.T) {
+	needs(t, "RestrictedV2")
 	mustKubectl(t, cluster.RestrictedV2, "apply", "-f", "-")
 	t.Cleanup(func() { mustKubectl(t, cluster.RestrictedV2, "delete", "-f", "-") })
 	create := func(variant string, change func(*corev1.PodSpec)) (corev1.Pod, error) {

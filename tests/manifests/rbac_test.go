@@ -236,11 +236,8 @@ func canI(t *testing.T, question string) bool {
 func removeAdded(t *testing.T, base, variant string) {
 	t.Helper()
 	present := documents(base)
-	for _, doc := range documents(variant) {
-		if !slices.Contains(present, doc) {
-			mustKubectl(t, doc, "delete", "--ignore-not-found", "-f", "-")
-		}
-	}
+	added := slices.DeleteFunc(documents(variant), func(doc string) bool { return slices.Contains(present, doc) })
+	mustKubectl(t, strings.Join(added, "\n---\n"), "delete", "--ignore-not-found", "-f", "-")
 }
 
 // aggregate does the controller manager's work: it gives view, edit and admin the rules of the ClusterRoles that they

@@ -17,6 +17,9 @@ import (
 	"syscall"
 	"time"
 
+	"k8s.io/client-go/discovery"
+
+	"github.com/pipeops/vm-agent/proxy/kube"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
@@ -25,12 +28,22 @@ import (
 
 const agentID = "agent-001"
 
+const usage = `run is what "make run" starts: all that is between kubectl and a Kubernetes API server, on this machine.
+
+  make run                              starts a cluster too: an API server that stores objects, without nodes
+  KUBECONFIG=~/.kube/config make run    uses your cluster: callers have the rights of that kubeconfig
+
+It starts a control plane with a stock frps, and an agent: bootstrap, a stock frpc and the proxy. It prints a kubeconfig
+and commands to try. Everything listens on 127.0.0.1. Ctrl-C stops everything and removes its files.
+`
+
 func main() {
-	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr,
-			"run runs the whole path on this machine until Ctrl-C. KUBECONFIG names a cluster to use. It has no flags.")
-	}
+	flag.Usage = func() { fmt.Fprint(os.Stderr, usage) }
 	flag.Parse()
+	if flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Getenv("KUBECONFIG"), os.Stdout); err != nil && !errors.Is(err, context.Canceled) {
@@ -53,8 +66,11 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	var c *cluster.Cluster
 	if !own {
 		say("cluster        KUBECONFIG is set: using the cluster of %s (unset it to start a new one)", kubeconfig)
+		if err := reachable(ctx, kubeconfig); err != nil {
+			return err
+		}
 	} else {
-		say("cluster        starting etcd and kube-apiserver (no nodes, no controllers: it stores objects and runs nothing)")
+		say("cluster        starting etcd and kube-apiserver (it stores objects; without nodes, nothing runs)")
 		if c, err = cluster.Start(ctx, group); err != nil {
 			return err
 		}
@@ -113,14 +129,14 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 	}
 	say("ready          after %s; logs in %s\n", time.Since(start).Round(10*time.Millisecond), group.Dir())
 	say("In another terminal:\n")
-	say("  export KUBECONFIG=%s", caller)
-	say("  %s get pods -A", kubectl)
+	say("  export KUBECONFIG=%s PATH=%s:$PATH", caller, filepath.Dir(kubectl))
+	say("  kubectl get namespaces")
 	if own {
-		say("  %s create configmap hello --from-literal=a=b", kubectl)
+		say("  kubectl create configmap hello --from-literal=a=b")
 	} else {
-		say("  %s get namespaces", kubectl)
+		say("  kubectl get pods -A")
 	}
-	say("  %s auth can-i --list", kubectl)
+	say("  kubectl auth can-i --list")
 	base := cp.GatewayURL + "/agents/" + agentID
 	say("\nThe agent's own API is at %s (runners may be on 127.0.0.1; /openapi.yaml lists its routes):\n", base)
 	say("  curl --cacert %s -H \"Authorization: Bearer $(cat %s)\" %s/api/agent/status", cp.CAFile, tokenFile, base)
@@ -155,4 +171,22 @@ func run(ctx context.Context, kubeconfig string, out io.Writer) error {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// reachable returns an error that says what to do, unless the cluster of the kubeconfig answers within 5 s.
+func reachable(ctx context.Context, kubeconfig string) error {
+	config, err := kube.RESTConfig(kubeconfig, false)
+	if err != nil {
+		return err
+	}
+	config.Timeout = 5 * time.Second
+	client, err := discovery.NewDiscoveryClientForConfig(config)
+	if err == nil {
+		_, err = client.RESTClient().Get().AbsPath("/version").DoRaw(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("the cluster of KUBECONFIG, %s, does not answer: %w: check it with `kubectl version`, "+
+			"or unset KUBECONFIG to start a new one", config.Host, err)
+	}
+	return nil
 }

@@ -33,6 +33,7 @@ type Victim struct {
 
 	rss        float64 // MB, before
 	goroutines int     // before
+	ended      time.Time
 }
 
 // Wave is an attack by several attackers.
@@ -43,9 +44,9 @@ type Wave struct {
 	Attack Attack
 }
 
-// Attack runs all waves at once until ctx ends while an honest caller calls, and waits until the victim has
-// recovered. It reports its observations to logf. It returns an error if the victim exceeds Limit, ends or does not
-// recover, if a call of the honest caller fails, or if this machine stops an attacker.
+// Attack runs all waves at once until ctx ends while an honest caller calls. It reports its observations to logf. It
+// returns an error if the victim exceeds Limit or ends, if a call of the honest caller fails, or if this machine stops
+// an attacker.
 func (v *Victim) Attack(ctx context.Context, waves []Wave, logf func(string, ...any)) error {
 	if err := v.warm(ctx); err != nil {
 		return err
@@ -73,7 +74,7 @@ func (v *Victim) Attack(ctx context.Context, waves []Wave, logf func(string, ...
 	}
 	logf("honest caller: %s", calls)
 	if err := context.Cause(attacking); ctx.Err() == nil && err != nil {
-		return err // a failed victim need not recover
+		return err
 	}
 	var failed []error
 	if peak > Limit {
@@ -90,10 +91,8 @@ func (v *Victim) Attack(ctx context.Context, waves []Wave, logf func(string, ...
 	if p99 := calls.Percentile(99); v.Slowest > 0 && p99 >= v.Slowest {
 		failed = append(failed, fmt.Errorf("honest caller: p99 is %s: %s", p99, calls))
 	}
-	begin = time.Now()
-	err := v.recovered(context.WithoutCancel(ctx))
-	logf("recovery: %.0f s", time.Since(begin).Seconds())
-	return errors.Join(append(failed, err)...)
+	v.ended = time.Now()
+	return errors.Join(failed...)
 }
 
 // watch returns nil when ctx ends, or an error as soon as the victim exceeds Limit or has ended.
@@ -131,9 +130,10 @@ func (v *Victim) warm(ctx context.Context) (err error) {
 	return err
 }
 
-// recovered waits until the victim uses no more than before. It calls the victim meanwhile, because an idle Go
-// process collects its garbage only every two minutes.
-func (v *Victim) recovered(ctx context.Context) error {
+// Recover waits until the victim uses no more than before the attack. It calls the victim meanwhile, because an idle
+// Go process collects its garbage only every two minutes.
+func (v *Victim) Recover(ctx context.Context, logf func(string, ...any)) error {
+	defer func() { logf("recovery: %.0f s", time.Since(v.ended).Seconds()) }()
 	return process.Poll(ctx, v.Within, nil, func() error {
 		if err := v.use(ctx); err != nil {
 			return err

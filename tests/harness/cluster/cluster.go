@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -58,6 +59,28 @@ type Cluster struct {
 	Etcd, APIServer *process.Process
 
 	auditLog string // path
+	minor    int    // of the API server's version, 1.minor
+}
+
+// needs maps what needs a newer Kubernetes than the agent itself to the minor version that it needs. Only `make matrix`
+// has older ones.
+var needs = map[string]int{
+	"WebSocket":         30, // exec and attach by kubectl, with SPDY before
+	"guard":             30, // ValidatingAdmissionPolicy
+	"named-constrained": 36, // constrained impersonation
+	"RestrictedV2":      36, // MutatingAdmissionPolicy
+}
+
+// Supports reports whether the API server is new enough for what needs lists; all else is supported. It panics rather
+// than let a test of the pinned version be left out.
+func (c *Cluster) Supports(name string) bool {
+	if c.minor >= needs[name] {
+		return true
+	}
+	if os.Getenv(process.PartsDir) == "" {
+		panic(fmt.Sprintf("%s needs Kubernetes 1.%d, the tests run 1.%d", name, needs[name], c.minor))
+	}
+	return false
 }
 
 // Start starts etcd and the API server in the group and waits until they are ready.
@@ -193,7 +216,15 @@ func (s *site) startAPIServer(ctx context.Context, args []string) (*Cluster, err
 		if c.Client, err = kubernetes.NewForConfig(c.Config); err != nil {
 			return err
 		}
-		return c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error()
+		if err = c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error(); err != nil {
+			return err
+		}
+		version, err := c.Client.Discovery().ServerVersion()
+		if err != nil {
+			return err
+		}
+		c.minor, err = strconv.Atoi(version.Minor)
+		return err
 	})
 	if err != nil {
 		select {

@@ -110,7 +110,8 @@ const kubeletFile = "kubelet.yaml"
 
 // kubeletConfig is formatted with the machine's directory, the API server's directory and a cgroup. A full disk
 // removes no image and evicts no pod, because the disk is not the node's, and there is no registry to pull the image
-// from again. A changed Secret is seen in pods after seconds, not a minute.
+// from again. A changed Secret is seen in pods after seconds, not a minute. Pods are evicted if process ids run out, so
+// that a test can have that happen.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {x509: {clientCAFile: %[2]s/kubelet-client.crt}}
@@ -122,7 +123,7 @@ cgroupRoot: /%[3]s
 failCgroupV1: false
 failSwapOn: false
 imageGCHighThresholdPercent: 100
-evictionHard: {memory.available: 1Mi}
+evictionHard: {memory.available: 1Mi, pid.available: "10"}
 syncFrequency: 5s
 `
 
@@ -220,6 +221,14 @@ func (n *Node) StopWorker(ctx context.Context) error {
 	if apierrors.IsNotFound(err) { // it never joined
 		return nil
 	}
+	return err
+}
+
+// LoseWorker cuts the worker off and kills it. Unlike after StopWorker, its connections stay open at the other end, as
+// in a power failure, and so does its Node object.
+func (n *Node) LoseWorker(ctx context.Context) error {
+	err := n.worker.sh(ctx, "ip link set eth0 down")
+	n.worker.first.Kill()
 	return err
 }
 

@@ -50,7 +50,7 @@ func (c *ControlPlane) configureFrps() error {
 		"log":              map[string]any{"disablePrintColor": true},
 		"transport": map[string]any{"tls": map[string]any{
 			"force": true, "certFile": filepath.Join(c.dir, "server.crt"), "keyFile": filepath.Join(c.dir, "server.key"),
-		}},
+		}, "tcpMuxKeepaliveInterval": 10}, // a vanished agent is noticed within 20 s
 		"httpPlugins": []any{map[string]any{
 			"name": "control-plane", "addr": c.pluginURL, "path": "/", "ops": []string{"Login", "NewProxy"},
 		}},

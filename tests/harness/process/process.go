@@ -223,8 +223,18 @@ func Root() (string, error) {
 	}
 }
 
-// Binary returns the path of a program that make has built in .build/bin.
+// PartsDir names the environment variable for a directory whose programs replace those of .build/bin: `make matrix`
+// sets it.
+const PartsDir = "PARTS_DIR"
+
+// Binary returns the path of a program that make has built, in PartsDir or in .build/bin.
 func Binary(name string) (string, error) {
+	if dir := os.Getenv(PartsDir); dir != "" {
+		path := filepath.Join(dir, name)
+		if _, err := os.Stat(path); err == nil {
+			return path, nil
+		}
+	}
 	root, err := Root()
 	if err != nil {
 		return "", err
