@@ -58,16 +58,15 @@ func TestOwnFrps(t *testing.T) {
 	}
 
 	o.do("mkdir manifests/overlays/edge-8")
-	o.edit("edge-8", "    literals:\n", "    literals:\n"+o.says("      - PIPEOPS_ACCESS_IDENTITY=own\n"+
-		"      - PIPEOPS_PROXY_TLS_CLIENT_CA_FILE=/etc/pipeops/tls/callers.crt\n"))
-	o.edit("edge-8", "      - tls.crt\n", "      - tls.crt\n"+o.says("      - callers.crt\n"))
 	o.edit("edge-8", "namespace: pipeops-system", "namespace: pipeops-second") // because it is the same cluster
 	o.edit("edge-8", "  - ../../components/manage-all-namespaces\n", "")
 	o.edit("edge-8", "\nlabels:\n", "  - ../../components/suffix\n\nlabels:\n")
-	files, rollout, _ := strings.Cut(p.whole(t, "openssl rand -hex 32 > agent-token"), "kubectl apply -k .\n")
-	o.second(files)
+	o.second(p.whole(t, "openssl rand -hex 32 > agent-token"))
+	o.edit("edge-8", "    literals:\n", "    literals:\n"+o.says("      - PIPEOPS_ACCESS_IDENTITY=own\n"+
+		"      - PIPEOPS_PROXY_TLS_CLIENT_CA_FILE=/etc/pipeops/tls/callers.crt\n"))
+	o.edit("edge-8", "      - tls.crt\n", "      - tls.crt\n"+o.says("      - callers.crt\n"))
 	o.do("openssl req -x509 -newkey")
-	o.second(rollout)
+	o.second(p.command(t, "kubectl -n pipeops-system rollout status")) // the new pod joins the tunnel of the old one
 	kubeconfig, _, _ := strings.Cut(p.whole(t, "cp agent-token edge-7.token"), "cp agent-token")
 	o.second(kubeconfig)
 	t.Cleanup(func() {
@@ -93,7 +92,8 @@ func TestOwnFrps(t *testing.T) {
 			})
 		}
 	}
-	for _, name := range []string{"frps", "frpc", "bootstrap", "proxy"} {
+	// Not frpc: the new token restarts it, and the kubelet would wait ten seconds more before the second time.
+	for name, want := range map[string]int{"frps": 1, "bootstrap": 2, "proxy": 2} {
 		running := func() []string {
 			out, _ := node.Command(t.Context(), "pgrep", "-x", name).Output() // fails where there is none
 			return strings.Fields(string(out))
@@ -105,7 +105,7 @@ func TestOwnFrps(t *testing.T) {
 		eventually(t, func() error {
 			now := running()
 			old := func(pid string) bool { return slices.Contains(before, pid) }
-			if len(now) != len(before) || slices.ContainsFunc(now, old) {
+			if len(now) < want || slices.ContainsFunc(now, old) {
 				return fmt.Errorf("%s: processes %s, before %s", name, now, before)
 			}
 			return nil
