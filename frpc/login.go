@@ -68,8 +68,7 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 		return "", fmt.Errorf("%s cannot be reached: %w: %s", hop, err, advice)
 	}
 	defer func() { _ = conn.Close() }()
-	deadline, _ := ctx.Deadline() // in five seconds at most
-	_ = conn.SetDeadline(deadline)
+	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 	if proxy.Host != "" {
 		if err := connect(conn, proxy, addr); err != nil {
 			return "", fmt.Errorf("the proxy at %s does not connect to frps at %s: %w: check "+proxyURL+

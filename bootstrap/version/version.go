@@ -10,19 +10,16 @@ var (
 	BuildDate = "" // RFC 3339, of the commit, so that a build can be repeated
 )
 
-// Contract is the version of the HTTP API and of the exchange with the control plane.
-const Contract = "1"
-
 // Info is what GET /version and --version tell.
 type Info struct {
 	Version   string `json:"version"`
 	Commit    string `json:"commit"`
 	BuildDate string `json:"build_date"`
 	GoVersion string `json:"go_version"`
-	Contract  string `json:"contract"`
+	Contract  string `json:"contract"` // version of the HTTP API and of the exchange with the control plane
 }
 
 // Get returns the version of the running binary.
 func Get() Info {
-	return Info{Version: Version, Commit: Commit, BuildDate: BuildDate, GoVersion: runtime.Version(), Contract: Contract}
+	return Info{Version: Version, Commit: Commit, BuildDate: BuildDate, GoVersion: runtime.Version(), Contract: "1"}
 }

@@ -30,7 +30,7 @@ func BodyError(err error, late string) (code int, why string) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return http.StatusRequestTimeout, "the body of the request did not arrive in time: " + late
 	}
-	return http.StatusBadRequest, "the body of the request cannot be read: its length or chunks are wrong, or it ended early"
+	return http.StatusBadRequest, "the body of the request cannot be read: its length or chunks are wrong, or it broke off"
 }
 
 // WriteJSON answers with body as JSON.

@@ -21,8 +21,8 @@ import (
 // code. retryAfter is in seconds; 0 sends none.
 //
 // Discovery, which kubectl requests first, is answered with a warning, for kubectl does not print its Status, and
-// without Retry-After: kubectl would retry each of five requests ten times before its first word. Nor has the answer one
-// if the caller's timeout is shorter: client-go waits all the same, and then reports its timeout in place of the cause.
+// without Retry-After: kubectl would retry each of five requests ten times before its first word. Nor is there one
+// beyond the caller's timeout: client-go waits all the same, and then reports its timeout in place of the cause.
 func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message string, retryAfter int32) {
 	if strings.Contains(r.Header.Get("Accept"), "g=apidiscovery.k8s.io") {
 		if warning, err := utilnet.NewWarningHeader(299, "-", message); err == nil {
@@ -30,7 +30,8 @@ func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message strin
 		}
 		retryAfter = 0
 	}
-	if timeout, err := time.ParseDuration(r.URL.Query().Get("timeout")); err == nil && timeout.Seconds() < float64(retryAfter) {
+	timeout, err := time.ParseDuration(r.URL.Query().Get("timeout"))
+	if err == nil && timeout < time.Duration(retryAfter)*time.Second {
 		retryAfter = 0
 	}
 	status := newStatus(code, message)

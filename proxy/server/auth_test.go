@@ -17,7 +17,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
@@ -176,20 +178,23 @@ func TestWrongTokensAtReadyAreLimited(t *testing.T) {
 	}
 }
 
-// TestThrottledCallerSeesWhy: client-go waits for as long as Retry-After says, past the timeout that its caller has set,
-// and then reports the timeout in place of the cause.
+// TestThrottledCallerSeesWhy: client-go waits for as long as Retry-After says, past its caller's timeout, and then
+// reports the timeout in place of the cause.
 func TestThrottledCallerSeesWhy(t *testing.T) {
 	s, _, _ := newTest(t, token)
 	server := httptest.NewServer(s.handler(tunnel))
 	t.Cleanup(server.Close)
-	client, err := kubernetes.NewForConfig(&rest.Config{
+	scheme := runtime.NewScheme()
+	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
+	client, err := rest.UnversionedRESTClientFor(&rest.Config{
 		Host: server.URL + "/api/k8s", BearerToken: "wrong", Timeout: 2 * time.Second, QPS: -1,
+		ContentConfig: rest.ContentConfig{NegotiatedSerializer: serializer.NewCodecFactory(scheme).WithoutConversion()},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range maxFailures + 1 {
-		_, err = client.CoreV1().Pods("default").Get(t.Context(), "pod", metav1.GetOptions{})
+		err = client.Get().AbsPath("/api/v1/namespaces/default/pods/pod").Do(t.Context()).Error()
 	}
 	if !apierrors.IsTooManyRequests(err) || !strings.Contains(err.Error(), "too many wrong credentials") {
 		t.Errorf("it sees: %v", err)

@@ -203,7 +203,8 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 	for _, words := range []string{"make images", "make verify-images"} {
 		p.command(t, words)
 	}
-	for _, words := range []string{replacePods, deleteEvicted, deleteLost} { // TestOwnFrps and TestHighAvailabilityLosesNoCall do
+	// TestOwnFrps and TestHighAvailabilityLosesNoCall run these.
+	for _, words := range []string{replacePods, deleteEvicted, deleteLost} {
 		p.block(t, words)
 	}
 	p.allRan(t)
