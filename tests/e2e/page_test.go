@@ -176,7 +176,7 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 		return
 	}
 	// `make e2e` itself and .ci/run have run these.
-	for _, words := range []string{"make images", "make verify-images"} {
+	for _, words := range []string{"make images", "make release", "make verify-images"} {
 		p.command(t, words)
 	}
 	for _, c := range slices.Concat(p.blocks...) {
@@ -211,6 +211,16 @@ func installOnCluster(t *testing.T, p *page) {
 		!strings.Contains(err.Error(), "agent.env: no such file") {
 		t.Errorf("without its files: %v", err)
 	}
+	// Nobody has edited it. What follows replaces what it has installed.
+	sh.must("kubectl kustomize manifests/overlays/install > install.yaml")
+	do("kubectl apply -f install.yaml")
+	eventually(t, func() error {
+		out := do("kubectl -n pipeops-system describe pods")
+		if !strings.Contains(out, "Exit Code:    2") || !strings.Contains(out, "YOUR-AGENT-ID") {
+			return fmt.Errorf("describe pods: %s", out)
+		}
+		return nil
+	})
 	do("echo PIPEOPS_AGENT_ID=")
 	settings := "PIPEOPS_AGENT_ID=" + agentID + "\nPIPEOPS_API_URL=" + i.cp.APIURL +
 		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\n"
