@@ -19,7 +19,7 @@ func TestEveryWayToApplyAgrees(t *testing.T) {
 	mustKubectl(t, cluster.PrometheusOperatorKinds, "wait", "--for", "condition=Established", "-f", "-")
 	withKinds(t)
 	all := variants(t)
-	for _, path := range []string{".", "overlays/edge", "overlays/install", "overlays/production", "overlays/tenant", gitops,
+	for _, path := range []string{".", "overlays/edge", "overlays/production", "overlays/tenant", gitops,
 		"every component", "every component of a second agent", "components/named-constrained"} {
 		rendering := all[path]
 		switch path {

@@ -212,12 +212,10 @@ var relative = regexp.MustCompile(`\]\(([^):#]+)(#[^)]*)?\)`)
 // notes returns the changes for a page outside of the repository.
 func notes(version, digest, changes string) []byte {
 	at := repository + "/blob/" + version + "/"
-	return fmt.Appendf(nil, `Image: %[1]s:%[2]s@%[3]s, for linux/amd64 and linux/arm64.
-
-[Install](%[4]smanifests/README.md). [What is promised, and how to upgrade](%[4]smanifests/VERSIONS.md). %[5]ssha256sum -c %[6]s%[5]s checks the files.
-
-%[7]s
-`, "`"+image, version, digest+"`", at, "`", sumsFile, relative.ReplaceAllString(changes, "]("+at+"$1$2)"))
+	return fmt.Appendf(nil, "Image: `%s:%s@%s`, for linux/amd64 and linux/arm64.\n\n"+
+		"[Install](%smanifests/README.md). [What is promised, and how to upgrade](%[4]smanifests/VERSIONS.md). "+
+		"`sha256sum -c %s` checks the files.\n\n%s\n",
+		image, version, digest, at, sumsFile, relative.ReplaceAllString(changes, "]("+at+"$1$2)"))
 }
 
 // provenance returns an in-toto statement with the predicate of SLSA v1: what the files are, and what they were built

@@ -18,8 +18,10 @@ func repo(t *testing.T) (root string, run func(args ...string)) {
 			t.Fatal(err)
 		}
 	}
-	add(t, root, "CHANGELOG.md", "# Changelog\n\n## v0.2.0-rc.1\n\n## v0.1.0 (a date)\n\nThe [first](a.md).\n\n### Added\n\n- All.\n\n## v0.0.1\n\n- Less.\n")
-	add(t, root, "manifests/base/kustomization.yaml", "images:\n  - name: docker.io/pipeops/vm-agent\n    newTag: v0.1.0\n")
+	add(t, root, "CHANGELOG.md", "# Changelog\n\n## v0.2.0-rc.1\n\n"+
+		"## v0.1.0 (a date)\n\nThe [first](a.md).\n\n### Added\n\n- All.\n\n## v0.0.1\n\n- Less.\n")
+	add(t, root, "manifests/base/kustomization.yaml",
+		"images:\n  - name: docker.io/pipeops/vm-agent\n    newTag: v0.1.0\n")
 	run("init", "--quiet")
 	run("add", ".")
 	run("commit", "--quiet", "--message", "first")
