@@ -9,6 +9,8 @@ CODE := $(MODULES) tests/tools/frp tests/tools/tunnels
 
 $(if $(word 2,$(CURDIR)),$(error make cannot work in a path with spaces: move the repository))
 BIN := $(CURDIR)/.build/bin
+# RELEASED is not empty if the command line names a version, as for a release.
+RELEASED := $(filter command,$(origin VERSION))
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 # DATE is the commit's date, not today's, so that a build can be repeated bit for bit.
 DATE := $(shell git log -1 --format=%cI 2>/dev/null)
@@ -171,6 +173,7 @@ IMAGE_LIST := manifests/base/kustomization.yaml
 image = docker.io/$(1):$(or $(shell sed -n '\|name: docker.io/$(1)$$|{n;s/.*newTag: //p;}' $(IMAGE_LIST)),$(error \
 	$(IMAGE_LIST) names no tag of $(1)))
 FRPC_IMAGE = $(call image,fatedier/frpc)
+IMAGE_VERSION = $(lastword $(subst :, ,$(call image,pipeops/vm-agent)))
 SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 export SOURCE_DATE_EPOCH
 
@@ -189,6 +192,7 @@ images: ## Build the images for amd64 and arm64, with their lists of components,
 			--label org.opencontainers.image.version=$(VERSION) --label org.opencontainers.image.revision=$(COMMIT) \
 			--label org.opencontainers.image.created=$(DATE) && \
 		rm -r $$root || exit 1; done
+	@manifests/images/oci $(IMAGES)/vm-agent-oci.tar $(IMAGES)/vm-agent-amd64.tar $(IMAGES)/vm-agent-arm64.tar
 	@echo $(VERSION) >$(IMAGES)/VERSION
 	@cd $(IMAGES) && sha256sum * >SHA256SUMS && cat SHA256SUMS
 
@@ -216,18 +220,40 @@ previous:
 			git -C $(PREVIOUS) -c advice.detachedHead=false checkout --quiet $$commit && \
 			$(MAKE) --no-print-directory -C $(PREVIOUS) test-images && echo $$commit >$(PREVIOUS)/.build/COMMIT; fi
 
+# RELEASE is where the files of a release go. CONTRIBUTING.md has the procedure.
+RELEASE := $(CURDIR)/.build/release
+.PHONY: release
+release: release-ready $(BIN)/kubectl ## Build the files of a release, such as VERSION=v0.1.0, into .build/release
+	@$(MAKE) --no-print-directory images >/dev/null
+	@rm -rf $(RELEASE) && mkdir $(RELEASE)
+	@for f in $(IMAGES)/vm-agent-*; do cp $$f $(RELEASE)/vm-agent-$(VERSION)$${f#$(IMAGES)/vm-agent}; done
+	@git -c tar.umask=0022 archive --format tar --prefix vm-agent-$(VERSION)/ HEAD \
+		manifests LICENSE ':(glob)*.md' ':(glob)*/*.md' | gzip -n >$(RELEASE)/vm-agent-$(VERSION)-manifests.tar.gz
+	@$(BIN)/kubectl kustomize manifests/overlays/install >$(RELEASE)/install.yaml
+	@cd tests && go run -trimpath ./cmd/release write $(CURDIR) $(VERSION) $(RELEASE)
+	@echo "in $(RELEASE):" && cat $(RELEASE)/SHA256SUMS
+	@go=$$(go env GOVERSION); [ $$go = $(GO_RELEASE) ] || \
+		echo "DO NOT PUBLISH this: it is built with $$go, and go.work names $(GO_RELEASE). make verify says why."
+
+.PHONY: release-ready
+release-ready:
+	@cd tests && go run -trimpath ./cmd/release check $(CURDIR) '$(VERSION)'
+
+# verify-images builds the release that the manifests name, so that what is released later is what CI has compared. The
+# second build uses the kubectl of the first.
 .PHONY: verify-images
-verify-images: images ## Build the images a second time, in a clone elsewhere, and compare them bit for bit
-	@cd tests && go test -count=1 -tags images -run TestImagesHoldOnlyWhatTheyNeed ./manifests
-	@git diff --quiet HEAD || { echo "commit first: the second build is of the last commit"; exit 1; }
+verify-images: ## Build a release, check it, and compare it bit for bit with a second build in a clone elsewhere
+	@$(MAKE) --no-print-directory release VERSION=$(IMAGE_VERSION)
+	@cd tests && go test -count=1 -tags images -run 'TestImages|TestRelease' ./manifests
 	@again=$$(mktemp -d) && trap 'rm -rf $$again' EXIT && git clone --quiet . $$again && \
-		$(MAKE) --no-print-directory -C $$again images >/dev/null && \
-		diff $(IMAGES)/SHA256SUMS $$again/.build/images/SHA256SUMS && echo "the same, bit for bit"
+		$(MAKE) --no-print-directory -C $$again -o $(BIN)/kubectl release VERSION=$(IMAGE_VERSION) BIN=$(BIN) >/dev/null && \
+		diff $(RELEASE)/SHA256SUMS $$again/.build/release/SHA256SUMS && echo "the same, bit for bit"
 
 .PHONY: push
-push: ## Push the images of `make images` to REGISTRY/vm-agent, both architectures under one tag
-	@manifests/images/push \
-		$(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent $(IMAGES)
+push: ## Push the image of `make images`, or with VERSION that of `make release`, to REGISTRY/vm-agent
+	@manifests/images/copy oci-archive:$(if $(RELEASED),$(RELEASE)/vm-agent-$(VERSION),$(IMAGES)/vm-agent)-oci.tar \
+		$(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent:$(if \
+		$(RELEASED),$(VERSION),$$(cat $(IMAGES)/VERSION 2>/dev/null))
 
 .PHONY: frpc-digest
 frpc-digest: ## Pin the stock frpc image by the digest that Docker Hub has now
@@ -235,8 +261,8 @@ frpc-digest: ## Pin the stock frpc image by the digest that Docker Hub has now
 
 .PHONY: mirror
 mirror: ## Copy the stock frpc image to REGISTRY/frpc, all architectures, with the same digest
-	@manifests/images/mirror $(FRPC_IMAGE) \
-		$(or $(REGISTRY),$(error say where to: make mirror REGISTRY=registry.example.com/mirror))
+	@manifests/images/copy docker://$(FRPC_IMAGE) \
+		$(or $(REGISTRY),$(error say where to: make mirror REGISTRY=registry.example.com/mirror))/$(notdir $(FRPC_IMAGE))
 
 .PHONY: tools
 tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build frp, Kubernetes and etcd for the tests, once

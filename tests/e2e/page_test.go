@@ -200,7 +200,7 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 		return
 	}
 	// `make e2e` itself and .ci/run have run these.
-	for _, words := range []string{"make images", "make verify-images"} {
+	for _, words := range []string{"make images", "make release", "make verify-images"} {
 		p.command(t, words)
 	}
 	// TestOwnFrps and TestHighAvailabilityLosesNoCall run these.
@@ -246,6 +246,16 @@ func installOnCluster(t *testing.T, p *page) {
 		!strings.Contains(err.Error(), "agent.env: no such file") {
 		t.Errorf("without its files: %v", err)
 	}
+	// Nobody has edited it. What follows replaces what it has installed.
+	sh.must("kubectl kustomize manifests/overlays/install > install.yaml")
+	do("kubectl apply -f install.yaml")
+	eventually(t, func() error {
+		out := do("kubectl -n pipeops-system describe pods")
+		if !strings.Contains(out, "Exit Code:    2") || !strings.Contains(out, "YOUR-AGENT-ID") {
+			return fmt.Errorf("describe pods: %s", out)
+		}
+		return nil
+	})
 	do("echo PIPEOPS_AGENT_ID=")
 	settings := "PIPEOPS_AGENT_ID=" + agentID + "\nPIPEOPS_API_URL=" + i.cp.APIURL +
 		"\nPIPEOPS_API_CA_FILE=/etc/pipeops/tls/ca.crt\nPIPEOPS_FRP_TLS_CA_FILE=/etc/pipeops/tls/ca.crt\n"
@@ -263,6 +273,9 @@ func installOnCluster(t *testing.T, p *page) {
 	sh.must("cp manifests/overlays/test/ca.crt .")
 	do("kubectl -n pipeops-system create secret generic pipeops-agent-tls")
 	do(rollout)
+	if out := do("kubectl -n kube-node-lease"); !strings.Contains(out, cluster.NodeName) {
+		t.Errorf("the clocks of the nodes: %s", out)
+	}
 	out := do("kubectl -n pipeops-system exec deployment/pipeops-agent -c bootstrap")
 	if strings.Contains(out, "failed") || strings.Contains(out, "skipped") {
 		t.Errorf("doctor:\n%s", out)

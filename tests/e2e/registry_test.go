@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,11 +15,16 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// pushImages pushes the images to a registry on this machine, and asks it for frpc's digest as if it were Docker Hub.
+// pushImages pushes the images to a registry on this machine, runs on the node what it gives back, and asks it for
+// frpc's digest as if it were Docker Hub.
 func pushImages(t *testing.T, p *page) {
 	group := harness.NewGroup(t)
 	dir, root := group.Dir(), harness.Root(t)
-	registry := harness.FreeAddr(t)
+	_, port, err := net.SplitHostPort(harness.FreeAddr(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	registry := net.JoinHostPort(node.HostIP, port) // the node reaches it
 	write := func(name, content string) string {
 		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
@@ -40,19 +46,26 @@ func pushImages(t *testing.T, p *page) {
 	pushing := strings.ReplaceAll(p.command(t, "make push"), "registry.example.com", registry)
 	pushed := regexp.MustCompile(regexp.QuoteMeta(registry) +
 		`/pipeops/vm-agent:\S+@sha256:\S+`).FindString(sh.must("cd " + root + " && TLS_VERIFY=false " + pushing))
-	index := sh.must("skopeo inspect --raw docker://" + strings.SplitN(pushed, "@", 2)[0])
+	tagged, digest, _ := strings.Cut(pushed, "@")
+	index := sh.must("skopeo inspect --raw docker://" + tagged)
+	layout := fmt.Sprintf("%s/.build/images/vm-agent-oci.tar", root)
+	if was := sh.must("skopeo inspect --raw oci-archive:" + layout + " | sha256sum"); !strings.HasPrefix("sha256:"+was, digest) {
+		t.Errorf("pushed as %s, from %s", digest, was)
+	}
 	for _, arch := range []string{"amd64", "arm64"} {
 		if strings.Count(index, `"architecture":"`+arch+`"`) != 1 {
 			t.Errorf("%s is not in what was pushed: %s", arch, index)
 		}
 	}
 
+	runByDigest(t, sh, registry+"/pipeops/vm-agent@"+digest)
+
 	// In a copy, because it writes into the manifests; and twice, as for a later version.
 	sh.must(fmt.Sprintf("cp -r %[1]s/Makefile %[1]s/manifests .", root))
 	frpc := regexp.MustCompile(`fatedier/frpc:v[0-9.]+`).FindString(sh.must("cat manifests/docker/compose.yaml"))
 	sh.must(fmt.Sprintf("skopeo copy --quiet docker-archive:%s/.build/images/frpc.tar docker://%s/%s",
 		root, registry, frpc))
-	digest := strings.TrimSpace(sh.must("skopeo inspect --no-tags --format '{{.Digest}}' docker://docker.io/" + frpc))
+	digest = strings.TrimSpace(sh.must("skopeo inspect --no-tags --format '{{.Digest}}' docker://docker.io/" + frpc))
 	copied := strings.ReplaceAll(p.command(t, "make mirror"), "registry.example.com", registry)
 	_, tag, _ := strings.Cut(frpc, "/")
 	if out := sh.must("TLS_VERIFY=false " + copied); strings.TrimSpace(out) != registry+"/mirror/"+tag+"@"+digest {
@@ -94,5 +107,22 @@ func pushImages(t *testing.T, p *page) {
 		if !strings.Contains(loaded, image) {
 			t.Errorf("ctr: %s", loaded)
 		}
+	}
+}
+
+// runByDigest runs an image of a registry without TLS in a pod, which prints its version.
+func runByDigest(t *testing.T, sh *shell, image string) {
+	t.Helper()
+	if out, err := node.Command(t.Context(), "ctr", "--namespace", "k8s.io", "images", "pull", "--plain-http",
+		"--snapshotter", "native", image).CombinedOutput(); err != nil {
+		t.Fatalf("pull: %v: %s", err, out)
+	}
+	kubectl := "kubectl --kubeconfig " + node.Kubeconfig + " -n " + namespace(t) + " "
+	sh.must(kubectl + "run version --restart Never --image-pull-policy Never --image " + image +
+		" --command -- /bootstrap --version")
+	sh.must(kubectl + "wait --timeout 1m --for jsonpath={.status.phase}=Succeeded pod/version")
+	built := strings.TrimSpace(sh.must("cat " + filepath.Join(harness.Root(t), ".build", "images", "VERSION")))
+	if out := sh.must(kubectl + "logs version"); !strings.Contains(out, built) {
+		t.Errorf("the pod runs %s, not %s", out, built)
 	}
 }

@@ -6,9 +6,11 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"sigs.k8s.io/yaml"
 
@@ -34,6 +36,35 @@ func (o *openAPI) resolve(t *testing.T, page map[string]any, v any) map[string]a
 		found = found.(map[string]any)[part]
 	}
 	return o.resolve(t, page, found)
+}
+
+// TestOpenAPIIsValid validates the description by the specification, and checks what generators of clients and
+// documentation need besides.
+func TestOpenAPIIsValid(t *testing.T) {
+	page, err := openapi3.NewLoader().LoadFromFile(filepath.Join(harness.Root(t), "proxy", "server", "openapi.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := page.Validate(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if page.Info.License == nil || len(page.Servers) == 0 {
+		t.Errorf("license: %v, servers: %v", page.Info.License, page.Servers)
+	}
+	seen := map[string]bool{"": true}
+	for path, item := range page.Paths.Map() {
+		for method, operation := range item.Operations() {
+			if id := operation.OperationID; seen[id] {
+				t.Errorf("%s %s: operationId %q is empty or not unique", method, path, id)
+			}
+			seen[operation.OperationID] = true
+			for _, parameter := range operation.Parameters {
+				if parameter.Value.Description == "" {
+					t.Errorf("%s %s: parameter %s has no description", method, path, parameter.Value.Name)
+				}
+			}
+		}
+	}
 }
 
 // TestOpenAPIDescribesEveryResponse compares the description with the agent: the examples match the schemas, every
