@@ -49,7 +49,8 @@ func pushImages(t *testing.T, p *page) {
 	tagged, digest, _ := strings.Cut(pushed, "@")
 	index := sh.must("skopeo inspect --raw docker://" + tagged)
 	layout := fmt.Sprintf("%s/.build/images/vm-agent-oci.tar", root)
-	if was := sh.must("skopeo inspect --raw oci-archive:" + layout + " | sha256sum"); !strings.HasPrefix("sha256:"+was, digest) {
+	was := sh.must("skopeo inspect --raw oci-archive:" + layout + " | sha256sum")
+	if !strings.HasPrefix("sha256:"+was, digest) {
 		t.Errorf("pushed as %s, from %s", digest, was)
 	}
 	for _, arch := range []string{"amd64", "arm64"} {

@@ -112,8 +112,8 @@ func TestReleaseIsWhole(t *testing.T) {
 	}
 }
 
-// TestReleaseImageIsThatOfTheArchives checks every blob of the OCI layout, and that it holds the same files for the same
-// architectures as the archives for one architecture.
+// TestReleaseImageIsThatOfTheArchives checks every blob of the OCI layout, and that it holds the same files for the
+// same architectures as the archives for one architecture.
 func TestReleaseImageIsThatOfTheArchives(t *testing.T) {
 	r := openRelease(t)
 	layout := untar(t, r.read(t, "vm-agent-"+r.version+"-oci.tar"))

@@ -68,8 +68,8 @@ func check(root, version string) error {
 		mistakes = append(mistakes, err)
 	}
 	if string(next[1]) != version {
-		mistake("%s names the image %s: replace it by %s wherever `git grep -n vm-agent:v` and `git grep -n ref=v` show it, "+
-			"and in newTag", base, next[1], version)
+		mistake("%s names the image %s: replace it by %s wherever `git grep -n vm-agent:v` and "+
+			"`git grep -n ref=v` show it, and in newTag", base, next[1], version)
 	}
 	changes, err := git(root, "status", "--porcelain")
 	if err != nil {

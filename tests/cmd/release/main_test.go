@@ -13,7 +13,7 @@ func repo(t *testing.T) (root string, run func(args ...string)) {
 	root = t.TempDir()
 	run = func(args ...string) {
 		t.Helper()
-		args = append([]string{"-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "init.defaultBranch=main"}, args...)
+		args = append([]string{"-c", "user.name=a", "-c", "user.email=a@b.example"}, args...)
 		if _, err := git(root, args...); err != nil {
 			t.Fatal(err)
 		}
@@ -51,8 +51,10 @@ func TestOnlyACompleteVersionCanBeReleased(t *testing.T) {
 		{"v0.1", []string{"is not a version"}},
 		{"v0.1.0-3fd4e21+dirty", []string{"is not a version"}},
 		{"v01.1.0", []string{"is not a version"}},
-		{"v0.3.0", []string{`write a section "## v0.3.0". It has: v0.2.0-rc.1, v0.1.0, v0.0.1`, "names the image v0.1.0: replace it by v0.3.0"}},
-		{"v0.2.0-rc.1", []string{"CHANGELOG.md says nothing about v0.2.0-rc.1", "names the image v0.1.0"}}, // the section is empty
+		{"v0.3.0", []string{`write a section "## v0.3.0". It has: v0.2.0-rc.1, v0.1.0, v0.0.1`,
+			"names the image v0.1.0: replace it by v0.3.0"}},
+		{"v0.2.0-rc.1", []string{"CHANGELOG.md says nothing about v0.2.0-rc.1",
+			"names the image v0.1.0"}}, // the section is empty
 	} {
 		wantMistakes(t, check(root, c.version), c.version, c.want...)
 	}
