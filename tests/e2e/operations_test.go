@@ -23,8 +23,8 @@ import (
 )
 
 // previousVersion puts the manifests and the images of the previous version in place of those of this one: of the last
-// tag, or of the parent commit while there is none (`make previous`). newVersion puts the manifests of this version over
-// them.
+// tag, or of the parent commit while there is none (`make previous`). newVersion puts the manifests of this version
+// over them.
 func (i *installed) previousVersion() (newVersion func()) {
 	t, top := i.t, filepath.Dir(i.dir)
 	t.Helper()

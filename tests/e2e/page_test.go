@@ -380,8 +380,8 @@ func installOnCluster(t *testing.T, p *page) {
 	base := objects()
 	i.write("overlays/test/agent-token", "another-agent-token\n")
 	i.patches = i.openPorts()
-	i.components("manage-all-namespaces", "cluster-admin", "read-cluster-kinds", "deploy", "guard", "access", "runners", "high-availability",
-		"network-policy", "priority", "monitoring")
+	i.components("manage-all-namespaces", "cluster-admin", "read-cluster-kinds", "deploy", "guard", "access", "runners",
+		"high-availability", "network-policy", "priority", "monitoring")
 	sh.must(strings.ReplaceAll(p.command(t, "kubectl apply -k manifests/overlays/NAME"), "NAME", "test"))
 	do(rollout)
 	refused := func() error { // the switch

@@ -102,8 +102,9 @@ func TestCustomDomainBelowSubdomainHostIsExplained(t *testing.T) {
 	if err := w.agent.Start(); err != nil {
 		t.Fatal(err)
 	}
-	const want = "frps refuses the tunnel (start error: custom domain [edge.k8s.example.com] should not belong to subdomain " +
-		"host [k8s.example.com]): a name below frps's subDomainHost must be the tunnel's subdomain, not one of its custom domains"
+	const want = "frps refuses the tunnel (start error: custom domain [edge.k8s.example.com] should not belong to " +
+		"subdomain host [k8s.example.com]): a name below frps's subDomainHost must be the tunnel's subdomain, not one of its " +
+		"custom domains"
 	wantReady(t, w.agent, "tunnel", want)
 	_, results, details := w.doctor()
 	if results["tunnel"] != "failed" || details["tunnel"] != want {

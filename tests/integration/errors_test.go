@@ -155,7 +155,8 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	}
 	want := string(data)
 	if !api.Supports("WebSocket") { // by SPDY, kubectl prints the refusal of an exec as that of any request
-		want = strings.ReplaceAll(want, "error: unable to upgrade connection: the agent", "Error from server (Forbidden): the agent")
+		want = strings.ReplaceAll(want, "error: unable to upgrade connection: the agent",
+			"Error from server (Forbidden): the agent")
 	}
 	if got != want {
 		t.Errorf("kubectl shows\n%s\nwant\n%s\n(go test ./integration -run %s -update rewrites it)", got, want, t.Name())
