@@ -148,7 +148,8 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 
 // TestHighAvailabilityLosesNoCall runs two replicas on two nodes. Callers see no error during a rolling update, nor
 // while each node is drained in turn. If a pod's processes are killed, the pod is evicted under pressure, or its node
-// is lost, its streams break: then client-go's callers retry, and their watches resume where they were and miss nothing.
+// is lost, its streams break: then client-go's callers retry, and their watches resume where they were and miss no
+// event.
 func TestHighAvailabilityLosesNoCall(t *testing.T) {
 	worker, err := node.StartWorker(t.Context())
 	if err != nil {
