@@ -62,7 +62,7 @@ func TestEveryCommandOfTheConnectPageWorks(t *testing.T) {
 		t.Fatal(err)
 	}
 	certificates := t.TempDir()
-	w.command(t, "certificate", "--dir", certificates, "edge-7.k8s.example.com", "edge-7")
+	w.command(t, "certificate", "--dir", certificates, "edge-7.k8s.example.com")
 	edge.Env = append(append(edge.Env, env...), "PIPEOPS_PROXY_TLS_CERT_FILE="+filepath.Join(certificates, "tls.crt"),
 		"PIPEOPS_PROXY_TLS_KEY_FILE="+filepath.Join(certificates, "tls.key"))
 	harness.StartAgent(t, edge)
@@ -97,8 +97,8 @@ func TestEveryCommandOfTheConnectPageWorks(t *testing.T) {
 	// local is in place of DNS and port 443. The name stays the one that frps and the certificate know.
 	server := "https://127.0.0.1:" + port + "/api/k8s"
 	local := func(kubeconfig string) string {
-		return regexp.MustCompile(`(?m)^( *)server: "?https://edge-7\.k8s\.example\.com/api/k8s"?$`).ReplaceAllString(kubeconfig,
-			"${1}server: "+server+"\n${1}tls-server-name: edge-7.k8s.example.com")
+		return regexp.MustCompile(`(?m)^( *)server: "?https://edge-7\.k8s\.example\.com/api/k8s"?$`).
+			ReplaceAllString(kubeconfig, "${1}server: "+server+"\n${1}tls-server-name: edge-7.k8s.example.com")
 	}
 	printed, err := edge.Command("kubeconfig")
 	if err != nil {
@@ -131,7 +131,8 @@ func TestEveryCommandOfTheConnectPageWorks(t *testing.T) {
 		if strings.Contains(block, "doctor") && !strings.Contains(out, "edge-7") {
 			t.Errorf("doctor:\n%s", out)
 		}
-		if strings.Contains(block, "get-contexts") && !(strings.Contains(out, "agent-001") && strings.Contains(out, "edge-7")) {
+		if strings.Contains(block, "get-contexts") &&
+			(!strings.Contains(out, "agent-001") || !strings.Contains(out, "edge-7")) {
 			t.Errorf("contexts:\n%s", out)
 		}
 		if data, err := os.ReadFile(filepath.Join(dir, "edge-7.secret.kubeconfig")); err == nil {
@@ -192,7 +193,9 @@ func TestEveryCommandOfTheConnectPageWorks(t *testing.T) {
 		t.Fatal(err)
 	}
 	cluster.TLSClientConfig.ServerName = "edge-7.k8s.example.com"
-	reaches("Argo CD", &rest.Config{Host: server, BearerToken: cluster.BearerToken, TLSClientConfig: cluster.TLSClientConfig})
+	reaches("Argo CD", &rest.Config{
+		Host: server, BearerToken: cluster.BearerToken, TLSClientConfig: cluster.TLSClientConfig,
+	})
 	if _, err := api.Client.CoreV1().Secrets("argocd").Create(t.Context(), &argo, metav1.CreateOptions{}); err != nil {
 		t.Error(err)
 	}
@@ -201,7 +204,8 @@ func TestEveryCommandOfTheConnectPageWorks(t *testing.T) {
 		t.Fatalf("the page has %d steps for CI", len(steps))
 	}
 	ns, runner := w.namespace(), t.TempDir()
-	write("deploy/thing.yaml", strings.Replace(fmt.Sprintf(configMap, "1"), `"name"`, `"namespace":"`+ns+`","name"`, 1), 0o600)
+	thing := strings.Replace(fmt.Sprintf(configMap, "1"), `"name"`, `"namespace":"`+ns+`","name"`, 1)
+	write("deploy/thing.yaml", thing, 0o600)
 	out := sh(steps[0].Run, "RUNNER_TEMP="+runner, "KUBECONFIG_SECRET="+string(secretKubeconfig))
 	if out != "configmap/thing created\n" {
 		t.Errorf("CI: %s", out)

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// TestLinksLeadSomewhere checks the links between the pages of the repository: the file is there, and so is the heading.
+// TestLinksLeadSomewhere checks the links between the pages of the repository: the file is there, and the heading too.
 func TestLinksLeadSomewhere(t *testing.T) {
 	fenced, link := regexp.MustCompile("(?s)```.*?```"), regexp.MustCompile(`\]\(([^)\s]+)\)`)
 	links := 0
