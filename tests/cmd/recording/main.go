@@ -93,16 +93,16 @@ func draw(out io.Writer, text string) {
 			part := line[:min(len(line), columns)]
 			line = line[len(part):]
 			y += lineStep
-			fmt.Fprintf(&body, `<text class="%s" xml:space="preserve" x="%d" y="%d">%s</text>`+"\n",
+			fmt.Fprintf(&body, `<text class=%q xml:space="preserve" x="%d" y="%d">%s</text>`+"\n",
 				class, margin, y, html.EscapeString(part))
 		}
 	}
 	height := y + margin
-	const svg = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %[1]d %[2]d" width="%[1]d" height="%[2]d">
+	_, _ = fmt.Fprintf(out, `<svg xmlns="http://www.w3.org/2000/svg" width="%[1]d" height="%[2]d"
+  viewBox="0 0 %[1]d %[2]d">
 <style>text { font: 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #d0d7de }
 .c { fill: #7ee787 }</style>
 <rect width="%[1]d" height="%[2]d" rx="8" fill="#161b22"/>
 %[3]s</svg>
-`
-	_, _ = fmt.Fprintf(out, svg, width, height, body.String())
+`, width, height, body.String())
 }
