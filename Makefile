@@ -93,7 +93,7 @@ e2e-missing:
 # MATRIX lists other versions than the pinned ones: the oldest Kubernetes that the agent supports, one in the middle and
 # the newest, each with its own kubectl, and other versions of frps and frpc. The programs of a row are built in a
 # directory of its own; tests take the others from $(BIN).
-MATRIX := kubernetes-v1.29.15 kubernetes-v1.34.4 kubernetes-v1.37.2 frps-v0.65.0 frps-v0.70.0 frpc-v0.68.1 frpc-v0.70.0
+MATRIX := kubernetes-v1.29.15 kubernetes-v1.33.13 kubernetes-v1.37.2 frps-v0.68.1 frps-v0.70.0 frpc-v0.68.1 frpc-v0.70.0
 MATRIX_E2E := kubernetes-v1.29.15
 MATRIX_DIR := $(CURDIR)/.build/matrix
 
@@ -145,6 +145,8 @@ verify: lint $(BIN)/govulncheck $(VULNDB_INDEX) ## Run lint, race detector, and 
 	@echo "== the README names the versions that are tested"
 	@versions='Kubernetes $(call minor,$(KUBE)) and frp $(call minor,$(FRP_VERSION))'; \
 	grep -q "$$versions " README.md || { echo "README.md does not say $$versions"; exit 1; }
+	@oldest='Kubernetes $(call minor,$(patsubst kubernetes-%,%,$(firstword $(MATRIX))))'; \
+	grep -q "$$oldest or later" manifests/README.md || { echo "manifests/README.md does not say $$oldest"; exit 1; }
 	@for m in $(MODULES) $(TOOL_MODULES); do \
 		echo "== $$m: tidy"; (cd $$m && go mod tidy -diff) || exit 1; done
 	@echo "== unit tests with the race detector"
