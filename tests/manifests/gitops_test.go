@@ -226,8 +226,8 @@ func TestOnlySecretsAreNotCommitted(t *testing.T) {
 	for _, path := range strings.Fields(git(t, dir, "ls-files", "overlays/production")) {
 		committed = append(committed, strings.TrimPrefix(path, "overlays/production/"))
 	}
-	want := []string{"agent/frps-ca.crt", "agent/kustomization.yaml", "frps-ca.crt", "kustomization.yaml",
-		"manage-namespaces.yaml"}
+	want := []string{"agent/ca.crt", "agent/frps-ca.crt", "agent/kustomization.yaml", "agent/tls.crt", "ca.crt",
+		"frps-ca.crt", "kustomization.yaml", "manage-namespaces.yaml", "tls.crt"}
 	if diff := cmp.Diff(want, committed); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
