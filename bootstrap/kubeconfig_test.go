@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -245,5 +246,42 @@ func TestKubeconfigHoldsTheTokenIfAsked(t *testing.T) {
 	code := run(t.Context(), []string{"kubeconfig", "--embed-token", "--server=https://gateway.example"}, env, &out, &errs)
 	if code != exitOK || !strings.Contains(out.String(), "token: "+token) {
 		t.Errorf("%d: %s%s", code, &out, &errs)
+	}
+}
+
+// TestNoKeyLeavesTheHost: the file of the certificate may hold the key too, as HAProxy has it.
+func TestNoKeyLeavesTheHost(t *testing.T) {
+	dir := t.TempDir()
+	if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "agent-001.k8s.example.com"); code != exitOK {
+		t.Fatal(out)
+	}
+	var pem []byte
+	for _, name := range []string{"tls.key", "tls.crt"} {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pem = append(pem, data...)
+	}
+	both := filepath.Join(dir, "both.pem")
+	if err := os.WriteFile(both, pem, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var sent []byte
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		sent, _ = io.ReadAll(r.Body)
+		answer(http.StatusOK, "application/json", `{"frp_token":"f"}`)(w, r)
+	}))
+	t.Cleanup(server.Close)
+	env := environment(t, server.URL)
+	for name, value := range map[string]string{"FRP_TUNNEL_TYPE": "https", "FRP_TLS_INSECURE_SKIP_VERIFY": "true",
+		"PROXY_TLS_CERT_FILE": both, "PROXY_TLS_KEY_FILE": both} {
+		env["PIPEOPS_"+name] = value
+	}
+	if code, _, out := bootstrap(t, env, "--once"); code != exitOK {
+		t.Fatal(out)
+	}
+	if bytes.Count(sent, []byte("BEGIN CERTIFICATE")) != 2 || bytes.Contains(sent, []byte("PRIVATE KEY")) {
+		t.Errorf("the control plane gets %s", sent)
 	}
 }

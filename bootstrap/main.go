@@ -96,8 +96,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case *check:
 		return end(config.Describe(stdout, *configPath, env), exitUsage)
 	case command == "doctor":
-		healthy := doctor.Run(ctx, *configPath, env, stdout, *asJSON)
-		return map[bool]int{true: exitOK, false: exitFailed}[healthy]
+		return map[bool]int{true: exitOK, false: exitFailed}[doctor.Run(ctx, *configPath, env, stdout, *asJSON)]
 	case command == "certificate":
 		return end(lease.MakeCertificate(*dir, flags.Args()), exitFailed)
 	}

@@ -101,11 +101,14 @@ func configured(cfg *config.Config) (certificate, key []byte, err error) {
 	if cfg.Proxy.CertFile == "" {
 		return nil, nil, nil
 	}
-	certificate, certErr := os.ReadFile(cfg.Proxy.CertFile)
+	file, certErr := os.ReadFile(cfg.Proxy.CertFile)
 	key, keyErr := os.ReadFile(cfg.Proxy.KeyFile)
-	_, pairErr := tls.X509KeyPair(certificate, key)
+	pair, pairErr := tls.X509KeyPair(file, key)
 	if err = cmp.Or(certErr, keyErr, pairErr); err != nil {
 		err = fmt.Errorf("%s and its key cannot be used: %w", config.Name("proxy.tls.cert_file"), err)
+	}
+	for _, der := range pair.Certificate { // nothing else of the file, which may hold the key too
+		certificate = append(certificate, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
 	}
 	return certificate, key, err
 }

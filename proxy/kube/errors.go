@@ -31,7 +31,7 @@ func WriteStatus(w http.ResponseWriter, r *http.Request, code int, message strin
 		retryAfter = 0
 	}
 	timeout, err := time.ParseDuration(r.URL.Query().Get("timeout"))
-	if err == nil && timeout < time.Duration(retryAfter)*time.Second {
+	if err == nil && timeout <= time.Duration(retryAfter)*time.Second {
 		retryAfter = 0
 	}
 	status := newStatus(code, message)

@@ -95,7 +95,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (ref
 		ErrorHandler: f.fail, ErrorLog: p.errorLog, BufferPool: p.buffers,
 	}
 	if req.Verb == "watch" {
-		r.Header.Del("Accept-Encoding") // Kubernetes 1.37 compresses some watches, which hides where an event ends
+		r.Header.Set("Accept-Encoding", "identity") // Kubernetes 1.37 compresses some watches: an event's end is not seen
 		rp.BufferPool = p.watchBuffers
 	}
 	rp.ServeHTTP(w, r)

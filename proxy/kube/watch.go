@@ -26,10 +26,11 @@ func (f *forward) endBetweenEvents(resp *http.Response) {
 	contentType := resp.Header.Get("Content-Type")
 	body := &watchBody{ReadCloser: resp.Body, endsEvent: endsLine, between: true,
 		isJSON: strings.HasPrefix(contentType, "application/json")}
-	if strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf") {
-		body.endsEvent = new(framedEvents).read
-	} else if !body.isJSON {
+	switch isProtobuf := strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf"); {
+	case resp.Header.Get("Content-Encoding") != "", !isProtobuf && !body.isJSON:
 		return
+	case isProtobuf:
+		body.endsEvent = new(framedEvents).read
 	}
 	body.forget = context.AfterFunc(f.draining, func() { body.end(&Ended{}) })
 	if f.draining.Err() != nil {

@@ -91,6 +91,7 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	m.owner(s.owner)
 	m.certificate("frp_client", cfg.FRP.TLS.CertFile, false)
 	m.certificate("frp_ca", cfg.FRP.TLS.CAFile, true)
+	m.certificate("callers", cfg.Proxy.CertFile, false)
 	m.certificate("client_ca", cfg.Proxy.ClientCAFile, true)
 	m.certificate("control_plane_ca", cfg.Agent.CAFile, true)
 	m.access.WithLabelValues(cfg.Access.Identity, "forwarded") // 0 until there is one
@@ -204,14 +205,10 @@ func (s *Server) bound(l listener, socket *net.TCPListener, tlsConfig *tls.Confi
 		prefix = "operations_"
 	}
 	bounded := inbound.New(socket, config)
-	s.metrics.limit(prefix+"connections", int64(config.Connections), func() int64 {
-		n, _ := bounded.InUse()
-		return int64(n)
-	})
-	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, func() int64 {
-		_, n := bounded.InUse()
-		return n
-	})
+	connections := func() int64 { n, _ := bounded.InUse(); return int64(n) }
+	headers := func() int64 { _, n := bounded.InUse(); return n }
+	s.metrics.limit(prefix+"connections", int64(config.Connections), connections)
+	s.metrics.limit(prefix+"header_memory_bytes", config.HeaderMemory, headers)
 	return bounded
 }
 
