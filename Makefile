@@ -226,11 +226,13 @@ previous:
 RELEASE := $(CURDIR)/.build/release
 .PHONY: release
 release: release-ready $(BIN)/kubectl ## Build the files of a release, such as VERSION=v0.1.0, into .build/release
+	@rm -rf $(RELEASE)
 	@$(MAKE) --no-print-directory images >/dev/null
-	@rm -rf $(RELEASE) && mkdir $(RELEASE)
-	@for f in $(IMAGES)/vm-agent-*; do cp $$f $(RELEASE)/vm-agent-$(VERSION)$${f#$(IMAGES)/vm-agent}; done
+	@mkdir $(RELEASE)
+	@for f in $(IMAGES)/vm-agent-*; do cp $$f $(RELEASE)/vm-agent-$(VERSION)$${f#$(IMAGES)/vm-agent} || exit 1; done
 	@git -c tar.umask=0022 archive --format tar --prefix vm-agent-$(VERSION)/ HEAD \
-		manifests LICENSE ':(glob)*.md' ':(glob)*/*.md' | gzip -n >$(RELEASE)/vm-agent-$(VERSION)-manifests.tar.gz
+		--output $(RELEASE)/vm-agent-$(VERSION)-manifests.tar manifests LICENSE ':(glob)*.md' ':(glob)*/*.md'
+	@gzip -n $(RELEASE)/vm-agent-$(VERSION)-manifests.tar
 	@$(BIN)/kubectl kustomize manifests/overlays/install >$(RELEASE)/install.yaml
 	@cd tests && go run -trimpath ./cmd/release write $(CURDIR) $(VERSION) $(RELEASE)
 	@echo "in $(RELEASE):" && cat $(RELEASE)/SHA256SUMS
@@ -253,6 +255,8 @@ verify-images: ## Build a release, check it, and compare it bit for bit with a s
 
 .PHONY: push
 push: ## Push the image of `make images`, or with VERSION that of `make release`, to REGISTRY/vm-agent
+	@$(if $(RELEASED),cd $(RELEASE) && sha256sum --quiet -c SHA256SUMS && grep -q '"$(COMMIT)"' provenance.json || { \
+		echo "$(RELEASE) is not whole, or of another commit: run make release VERSION=$(VERSION)"; exit 1; })
 	@manifests/images/copy oci-archive:$(if $(RELEASED),$(RELEASE)/vm-agent-$(VERSION),$(IMAGES)/vm-agent)-oci.tar \
 		$(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent:$(if \
 		$(RELEASED),$(VERSION),$$(cat $(IMAGES)/VERSION 2>/dev/null))
