@@ -256,7 +256,7 @@ verify-images: ## Build a release, check it, and compare it bit for bit with a s
 .PHONY: push
 push: ## Push the image of `make images`, or with VERSION that of `make release`, to REGISTRY/vm-agent
 	@$(if $(RELEASED),cd $(RELEASE) && sha256sum --quiet -c SHA256SUMS && grep -q '"$(COMMIT)"' provenance.json || { \
-		echo "$(RELEASE) is not whole, or of another commit: run make release VERSION=$(VERSION)"; exit 1; })
+		echo "$(RELEASE) is not whole or of another commit: run make release VERSION=$(VERSION)"; exit 1; })
 	@manifests/images/copy oci-archive:$(if $(RELEASED),$(RELEASE)/vm-agent-$(VERSION),$(IMAGES)/vm-agent)-oci.tar \
 		$(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent:$(if \
 		$(RELEASED),$(VERSION),$$(cat $(IMAGES)/VERSION 2>/dev/null))
