@@ -200,7 +200,7 @@ func TestEveryCommandOfTheInstallPageWorks(t *testing.T) {
 		return
 	}
 	// `make e2e` itself and .ci/run have run these.
-	for _, words := range []string{"make images", "make release", "make verify-images"} {
+	for _, words := range []string{"make images", "make release", "make release VERSION", "make verify-images"} {
 		p.command(t, words)
 	}
 	// TestOwnFrps and TestHighAvailabilityLosesNoCall run these.
