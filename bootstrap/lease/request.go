@@ -56,14 +56,14 @@ func requestLease(
 	case !last.ExpiresAt.IsZero():
 		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
 	}
+	given, givenKey, err := configured(cfg)
+	if err != nil {
+		return fail(err)
+	}
 	for range 3 {
-		shown, key, err := configured(cfg)
-		if err != nil {
-			return fail(err)
-		}
-		given := shown != nil
+		shown, key := given, givenKey
 		names := certificateNames(cfg.Agent.ID, tunnel)
-		if tunnel.Type == "https" && !given {
+		if tunnel.Type == "https" && given == nil {
 			if shown, key, err = newCertificate(names, end, nil); err != nil {
 				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
 			}
@@ -81,7 +81,7 @@ func requestLease(
 			return lease, nil
 		}
 		sameNames := slices.Equal(names, certificateNames(cfg.Agent.ID, tunnel))
-		if given || shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
+		if given != nil || shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
 			lease.Certificate, lease.Key = shown, key
 			return lease, nil
 		}

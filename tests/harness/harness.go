@@ -3,6 +3,7 @@
 package harness
 
 import (
+	"net"
 	"testing"
 	"time"
 
@@ -63,6 +64,17 @@ func FreeAddr(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return addr
+}
+
+// SilentAddr returns an address of 127.0.0.1 that accepts connections and says nothing, until the test ends.
+func SilentAddr(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	return listener.Addr().String()
 }
 
 // StartAgent starts an agent and waits until it is ready.

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -48,7 +47,7 @@ func TestKubectlShowsWhatWentWrong(t *testing.T) {
 	away := newWorld(t) // its agent has never started
 	refused := startedWithAPIServer(t, func(config *rest.Config) { config.BearerToken = "not-a-token" })
 	unreachable := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + harness.FreeAddr(t) })
-	silent := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + silentAddr(t) })
+	silent := startedWithAPIServer(t, func(config *rest.Config) { config.Host = "https://" + harness.SilentAddr(t) })
 	for _, other := range []*world{refused, unreachable, silent} {
 		wantTunnel(t, other)
 	}
@@ -257,17 +256,6 @@ func protectedPod(t *testing.T, w *world, ns string) {
 	if _, err := budgets.UpdateStatus(t.Context(), budget, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// silentAddr returns the address of a listener that accepts connections and sends nothing.
-func silentAddr(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	return listener.Addr().String()
 }
 
 // wantTunnel waits until the tunnel is up, whatever other checks fail.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"io"
-	"net"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,28 +9,20 @@ import (
 
 	"k8s.io/client-go/rest"
 
+	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 )
 
 // TestUnreachableClusterIsReportedSoon: whether the cluster of KUBECONFIG refuses connections, accepts them and says
 // nothing, or there is no such file. Nothing is started before.
 func TestUnreachableClusterIsReportedSoon(t *testing.T) {
-	silent, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = silent.Close() })
-	closed, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = closed.Close()
-	for what, listener := range map[string]net.Listener{"silent": silent, "closed": closed, "no file": nil} {
+	silent, closed := harness.SilentAddr(t), harness.FreeAddr(t)
+	for what, addr := range map[string]string{"silent": silent, "closed": closed, "no file": ""} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
 			file, want := filepath.Join(t.TempDir(), "kubeconfig"), "no such file"
-			if listener != nil {
-				want = listener.Addr().String()
+			if addr != "" {
+				want = addr
 				if err := cluster.WriteKubeconfig(file, &rest.Config{Host: "https://" + want}); err != nil {
 					t.Fatal(err)
 				}
