@@ -18,7 +18,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// crash starts a node with a pod and waits to be killed.
+// crash starts a node with a pod and waits to be killed. The kernel keeps connections whose peers are silent, and with
+// them the network namespace, for minutes after their processes have ended: so the node's become silent.
 func crash() int {
 	ctx := context.Background()
 	group, err := process.NewGroup()
@@ -29,6 +30,9 @@ func crash() int {
 		if _, err = createPod(ctx, "default", pod("sleeps", "sleep infinity"), corev1.PodRunning); err != nil {
 			err = fmt.Errorf("%w\n%s", err, node.Report())
 		}
+	}
+	if err == nil {
+		err = node.Command(ctx, "iptables", "-I", "OUTPUT", "-j", "DROP").Run()
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

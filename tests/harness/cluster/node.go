@@ -70,9 +70,11 @@ type Machine struct {
 var nodeScript string
 
 // nodeReaper waits until a node's first process has ended, in whatever way, and removes what the kernel leaves of the
-// node: its cgroup, as soon as that is empty.
+// node: its cgroup, as soon as that is empty, and its link to this machine, which would stay for as long as the kernel
+// keeps a connection of the node whose peer is silent, minutes after its process has ended.
 const nodeReaper = `trap '' INT TERM HUP
 tail --pid="$1" -s 0.1 -f /dev/null
+ip link delete "$3" 2>/dev/null
 for try in $(seq 100); do
 	left=$(find /sys/fs/cgroup -maxdepth 2 -name "$2")
 	[ -n "$left" ] || exit
@@ -326,13 +328,14 @@ func (m *Machine) start(ctx context.Context, outside int) (outsideIP string, err
 	outsideIP = ipv4(link + 1).String()
 	m.IP = ipv4(link + 2).String()
 	outsideNet := fmt.Sprintf("/proc/%d/ns/net", outside)
+	device := fmt.Sprintf("pipeops%x", link)
 	m.first, err = s.run("namespaces", "unshare", "--net", "--mount", "--pid", "sh", "-ec", nodeScript, "node",
-		outsideNet, fmt.Sprintf("pipeops%x", link), outsideIP, m.IP, serviceRange, m.cgroup())
+		outsideNet, device, outsideIP, m.IP, serviceRange, m.cgroup())
 	if err != nil {
 		return "", err
 	}
 	pid := strconv.Itoa(m.first.Pid())
-	reaper := exec.Command("sh", "-c", nodeReaper, "node-reaper", pid, m.cgroup())
+	reaper := exec.Command("sh", "-c", nodeReaper, "node-reaper", pid, m.cgroup(), device)
 	reaper.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that Ctrl-C does not reach it
 	if err := reaper.Start(); err != nil {
 		return "", err
