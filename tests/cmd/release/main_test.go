@@ -136,8 +136,8 @@ func TestOnlyTheFilesOfAReleaseAreReleased(t *testing.T) {
 	} {
 		add(t, dir, name, "")
 	}
-	wantMistakes(t, complete("v0.1.0", dir), "without the layout", "-manifests.tar.gz: a release is made of install.yaml, ",
-		", vm-agent-v0.1.0-oci.tar")
+	wantMistakes(t, complete("v0.1.0", dir), "without the layout",
+		"-manifests.tar.gz: a release is made of install.yaml, ", ", vm-agent-v0.1.0-oci.tar")
 	add(t, dir, "vm-agent-v0.1.0-oci.tar", "")
 	wantMistakes(t, complete("v0.1.0", dir), "whole")
 	add(t, dir, "vm-agent-v0.1.0-debug.tar", "")
