@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -144,6 +145,8 @@ func runByCompose(t *testing.T, p *page) {
 	do(p.whole(t, "kubectl create namespace pipeops-system"))
 	do(p.whole(t, "kubectl -n team-a create rolebinding"))
 	do(p.whole(t, "kubectl config view --raw"))
+	d.must("ln -s " + filepath.Join(harness.Root(t), ".build") + " .")
+	d.must(strings.ReplaceAll(p.command(t, "docker load"), "amd64", runtime.GOARCH))
 	settings := "\nprintf %s 'PIPEOPS_NAMESPACE=" + outside + "\n" + d.settings + "' >>agent.env"
 	files, _, found := strings.Cut(p.whole(t, "printf '%s\\n' PIPEOPS_AGENT_ID=agent-001"), "docker compose up -d")
 	if !found {
