@@ -253,13 +253,16 @@ verify-images: ## Build a release, check it, and compare it bit for bit with a s
 		$(MAKE) --no-print-directory -C $$again -o $(BIN)/kubectl release VERSION=$(IMAGE_VERSION) BIN=$(BIN) >/dev/null && \
 		diff $(RELEASE)/SHA256SUMS $$again/.build/release/SHA256SUMS && echo "the same, bit for bit"
 
+# registry returns REGISTRY. $(1) is an example of a path there.
+registry = $(if $(filter 1,$(words $(REGISTRY))),$(strip $(REGISTRY)),$(error \
+	REGISTRY is "$(REGISTRY)": say where to, without spaces: make $@ REGISTRY=registry.example.com/$(1)))
+
 .PHONY: push
 push: ## Push the image of `make images`, or with VERSION that of `make release`, to REGISTRY/vm-agent
 	@$(if $(RELEASED),cd $(RELEASE) && sha256sum --quiet -c SHA256SUMS && grep -q '"$(COMMIT)"' provenance.json || { \
 		echo "$(RELEASE) is not whole or of another commit: run make release VERSION=$(VERSION)"; exit 1; })
 	@manifests/images/copy oci-archive:$(if $(RELEASED),$(RELEASE)/vm-agent-$(VERSION),$(IMAGES)/vm-agent)-oci.tar \
-		$(or $(REGISTRY),$(error say where to: make push REGISTRY=registry.example.com/pipeops))/vm-agent:$(if \
-		$(RELEASED),$(VERSION),$$(cat $(IMAGES)/VERSION 2>/dev/null))
+		$(call registry,pipeops)/vm-agent:$(if $(RELEASED),$(VERSION),$$(cat $(IMAGES)/VERSION 2>/dev/null))
 
 .PHONY: frpc-digest
 frpc-digest: ## Pin the stock frpc image by the digest that Docker Hub has now
@@ -267,8 +270,7 @@ frpc-digest: ## Pin the stock frpc image by the digest that Docker Hub has now
 
 .PHONY: mirror
 mirror: ## Copy the stock frpc image to REGISTRY/frpc, all architectures, with the same digest
-	@manifests/images/copy docker://$(FRPC_IMAGE) \
-		$(or $(REGISTRY),$(error say where to: make mirror REGISTRY=registry.example.com/mirror))/$(notdir $(FRPC_IMAGE))
+	@manifests/images/copy docker://$(FRPC_IMAGE) $(call registry,mirror)/$(notdir $(FRPC_IMAGE))
 
 .PHONY: tools
 tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build frp, Kubernetes and etcd for the tests, once
@@ -313,19 +315,20 @@ $(addprefix $(BIN)/,kube-apiserver kubectl $(KUBE_NODE)): $(KUBERNETES)/go.mod $
 $(BIN)/etcd: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),go.etcd.io/etcd/server/v3,-ldflags '-s -w')
 
-# In these rules, % is a version and a program.
-.PRECIOUS: $(addprefix $(MATRIX_DIR)/,kubernetes-% frps-% frpc-%)
-$(MATRIX_DIR)/kubernetes-%:
-	@tests/tools/matrix k8s.io/kubernetes@$(*D) $(@D)
-	$(call build-tool,$(@D),k8s.io/kubernetes/cmd/$(@F),-mod=mod $(call kube-flags,$(*D)))
-define build-frp
-	@tests/tools/matrix github.com/fatedier/frp@$(*D) $(@D)
-	$(call build-tool,$(@D),github.com/fatedier/frp/cmd/$(@F),-mod=mod -tags noweb -ldflags '-s -w')
-endef
-$(MATRIX_DIR)/frps-%:
-	$(build-frp)
-$(MATRIX_DIR)/frpc-%:
-	$(build-frp)
+# In these rules, % is a version, or a version and a program. The go.mod of a row is whole before its programs are built,
+# which can then be at the same time.
+.PRECIOUS: $(foreach r,kubernetes-% frps-% frpc-%,$(MATRIX_DIR)/$r $(MATRIX_DIR)/$r/go.mod)
+.SECONDEXPANSION:
+$(MATRIX_DIR)/kubernetes-%/go.mod:
+	@tests/tools/matrix k8s.io/kubernetes@$* $(@D) $(addprefix cmd/,kube-apiserver kubectl $(KUBE_NODE))
+$(MATRIX_DIR)/frps-%/go.mod:
+	@tests/tools/matrix github.com/fatedier/frp@$* $(@D) cmd/frps
+$(MATRIX_DIR)/frpc-%/go.mod:
+	@tests/tools/matrix github.com/fatedier/frp@$* $(@D) cmd/frpc
+$(MATRIX_DIR)/kubernetes-%: $$(@D)/go.mod
+	$(call build-tool,$(@D),k8s.io/kubernetes/cmd/$(@F),$(call kube-flags,$(*D)))
+$(MATRIX_DIR)/frps-% $(MATRIX_DIR)/frpc-%: $$(@D)/go.mod
+	$(call build-tool,$(@D),github.com/fatedier/frp/cmd/$(@F),-tags noweb -ldflags '-s -w')
 
 KUBE_ROUTER := tests/tools/kube-router
 $(BIN)/kube-router: $(KUBE_ROUTER)/go.mod $(KUBE_ROUTER)/go.sum

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -108,33 +109,65 @@ func (d *docker) wantEmpty() {
 	}
 }
 
+// checkHealth runs the health checks of containers until the function that it returns is called. podman leaves that to
+// systemd, and there is none here.
+func (s *shell) checkHealth(containers ...string) (stop func()) {
+	ctx, cancel := context.WithCancel(s.t.Context())
+	var health sync.WaitGroup
+	own := *s // whose directory stays
+	health.Go(func() {
+		for ctx.Err() == nil {
+			for _, c := range containers {
+				_, _ = own.run("docker healthcheck run " + c)
+			}
+			time.Sleep(500 * time.Millisecond)
+		}
+	})
+	return func() { cancel(); health.Wait() }
+}
+
 // runByCompose runs the commands of the page that need Compose: the real one, which speaks Docker's API to podman.
 func runByCompose(t *testing.T, p *page) {
 	d := startDocker(t)
 	d.must("mkdir manifests && cp -r " + filepath.Join(harness.Root(t), "manifests", "docker") + " manifests")
 	unpin(t, filepath.Join(d.dir, "manifests", "docker", "compose.yaml"))
-	files := p.block(t, "cd manifests/docker")
-	files, _, found := strings.Cut(files, p.command(t, "docker compose up -d"))
+	// The cluster has another agent in pipeops-system.
+	const outside = "pipeops-outside"
+	do := func(commands string) {
+		d.must(strings.NewReplacer("pipeops-system", outside, "team-a", "default").Replace(commands))
+	}
+	t.Cleanup(func() {
+		if _, err := d.run("kubectl delete namespace/" + outside + " clusterrolebinding/pipeops-agent-001; " +
+			"kubectl -n default delete rolebinding/agent-001"); err != nil {
+			t.Error(err)
+		}
+	})
+	do(p.whole(t, "kubectl create namespace pipeops-system"))
+	do(p.whole(t, "kubectl -n team-a create rolebinding"))
+	do(p.whole(t, "kubectl config view --raw"))
+	d.must("ln -s " + filepath.Join(harness.Root(t), ".build") + " .")
+	d.must(strings.ReplaceAll(p.command(t, "docker load"), "amd64", runtime.GOARCH))
+	settings := "\nprintf %s 'PIPEOPS_NAMESPACE=" + outside + "\n" + d.settings + "' >>agent.env"
+	files, _, found := strings.Cut(p.whole(t, "printf '%s\\n' PIPEOPS_AGENT_ID=agent-001"), "docker compose up -d")
 	if !found {
 		t.Fatal("the page does not start Compose")
 	}
-	d.must(files + "printf %s '" + d.settings + "' >>agent.env")
+	do(files + settings)
+	do(p.whole(t, "mkdir manifests/docker-2") + settings)
+	do("cp -p manifests/docker/kubeconfig manifests/docker-2")
+	defer d.checkHealth("pipeops-agent-bootstrap-1", "pipeops-agent-2-bootstrap-1")()
 
-	// podman has systemd run the health checks, and there is no systemd here.
-	ctx, cancel := context.WithCancel(t.Context())
-	var health sync.WaitGroup
-	defer health.Wait()
-	defer cancel()
-	top := *d.shell
-	health.Go(func() {
-		for ctx.Err() == nil {
-			_, _ = top.run("docker healthcheck run pipeops-agent-bootstrap-1; sleep 0.5")
-		}
-	})
-	d.dir = filepath.Join(d.dir, "manifests", "docker")
-	d.must(p.command(t, "docker compose up -d"))
+	first := d.dir + "/manifests/docker"
+	for _, dir := range []string{first, first + "-2"} {
+		d.dir = dir
+		d.must(p.command(t, "docker compose up -d"))
+	}
 	d.waitAnswering(t, "agent-001", "your-agent-token")
-	if out := d.must(p.command(t, "docker compose exec bootstrap")); strings.Contains(out, "failed") {
+	d.waitAnswering(t, "agent-002", "its-own-token")
+	d.must("docker compose down --volumes")
+	d.dir = first
+	if out := d.must(p.command(t, "docker compose exec bootstrap")); strings.Contains(out, "failed") ||
+		!strings.Contains(out, "may list pods") || !strings.Contains(out, "may not list nodes") {
 		t.Errorf("doctor:\n%s", out)
 	}
 	// Another token.

@@ -57,6 +57,8 @@ func TestOwnFrps(t *testing.T) {
 		t.Errorf("get nodes: %s", out)
 	}
 
+	o.outside()
+
 	o.do("mkdir manifests/overlays/edge-8")
 	o.edit("edge-8", "namespace: pipeops-system", "namespace: pipeops-second") // because it is the same cluster
 	o.edit("edge-8", "  - ../../components/manage-all-namespaces\n", "")
@@ -65,16 +67,13 @@ func TestOwnFrps(t *testing.T) {
 	o.edit("edge-8", "    literals:\n", "    literals:\n"+o.says("      - PIPEOPS_ACCESS_IDENTITY=own\n"+
 		"      - PIPEOPS_PROXY_TLS_CLIENT_CA_FILE=/etc/pipeops/tls/callers.crt\n"))
 	o.edit("edge-8", "      - tls.crt\n", "      - tls.crt\n"+o.says("      - callers.crt\n"))
-	o.do("openssl req -x509 -newkey")
-	o.second(p.command(t, "kubectl -n pipeops-system rollout status")) // the new pod joins the tunnel of the old one
-	kubeconfig, _, _ := strings.Cut(p.whole(t, "cp agent-token edge-7.token"), "cp agent-token")
-	o.second(kubeconfig)
+	o.second(p.whole(t, "openssl req -x509 -newkey")) // the new pod joins the tunnel of the old one
 	t.Cleanup(func() {
 		if _, err := sh.run("kubectl -n default delete serviceaccount/alice clusterrolebinding/alice"); err != nil {
 			t.Error(err)
 		}
 	})
-	o.do("openssl req -x509 -CA")
+	o.second(p.whole(t, "openssl req -x509 -CA"))
 	if out := o.do("KUBECONFIG="); !strings.Contains(out, "kube-system") {
 		t.Errorf("get namespaces: %s", out)
 	}
@@ -193,8 +192,25 @@ func (o *ownPage) do(words string) string {
 // second runs commands of the page for the second agent.
 func (o *ownPage) second(commands string) {
 	o.sh.t.Helper()
-	o.sh.must(strings.NewReplacer("k8s.example.com", ownDomain, "overlays/edge", "overlays/edge-8", "edge-7", "edge-8",
-		"-n pipeops-system", "-n pipeops-second").Replace(commands))
+	o.sh.must(strings.NewReplacer("k8s.example.com", ownDomain, "overlays/edge-8", "overlays/edge-8",
+		"overlays/edge", "overlays/edge-8", "edge-7", "edge-8", "-n pipeops-system", "-n pipeops-second").Replace(commands))
+}
+
+// outside runs an agent by Compose, on the host of frps.
+func (o *ownPage) outside() {
+	t := o.sh.t
+	t.Helper()
+	o.agents.write("docker/compose.override.yaml", fmt.Sprintf(`x-dns: &dns {extra_hosts: ["frps.%s:%s"]}
+services: {bootstrap: *dns, frpc: *dns}
+`, ownDomain, node.IP))
+	unpin(t, filepath.Join(o.agents.dir, "docker", "compose.yaml"))
+	o.sh.must("install -o 65532 -m 400 $KUBECONFIG manifests/docker/kubeconfig")
+	defer o.sh.checkHealth("pipeops-agent-bootstrap-1")()
+	out := o.do("cat > agent.env <<END")
+	if !strings.Contains(out, "running at edge-9."+ownDomain+":8443") || !strings.Contains(out, "kube-system") {
+		t.Errorf("the agent outside: %s", out)
+	}
+	o.sh.must("cd manifests/docker; docker compose down --volumes")
 }
 
 // says returns lines that the page says to add.

@@ -424,7 +424,7 @@ func installOnCluster(t *testing.T, p *page) {
 	do("kubectl apply -k manifests")
 	do(rollout)
 	// named is not installed: the gateway of these tests names nobody.
-	removal := strings.ReplaceAll(p.block(t, "kubectl delete clusterrolebinding pipeops-agent-manage"),
+	removal := strings.ReplaceAll(p.whole(t, "kubectl delete clusterrolebinding pipeops-agent-manage"),
 		"pipeops-agent-named", "pipeops-agent-named --ignore-not-found")
 	if !node.Supports("guard") {
 		removal = strings.Replace(removal, "kubectl delete validatingadmissionpolicy,", "true ", 1)

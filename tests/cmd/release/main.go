@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 )
 
@@ -47,6 +48,12 @@ func main() {
 // semver is a version that can also be the tag of an image, so it has no build metadata.
 var semver = regexp.MustCompile(`^v(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?$`)
 
+// sources are the directories that a release is built from.
+var sources = []string{"frpc", "bootstrap", "proxy", "manifests", "tests"}
+
+// unwatched matches the files in the output of `git ls-files -v` whose changes `git status` does not show.
+var unwatched = regexp.MustCompile(`(?m)^([a-z]|S) .*`)
+
 // check returns every reason why the commit at root cannot be released as the version.
 func check(root, version string) error {
 	const base = "manifests/base/kustomization.yaml"
@@ -71,12 +78,30 @@ func check(root, version string) error {
 		mistake("%s names the image %s: replace it by %s wherever `git grep -n vm-agent:v` and "+
 			"`git grep -n ref=v` show it, and in newTag", base, next[1], version)
 	}
-	changes, err := git(root, "status", "--porcelain")
+	for _, c := range []struct {
+		what string
+		args []string
+	}{
+		{"a release is built from a commit: commit or remove these changes",
+			[]string{"status", "--porcelain", "--untracked-files=all"}},
+		{"git ignores these files, and the build may read them: remove them, or release from a new clone",
+			append([]string{"ls-files", "--others", "--ignored", "--exclude-standard", "--"}, sources...)},
+	} {
+		files, err := git(root, c.args...)
+		if err != nil {
+			return err
+		}
+		if files != "" {
+			mistake("%s:\n%s", c.what, files)
+		}
+	}
+	tracked, err := git(root, "ls-files", "-v")
 	if err != nil {
 		return err
 	}
-	if changes != "" {
-		mistake("a release is built from a commit: commit or remove these changes:\n%s", changes)
+	if hidden := unwatched.FindAllString(tracked, -1); hidden != nil {
+		mistake("git does not see changes of these files: git update-index --no-assume-unchanged, --no-skip-worktree:\n%s",
+			strings.Join(hidden, "\n"))
 	}
 	head, err := git(root, "rev-parse", "HEAD")
 	if err != nil {
@@ -121,6 +146,9 @@ func section(root, version string) (string, error) {
 
 // write completes the directory of a release, which holds the images and the rendered manifests.
 func write(root, version, dir string) error {
+	if err := complete(version, dir); err != nil {
+		return err
+	}
 	commit, err := git(root, "rev-parse", "HEAD")
 	if err != nil {
 		return err
@@ -153,6 +181,28 @@ func write(root, version, dir string) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", file.name, err)
 		}
+	}
+	return nil
+}
+
+// complete returns an error unless the directory holds what write needs, and nothing else that would be released.
+func complete(version, dir string) error {
+	want := []string{installFile}
+	for _, name := range []string{
+		"amd64.cdx.json", "amd64.tar", "arm64.cdx.json", "arm64.tar", "manifests.tar.gz", "oci.tar",
+	} {
+		want = append(want, "vm-agent-"+version+"-"+name)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var have []string
+	for _, entry := range entries {
+		have = append(have, entry.Name())
+	}
+	if !slices.Equal(have, want) {
+		return fmt.Errorf("%s holds %s: a release is made of %s", dir, strings.Join(have, ", "), strings.Join(want, ", "))
 	}
 	return nil
 }

@@ -58,15 +58,37 @@ func TestOnlyACompleteVersionCanBeReleased(t *testing.T) {
 	} {
 		wantMistakes(t, check(root, c.version), c.version, c.want...)
 	}
+	run("config", "status.showUntrackedFiles", "no")
 	add(t, root, "main.go", "package main\n")
 	wantMistakes(t, check(root, "v0.1.0"), "with a new file", "commit or remove these changes:\n?? main.go")
+	add(t, root, ".git/info/exclude", "*.go\n")
+	add(t, root, "proxy/debug.go", "package main\n")
+	wantMistakes(t, check(root, "v0.1.0"), "with an ignored file", "git ignores these files", "\nproxy/debug.go")
+	remove(t, root, "proxy/debug.go")
+	add(t, root, "manifests/.gitignore", "*\n") // also itself
+	wantMistakes(t, check(root, "v0.1.0"), "with an ignored .gitignore", "\nmanifests/.gitignore")
+	remove(t, root, "manifests/.gitignore")
+	remove(t, root, ".git/info/exclude")
 	run("add", ".")
 	run("commit", "--quiet", "--message", "second")
 	run("tag", "v0.1.0")
 	wantMistakes(t, check(root, "v0.1.0"), "tagged")
 	add(t, root, "main.go", "package release\n")
+	run("update-index", "--assume-unchanged", "main.go")
+	wantMistakes(t, check(root, "v0.1.0"), "with a hidden change", "git does not see changes", "h main.go")
+	run("update-index", "--no-assume-unchanged", "main.go")
+	run("update-index", "--skip-worktree", "main.go")
+	wantMistakes(t, check(root, "v0.1.0"), "in a sparse checkout", "git does not see changes", "S main.go")
+	run("update-index", "--no-skip-worktree", "main.go")
 	run("commit", "--quiet", "--all", "--message", "third")
 	wantMistakes(t, check(root, "v0.1.0"), "with a later commit", "v0.1.0 was released from commit ")
+}
+
+func remove(t *testing.T, root, name string) {
+	t.Helper()
+	if err := os.Remove(filepath.Join(root, name)); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func wantMistakes(t *testing.T, err error, what string, want ...string) {
@@ -104,4 +126,20 @@ func TestNotesAreTheSectionWithAbsoluteLinks(t *testing.T) {
 	if got := string(notes("v0.1.0", "sha256:1", changes)); !strings.HasSuffix(got, want) {
 		t.Errorf("notes: %s", got)
 	}
+}
+
+func TestOnlyTheFilesOfAReleaseAreReleased(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{
+		"install.yaml", "vm-agent-v0.1.0-amd64.cdx.json", "vm-agent-v0.1.0-amd64.tar", "vm-agent-v0.1.0-arm64.cdx.json",
+		"vm-agent-v0.1.0-arm64.tar", "vm-agent-v0.1.0-manifests.tar.gz",
+	} {
+		add(t, dir, name, "")
+	}
+	wantMistakes(t, complete("v0.1.0", dir), "without the layout",
+		"-manifests.tar.gz: a release is made of install.yaml, ", ", vm-agent-v0.1.0-oci.tar")
+	add(t, dir, "vm-agent-v0.1.0-oci.tar", "")
+	wantMistakes(t, complete("v0.1.0", dir), "whole")
+	add(t, dir, "vm-agent-v0.1.0-debug.tar", "")
+	wantMistakes(t, write(dir, "v0.1.0", dir), "with a stranger", "holds ", "-debug.tar", ": a release is made of ")
 }
