@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"math/rand/v2"
+	"math"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -18,6 +18,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/util/retry"
 )
 
 // failedCheck is a line of the API server's /readyz.
@@ -132,14 +134,14 @@ func secretsPath(namespace string) string { return "/api/v1/namespaces/" + names
 type Change func(data map[string][]byte) error
 
 // ChangeSecret reads a Secret, applies change and writes it. If the Secret was written by another in between, it starts
-// again, so that no change is lost.
+// again until ctx ends, so that no change is lost.
 func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, change Change) error {
-	for {
+	return retry.RetryOnConflict(conflictBackoff, func() error {
 		secret, err := c.ReadSecret(ctx, namespace, name)
-		if err != nil {
-			return err
+		if err == nil {
+			err = change(secret.Data)
 		}
-		if err := change(secret.Data); err != nil {
+		if err != nil {
 			return err
 		}
 		method, path := http.MethodPut, secretsPath(namespace)+"/"+name
@@ -147,17 +149,11 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 			method, path = http.MethodPost, secretsPath(namespace)
 		}
 		data, _ := json.Marshal(secret) // cannot fail: it was JSON
-		err = c.call(ctx, nil, method, path, bytes.NewReader(data), nil)
-		if !apierrors.IsConflict(err) {
-			return err
-		}
-		select {
-		case <-time.After(rand.N(100 * time.Millisecond)): //nolint:gosec // no secret
-		case <-ctx.Done():
-			return err
-		}
-	}
+		return c.call(ctx, nil, method, path, bytes.NewReader(data), nil)
+	})
 }
+
+var conflictBackoff = wait.Backoff{Steps: math.MaxInt, Duration: 25 * time.Millisecond, Jitter: 3}
 
 // Summary is what the agent's own credential may read of the cluster. Fields that could not be read are nil, and
 // Unavailable says why.
