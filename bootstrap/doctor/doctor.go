@@ -176,17 +176,8 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 		return failed, err.Error()
 	}
 	proxies, err := current.Frpc.Admin.Status(ctx)
-	switch state := frpc.StateOf(proxies, err); {
-	case err != nil:
-		return failed, err.Error() + ": check that the frpc container runs, and its log"
-	case state == frpc.LoggedOut:
-		return failed, "frpc is not logged in to frps: see the step frps, and frpc's log"
-	case state == frpc.Withdrawn:
-		return failed, "frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: see the step proxy"
-	case state == frpc.Rejected:
-		return failed, proxies[0].Explain().Error()
-	case state != frpc.Running:
-		return failed, "frpc is about to register the tunnel: see its log if it has none after 20 s"
+	if err := frpc.Explain(proxies, err); err != nil {
+		return failed, err.Error()
 	}
 	lacks := current.Frpc.Tunnel.GivesUp()                 // nothing for https
 	if result = ok; lacks != "" && p.cfg.FRP.Token != "" { // else the control plane has chosen it, and has a gateway

@@ -151,11 +151,8 @@ func (t *tunnelCheck) run(ctx context.Context) error {
 	lease, err := frpc.ReadLease(t.config.RunDir)
 	var proxies []frpc.ProxyStatus
 	if err == nil {
-		if proxies, err = lease.Frpc.Admin.Status(ctx); err != nil {
-			err = fmt.Errorf("%w: check that the frpc container runs, and its log", err)
-		} else {
-			err = t.explain(ctx, lease, proxies)
-		}
+		proxies, err = lease.Frpc.Admin.Status(ctx)
+		err = t.explain(ctx, lease, proxies, err)
 		if problem := leaseProblem(lease); problem != "" && err != nil {
 			err = fmt.Errorf("%w; %s", err, problem)
 		}
@@ -228,26 +225,23 @@ func overdue(lease *frpc.Lease) bool {
 	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
 }
 
-// explain returns nil if one of frpc's proxies is running, else why none is. To find out, it may log in to frps.
-func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus) error {
-	switch frpc.StateOf(proxies, nil) {
+// explain returns nil if frpc's proxy is running, else why not, by frpc's answer or err. To find out, it may log in to
+// frps.
+func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus, err error) error {
+	switch frpc.StateOf(proxies, err) {
 	case frpc.Running:
 		t.loginAt = time.Time{}
-		return nil
-	case frpc.Rejected:
-		return proxies[0].Explain()
-	case frpc.Withdrawn:
-		return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: " +
-			"check that " + config.Name("proxy.listen_addr") + " is the same for bootstrap and the proxy")
+	case frpc.LoggedOut, frpc.Starting:
+		if time.Since(t.loginAt) > loginAge {
+			_, t.login = frpc.Login(ctx, lease.Frpc)
+			t.loginAt = time.Now()
+		}
+		if t.login != nil {
+			return t.config.FRP.ExplainLogin(t.login)
+		}
+		return errors.New("frps accepts the login, but frpc has no tunnel yet: check frpc's log if it has none after 20 s")
 	}
-	if time.Since(t.loginAt) > loginAge {
-		_, t.login = frpc.Login(ctx, lease.Frpc)
-		t.loginAt = time.Now()
-	}
-	if t.login != nil {
-		return t.config.FRP.ExplainLogin(t.login)
-	}
-	return errors.New("frps accepts the login, but frpc has no tunnel yet: check frpc's log if it has none after 20 s")
+	return frpc.Explain(proxies, err)
 }
 
 // status is the answer of GET /api/agent/status.
