@@ -120,7 +120,9 @@ func TestCertificateOverwritesNothing(t *testing.T) {
 			t.Errorf("%s: %d, %q, %s", name, code, files, out)
 		}
 	}
-	for _, names := range [][]string{{}, {"192.0.2.1"}, {"a.example", "b/c"}} {
+	long := strings.Repeat("a", 64)
+	for _, names := range [][]string{{}, {"192.0.2.1"}, {"a.example", "b/c"}, {"a..b"}, {"a.-b.example"}, {"*.*.example"},
+		{long + ".example"}, {strings.Repeat("a.", 126) + "ab"}} {
 		dir := t.TempDir()
 		code, _, out := bootstrap(t, nil, append([]string{"certificate", "--dir", dir}, names...)...)
 		if files, _ := filepath.Glob(filepath.Join(dir, "*")); code != exitFailed || len(files) > 0 ||

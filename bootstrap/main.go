@@ -62,12 +62,13 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	dir := flags.String("dir", ".", "certificate: `directory` for its files")
 	timeout := flags.Duration("timeout", 5*time.Minute, "how long to try to get the first lease")
 	showVersion := flags.Bool("version", false, "print the version as JSON and exit")
-	command := ""
+	words := []string{} // the command and its names: flags may stand between them
 	err := flags.Parse(args)
-	if err == nil && flags.NArg() > 0 { // flags may stand on both sides of it
-		command = flags.Arg(0)
+	for err == nil && flags.NArg() > 0 {
+		words = append(words, flags.Arg(0))
 		err = flags.Parse(flags.Args()[1:])
 	}
+	command, names := cmp.Or(words...), words[min(len(words), 1):]
 	complain := func(code int, format string, args ...any) int {
 		_, _ = fmt.Fprintf(stderr, "bootstrap: "+format+"\n", args...)
 		return code
@@ -84,8 +85,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case err != nil:
 		return exitUsage
 	case !slices.Contains([]string{"", "ready", "doctor", "kubeconfig", "certificate"}, command) ||
-		flags.NArg() > 0 && command != "certificate":
-		return complain(exitUsage, "unknown argument %q: see bootstrap --help", cmp.Or(flags.Arg(0), command))
+		len(names) > 0 && command != "certificate":
+		return complain(exitUsage, "unknown argument %q: see bootstrap --help", words[len(words)-1])
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
 		return complain(exitUsage, "these arguments exclude each other: see bootstrap --help")
 	case *timeout <= 0:
@@ -98,7 +99,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case command == "doctor":
 		return map[bool]int{true: exitOK, false: exitFailed}[doctor.Run(ctx, *configPath, env, stdout, *asJSON)]
 	case command == "certificate":
-		return end(lease.MakeCertificate(*dir, flags.Args()), exitFailed)
+		return end(lease.MakeCertificate(*dir, names), exitFailed)
 	}
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {

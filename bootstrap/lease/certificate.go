@@ -57,7 +57,7 @@ func newPair(template *x509.Certificate, issuer *tls.Certificate) (certificate, 
 
 // MakeCertificate makes files for proxy.tls.cert_file and proxy.tls.key_file in dir: tls.crt, a certificate for names
 // with that of its authority, and tls.key. The authority is ca.crt, which callers trust, and ca.key, which only the
-// next certificate needs. It is made if both are missing. No file is overwritten.
+// next certificate needs. It is made if both are missing. No file is overwritten, and an error leaves none behind.
 func MakeCertificate(dir string, names []string) error {
 	invalid := func(name string) bool {
 		return !config.IsHost(strings.TrimPrefix(name, "*.")) || net.ParseIP(name) != nil
@@ -76,22 +76,41 @@ func MakeCertificate(dir string, names []string) error {
 		authority, err = tls.X509KeyPair(files["ca.crt"], files["ca.key"]) // fails if they were not made
 	}
 	if err == nil {
+		last := authority.Leaf.NotAfter.Add(-grace)
+		end = end.Add(min(0, last.Sub(end)))
 		files["tls.crt"], files["tls.key"], err = newCertificate(names, end, &authority)
 	}
+	if err == nil {
+		made, _ := tls.X509KeyPair(files["tls.crt"], files["tls.key"]) // cannot fail
+		roots := x509.NewCertPool()
+		roots.AddCert(authority.Leaf)
+		_, err = made.Leaf.Verify(x509.VerifyOptions{Roots: roots})
+	}
 	if err != nil {
-		return err
+		return fmt.Errorf("the authority, %s with %s, cannot be used: %w", in("ca.crt"), in("ca.key"), err)
 	}
 	chain := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Certificate[0]})
 	files["tls.crt"] = append(files["tls.crt"], chain...)
-	for _, name := range []string{"tls.crt", "tls.key", "ca.crt", "ca.key"} {
-		if _, missing := os.Lstat(in(name)); missing == nil && files[name] != nil {
-			return fmt.Errorf("%s exists: move it away, with its pair, or choose another --dir", in(name))
+	var created []string
+	for _, file := range []struct{ name, existing string }{
+		{"ca.key", "put ca.crt back beside it, which callers trust, or choose another --dir for a new authority"},
+		{"ca.crt", "put ca.key back beside it, because callers trust it, or choose another --dir for a new authority"},
+		{"tls.key", "move it away, with tls.crt, or choose another --dir"},
+		{"tls.crt", "move it away, with tls.key, or choose another --dir"},
+	} {
+		if files[file.name] == nil {
+			continue
 		}
-	}
-	for name, data := range files {
-		if err := os.WriteFile(in(name), data, 0o600); err != nil {
+		if err := frpc.CreateFile(in(file.name), files[file.name]); err != nil {
+			for _, path := range created {
+				_ = os.Remove(path)
+			}
+			if errors.Is(err, fs.ErrExist) {
+				err = fmt.Errorf("%w: %s", err, file.existing)
+			}
 			return err
 		}
+		created = append(created, in(file.name))
 	}
 	return nil
 }
