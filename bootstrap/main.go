@@ -94,8 +94,6 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case *showVersion:
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
-	case *check:
-		return end(config.Describe(stdout, *configPath, env), exitUsage)
 	case command == "doctor":
 		return map[bool]int{true: exitOK, false: exitFailed}[doctor.Run(ctx, *configPath, env, stdout, *asJSON)]
 	case command == "certificate":
@@ -106,10 +104,15 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
 		return complain(exitUsage, "%v", err)
 	}
-	switch command {
-	case "kubeconfig":
+	switch {
+	case *check:
+		if problem := lease.CertificateProblem(cfg); problem != "" {
+			complain(exitOK, "warning: %s", problem)
+		}
+		return end(config.Describe(stdout, *configPath, env), exitFailed)
+	case command == "kubeconfig":
 		return end(kubeconfig.Write(stdout, cfg, *server, *embed), exitFailed)
-	case "ready":
+	case command == "ready":
 		return end(lease.Ready(cfg.RunDir), exitFailed)
 	}
 	log, _ := cfg.Logger(stderr)

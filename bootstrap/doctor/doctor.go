@@ -88,6 +88,9 @@ type patient struct {
 const noControlPlane = "frp.token is set: there is no control plane"
 
 func (p *patient) configuration(context.Context) (result, detail string) {
+	if problem := lease.CertificateProblem(p.cfg); problem != "" {
+		return warning, "valid, but " + problem
+	}
 	if warning := p.cfg.Agent.TokenWarning(); warning != "" {
 		return ok, "valid, but " + warning
 	}

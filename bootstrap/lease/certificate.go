@@ -115,21 +115,36 @@ func MakeCertificate(dir string, names []string) error {
 	return nil
 }
 
-// configured returns the certificate that the operator has configured, PEM; nil if there is none.
-func configured(cfg *config.Config) (certificate, key []byte, err error) {
+// CertificateProblem returns why the configured certificate cannot be used, or that it ends soon; else "".
+func CertificateProblem(cfg *config.Config) string {
+	_, _, problem := configured(cfg)
+	return problem
+}
+
+// configured returns the certificate that the operator has configured, PEM; nil if there is none, or none that can be
+// used. The problem is CertificateProblem.
+func configured(cfg *config.Config) (certificate, key []byte, problem string) {
 	if cfg.Proxy.CertFile == "" {
-		return nil, nil, nil
+		return nil, nil, ""
 	}
+	name := config.Name("proxy.tls.cert_file")
 	file, certErr := os.ReadFile(cfg.Proxy.CertFile)
 	key, keyErr := os.ReadFile(cfg.Proxy.KeyFile)
 	pair, pairErr := tls.X509KeyPair(file, key)
-	if err = cmp.Or(certErr, keyErr, pairErr); err != nil {
-		err = fmt.Errorf("%s and its key cannot be used: %w", config.Name("proxy.tls.cert_file"), err)
+	if err := cmp.Or(certErr, keyErr, pairErr); err != nil {
+		return nil, nil, fmt.Sprintf("%s and its key cannot be used: %v", name, err)
 	}
 	for _, der := range pair.Certificate { // nothing else of the file, which may hold the key too
 		certificate = append(certificate, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
 	}
-	return certificate, key, err
+	const day = 24 * time.Hour
+	switch left := time.Until(pair.Leaf.NotAfter); {
+	case left < 0:
+		problem = fmt.Sprintf("%s: the certificate expired %d days ago: renew it", name, -left/day)
+	case left < 14*day:
+		problem = fmt.Sprintf("%s: the certificate expires in %d days: renew it", name, left/day)
+	}
+	return certificate, key, problem
 }
 
 // certificateNames returns the names that callers may ask for: the agent's id and the tunnel's domains.

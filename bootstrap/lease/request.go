@@ -42,7 +42,8 @@ func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 
 // requestLease returns a new lease. For a tunnel of type https the request shows a certificate, whose names and end
 // depend on the lease that comes back. So the first request shows one that fits the last lease, and up to two more
-// follow until it fits the new one. A configured certificate fits any lease.
+// follow until it fits the new one. A configured certificate fits any lease; while its files cannot be used, the last one
+// goes on.
 func requestLease(
 	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
 ) (frpc.Lease, *controlplane.Failure) {
@@ -56,10 +57,14 @@ func requestLease(
 	case !last.ExpiresAt.IsZero():
 		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
 	}
-	given, givenKey, err := configured(cfg)
-	if err != nil {
-		return fail(err)
+	given, givenKey, problem := configured(cfg)
+	if given == nil && problem != "" {
+		if last.IssuedAt.IsZero() {
+			return fail(errors.New(problem))
+		}
+		given, givenKey = last.Certificate, last.Key
 	}
+	var err error
 	for range 3 {
 		shown, key := given, givenKey
 		names := certificateNames(cfg.Agent.ID, tunnel)
