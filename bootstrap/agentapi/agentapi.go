@@ -4,6 +4,7 @@ package agentapi
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -62,8 +63,8 @@ type Client struct {
 	TLS        *tls.Config   // nil: plain HTTP
 }
 
-// Call decodes the JSON answer to a GET, or to a POST if there is a body. Status 503 is an answer of ReadyPath, and
-// otherwise an error like the others from 400 on. Calls take ten seconds at most.
+// Call decodes the JSON answer to a GET, or to a POST if there is a body. Status 503 is an answer of ReadyPath; all others
+// from 400 on are a *RefusedError. Calls take ten seconds at most.
 func (c Client) Call(ctx context.Context, path string, body []byte, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -88,11 +89,25 @@ func (c Client) Call(ctx context.Context, path string, body []byte, answer any) 
 		return fmt.Errorf("the proxy does not answer: %w", err)
 	}
 	defer func() { _ = resp.Body.Close() }()
-	accepted := resp.StatusCode < http.StatusBadRequest ||
-		resp.StatusCode == http.StatusServiceUnavailable && strings.HasPrefix(path, ReadyPath)
-	err = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer)
-	if err != nil || !accepted {
-		return fmt.Errorf("the proxy answers %s to %s %s", resp.Status, method, path)
+	data, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	call := fmt.Sprintf("the proxy answers %s to %s %s", resp.Status, method, path)
+	if resp.StatusCode >= http.StatusBadRequest &&
+		(resp.StatusCode != http.StatusServiceUnavailable || !strings.HasPrefix(path, ReadyPath)) {
+		var body struct{ Detail, Message string } // of a problem, or of a metav1.Status
+		_ = json.Unmarshal(data, &body)           // it may be neither
+		return &RefusedError{resp.StatusCode, cmp.Or(body.Detail, body.Message, "it gives no reason"), call}
+	}
+	if err = cmp.Or(err, json.Unmarshal(data, answer)); err != nil {
+		return fmt.Errorf("%s: %w", call, err)
 	}
 	return nil
 }
+
+// RefusedError is an answer with a status from 400 on.
+type RefusedError struct {
+	Code    int
+	Message string // of the answer: what happened, and what to do
+	call    string
+}
+
+func (e *RefusedError) Error() string { return e.call + ": " + e.Message }

@@ -179,6 +179,11 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 		return failed, err.Error()
 	}
 	proxies, err := current.Frpc.Admin.Status(ctx)
+	end := time.Now().Add(10 * time.Second) // right after a start, frpc needs a moment
+	for frpc.StateOf(proxies, err) == frpc.Starting && time.Now().Before(end) {
+		time.Sleep(time.Second)
+		proxies, err = current.Frpc.Admin.Status(ctx)
+	}
 	if err := frpc.Explain(proxies, err); err != nil {
 		return failed, err.Error()
 	}
@@ -195,9 +200,13 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	p.operations = agentapi.Client{ListenAddr: p.cfg.Proxy.MetricsAddr, Token: p.cfg.Agent.Token}
 	p.callers = agentapi.Client{ListenAddr: p.cfg.Proxy.ListenAddr, Token: p.cfg.Agent.Token}
 	if current, err := lease.Read(p.cfg.RunDir); err == nil && current.Certificate != nil {
-		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for the agent's name
-		trusted.AppendCertsFromPEM(current.Certificate)
-		name := cmp.Or(append(current.Frpc.Tunnel.Names(), p.cfg.Agent.ID)...)
+		shown, err := tls.X509KeyPair(current.Certificate, current.Key)
+		if err != nil {
+			return failed, err.Error()
+		}
+		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for a name of its own
+		trusted.AddCert(shown.Leaf)
+		name := cmp.Or(shown.Leaf.DNSNames...)
 		p.callers.TLS = &tls.Config{ServerName: name, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 	}
 	var info version.Info
@@ -244,13 +253,8 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 	} {
 		body := fmt.Appendf(nil, review, access.verb, access.resource, access.name, access.namespace)
 		var answer struct{ Status struct{ Allowed bool } }
-		switch err := p.callers.Call(ctx, reviews, body, &answer); {
-		case err != nil && !p.answered:
-			return skipped, "the proxy and the API server come first"
-		case err != nil && strings.Contains(err.Error(), "403 "):
-			return skipped, "the cluster's owner allows no requests now: the status says why"
-		case err != nil:
-			return failed, err.Error() + ": check that bootstrap and the proxy have the same " + config.Name("agent.token")
+		if err := p.callers.Call(ctx, reviews, body, &answer); err != nil {
+			return p.unanswered(err)
 		}
 		granted[answer.Status.Allowed] = append(granted[answer.Status.Allowed], access.what)
 	}
@@ -263,4 +267,23 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 		return ok, "may " + may
 	}
 	return ok, "may " + may + "; may not " + mayNot + ": grant it to the agent's ServiceAccount if it should"
+}
+
+// unanswered returns the result of the step permissions if it cannot ask.
+func (p *patient) unanswered(err error) (result, detail string) {
+	refused, _ := errors.AsType[*agentapi.RefusedError](err)
+	switch {
+	case !p.answered:
+		return skipped, "the proxy and the API server come first"
+	case refused == nil:
+		return failed, err.Error()
+	case refused.Code == http.StatusUnauthorized:
+		return failed, err.Error() + ": check that bootstrap and the proxy have the same " + config.Name("agent.token")
+	case refused.Code == http.StatusForbidden && strings.HasPrefix(refused.Message, "the agent "):
+		return skipped, refused.Message
+	case refused.Code == http.StatusForbidden:
+		return failed, "RBAC does not let the agent ask for its own rights, as ClusterRole system:basic-user does: " +
+			refused.Message
+	}
+	return failed, err.Error() + ": run doctor again, or see the proxy's log"
 }
