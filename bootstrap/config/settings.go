@@ -240,18 +240,22 @@ func hostOrBelow(v string) (string, error) {
 	return strings.ToLower(v), nil
 }
 
+// ParseURL parses the URL of a server, or says what is wrong with it, without repeating it.
+func ParseURL(v string) (*url.URL, error) {
+	u, err := url.Parse(v)
+	if err != nil || u.Hostname() == "" || u.User != nil || strings.ContainsAny(v, "?#") ||
+		u.Scheme != "https" && u.Scheme != "http" {
+		return nil, errors.New("is not a server's URL: give https:// with a host, and a port and path if need be")
+	}
+	_, err = portNumber(cmp.Or(u.Port(), "443"))
+	return u, err
+}
+
 // apiURL refuses URLs that would send the agent's token unencrypted over a network.
 func apiURL(v string) (string, error) {
-	u, err := url.Parse(v)
-	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" ||
-		u.Scheme != "https" && u.Scheme != "http" {
-		return "", errors.New("is not the URL of a control plane: give https:// with a host, and a port and path if need be")
+	u, err := ParseURL(v)
+	if err == nil && u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
+		err = errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
 	}
-	if _, err := portNumber(cmp.Or(u.Port(), "443")); err != nil {
-		return "", err
-	}
-	if u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
-		return "", errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
-	}
-	return strings.TrimRight(v, "/"), nil
+	return strings.TrimRight(v, "/"), err
 }
