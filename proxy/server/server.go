@@ -43,7 +43,7 @@ type Server struct {
 	limits  *limits
 	log     *slog.Logger
 
-	reviews map[right]review // of what running streams need; used by reviewStreams alone
+	reviews map[right]*review // of what running streams need; used by reviewStreams alone
 
 	heartbeats    atomic.Uint64             // received from the control plane
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
@@ -68,7 +68,7 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	}
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &Server{
-		config: cfg, metrics: m, limits: limits, log: log, reviews: map[right]review{},
+		config: cfg, metrics: m, limits: limits, log: log, reviews: map[right]*review{},
 		agent: agentStatus{
 			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
 			Version: version.Version, StartedAt: time.Now().UTC(),
