@@ -69,15 +69,12 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		err = flags.Parse(flags.Args()[1:])
 	}
 	command, names := cmp.Or(words...), words[min(len(words), 1):]
-	complain := func(code int, format string, args ...any) int {
-		_, _ = fmt.Fprintf(stderr, "bootstrap: "+format+"\n", args...)
-		return code
-	}
 	end := func(err error, failed int) int {
-		if err != nil {
-			return complain(failed, "%v", err)
+		if err == nil {
+			return exitOK
 		}
-		return exitOK
+		_, _ = fmt.Fprintln(stderr, "bootstrap:", err)
+		return failed
 	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -86,11 +83,11 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		return exitUsage
 	case !slices.Contains([]string{"", "ready", "doctor", "kubeconfig", "certificate"}, command) ||
 		len(names) > 0 && command != "certificate":
-		return complain(exitUsage, "unknown argument %q: see bootstrap --help", words[len(words)-1])
+		return end(fmt.Errorf("unknown argument %q: see bootstrap --help", words[len(words)-1]), exitUsage)
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
-		return complain(exitUsage, "these arguments exclude each other: see bootstrap --help")
+		return end(errors.New("these arguments exclude each other: see bootstrap --help"), exitUsage)
 	case *timeout <= 0:
-		return complain(exitUsage, "--timeout must be positive: give one such as 5m")
+		return end(errors.New("--timeout must be positive: give one such as 5m"), exitUsage)
 	case *showVersion:
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
@@ -102,12 +99,12 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
-		return complain(exitUsage, "%v", err)
+		return end(err, exitUsage)
 	}
 	switch {
 	case *check:
-		if problem := lease.CertificateProblem(cfg); problem != "" {
-			complain(exitOK, "warning: %s", problem)
+		if _, _, problem := lease.Configured(cfg); problem != "" {
+			_, _ = fmt.Fprintln(stderr, "bootstrap: warning:", problem)
 		}
 		return end(config.Describe(stdout, *configPath, env), exitFailed)
 	case command == "kubeconfig":

@@ -90,24 +90,21 @@ func (c Client) Call(ctx context.Context, path string, body []byte, answer any) 
 	}
 	defer func() { _ = resp.Body.Close() }()
 	data, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	call := fmt.Sprintf("the proxy answers %s to %s %s", resp.Status, method, path)
 	if resp.StatusCode >= http.StatusBadRequest &&
 		(resp.StatusCode != http.StatusServiceUnavailable || !strings.HasPrefix(path, ReadyPath)) {
 		var body struct{ Detail, Message string } // of a problem, or of a metav1.Status
 		_ = json.Unmarshal(data, &body)           // it may be neither
-		return &RefusedError{resp.StatusCode, cmp.Or(body.Detail, body.Message, "it gives no reason"), call}
+		why := cmp.Or(body.Detail, body.Message, "it gives no reason")
+		err = fmt.Errorf("the proxy answers %s to %s %s: %s", resp.Status, method, path, why)
+		return &RefusedError{err, resp.StatusCode, why}
 	}
-	if err = cmp.Or(err, json.Unmarshal(data, answer)); err != nil {
-		return fmt.Errorf("%s: %w", call, err)
-	}
-	return nil
+	return cmp.Or(err, json.Unmarshal(data, answer))
 }
 
 // RefusedError is an answer with a status from 400 on.
 type RefusedError struct {
-	Code    int
-	Message string // of the answer: what happened, and what to do
-	call    string
-}
+	error
 
-func (e *RefusedError) Error() string { return e.call + ": " + e.Message }
+	Code int
+	Why  string // what the answer says: what happened, and what to do
+}

@@ -88,7 +88,7 @@ type patient struct {
 const noControlPlane = "frp.token is set: there is no control plane"
 
 func (p *patient) configuration(context.Context) (result, detail string) {
-	if problem := lease.CertificateProblem(p.cfg); problem != "" {
+	if _, _, problem := lease.Configured(p.cfg); problem != "" {
 		return warning, "valid, but " + problem
 	}
 	if warning := p.cfg.Agent.TokenWarning(); warning != "" {
@@ -199,15 +199,12 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	p.operations = agentapi.Client{ListenAddr: p.cfg.Proxy.MetricsAddr, Token: p.cfg.Agent.Token}
 	p.callers = agentapi.Client{ListenAddr: p.cfg.Proxy.ListenAddr, Token: p.cfg.Agent.Token}
-	if current, err := lease.Read(p.cfg.RunDir); err == nil && current.Certificate != nil {
-		shown, err := tls.X509KeyPair(current.Certificate, current.Key)
-		if err != nil {
-			return failed, err.Error()
-		}
+	current, _ := lease.Read(p.cfg.RunDir) // the step tunnel says what is wrong with it
+	current = cmp.Or(current, &frpc.Lease{})
+	if shown, err := tls.X509KeyPair(current.Certificate, current.Key); err == nil {
 		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for a name of its own
 		trusted.AddCert(shown.Leaf)
-		name := cmp.Or(shown.Leaf.DNSNames...)
-		p.callers.TLS = &tls.Config{ServerName: name, RootCAs: trusted, MinVersion: tls.VersionTLS12}
+		p.callers.TLS = &tls.Config{ServerName: cmp.Or(shown.Leaf.DNSNames...), RootCAs: trusted, MinVersion: tls.VersionTLS12}
 	}
 	var info version.Info
 	if err := p.operations.Call(ctx, agentapi.VersionPath, nil, &info); err != nil {
@@ -253,8 +250,21 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 	} {
 		body := fmt.Appendf(nil, review, access.verb, access.resource, access.name, access.namespace)
 		var answer struct{ Status struct{ Allowed bool } }
-		if err := p.callers.Call(ctx, reviews, body, &answer); err != nil {
-			return p.unanswered(err)
+		err := p.callers.Call(ctx, reviews, body, &answer)
+		refused, isRefused := errors.AsType[*agentapi.RefusedError](err)
+		switch {
+		case err == nil:
+		case !p.answered:
+			return skipped, "the proxy and the API server come first"
+		case isRefused && refused.Code == http.StatusForbidden && strings.HasPrefix(refused.Why, "the agent "):
+			return skipped, refused.Why
+		case isRefused:
+			return failed, err.Error() + ": " + cmp.Or(map[int]string{
+				http.StatusUnauthorized: "check that bootstrap and the proxy have the same " + config.Name("agent.token"),
+				http.StatusForbidden:    "RBAC must let the agent ask for its own rights, as ClusterRole system:basic-user does",
+			}[refused.Code], "run doctor again, or see the proxy's log")
+		default:
+			return failed, err.Error()
 		}
 		granted[answer.Status.Allowed] = append(granted[answer.Status.Allowed], access.what)
 	}
@@ -267,23 +277,4 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 		return ok, "may " + may
 	}
 	return ok, "may " + may + "; may not " + mayNot + ": grant it to the agent's ServiceAccount if it should"
-}
-
-// unanswered returns the result of the step permissions if it cannot ask.
-func (p *patient) unanswered(err error) (result, detail string) {
-	refused, _ := errors.AsType[*agentapi.RefusedError](err)
-	switch {
-	case !p.answered:
-		return skipped, "the proxy and the API server come first"
-	case refused == nil:
-		return failed, err.Error()
-	case refused.Code == http.StatusUnauthorized:
-		return failed, err.Error() + ": check that bootstrap and the proxy have the same " + config.Name("agent.token")
-	case refused.Code == http.StatusForbidden && strings.HasPrefix(refused.Message, "the agent "):
-		return skipped, refused.Message
-	case refused.Code == http.StatusForbidden:
-		return failed, "RBAC does not let the agent ask for its own rights, as ClusterRole system:basic-user does: " +
-			refused.Message
-	}
-	return failed, err.Error() + ": run doctor again, or see the proxy's log"
 }

@@ -177,7 +177,7 @@ func TestDoctorSaysWhoRefuses(t *testing.T) {
 	}{
 		{401, "the agent refuses the request: the bearer token is not this agent's token", failed, "same agent.token"},
 		{403, "the agent refuses the request: the owner of this cluster allows none", skipped, "the owner of this cluster"},
-		{403, rbac, failed, "RBAC does not let the agent ask"},
+		{403, rbac, failed, "RBAC must let the agent ask"},
 		{429, "the agent refuses the request: too many requests: try again", failed, "too many requests: try again"},
 		{500, "", failed, "500 Internal Server Error"},
 		{503, "", failed, "run doctor again"},

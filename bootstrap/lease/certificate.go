@@ -115,15 +115,9 @@ func MakeCertificate(dir string, names []string) error {
 	return nil
 }
 
-// CertificateProblem returns why the configured certificate cannot be used, or that it ends soon; else "".
-func CertificateProblem(cfg *config.Config) string {
-	_, _, problem := configured(cfg)
-	return problem
-}
-
-// configured returns the certificate that the operator has configured, PEM; nil if there is none, or none that can be
-// used. The problem is CertificateProblem.
-func configured(cfg *config.Config) (certificate, key []byte, problem string) {
+// Configured returns the certificate that the operator has configured, PEM; nil if there is none. The problem is why it
+// cannot be used, and is then nil too, or that it ends soon.
+func Configured(cfg *config.Config) (certificate, key []byte, problem string) {
 	if cfg.Proxy.CertFile == "" {
 		return nil, nil, ""
 	}

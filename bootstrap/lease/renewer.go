@@ -303,7 +303,7 @@ func (r *renewer) renewalDue(now time.Time) bool {
 // certificate than the configured one.
 func (r *renewer) inputChanged() bool {
 	token, err := r.cfg.Credential()
-	certificate, _, _ := configured(r.cfg)
+	certificate, _, _ := Configured(r.cfg)
 	return (err == nil && token != r.token ||
 		certificate != nil && r.lease.Certificate != nil && !bytes.Equal(certificate, r.lease.Certificate)) &&
 		!time.Now().Before(r.notYet)
@@ -311,7 +311,7 @@ func (r *renewer) inputChanged() bool {
 
 // warnOfCertificate logs a problem of the configured certificate when it changes: the days to its end count.
 func (r *renewer) warnOfCertificate() {
-	problem := CertificateProblem(r.cfg)
+	_, _, problem := Configured(r.cfg)
 	if problem != "" && problem != r.certificateProblem {
 		r.log.Warn("configured certificate", "problem", problem)
 	}

@@ -452,7 +452,7 @@ func TestConfiguredCertificateIsShown(t *testing.T) {
 	next, nextKey := newTestPair(t, 365*24*time.Hour)
 	for _, half := range [][2][]byte{{next, key}, {next, nextKey[:len(nextKey)/2]}, {next[:len(next)/2], nextKey}, {nil, nil}} {
 		put(half[0], half[1])
-		if problem := CertificateProblem(r.cfg); !strings.Contains(problem, "PIPEOPS_PROXY_TLS_CERT_FILE") {
+		if _, _, problem := Configured(r.cfg); !strings.Contains(problem, "PIPEOPS_PROXY_TLS_CERT_FILE") {
 			t.Errorf("nobody hears of it: %s", problem)
 		}
 		inUse(certificate, key)

@@ -57,7 +57,7 @@ func requestLease(
 	case !last.ExpiresAt.IsZero():
 		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
 	}
-	given, givenKey, problem := configured(cfg)
+	given, givenKey, problem := Configured(cfg)
 	if given == nil && problem != "" {
 		if last.IssuedAt.IsZero() {
 			return fail(errors.New(problem))
