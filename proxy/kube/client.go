@@ -256,24 +256,21 @@ func (c *Client) readNodes(ctx context.Context, sum **Nodes) error {
 			return err
 		}
 		for i := range list.Items {
-			nodes.add(&list.Items[i])
+			status := &list.Items[i].Status
+			nodes.Total++
+			nodes.Versions[status.NodeInfo.KubeletVersion]++
+			for _, condition := range status.Conditions {
+				if condition.Type == "Ready" && condition.Status == "True" {
+					nodes.Ready++
+				}
+			}
+			nodes.Capacity.add(status.Capacity)
+			nodes.Allocatable.add(status.Allocatable)
 		}
 		next = list.Metadata.Continue
 	}
 	*sum = nodes
 	return nil
-}
-
-func (n *Nodes) add(node *node) {
-	n.Total++
-	n.Versions[node.Status.NodeInfo.KubeletVersion]++
-	for _, condition := range node.Status.Conditions {
-		if condition.Type == "Ready" && condition.Status == "True" {
-			n.Ready++
-		}
-	}
-	n.Capacity.add(node.Status.Capacity)
-	n.Allocatable.add(node.Status.Allocatable)
 }
 
 func (r *Resources) add(list map[string]resource.Quantity) {

@@ -129,15 +129,15 @@ func newMetrics() *metrics {
 			ConstLabels: prometheus.Labels{"listener": string(l)},
 		}, func() float64 { return float64(requests.Load()) })
 	}
-	for limit := range strings.FieldsSeq("connections idle header_memory certificate handshake requests caller request_memory " +
-		"stalled_calls stalled_reads stalled_streams commands") {
-		m.refused.WithLabelValues(limit) // 0 until there is one
-	}
-	for reason := range strings.FieldsSeq("none several scheme token unconfigured") {
-		m.authFailures.WithLabelValues(reason)
-	}
-	for reason := range strings.FieldsSeq("switch rights credential certificate") {
-		m.streamsEnded.WithLabelValues(reason)
+	for counted, values := range map[*prometheus.CounterVec]string{
+		m.refused: "connections idle header_memory certificate handshake requests caller request_memory " +
+			"stalled_calls stalled_reads stalled_streams commands",
+		m.authFailures: "none several scheme token unconfigured",
+		m.streamsEnded: "switch rights credential certificate",
+	} {
+		for value := range strings.FieldsSeq(values) {
+			counted.WithLabelValues(value) // 0 until there is one
+		}
 	}
 	info := version.Get()
 	gauges("build_info", "Always 1; the labels say what was built.", "version", "commit", "go_version").
