@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"strings"
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
@@ -63,8 +62,8 @@ type Client struct {
 	TLS        *tls.Config   // nil: plain HTTP
 }
 
-// Call decodes the JSON answer to a GET, or to a POST if there is a body. Status 503 is an answer of ReadyPath; all others
-// from 400 on are a *RefusedError. Calls take ten seconds at most.
+// Call decodes the JSON answer to a GET, or to a POST if there is a body. A status from 400 on is a *RefusedError, and the
+// answer is decoded all the same: that of ReadyPath says more. Calls take ten seconds at most.
 func (c Client) Call(ctx context.Context, path string, body []byte, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -90,15 +89,15 @@ func (c Client) Call(ctx context.Context, path string, body []byte, answer any) 
 	}
 	defer func() { _ = resp.Body.Close() }()
 	data, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	if resp.StatusCode >= http.StatusBadRequest &&
-		(resp.StatusCode != http.StatusServiceUnavailable || !strings.HasPrefix(path, ReadyPath)) {
+	err = cmp.Or(err, json.Unmarshal(data, answer))
+	if resp.StatusCode >= http.StatusBadRequest {
 		var body struct{ Detail, Message string } // of a problem, or of a metav1.Status
 		_ = json.Unmarshal(data, &body)           // it may be neither
 		why := cmp.Or(body.Detail, body.Message, "it gives no reason")
 		err = fmt.Errorf("the proxy answers %s to %s %s: %s", resp.Status, method, path, why)
 		return &RefusedError{err, resp.StatusCode, why}
 	}
-	return cmp.Or(err, json.Unmarshal(data, answer))
+	return err
 }
 
 // RefusedError is an answer with a status from 400 on.

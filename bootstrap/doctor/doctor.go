@@ -223,10 +223,11 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 func (p *patient) kubernetes(ctx context.Context) (result, detail string) {
 	var ready agentapi.Ready
 	const path = agentapi.ReadyPath + "?only=" + agentapi.CheckKubernetes
-	if err := p.operations.Call(ctx, path, nil, &ready); err != nil {
+	_ = p.operations.Call(ctx, path, nil, &ready) // if not ready, the answer says why
+	switch check, answered := ready.Checks[agentapi.CheckKubernetes]; {
+	case !answered:
 		return skipped, "the proxy comes first"
-	}
-	if check := ready.Checks[agentapi.CheckKubernetes]; !check.OK {
+	case !check.OK:
 		return failed, check.Detail
 	}
 	p.answered = true
