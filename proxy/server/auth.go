@@ -261,7 +261,7 @@ func (s *Server) protect(next http.HandlerFunc, needs access.Level, whileDrainin
 func (s *Server) refuse(sc *scope) (why string) {
 	if why = s.owner.Refuse(sc.needs); why != "" {
 		sc.outcome = "switch"
-	} else if outcome, closed := s.guard.Refuse(&sc.Description); closed != "" {
+	} else if outcome, closed := s.owner.Guard(&sc.Description); closed != "" {
 		sc.outcome, why = outcome, closed
 	}
 	return why

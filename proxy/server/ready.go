@@ -17,6 +17,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/access"
 	"github.com/pipeops/vm-agent/proxy/answer"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -256,12 +257,10 @@ type status struct {
 
 // accessStatus is as whom callers act, and what limits them.
 type accessStatus struct {
-	Identity     string     `json:"identity"`
-	Allow        string     `json:"allow"`
-	Until        *time.Time `json:"until"` // null: no end
-	Reason       string     `json:"reason,omitempty"`
-	Detail       string     `json:"detail,omitempty"` // why allow is not what the owner's ConfigMap says now
-	OwnNamespace string     `json:"own_namespace"`
+	Identity string `json:"identity"`
+	access.State
+
+	OwnNamespace string `json:"own_namespace"`
 }
 
 type agentStatus struct {
@@ -312,12 +311,10 @@ func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.readCluster(r.Context())
 	_ = s.checks[agentapi.CheckTunnel].refresh(r.Context()) // the error is in the status
 	owner, settings := s.owner.State(), s.config.Access
+	owner.Detail = cmp.Or(owner.Detail, owner.Held)
 	answer.WriteJSON(w, http.StatusOK, status{
-		Access: accessStatus{
-			Identity: settings.Identity, Allow: owner.Allow.String(), Until: owner.Until, Reason: owner.Reason,
-			Detail: cmp.Or(owner.Detail, owner.Held), OwnNamespace: settings.OwnNamespace,
-		},
-		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
+		Access: accessStatus{settings.Identity, owner, settings.OwnNamespace},
+		Agent:  s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
 		Tunnel: s.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})
 }

@@ -74,7 +74,7 @@ func untilReview() time.Duration { return reviewAfter + rand.N(reviewJitter) } /
 func (s *Server) review(ctx context.Context, key right, sc *scope) (answered bool) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	allowed, err := s.callers.Review(ctx, sc.Identity, &key.Description)
+	allowed, err := s.kube.Client.Review(ctx, sc.Identity, &key.Description)
 	unauthorized := apierrors.IsUnauthorized(err) && s.config.Access.Identity == access.Own
 	same := func(other *scope) bool { return other.right != nil && *other.right == key }
 	what := key.Verb + " " + cmp.Or(key.Resource, "this")
