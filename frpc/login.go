@@ -86,7 +86,6 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 	}
 	conn = tls.Client(conn, tlsConfig)
 	err = conn.(*tls.Conn).HandshakeContext(ctx)
-	network, isNet := errors.AsType[net.Error](err)
 	switch rejected := tlsutil.Explain(err, caFile, serverName); {
 	case err == nil:
 	case rejected != nil && rejected.Nameless():
@@ -95,8 +94,6 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 			"or accept any with "+unverified, addr)
 	case rejected != nil:
 		return "", fmt.Errorf("frps at %s %w", addr, rejected)
-	case isNet && network.Timeout():
-		return "", fmt.Errorf("frps at %s accepts the connection and does not answer: %w: "+checkTLS, addr, err)
 	default:
 		return "", fmt.Errorf("frps at %s fails the TLS handshake: %w: "+checkTLS, addr, err)
 	}

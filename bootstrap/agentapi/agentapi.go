@@ -62,8 +62,8 @@ type Client struct {
 	TLS        *tls.Config   // nil: plain HTTP
 }
 
-// Call decodes the JSON answer to a GET, or to a POST if there is a body. A status from 400 on is a *RefusedError, and the
-// answer is decoded all the same: that of ReadyPath says more. Calls take ten seconds at most.
+// Call decodes the JSON answer to a GET, or to a POST if there is a body. A status from 400 on is a *RefusedError, and
+// the answer is decoded all the same: that of ReadyPath says more. Calls take ten seconds at most.
 func (c Client) Call(ctx context.Context, path string, body []byte, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()

@@ -179,8 +179,7 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 		return failed, err.Error()
 	}
 	proxies, err := current.Frpc.Admin.Status(ctx)
-	end := time.Now().Add(10 * time.Second) // right after a start, frpc needs a moment
-	for frpc.StateOf(proxies, err) == frpc.Starting && time.Now().Before(end) {
+	for n := 0; n < 10 && frpc.StateOf(proxies, err) == frpc.Starting; n++ { // right after a start
 		time.Sleep(time.Second)
 		proxies, err = current.Frpc.Admin.Status(ctx)
 	}
@@ -204,7 +203,8 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	if shown, err := tls.X509KeyPair(current.Certificate, current.Key); err == nil {
 		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for a name of its own
 		trusted.AddCert(shown.Leaf)
-		p.callers.TLS = &tls.Config{ServerName: cmp.Or(shown.Leaf.DNSNames...), RootCAs: trusted, MinVersion: tls.VersionTLS12}
+		name := cmp.Or(shown.Leaf.DNSNames...)
+		p.callers.TLS = &tls.Config{ServerName: name, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 	}
 	var info version.Info
 	if err := p.operations.Call(ctx, agentapi.VersionPath, nil, &info); err != nil {

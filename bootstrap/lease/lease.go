@@ -189,8 +189,8 @@ func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
 
 // requestLease returns a new lease. For a tunnel of type https the request shows a certificate, whose names and end
 // depend on the lease that comes back. So the first request shows one that fits the last lease, and up to two more
-// follow until it fits the new one. A configured certificate fits any lease; while its files cannot be used, the last one
-// goes on.
+// follow until it fits the new one. A configured certificate fits any lease; while its files cannot be used, the last
+// one goes on.
 func requestLease(
 	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
 ) (frpc.Lease, *controlplane.Failure) {
@@ -211,14 +211,11 @@ func requestLease(
 		}
 		given, givenKey = last.Certificate, last.Key
 	}
-	var err error
 	for range 3 {
 		shown, key := given, givenKey
 		names := certificateNames(cfg.Agent.ID, tunnel)
 		if tunnel.Type == "https" && given == nil {
-			if shown, key, err = newCertificate(names, end, nil); err != nil {
-				return fail(fmt.Errorf("make the tunnel's certificate: %w", err))
-			}
+			shown, key = newCertificate(names, end, nil)
 		}
 		answer, refusal := issue(ctx, shown)
 		if refusal != nil {

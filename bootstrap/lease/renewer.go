@@ -311,11 +311,10 @@ func (r *renewer) inputChanged() bool {
 
 // warnOfCertificate logs a problem of the configured certificate when it changes: the days to its end count.
 func (r *renewer) warnOfCertificate() {
-	_, _, problem := Configured(r.cfg)
-	if problem != "" && problem != r.certificateProblem {
-		r.log.Warn("configured certificate", "problem", problem)
+	if _, _, problem := Configured(r.cfg); problem != r.certificateProblem {
+		r.certificateProblem = problem
+		r.log.Warn("configured certificate", "problem", cmp.Or(problem, "solved"))
 	}
-	r.certificateProblem = problem
 }
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.

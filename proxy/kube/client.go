@@ -234,22 +234,19 @@ func (c *Client) count(ctx context.Context, path string, n **int64) error {
 	return nil
 }
 
-// node holds the fields that are read of a node.
-type node struct {
-	Status struct {
-		Conditions            []struct{ Type, Status string }
-		Capacity, Allocatable map[string]resource.Quantity
-		NodeInfo              struct{ KubeletVersion string }
-	}
-}
-
 // readNodes sets sum to the sum of all nodes, which it reads page by page.
 func (c *Client) readNodes(ctx context.Context, sum **Nodes) error {
 	nodes := &Nodes{Versions: map[string]int64{}}
 	for next, more := "", true; more; more = next != "" {
 		var list struct {
 			Metadata metav1.ListMeta
-			Items    []node
+			Items    []struct {
+				Status struct {
+					Conditions            []struct{ Type, Status string }
+					Capacity, Allocatable map[string]resource.Quantity
+					NodeInfo              struct{ KubeletVersion string }
+				}
+			}
 		}
 		path := fmt.Sprintf("/api/v1/nodes?limit=%d&continue=%s", nodePage, url.QueryEscape(next))
 		if err := c.call(ctx, nil, http.MethodGet, path, nil, &list); err != nil {

@@ -189,9 +189,7 @@ func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err 
 	failing, leaseStart, leaseEnd := false, 0.0, 0.0
 	if lease != nil {
 		now.LeaseProblem, failing = leaseProblem(lease), lease.Renewal != nil || overdue(lease)
-		if !lease.IssuedAt.IsZero() {
-			now.LeaseIssuedAt, leaseStart = new(lease.IssuedAt.UTC()), float64(lease.IssuedAt.Unix())
-		}
+		now.LeaseIssuedAt, leaseStart = new(lease.IssuedAt.UTC()), float64(lease.IssuedAt.Unix())
 		if !lease.ExpiresAt.IsZero() {
 			now.LeaseExpiresAt, leaseEnd = new(lease.ExpiresAt.UTC()), float64(lease.ExpiresAt.Unix())
 		}
