@@ -157,3 +157,30 @@ func TestFlagsMayFollowTheNames(t *testing.T) {
 		}
 	}
 }
+
+// TestCheckAndDoctorWarnOfTheCertificate: before callers see that it has ended, and without any other mistake.
+func TestCheckAndDoctorWarnOfTheCertificate(t *testing.T) {
+	dir := t.TempDir()
+	putAuthority(t, dir, x509.Certificate{IsCA: true, NotAfter: time.Now().Add(10*24*time.Hour + time.Hour)})
+	if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "a.example"); code != exitOK {
+		t.Fatal(out)
+	}
+	env := environment(t, "https://127.0.0.1:1")
+	env["PIPEOPS_FRP_TUNNEL_TYPE"], env["PIPEOPS_FRP_TOKEN"] = "https", "token-of-frps"
+	env["PIPEOPS_FRP_SERVER_ADDR"], env["PIPEOPS_FRP_SERVER_PORT"] = "127.0.0.1", "1"
+	for key, says := range map[string]string{"tls.key": "expires in 10 days", "ca.key": "cannot be used"} {
+		env["PIPEOPS_PROXY_TLS_CERT_FILE"] = filepath.Join(dir, "tls.crt")
+		env["PIPEOPS_PROXY_TLS_KEY_FILE"] = filepath.Join(dir, key)
+		const setting = "proxy.tls.cert_file (PIPEOPS_PROXY_TLS_CERT_FILE)"
+		code, _, out := bootstrap(t, env, "--check")
+		if code != exitOK || !strings.Contains(out, "bootstrap: warning: "+setting) || !strings.Contains(out, says) ||
+			!strings.Contains(out, `agent.id: "agent-001"`) {
+			t.Errorf("%d: %s", code, out)
+		}
+		_, _, out = bootstrap(t, env, "doctor")
+		if first, _, _ := strings.Cut(out, "\n"); !strings.HasPrefix(first, "warning  configuration") ||
+			!strings.Contains(first, setting) || !strings.Contains(first, says) {
+			t.Errorf("doctor: %s", out)
+		}
+	}
+}
