@@ -254,8 +254,11 @@ func ParseURL(v string) (*url.URL, error) {
 // apiURL refuses URLs that would send the agent's token unencrypted over a network.
 func apiURL(v string) (string, error) {
 	u, err := ParseURL(v)
-	if err == nil && u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
-		err = errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
+	switch {
+	case err != nil:
+		return "", err
+	case u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback():
+		return "", errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
 	}
-	return strings.TrimRight(v, "/"), err
+	return strings.TrimRight(v, "/"), nil
 }

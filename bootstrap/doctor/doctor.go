@@ -212,8 +212,8 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	}
 	if p.callers.TLS != nil {
 		err := p.callers.Call(ctx, agentapi.VersionPath, nil, &info)
-		asked := p.cfg.Proxy.ClientCAFile != "" // then a caller without a certificate is told that one is required
-		if err != nil && (!asked || !strings.Contains(err.Error(), "certificate required")) {
+		// With proxy.tls.client_ca_file, a caller without a certificate is told that one is required.
+		if err != nil && (p.cfg.Proxy.ClientCAFile == "" || !strings.Contains(err.Error(), "certificate required")) {
 			return failed, fmt.Sprintf("TLS with the proxy and the tunnel's certificate failed: %v: see the proxy's log", err)
 		}
 	}

@@ -227,9 +227,9 @@ func TestOwnNamespaceIsClosed(t *testing.T) {
 		{"DELETE", "/api/v1/namespaces/other/secrets/s", "", ""},
 	} {
 		d := kube.Describe(httptest.NewRequest(test.method, kube.Prefix+test.target, nil))
-		owner := Owner{namespace: "agent", name: "owner"}
+		owner := Owner{namespace: "agent", settings: config.Access{ConfigMap: "owner", OwnNamespace: "closed"}}
 		closed, why := owner.Guard(&d)
-		owner.open = true
+		owner.settings.OwnNamespace = "open"
 		open, _ := owner.Guard(&d)
 		if closed != test.closed || open != test.open || (why != "") != (closed != "") {
 			t.Errorf("%s %s: closed %q, open %q (%s)", test.method, test.target, closed, open, why)

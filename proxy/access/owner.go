@@ -24,8 +24,7 @@ const maxReason = 500 // bytes of the owner's reason that are quoted
 type Owner struct {
 	client    *kube.Client
 	namespace string
-	name      string // empty: everything is allowed
-	open      bool   // the agent's own namespace is
+	settings  config.Access // without a ConfigMap everything is allowed
 	log       *slog.Logger
 
 	last   atomic.Pointer[State]
@@ -41,13 +40,12 @@ type State struct {
 	Held   string     `json:"-"`                // why the ConfigMap is not read, and Allow is what it last said
 }
 
-// NewOwner returns the owner of the ConfigMap that the settings name, in the agent's namespace. Until it is read, nothing
-// is allowed.
+// NewOwner returns the owner of the ConfigMap that the settings name, in the agent's namespace. Until it is read,
+// nothing is allowed.
 func NewOwner(client *kube.Client, namespace string, settings config.Access, log *slog.Logger) *Owner {
-	o := &Owner{client: client, namespace: namespace, name: settings.ConfigMap, log: log}
-	o.open = settings.OwnNamespace == "open"
+	o := &Owner{client: client, namespace: namespace, settings: settings, log: log}
 	o.last.Store(&State{Detail: "it is not read yet"})
-	if o.name == "" {
+	if settings.ConfigMap == "" {
 		o.last.Store(&State{Allow: All})
 	}
 	return o
@@ -70,23 +68,23 @@ func (o *Owner) Refuse(needs Level) string {
 	}
 	why := fmt.Sprintf("the owner of this cluster allows %q, and this needs %q", now.Allow, needs)
 	if now.Detail != "" {
-		why += ", because of ConfigMap " + o.namespace + "/" + o.name + ": " + now.Detail
+		why += ", because of ConfigMap " + o.namespace + "/" + o.settings.ConfigMap + ": " + now.Detail
 	}
 	if now.Reason != "" {
 		why += fmt.Sprintf("; reason: %q", now.Reason)
 	}
-	return why + ": ask who may change ConfigMap " + o.namespace + "/" + o.name
+	return why + ": ask who may change ConfigMap " + o.namespace + "/" + o.settings.ConfigMap
 }
 
 // Follow reads the ConfigMap, and logs a change. It keeps what it knows if the API server cannot be reached or is busy,
 // and allows nothing if it may not read the ConfigMap, or there is no valid one.
 func (o *Owner) Follow(ctx context.Context) {
-	if o.name == "" {
+	if o.settings.ConfigMap == "" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*OwnerInterval)
 	defer cancel()
-	data, err := o.client.ReadConfigMap(ctx, o.namespace, o.name)
+	data, err := o.client.ReadConfigMap(ctx, o.namespace, o.settings.ConfigMap)
 	refusal, _ := errors.AsType[*apierrors.StatusError](err)
 	last := o.State()
 	last.Held = "the API server cannot be reached or is busy: what the ConfigMap last said holds"
@@ -173,13 +171,13 @@ func (o *Owner) Guard(d *kube.Description) (outcome, why string) {
 	if d.Namespace != o.namespace {
 		return "", ""
 	}
-	changes := Needs(d) >= Write
+	changes, name := Needs(d) >= Write, o.settings.ConfigMap
 	// Without a name, the name is in the body.
-	if changes && o.name != "" && d.Resource == "configmaps" && (d.Name == "" || d.Name == o.name) {
+	if changes && name != "" && d.Resource == "configmaps" && (d.Name == "" || d.Name == name) {
 		return "config_map", fmt.Sprintf("ConfigMap %s/%s, by which the cluster's owner limits access, "+
-			"cannot be changed through the agent: change it in the cluster", o.namespace, o.name)
+			"cannot be changed through the agent: change it in the cluster", o.namespace, name)
 	}
-	if !o.open && (changes || d.Group == "" && d.Resource == "secrets") {
+	if o.settings.OwnNamespace != "open" && (changes || d.Group == "" && d.Resource == "secrets") {
 		return "own_namespace", fmt.Sprintf("the agent's own namespace %s is closed to writes, exec and Secrets "+
 			"through the agent (access.own_namespace): do that in the cluster", o.namespace)
 	}
