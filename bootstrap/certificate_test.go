@@ -148,7 +148,9 @@ func TestCertificateOnAFullDisk(t *testing.T) {
 
 // TestFlagsMayFollowTheNames: as most command lines have it.
 func TestFlagsMayFollowTheNames(t *testing.T) {
-	for _, args := range []string{"certificate a.example --dir DIR b.example", "certificate a.example b.example --dir=DIR"} {
+	for _, args := range []string{
+		"certificate a.example --dir DIR b.example", "certificate a.example b.example --dir=DIR",
+	} {
 		dir := t.TempDir()
 		code, _, out := bootstrap(t, nil, strings.Fields(strings.Replace(args, "DIR", dir, 1))...)
 		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"))

@@ -142,7 +142,8 @@ func TestCertificateOverwritesNothing(t *testing.T) {
 // TestKubeconfigIsForTheIdentityInForce: who may use it, and with what.
 func TestKubeconfigIsForTheIdentityInForce(t *testing.T) {
 	dir := t.TempDir()
-	if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "agent-001.k8s.example", "*.k8s.example"); code != exitOK {
+	code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "agent-001.k8s.example", "*.k8s.example")
+	if code != exitOK {
 		t.Fatal(out)
 	}
 	const gateway = "--server=https://gateway.example:8443/agents/agent-001/"

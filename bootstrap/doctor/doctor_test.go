@@ -134,7 +134,9 @@ func putCertificate(t *testing.T, cfg *config.Config, names ...string) (pair tls
 
 // TestDoctorAcceptsACertificateOfTheOperator: it need have neither the agent's id nor a name that bootstrap knows.
 func TestDoctorAcceptsACertificateOfTheOperator(t *testing.T) {
-	proxy := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, `{"version":"v1"}`) })
+	proxy := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"version":"v1"}`)
+	})
 	operations := httptest.NewServer(proxy)
 	defer operations.Close()
 	for _, names := range [][]string{{"edge.example", "other.example"}, {"*.edge.example"}} {

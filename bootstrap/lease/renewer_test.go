@@ -445,7 +445,9 @@ func TestConfiguredCertificateIsShown(t *testing.T) {
 	}
 	inUse(certificate, key)
 	next, nextKey := newTestPair(365 * 24 * time.Hour)
-	for _, half := range [][2][]byte{{next, key}, {next, nextKey[:len(nextKey)/2]}, {next[:len(next)/2], nextKey}, {nil, nil}} {
+	for _, half := range [][2][]byte{
+		{next, key}, {next, nextKey[:len(nextKey)/2]}, {next[:len(next)/2], nextKey}, {nil, nil},
+	} {
 		put(half[0], half[1])
 		if _, _, problem := Configured(r.cfg); !strings.Contains(problem, "PIPEOPS_PROXY_TLS_CERT_FILE") {
 			t.Errorf("nobody hears of it: %s", problem)

@@ -340,7 +340,7 @@ func (s *Server) logRequest(sc *scope, r *http.Request, level slog.Level, messag
 			attrs = append(attrs, slog.String(attr.key, attr.value))
 		}
 	}
-	s.log.LogAttrs(r.Context(), level, message, append(attrs, more...)...)
+	s.log.LogAttrs(r.Context(), level, message, append(attrs, more...)...) //nolint:sloglint // a constant of the caller
 }
 
 // verb returns the verb as metrics and the log have it.
