@@ -2,16 +2,23 @@ package main
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"sigs.k8s.io/yaml"
 )
@@ -120,7 +127,9 @@ func TestCertificateOverwritesNothing(t *testing.T) {
 			t.Errorf("%s: %d, %q, %s", name, code, files, out)
 		}
 	}
-	for _, names := range [][]string{{}, {"192.0.2.1"}, {"a.example", "b/c"}} {
+	long := strings.Repeat("a", 64)
+	for _, names := range [][]string{{}, {"192.0.2.1"}, {"a.example", "b/c"}, {"a..b"}, {"a.-b.example"}, {"*.*.example"},
+		{long + ".example"}, {strings.Repeat("a.", 126) + "ab"}} {
 		dir := t.TempDir()
 		code, _, out := bootstrap(t, nil, append([]string{"certificate", "--dir", dir}, names...)...)
 		if files, _ := filepath.Glob(filepath.Join(dir, "*")); code != exitFailed || len(files) > 0 ||
@@ -133,7 +142,8 @@ func TestCertificateOverwritesNothing(t *testing.T) {
 // TestKubeconfigIsForTheIdentityInForce: who may use it, and with what.
 func TestKubeconfigIsForTheIdentityInForce(t *testing.T) {
 	dir := t.TempDir()
-	if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "agent-001.k8s.example"); code != exitOK {
+	code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, "agent-001.k8s.example", "*.k8s.example")
+	if code != exitOK {
 		t.Fatal(out)
 	}
 	const gateway = "--server=https://gateway.example:8443/agents/agent-001/"
@@ -168,7 +178,18 @@ func TestKubeconfigIsForTheIdentityInForce(t *testing.T) {
 			"tcp gateway --server", 1},
 		"the URL of the API":         {"", "--server=https://agent-001.k8s.example/api/k8s/", "authority-data", 0},
 		"own, and the agent's token": {"ACCESS_IDENTITY=own", gateway + " --embed-token", "access.identity own", 1},
-		"an id like a number":        {"AGENT_ID=1e3", "--server=https://agent-001.k8s.example", "authority-data 1e3.token", 0},
+		"an id like a number":        {"AGENT_ID=1e3 FRP_TUNNEL_SUBDOMAIN=agent-001", "", "authority-data 1e3.token", 0},
+		"a gateway below the wildcard": {"", "--server=https://gateway.k8s.example",
+			"https://gateway.k8s.example/api/k8s", 0},
+		"a gateway with the agent's name": {"", "--server=https://agent-001.k8s.example/gateway", "/gateway/api/k8s", 0},
+		"another case":                    {"", "--server=https://Agent-001.k8s.example/", "authority-data", 0},
+		"a query":                         {"", gateway + "?x=1", "--server https:// host", 1},
+		"an empty query":                  {"", gateway + "?", "--server https:// host", 1},
+		"a fragment":                      {"", gateway + "#x", "--server https:// host", 1},
+		"a user":                          {"", "--server=https://alice@gateway.example", "--server https:// host", 1},
+		"no host":                         {"", "--server=https://:8443/x", "--server https:// host", 1},
+		"a name alone":                    {"", "--server=gateway.example", "--server https:// host", 1},
+		"a bad port":                      {"", "--server=https://gateway.example:70000", "--server port", 1},
 	} {
 		env := environment(t, "https://control.example")
 		settings := fmt.Sprintf("FRP_TUNNEL_TYPE=https FRP_TUNNEL_SUBDOMAIN_HOST=k8s.example "+
@@ -233,6 +254,62 @@ func TestKubeconfigHasTheAuthorityOfTheSecret(t *testing.T) {
 		var config parsed
 		if err := yaml.Unmarshal([]byte(out), &config); err != nil || len(config.Clusters) != 1 ||
 			!bytes.Equal(config.Clusters[0].Cluster.CA, test.want) {
+			t.Errorf("%v: %s", err, out)
+		}
+	}
+}
+
+// TestKubeconfigHasTheRootOfAnyChain: whatever the order, and wherever an intermediate authority is.
+func TestKubeconfigHasTheRootOfAnyChain(t *testing.T) {
+	var last *x509.Certificate
+	var lastKey *ecdsa.PrivateKey
+	var pems []string // of root, intermediate and the agent
+	for n, name := range []string{"root", "intermediate", "agent-001.k8s.example"} {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		template := &x509.Certificate{SerialNumber: big.NewInt(int64(n)), Subject: pkix.Name{CommonName: name},
+			NotAfter: time.Now().Add(time.Hour), IsCA: n < 2, BasicConstraintsValid: true, DNSNames: []string{name}}
+		if last == nil {
+			last, lastKey = template, key
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, last, key.Public(), lastKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if last, err = x509.ParseCertificate(der); err != nil {
+			t.Fatal(err)
+		}
+		lastKey = key
+		pems = append(pems, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(lastKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, intermediate, agent := pems[0], pems[1], pems[2]
+	for _, test := range []struct{ chain, beside, want string }{
+		{agent + intermediate + root, "", root},
+		{agent + root + intermediate, "", root},
+		{agent + intermediate, root, root},
+		{agent + intermediate, intermediate + root, root},
+		{agent, root + intermediate, root},
+		{agent + intermediate, "", ""},
+	} {
+		dir := t.TempDir()
+		put(t, dir, "tls.crt", test.chain)
+		put(t, dir, "ca.crt", test.beside)
+		put(t, dir, "tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})))
+		env := environment(t, "https://control.example")
+		env["PIPEOPS_FRP_TUNNEL_TYPE"], env["PIPEOPS_FRP_TUNNEL_SUBDOMAIN_HOST"] = "https", "k8s.example"
+		env["PIPEOPS_PROXY_TLS_CERT_FILE"] = filepath.Join(dir, "tls.crt")
+		env["PIPEOPS_PROXY_TLS_KEY_FILE"] = filepath.Join(dir, "tls.key")
+		obtain(t, env)
+		code, _, out := bootstrap(t, env, "kubeconfig")
+		var config parsed
+		if err := yaml.Unmarshal([]byte(out), &config); err != nil || code != exitOK ||
+			string(config.Clusters[0].Cluster.CA) != test.want {
 			t.Errorf("%v: %s", err, out)
 		}
 	}

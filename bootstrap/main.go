@@ -62,21 +62,19 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	dir := flags.String("dir", ".", "certificate: `directory` for its files")
 	timeout := flags.Duration("timeout", 5*time.Minute, "how long to try to get the first lease")
 	showVersion := flags.Bool("version", false, "print the version as JSON and exit")
-	command := ""
+	words := []string{} // the command and its names: flags may stand between them
 	err := flags.Parse(args)
-	if err == nil && flags.NArg() > 0 { // flags may stand on both sides of it
-		command = flags.Arg(0)
+	for err == nil && flags.NArg() > 0 {
+		words = append(words, flags.Arg(0))
 		err = flags.Parse(flags.Args()[1:])
 	}
-	complain := func(code int, format string, args ...any) int {
-		_, _ = fmt.Fprintf(stderr, "bootstrap: "+format+"\n", args...)
-		return code
-	}
+	command, names := cmp.Or(words...), words[min(len(words), 1):]
 	end := func(err error, failed int) int {
-		if err != nil {
-			return complain(failed, "%v", err)
+		if err == nil {
+			return exitOK
 		}
-		return exitOK
+		_, _ = fmt.Fprintln(stderr, "bootstrap:", err)
+		return failed
 	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -84,31 +82,34 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	case err != nil:
 		return exitUsage
 	case !slices.Contains([]string{"", "ready", "doctor", "kubeconfig", "certificate"}, command) ||
-		flags.NArg() > 0 && command != "certificate":
-		return complain(exitUsage, "unknown argument %q: see bootstrap --help", cmp.Or(flags.Arg(0), command))
+		len(names) > 0 && command != "certificate":
+		return end(fmt.Errorf("unknown argument %q: see bootstrap --help", words[len(words)-1]), exitUsage)
 	case (*once || *check) && command != "" || *asJSON && command != "doctor":
-		return complain(exitUsage, "these arguments exclude each other: see bootstrap --help")
+		return end(errors.New("these arguments exclude each other: see bootstrap --help"), exitUsage)
 	case *timeout <= 0:
-		return complain(exitUsage, "--timeout must be positive: give one such as 5m")
+		return end(errors.New("--timeout must be positive: give one such as 5m"), exitUsage)
 	case *showVersion:
 		_ = json.NewEncoder(stdout).Encode(version.Get())
 		return exitOK
-	case *check:
-		return end(config.Describe(stdout, *configPath, env), exitUsage)
 	case command == "doctor":
 		return map[bool]int{true: exitOK, false: exitFailed}[doctor.Run(ctx, *configPath, env, stdout, *asJSON)]
 	case command == "certificate":
-		return end(lease.MakeCertificate(*dir, flags.Args()), exitFailed)
+		return end(lease.MakeCertificate(*dir, names), exitFailed)
 	}
 	cfg, err := config.Load(*configPath, env)
 	if err != nil {
 		_ = os.WriteFile(terminationLog, []byte(err.Error()), 0) // does not create it
-		return complain(exitUsage, "%v", err)
+		return end(err, exitUsage)
 	}
-	switch command {
-	case "kubeconfig":
+	switch {
+	case *check:
+		if _, _, problem := lease.Configured(cfg); problem != "" {
+			_, _ = fmt.Fprintln(stderr, "bootstrap: warning:", problem)
+		}
+		return end(config.Describe(stdout, *configPath, env), exitFailed)
+	case command == "kubeconfig":
 		return end(kubeconfig.Write(stdout, cfg, *server, *embed), exitFailed)
-	case "ready":
+	case command == "ready":
 		return end(lease.Ready(cfg.RunDir), exitFailed)
 	}
 	log, _ := cfg.Logger(stderr)

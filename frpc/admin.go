@@ -91,17 +91,6 @@ type ProxyStatus struct {
 	RemoteAddr string `json:"remote_addr"`
 }
 
-// Explain returns why frps refuses the tunnel, and what to do.
-// Source: frp pkg/config/v1/validation/proxy.go and server/proxy.
-func (p ProxyStatus) Explain() error {
-	do := "check what frps.toml allows (vhostHTTPPort, vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and " +
-		"that no other agent has the same"
-	if strings.Contains(p.Err, "should not belong to subdomain host") {
-		do = "a name below frps's subDomainHost must be the tunnel's subdomain, not one of its custom domains"
-	}
-	return fmt.Errorf("frps refuses the tunnel (%s: %s): %s", p.Status, p.Err, do)
-}
-
 // State is how far frpc has come on its way to frps.
 type State int
 
@@ -138,5 +127,30 @@ func StateOf(proxies []ProxyStatus, err error) State {
 		return Rejected
 	default:
 		return Starting
+	}
+}
+
+// Explain returns why there is no running tunnel, by the result of Status, and what to do; nil if there is one.
+// Source: frp pkg/config/v1/validation/proxy.go and server/proxy.
+func Explain(proxies []ProxyStatus, err error) error {
+	switch StateOf(proxies, err) {
+	case Down, Unknown:
+		return fmt.Errorf("%w: check that the frpc container runs, and its log", err)
+	case LoggedOut:
+		return errors.New("frpc is not logged in to frps: see frpc's log")
+	case Rejected:
+		do := "check what frps.toml allows (vhostHTTPPort, vhostHTTPSPort, subDomainHost, allowPorts), the agent's id, and " +
+			"that no other agent has the same"
+		if strings.Contains(proxies[0].Err, "should not belong to subdomain host") {
+			do = "a name below frps's subDomainHost must be the tunnel's subdomain, not one of its custom domains"
+		}
+		return fmt.Errorf("frps refuses the tunnel (%s: %s): %s", proxies[0].Status, proxies[0].Err, do)
+	case Withdrawn:
+		return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: " +
+			"check that proxy.listen_addr (PIPEOPS_LISTEN_ADDR) is the same for bootstrap and the proxy")
+	case Starting:
+		return errors.New("frpc is logged in, but has no tunnel yet: check its log if it has none after 20 s")
+	default:
+		return nil
 	}
 }

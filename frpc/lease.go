@@ -117,16 +117,22 @@ func ReadLease(dir string) (*Lease, error) {
 func writeFile(path string, data []byte) error {
 	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
 	_ = os.Remove(tmp)
-	file, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) // follows no link
+	err := CreateFile(tmp, data)
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	return err
+}
+
+// CreateFile creates a file with mode 0600. It follows no link, and leaves nothing behind if it fails.
+func CreateFile(path string, data []byte) error {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = file.Write(data)
-	if err = cmp.Or(err, file.Close()); err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		_ = os.Remove(tmp)
+	if err = cmp.Or(err, file.Close()); err != nil {
+		_ = os.Remove(path)
 	}
 	return err
 }

@@ -86,17 +86,14 @@ func Login(ctx context.Context, c Config) (version string, err error) {
 	}
 	conn = tls.Client(conn, tlsConfig)
 	err = conn.(*tls.Conn).HandshakeContext(ctx)
-	network, isNet := errors.AsType[net.Error](err)
-	switch rejected := tlsutil.Explain(err); {
+	switch rejected := tlsutil.Explain(err, caFile, serverName); {
 	case err == nil:
 	case rejected != nil && rejected.Nameless():
 		return "", fmt.Errorf("frps at %s presents the certificate that frps makes for itself, which nobody can verify: "+
 			"give it one (transport.tls.certFile and keyFile in frps.toml) and set "+caFile+" to its authority, "+
 			"or accept any with "+unverified, addr)
 	case rejected != nil:
-		return "", fmt.Errorf("frps at %s %w: %s", addr, rejected, rejected.Advice(caFile, serverName))
-	case isNet && network.Timeout():
-		return "", fmt.Errorf("frps at %s accepts the connection and does not answer: %w: "+checkTLS, addr, err)
+		return "", fmt.Errorf("frps at %s %w", addr, rejected)
 	default:
 		return "", fmt.Errorf("frps at %s fails the TLS handshake: %w: "+checkTLS, addr, err)
 	}

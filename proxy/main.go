@@ -102,9 +102,6 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	log, level := cfg.Logger(stderr)
 	go changeLevel(ctx, log, level)
-	if warning := cfg.Agent.TokenWarning(); warning != "" {
-		log.Warn("weak agent token", "reason", warning)
-	}
 	s, err := server.New(cfg, restConfig, limitMemory(), log)
 	if err != nil {
 		return complain(err)

@@ -4,13 +4,13 @@ package agentapi
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
-	"strings"
 	"time"
 
 	"github.com/pipeops/vm-agent/bootstrap/config"
@@ -62,8 +62,8 @@ type Client struct {
 	TLS        *tls.Config   // nil: plain HTTP
 }
 
-// Call decodes the JSON answer to a GET, or to a POST if there is a body. Status 503 is an answer of ReadyPath, and
-// otherwise an error like the others from 400 on. Calls take ten seconds at most.
+// Call decodes the JSON answer to a GET, or to a POST if there is a body. A status from 400 on is a *RefusedError, and
+// the answer is decoded all the same: that of ReadyPath says more. Calls take ten seconds at most.
 func (c Client) Call(ctx context.Context, path string, body []byte, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -88,11 +88,22 @@ func (c Client) Call(ctx context.Context, path string, body []byte, answer any) 
 		return fmt.Errorf("the proxy does not answer: %w", err)
 	}
 	defer func() { _ = resp.Body.Close() }()
-	accepted := resp.StatusCode < http.StatusBadRequest ||
-		resp.StatusCode == http.StatusServiceUnavailable && strings.HasPrefix(path, ReadyPath)
-	err = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer)
-	if err != nil || !accepted {
-		return fmt.Errorf("the proxy answers %s to %s %s", resp.Status, method, path)
+	data, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	err = cmp.Or(err, json.Unmarshal(data, answer))
+	if resp.StatusCode >= http.StatusBadRequest {
+		var body struct{ Detail, Message string } // of a problem, or of a metav1.Status
+		_ = json.Unmarshal(data, &body)           // it may be neither
+		why := cmp.Or(body.Detail, body.Message, "it gives no reason")
+		err = fmt.Errorf("the proxy answers %s to %s %s: %s", resp.Status, method, path, why)
+		return &RefusedError{err, resp.StatusCode, why}
 	}
-	return nil
+	return err
+}
+
+// RefusedError is an answer with a status from 400 on.
+type RefusedError struct {
+	error
+
+	Code int
+	Why  string // what the answer says: what happened, and what to do
 }

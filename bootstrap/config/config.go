@@ -184,42 +184,22 @@ func Load(path string, env map[string]string) (*Config, error) {
 	return c, err
 }
 
-// Describe writes the configuration that Load would give, as a configuration file: each value with its origin,
-// secrets as "[redacted]". The error is Load's or w's.
+// Describe writes the configuration that Load would give, as a configuration file: a line for each setting,
+// with the origin of its value; secrets as "[redacted]". The error is Load's or w's.
 func Describe(w io.Writer, path string, env map[string]string) error {
 	c, origins, err := load(path, env)
 	if err != nil {
 		return err
 	}
 	columns := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	_, err = io.WriteString(columns, asFile(func(name string, s setting) string {
+	for _, s := range settings {
 		value, origin := s.yaml(c), origins[s.key]
 		if strings.HasPrefix(origin, "[redacted]") {
 			value = "" // a secret would contradict the file that holds it
 		}
-		return name + ": " + value + "\t# " + origin
-	}))
-	return errors.Join(err, columns.Flush())
-}
-
-// asFile returns a configuration file with the entry of each setting, in the sections of its key.
-func asFile(entry func(name string, s setting) string) string {
-	var file strings.Builder
-	last := ""
-	for _, s := range settings {
-		sections := strings.Split(s.key, ".")
-		depth := len(sections) - 1
-		for d, section := range sections[:depth] {
-			if !strings.HasPrefix(last, strings.Join(sections[:d+1], ".")+".") {
-				fmt.Fprintf(&file, "%*s%s:\n", 2*d, "", section)
-			}
-		}
-		for text := range strings.SplitSeq(entry(sections[depth], s), "\n") {
-			fmt.Fprintf(&file, "%*s%s\n", 2*depth, "", text)
-		}
-		last = s.key
+		_, _ = fmt.Fprintf(columns, "%s: %s\t# %s\n", s.key, value, origin)
 	}
-	return file.String()
+	return columns.Flush()
 }
 
 // load returns the configuration, and the origin of each value by key.

@@ -282,16 +282,16 @@ func TestDescribedConfigurationLoadsAgain(t *testing.T) {
 		want []string // lines, with their spaces folded
 	}{
 		"defaults": {"", required, []string{
-			`id: "a1" # environment PIPEOPS_AGENT_ID`,
-			`name: "a1" # derived from agent.id`,
-			`token: "[redacted]" # environment PIPEOPS_AGENT_TOKEN`,
-			`api_url: "https://api.pipeops.io" # default`,
-			`server_port: 7000 # default`,
-			`token: "" # not set`,
-			`subdomain: "a1" # derived from agent.id`,
-			`custom_domains: [] # not set`,
-			`remote_port: # not set`,
-			`allowed_hosts: ["*.svc", "*.svc.cluster.local"] # default`,
+			`agent.id: "a1" # environment PIPEOPS_AGENT_ID`,
+			`agent.name: "a1" # derived from agent.id`,
+			`agent.token: "[redacted]" # environment PIPEOPS_AGENT_TOKEN`,
+			`agent.api_url: "https://api.pipeops.io" # default`,
+			`frp.server_port: 7000 # default`,
+			`frp.token: "" # not set`,
+			`frp.tunnel.subdomain: "a1" # derived from agent.id`,
+			`frp.tunnel.custom_domains: [] # not set`,
+			`frp.tunnel.remote_port: # not set`,
+			`runners.allowed_hosts: ["*.svc", "*.svc.cluster.local"] # default`,
 		}},
 		"file and environment": {`
 agent: {id: a1, name: "B\u00fcro \"7\" # \x7f\t[redacted]", instance: pod-1, token: hunter2,
@@ -301,27 +301,27 @@ frp: {server_addr: "", token: hunter2, proxy_url: "http://u:hunter2@proxy:3128",
 proxy: {drain_timeout: 90s}
 logging: {level: warn}
 `, map[string]string{"PIPEOPS_RUNNERS_ALLOWED_HOSTS": "*.SVC , 10.0.0.1"}, []string{
-			`token: "[redacted]" # file {file}`,
-			`api_url: "https://control.example" # file {file}`,
-			`server_addr: "frp.pipeops.io" # default`,
-			`proxy_url: "[redacted]" # file {file}`,
-			`subdomain: "" # not set`,
-			`custom_domains: ["a.example", "b.example"] # file {file}`,
-			`drain_timeout: "1m30s" # file {file}`,
-			`allowed_hosts: ["*.svc", "10.0.0.1"] # environment PIPEOPS_RUNNERS_ALLOWED_HOSTS`,
-			`level: "debug" # derived from agent.debug`,
+			`agent.token: "[redacted]" # file {file}`,
+			`agent.api_url: "https://control.example" # file {file}`,
+			`frp.server_addr: "frp.pipeops.io" # default`,
+			`frp.proxy_url: "[redacted]" # file {file}`,
+			`frp.tunnel.subdomain: "" # not set`,
+			`frp.tunnel.custom_domains: ["a.example", "b.example"] # file {file}`,
+			`proxy.drain_timeout: "1m30s" # file {file}`,
+			`runners.allowed_hosts: ["*.svc", "10.0.0.1"] # environment PIPEOPS_RUNNERS_ALLOWED_HOSTS`,
+			`logging.level: "debug" # derived from agent.debug`,
 		}},
 		"secrets in files": {"frp: {tunnel: {type: tcp, remote_port: 6000}}\n" +
 			"runners: {allowed_hosts: []}\n", map[string]string{
 			"PIPEOPS_AGENT_ID": "a1", "PIPEOPS_AGENT_TOKEN_FILE": tokenFile, "PIPEOPS_FRP_TOKEN_FILE": tokenFile,
 			"PIPEOPS_FRP_PROXY_URL_FILE": proxyFile,
 		}, []string{
-			`token: # [redacted], from agent.token_file`,
-			`token_file: "` + tokenFile + `" # environment PIPEOPS_AGENT_TOKEN_FILE`,
-			`token: # [redacted], from frp.token_file`,
-			`proxy_url: # [redacted], from frp.proxy_url_file`,
-			`remote_port: 6000 # file {file}`,
-			`allowed_hosts: [] # file {file}`,
+			`agent.token: # [redacted], from agent.token_file`,
+			`agent.token_file: "` + tokenFile + `" # environment PIPEOPS_AGENT_TOKEN_FILE`,
+			`frp.token: # [redacted], from frp.token_file`,
+			`frp.proxy_url: # [redacted], from frp.proxy_url_file`,
+			`frp.tunnel.remote_port: 6000 # file {file}`,
+			`runners.allowed_hosts: [] # file {file}`,
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -417,6 +417,26 @@ func TestDocumentation(t *testing.T) {
 			t.Errorf("%s does not show what settings.go holds: run with -update", path)
 		}
 	}
+}
+
+// asFile returns a configuration file with the entry of each setting, in the sections of its key.
+func asFile(entry func(name string, s setting) string) string {
+	var file strings.Builder
+	last := ""
+	for _, s := range settings {
+		sections := strings.Split(s.key, ".")
+		depth := len(sections) - 1
+		for d, section := range sections[:depth] {
+			if !strings.HasPrefix(last, strings.Join(sections[:d+1], ".")+".") {
+				fmt.Fprintf(&file, "%*s%s:\n", 2*d, "", section)
+			}
+		}
+		for text := range strings.SplitSeq(entry(sections[depth], s), "\n") {
+			fmt.Fprintf(&file, "%*s%s\n", 2*depth, "", text)
+		}
+		last = s.key
+	}
+	return file.String()
 }
 
 const examplePath = "../config.example.yaml"

@@ -184,13 +184,15 @@ func oneOf(names ...string) check {
 		"VALUE is unknown: choose one of "+strings.Join(names, ", "))
 }
 
+const label = `[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?`
+
 var (
-	namePattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
+	namePattern = regexp.MustCompile(`^` + label + `(\.` + label + `)*$`)
 	pathPattern = regexp.MustCompile(`^(~|\.{0,2})/[\pL\pM\pN\pP\pS]*$`) // of printable characters but the space
 
 	dnsLabel = accept(regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`).MatchString, "VALUE is not a DNS label: "+
 		"give at most 63 lower-case letters, digits and hyphens, a letter or digit at both ends")
-	dnsName    = accept(namePattern.MatchString, "VALUE is not a DNS name: give letters, digits, hyphens and dots")
+	dnsName    = accept(isName, "VALUE is not a DNS name: give letters, digits, hyphens and dots")
 	host       = accept(IsHost, "VALUE is not a host: give a name or an IP alone, the port has a setting of its own")
 	checkToken = accept(regexp.MustCompile(`^[!-~]*$`).MatchString, // what an HTTP header can carry
 		"holds a space, a line break or a character outside ASCII: copy the token again")
@@ -226,7 +228,9 @@ func isPath(v string) bool {
 }
 
 // IsHost reports whether a text is a DNS name or an IP.
-func IsHost(v string) bool { return net.ParseIP(v) != nil || namePattern.MatchString(v) }
+func IsHost(v string) bool { return net.ParseIP(v) != nil || isName(v) }
+
+func isName(v string) bool { return len(v) <= 253 && namePattern.MatchString(v) }
 
 // hostOrBelow accepts a host, or "*." and a domain for all hosts below it; it returns lower case.
 func hostOrBelow(v string) (string, error) {
@@ -236,17 +240,24 @@ func hostOrBelow(v string) (string, error) {
 	return strings.ToLower(v), nil
 }
 
+// ParseURL parses the URL of a server, or says what is wrong with it, without repeating it.
+func ParseURL(v string) (*url.URL, error) {
+	u, err := url.Parse(v)
+	if err != nil || u.Hostname() == "" || u.User != nil || strings.ContainsAny(v, "?#") ||
+		u.Scheme != "https" && u.Scheme != "http" {
+		return nil, errors.New("is not a server's URL: give https:// with a host, and a port and path if need be")
+	}
+	_, err = portNumber(cmp.Or(u.Port(), "443"))
+	return u, err
+}
+
 // apiURL refuses URLs that would send the agent's token unencrypted over a network.
 func apiURL(v string) (string, error) {
-	u, err := url.Parse(v)
-	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" ||
-		u.Scheme != "https" && u.Scheme != "http" {
-		return "", errors.New("is not the URL of a control plane: give https:// with a host, and a port and path if need be")
-	}
-	if _, err := portNumber(cmp.Or(u.Port(), "443")); err != nil {
+	u, err := ParseURL(v)
+	switch {
+	case err != nil:
 		return "", err
-	}
-	if u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
+	case u.Scheme == "http" && u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback():
 		return "", errors.New("would send the agent's token in the clear: give https:// (http:// is for this host only)")
 	}
 	return strings.TrimRight(v, "/"), nil

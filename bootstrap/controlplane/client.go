@@ -216,8 +216,8 @@ func contentType(resp *http.Response) string {
 
 // explain turns an error of the HTTP client into what happened and what to do, as the predicate of a sentence.
 func explain(err error) error {
-	if rejected := tlsutil.Explain(err); rejected != nil {
-		return fmt.Errorf("%w: %s", rejected, rejected.Advice(config.Name("agent.ca_file"), apiURL))
+	if rejected := tlsutil.Explain(err, config.Name("agent.ca_file"), apiURL); rejected != nil {
+		return rejected
 	}
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return fmt.Errorf("cannot be found: %w: check %s and the cluster's DNS", dns, apiURL)

@@ -88,6 +88,9 @@ type patient struct {
 const noControlPlane = "frp.token is set: there is no control plane"
 
 func (p *patient) configuration(context.Context) (result, detail string) {
+	if _, _, problem := lease.Configured(p.cfg); problem != "" {
+		return warning, "valid, but " + problem
+	}
 	if warning := p.cfg.Agent.TokenWarning(); warning != "" {
 		return ok, "valid, but " + warning
 	}
@@ -176,17 +179,12 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 		return failed, err.Error()
 	}
 	proxies, err := current.Frpc.Admin.Status(ctx)
-	switch state := frpc.StateOf(proxies, err); {
-	case err != nil:
-		return failed, err.Error() + ": check that the frpc container runs, and its log"
-	case state == frpc.LoggedOut:
-		return failed, "frpc is not logged in to frps: see the step frps, and frpc's log"
-	case state == frpc.Withdrawn:
-		return failed, "frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: see the step proxy"
-	case state == frpc.Rejected:
-		return failed, proxies[0].Explain().Error()
-	case state != frpc.Running:
-		return failed, "frpc is about to register the tunnel: see its log if it has none after 20 s"
+	for n := 0; n < 10 && frpc.StateOf(proxies, err) == frpc.Starting; n++ { // right after a start
+		time.Sleep(time.Second)
+		proxies, err = current.Frpc.Admin.Status(ctx)
+	}
+	if err := frpc.Explain(proxies, err); err != nil {
+		return failed, err.Error()
 	}
 	lacks := current.Frpc.Tunnel.GivesUp()                 // nothing for https
 	if result = ok; lacks != "" && p.cfg.FRP.Token != "" { // else the control plane has chosen it, and has a gateway
@@ -200,10 +198,12 @@ func (p *patient) tunnel(ctx context.Context) (result, detail string) {
 func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	p.operations = agentapi.Client{ListenAddr: p.cfg.Proxy.MetricsAddr, Token: p.cfg.Agent.Token}
 	p.callers = agentapi.Client{ListenAddr: p.cfg.Proxy.ListenAddr, Token: p.cfg.Agent.Token}
-	if current, err := lease.Read(p.cfg.RunDir); err == nil && current.Certificate != nil {
-		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for the agent's name
-		trusted.AppendCertsFromPEM(current.Certificate)
-		name := cmp.Or(append(current.Frpc.Tunnel.Names(), p.cfg.Agent.ID)...)
+	current, _ := lease.Read(p.cfg.RunDir) // the step tunnel says what is wrong with it
+	current = cmp.Or(current, &frpc.Lease{})
+	if shown, err := tls.X509KeyPair(current.Certificate, current.Key); err == nil {
+		trusted := x509.NewCertPool() // as a caller: only the tunnel's certificate, and for a name of its own
+		trusted.AddCert(shown.Leaf)
+		name := cmp.Or(shown.Leaf.DNSNames...)
 		p.callers.TLS = &tls.Config{ServerName: name, RootCAs: trusted, MinVersion: tls.VersionTLS12}
 	}
 	var info version.Info
@@ -212,8 +212,8 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 	}
 	if p.callers.TLS != nil {
 		err := p.callers.Call(ctx, agentapi.VersionPath, nil, &info)
-		asked := p.cfg.Proxy.ClientCAFile != "" // then a caller without a certificate is told that one is required
-		if err != nil && (!asked || !strings.Contains(err.Error(), "certificate required")) {
+		// With proxy.tls.client_ca_file, a caller without a certificate is told that one is required.
+		if err != nil && (p.cfg.Proxy.ClientCAFile == "" || !strings.Contains(err.Error(), "certificate required")) {
 			return failed, fmt.Sprintf("TLS with the proxy and the tunnel's certificate failed: %v: see the proxy's log", err)
 		}
 	}
@@ -223,10 +223,11 @@ func (p *patient) proxy(ctx context.Context) (result, detail string) {
 func (p *patient) kubernetes(ctx context.Context) (result, detail string) {
 	var ready agentapi.Ready
 	const path = agentapi.ReadyPath + "?only=" + agentapi.CheckKubernetes
-	if err := p.operations.Call(ctx, path, nil, &ready); err != nil {
+	_ = p.operations.Call(ctx, path, nil, &ready) // if not ready, the answer says why
+	switch check, answered := ready.Checks[agentapi.CheckKubernetes]; {
+	case !answered:
 		return skipped, "the proxy comes first"
-	}
-	if check := ready.Checks[agentapi.CheckKubernetes]; !check.OK {
+	case !check.OK:
 		return failed, check.Detail
 	}
 	p.answered = true
@@ -250,13 +251,21 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 	} {
 		body := fmt.Appendf(nil, review, access.verb, access.resource, access.name, access.namespace)
 		var answer struct{ Status struct{ Allowed bool } }
-		switch err := p.callers.Call(ctx, reviews, body, &answer); {
-		case err != nil && !p.answered:
+		err := p.callers.Call(ctx, reviews, body, &answer)
+		refused, isRefused := errors.AsType[*agentapi.RefusedError](err)
+		switch {
+		case err == nil:
+		case !p.answered:
 			return skipped, "the proxy and the API server come first"
-		case err != nil && strings.Contains(err.Error(), "403 "):
-			return skipped, "the cluster's owner allows no requests now: the status says why"
-		case err != nil:
-			return failed, err.Error() + ": check that bootstrap and the proxy have the same " + config.Name("agent.token")
+		case isRefused && refused.Code == http.StatusForbidden && strings.HasPrefix(refused.Why, "the agent "):
+			return skipped, refused.Why
+		case isRefused:
+			return failed, err.Error() + ": " + cmp.Or(map[int]string{
+				http.StatusUnauthorized: "check that bootstrap and the proxy have the same " + config.Name("agent.token"),
+				http.StatusForbidden:    "RBAC must let the agent ask for its own rights, as ClusterRole system:basic-user does",
+			}[refused.Code], "run doctor again, or see the proxy's log")
+		default:
+			return failed, err.Error()
 		}
 		granted[answer.Status.Allowed] = append(granted[answer.Status.Allowed], access.what)
 	}

@@ -4,15 +4,14 @@ package kubeconfig
 import (
 	"bytes"
 	"cmp"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"sigs.k8s.io/yaml"
@@ -67,21 +66,20 @@ func Write(w io.Writer, cfg *config.Config, server string, embed bool) error {
 		return fmt.Errorf("the name at frps is unknown: set %s or give --server", config.Name("frp.tunnel.subdomain_host"))
 	}
 	server = strings.TrimSuffix(strings.TrimSuffix(cmp.Or(server, "https://"+name), "/"), agentapi.KubernetesPrefix)
-	address, err := url.Parse(server)
-	if err != nil || address.Scheme != "https" || address.Host == "" {
+	address, err := config.ParseURL(server)
+	switch {
+	case err != nil:
+		return fmt.Errorf("--server %w", err)
+	case address.Scheme != "https":
 		return errors.New("--server is not an https URL: kubectl sends no token in clear")
 	}
 	a := Access{ID: cfg.Agent.ID, Server: server + agentapi.KubernetesPrefix}
-	direct := false // else a gateway is between caller and agent
-	if tunnel.Type == "https" {
-		shown, err := tls.X509KeyPair(granted.Certificate, granted.Key)
-		if err == nil {
-			err = shown.Leaf.VerifyHostname(address.Hostname())
-		}
-		if direct = err == nil; direct {
-			beside, _ := os.ReadFile(filepath.Join(filepath.Dir(cfg.Proxy.CertFile), "ca.crt"))
-			a.CA = authority(shown, beside)
-		} else if address.Hostname() == name {
+	known := func(name string) bool { return strings.EqualFold(name, address.Hostname()) }
+	// Else a gateway is between caller and agent.
+	direct := tunnel.Type == "https" && address.Path == "" && slices.ContainsFunc(tunnel.Names(), known)
+	if direct {
+		beside, _ := os.ReadFile(filepath.Join(filepath.Dir(cfg.Proxy.CertFile), "ca.crt"))
+		if a.CA, err = authority(append(granted.Certificate, beside...), address.Hostname()); err != nil {
 			return fmt.Errorf("the agent's certificate: %w: make one for the name that callers use", err)
 		}
 	}
@@ -108,20 +106,29 @@ func Write(w io.Writer, cfg *config.Config, server string, embed bool) error {
 	return err
 }
 
-// authority returns the authority of the agent's certificate, PEM, if that is its own and not one that callers trust
-// anyway: the end of the chain, or what is beside, where cert-manager puts it.
-func authority(shown tls.Certificate, beside []byte) []byte {
-	if block, _ := pem.Decode(beside); block != nil {
-		shown.Certificate = append(shown.Certificate, block.Bytes)
-	}
-	last := shown.Leaf
-	for _, der := range shown.Certificate[1:] {
-		if next, err := x509.ParseCertificate(der); err == nil && last.CheckSignatureFrom(next) == nil {
-			last = next
+// authority returns the authority of the first certificate, PEM, if it is among the others: at the end of the chain, or
+// in the file where cert-manager puts it. Else it is one that callers trust anyway. The certificate must be for name.
+func authority(certificates []byte, name string) ([]byte, error) {
+	var shown *x509.Certificate
+	roots, between := x509.NewCertPool(), x509.NewCertPool()
+	for block, rest := pem.Decode(certificates); block != nil; block, rest = pem.Decode(rest) {
+		certificate, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		shown = cmp.Or(shown, certificate)
+		if bytes.Equal(certificate.RawIssuer, certificate.RawSubject) {
+			roots.AddCert(certificate)
+		} else {
+			between.AddCert(certificate)
 		}
 	}
-	if !bytes.Equal(last.RawIssuer, last.RawSubject) {
-		return nil
+	chains, err := shown.Verify(x509.VerifyOptions{DNSName: name, Roots: roots, Intermediates: between})
+	if _, public := errors.AsType[x509.UnknownAuthorityError](err); public {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
 	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: last.Raw})
+	root := chains[0][len(chains[0])-1]
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}), nil
 }

@@ -3,13 +3,19 @@ package lease
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -17,6 +23,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/controlplane"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/secret"
 )
 
 // Run gets a lease, writes its files, and unless once is set renews it until ctx ends. It fails if there is no lease
@@ -160,4 +167,226 @@ func write(cfg *config.Config, lease frpc.Lease, log *slog.Logger) error {
 	log.Info("lease written", "run_dir", cfg.RunDir, "server_addr", lease.Frpc.ServerAddr,
 		"server_port", lease.Frpc.ServerPort, "tunnel_type", lease.Frpc.Tunnel.Type)
 	return nil
+}
+
+// issuer is [controlplane.Client.RequestLease], or one that retries it.
+type issuer func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure)
+
+// Try requests a lease and writes nothing. It shows the certificate in use: the control plane would otherwise trust the
+// new one instead.
+func Try(ctx context.Context, cfg *config.Config) (frpc.Lease, error) {
+	client, err := controlplane.New(cfg)
+	if err != nil {
+		return frpc.Lease{}, err
+	}
+	current, _ := Read(cfg.RunDir) // there may be none
+	answer, fail := client.RequestLease(ctx, cmp.Or(current, &frpc.Lease{}).Certificate)
+	if fail != nil {
+		return frpc.Lease{}, fail
+	}
+	return newLease(cfg, answer, frpc.Admin{})
+}
+
+// requestLease returns a new lease. For a tunnel of type https the request shows a certificate, whose names and end
+// depend on the lease that comes back. So the first request shows one that fits the last lease, and up to two more
+// follow until it fits the new one. A configured certificate fits any lease; while its files cannot be used, the last
+// one goes on.
+func requestLease(
+	ctx context.Context, cfg *config.Config, issue issuer, last frpc.Lease,
+) (frpc.Lease, *controlplane.Failure) {
+	fail := func(err error) (frpc.Lease, *controlplane.Failure) {
+		return frpc.Lease{}, &controlplane.Failure{Err: err, Final: true}
+	}
+	tunnel, end := last.Frpc.Tunnel, time.Time{}
+	switch {
+	case tunnel.Type == "": // the first
+		tunnel, end = cfg.FRP.Tunnel, time.Now().Add(24*time.Hour)
+	case !last.ExpiresAt.IsZero():
+		end = time.Now().Add(last.ExpiresAt.Sub(last.IssuedAt))
+	}
+	given, givenKey, problem := Configured(cfg)
+	if given == nil && problem != "" {
+		if last.IssuedAt.IsZero() {
+			return fail(errors.New(problem))
+		}
+		given, givenKey = last.Certificate, last.Key
+	}
+	for range 3 {
+		shown, key := given, givenKey
+		names := certificateNames(cfg.Agent.ID, tunnel)
+		if tunnel.Type == "https" && given == nil {
+			shown, key = newCertificate(names, end, nil)
+		}
+		answer, refusal := issue(ctx, shown)
+		if refusal != nil {
+			return frpc.Lease{}, refusal
+		}
+		lease, err := newLease(cfg, answer, last.Frpc.Admin)
+		if err != nil {
+			return fail(err)
+		}
+		tunnel = lease.Frpc.Tunnel
+		if tunnel.Type != "https" {
+			return lease, nil
+		}
+		sameNames := slices.Equal(names, certificateNames(cfg.Agent.ID, tunnel))
+		if given != nil || shown != nil && sameNames && sameEnd(end, answer.ExpiresAt) {
+			lease.Certificate, lease.Key = shown, key
+			return lease, nil
+		}
+		end = answer.ExpiresAt
+	}
+	return fail(errors.New("the control plane's lease has another tunnel or another end each time: contact its operator"))
+}
+
+// retryUntilLease returns an issuer that retries until there is a lease, the failure is final, or ctx ends. Meanwhile
+// the file waiting says why there is none, for Ready.
+func retryUntilLease(issue issuer, waiting string, log *slog.Logger) issuer {
+	return func(ctx context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
+		var last *controlplane.Failure
+		for delay := time.Second; ; delay = min(2*delay, 30*time.Second) {
+			answer, fail := issue(ctx, certificate)
+			if fail == nil || fail.Final {
+				return answer, fail
+			}
+			if ctx.Err() != nil && last != nil {
+				fail = last // the deadline has cut this attempt short: the one before says why there is no lease
+			}
+			last = fail
+			wait := max(jitter(delay), fail.RetryAfter)
+			if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
+				return answer, &controlplane.Failure{Err: fmt.Errorf("%w (gave up after --timeout)", fail)}
+			}
+			log.Warn("no lease yet", "error", fail, "next_attempt_in", wait.String())
+			_ = os.WriteFile(waiting, []byte(fail.Error()), 0o600)
+			if sleep(ctx, wait) != nil { // a signal: the deadline is later
+				return answer, &controlplane.Failure{Err: errors.New("stopped by a signal before there was a lease")}
+			}
+		}
+	}
+}
+
+// sleep waits for d, or returns the error of ctx if that ends before.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// jitter returns a random duration around d, so that agents which failed together do not retry together.
+func jitter(d time.Duration) time.Duration {
+	return d/2 + mathrand.N(max(d, 1)) //nolint:gosec // no secret
+}
+
+// newLease joins the configuration and the control plane's answer; the answer wins. admin is the admin API of the last
+// lease, if any, because frpc may still run with it; what admin leaves out gets a default, the password a random one.
+func newLease(cfg *config.Config, answer controlplane.Answer, admin frpc.Admin) (frpc.Lease, error) {
+	tunnel := joinTunnel(cfg, answer.Tunnel)
+	err := check(cfg, answer, tunnel)
+	if err != nil {
+		token, _ := cfg.Agent.CurrentToken() // the answer may repeat it
+		return frpc.Lease{}, token.RedactIn(fmt.Errorf("the control plane's lease %w", err))
+	}
+	lease := frpc.Lease{
+		IssuedAt: time.Now().UTC().Truncate(time.Second), ExpiresAt: answer.Ends,
+		Frpc: frpc.Config{
+			ServerAddr: cmp.Or(answer.ServerAddr, cfg.FRP.ServerAddr),
+			ServerPort: cmp.Or(answer.ServerPort, cfg.FRP.ServerPort),
+			Protocol:   cfg.FRP.Protocol, ProxyURL: cfg.FRP.ProxyURL, TLS: cfg.FRP.TLS,
+			AuthMethod: cmp.Or(answer.AuthMethod, "token"), Token: answer.FRPToken,
+			User: answer.User, ClientID: tunnel.Name, Metadatas: answer.Metadatas,
+			// At level info frpc logs two lines for each request to its admin API.
+			LogLevel: cmp.Or(map[string]string{"debug": "debug", "error": "error"}[cfg.Logging.Level], "warn"),
+			Admin: frpc.Admin{
+				Port: cmp.Or(admin.Port, cfg.FRP.AdminPort), User: cmp.Or(admin.User, adminUser),
+				Password: cmp.Or(admin.Password, secret.Secret(rand.Text())),
+			},
+			Tunnel: tunnel,
+		},
+	}
+	if tls := &lease.Frpc.TLS; tls.CAFile == "" && !tls.InsecureSkipVerify {
+		if lease.Roots, err = publicRoots(); err != nil {
+			return frpc.Lease{}, err
+		}
+		tls.CAFile = filepath.Join(cfg.RunDir, frpc.RootsFile)
+	}
+	if answer.AuthMethod == "oidc" {
+		lease.Frpc.TokenFile = filepath.Join(cfg.RunDir, frpc.TokenFile)
+	}
+	return lease, nil
+}
+
+// joinTunnel returns the tunnel that the control plane granted, completed by the configured one.
+func joinTunnel(cfg *config.Config, tunnel frpc.Tunnel) frpc.Tunnel {
+	configured := cfg.FRP.Tunnel
+	tunnel.Name, tunnel.HealthPath = cfg.Agent.ID+"."+cfg.Agent.Instance, agentapi.TunnelHealthPath
+	tunnel.LocalIP, tunnel.LocalPort = configured.LocalIP, configured.LocalPort
+	tunnel.Type = cmp.Or(tunnel.Type, configured.Type)
+	tunnel.SubdomainHost = cmp.Or(tunnel.SubdomainHost, configured.SubdomainHost)
+	if tunnel.Group == "" {
+		tunnel.Group, tunnel.GroupKey = configured.Group, configured.GroupKey
+	}
+	if tunnel.Type == "tcp" { // frpc refuses keys that do not belong to the type
+		tunnel.Subdomain, tunnel.CustomDomains = "", nil
+		tunnel.RemotePort = cmp.Or(tunnel.RemotePort, configured.RemotePort)
+	} else {
+		tunnel.RemotePort = 0
+		if tunnel.Subdomain == "" && len(tunnel.CustomDomains) == 0 {
+			tunnel.Subdomain, tunnel.CustomDomains = configured.Subdomain, configured.CustomDomains
+		}
+	}
+	return tunnel
+}
+
+// check returns what is wrong with the control plane's answer, as the predicate of a sentence. tunnel is its tunnel.
+func check(cfg *config.Config, answer controlplane.Answer, tunnel frpc.Tunnel) error {
+	hosts := append([]string{answer.ServerAddr, tunnel.Subdomain, tunnel.SubdomainHost}, tunnel.CustomDomains...)
+	for _, host := range hosts {
+		if host != "" && (!config.IsHost(host) || host != answer.ServerAddr && net.ParseIP(host) != nil) {
+			return fmt.Errorf("has the invalid host %.100q: contact the control plane's operator", host)
+		}
+	}
+	for _, port := range []int{answer.ServerPort, tunnel.RemotePort} {
+		if port < 0 || port > 65535 {
+			return fmt.Errorf("has the invalid port %d: contact the control plane's operator", port)
+		}
+	}
+	switch {
+	case !slices.Contains([]string{"", "token", "oidc"}, answer.AuthMethod):
+		return fmt.Errorf("has auth_method %.100q, which this version does not know: update the agent", answer.AuthMethod)
+	case !slices.Contains([]string{"http", "https", "tcp"}, tunnel.Type):
+		return fmt.Errorf("has a tunnel of type %.100q, which this version does not know: update the agent", tunnel.Type)
+	case cfg.FRP.Tunnel.Type == "https" && tunnel.Type != "https" && cfg.FRP.TypeConfigured:
+		// Without an explicit setting, write warns instead.
+		return fmt.Errorf("has a tunnel of type %s, but %s is https: have the control plane give https, "+
+			"or change the setting if others may read the traffic", tunnel.Type, config.Name("frp.tunnel.type"))
+	case isLocal(answer.ServerAddr) && !strings.EqualFold(answer.ServerAddr, cfg.FRP.ServerAddr):
+		return fmt.Errorf("names %q as frps, which is this host or a link-local address: contact the control plane's "+
+			"operator, or set %s to the same if frps does run there", answer.ServerAddr, config.Name("frp.server_addr"))
+	}
+	return nil
+}
+
+// isLocal reports whether host is this host, or one that is not routed to, such as the cloud's metadata service.
+func isLocal(host string) bool {
+	ip := net.ParseIP(host)
+	return strings.HasSuffix("."+strings.ToLower(host), ".localhost") ||
+		ip != nil && (ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast())
+}
+
+// publicRoots returns the public authorities of this host, PEM. Source: crypto/x509/root_linux.go.
+func publicRoots() ([]byte, error) {
+	for _, file := range []string{
+		os.Getenv("SSL_CERT_FILE"), "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+		"/etc/ssl/ca-bundle.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/cert.pem",
+	} {
+		if roots, err := os.ReadFile(file); err == nil { //nolint:gosec // a file that Go trusts, too
+			return roots, nil
+		}
+	}
+	return nil, fmt.Errorf("this host has no list of public authorities to verify frps by: set %s, "+
+		"or accept any certificate with %s", config.Name("frp.tls.ca_file"), config.Name("frp.tls.insecure_skip_verify"))
 }

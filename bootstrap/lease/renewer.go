@@ -72,6 +72,7 @@ type renewer struct {
 	versionKnown        bool      // a trial login has told the version of frps
 	stopFailureLogged   bool      // frpc could not be stopped, and that was logged
 	writeFailureLogged  bool      // the run directory could not be written, and that was logged
+	certificateProblem  string    // the last that was logged
 }
 
 // inherit records in the next lease that frpc may still run with the configuration of an earlier one.
@@ -111,6 +112,7 @@ func (r *renewer) run(ctx context.Context) error {
 	for {
 		now := time.Now()
 		r.repair()
+		r.warnOfCertificate()
 		state := frpc.StateOf(admin.Status(ctx))
 		r.recordState(state, now)
 		if state >= frpc.Withdrawn && !r.versionKnown { // the tunnel is up, so frps answers: learn its version, once
@@ -301,10 +303,18 @@ func (r *renewer) renewalDue(now time.Time) bool {
 // certificate than the configured one.
 func (r *renewer) inputChanged() bool {
 	token, err := r.cfg.Credential()
-	certificate, _, unusable := configured(r.cfg)
-	return (err == nil && token != r.token || unusable != nil ||
+	certificate, _, _ := Configured(r.cfg)
+	return (err == nil && token != r.token ||
 		certificate != nil && r.lease.Certificate != nil && !bytes.Equal(certificate, r.lease.Certificate)) &&
 		!time.Now().Before(r.notYet)
+}
+
+// warnOfCertificate logs a problem of the configured certificate when it changes: the days to its end count.
+func (r *renewer) warnOfCertificate() {
+	if _, _, problem := Configured(r.cfg); problem != r.certificateProblem {
+		r.certificateProblem = problem
+		r.log.Warn("configured certificate", "problem", cmp.Or(problem, "solved"))
+	}
 }
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.

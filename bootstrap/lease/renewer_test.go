@@ -395,45 +395,37 @@ func TestChangedTokenRenewsTheLeaseOnce(t *testing.T) {
 	}
 }
 
+// certificateIn configures the files for a certificate, and returns what writes them.
+func certificateIn(t *testing.T, cfg *config.Config) (put func(certificate, key []byte)) {
+	t.Helper()
+	dir := t.TempDir()
+	cfg.Proxy.CertFile, cfg.Proxy.KeyFile = filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	return func(certificate, key []byte) {
+		t.Helper()
+		for file, data := range map[string][]byte{cfg.Proxy.CertFile: certificate, cfg.Proxy.KeyFile: key} {
+			if err := os.WriteFile(file, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// newTestPair makes a certificate that ends after a while.
+func newTestPair(life time.Duration) (certificate, key []byte) {
+	return newCertificate([]string{"edge.example"}, time.Now().Add(life-grace), nil)
+}
+
 // TestConfiguredCertificateIsShown: to the control plane and to callers, in place of one of bootstrap's own; and a
-// changed one soon, once it is whole.
+// changed one soon, once it is whole. Until then the last whole one is shown, and leases are renewed.
 func TestConfiguredCertificateIsShown(t *testing.T) {
 	var shown []byte
 	r := newRenewer(t, func(_ context.Context, certificate []byte) (controlplane.Answer, *controlplane.Failure) {
 		shown = certificate
 		return controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https"}}, nil
 	})
-	dir := t.TempDir()
-	r.cfg.Proxy.CertFile, r.cfg.Proxy.KeyFile = filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
-	put := func(file string, data []byte) {
+	put := certificateIn(t, r.cfg)
+	inUse := func(certificate, key []byte) {
 		t.Helper()
-		if err := os.WriteFile(file, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	var last []byte
-	for range 2 {
-		certificate, key, err := newCertificate([]string{"edge.example"}, time.Time{}, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		put(r.cfg.Proxy.CertFile, certificate)
-		for _, half := range [][]byte{nil, key[:len(key)/2]} { // at first the key is missing, or of the other certificate
-			if half != nil {
-				put(r.cfg.Proxy.KeyFile, half)
-			}
-			if r.notYet = (time.Time{}); !r.inputChanged() {
-				t.Error("the certificate has changed")
-			}
-			if fail := r.renew(t.Context()); fail == nil || !strings.Contains(fail.Error(), "PIPEOPS_PROXY_TLS_CERT_FILE") {
-				t.Errorf("half of it: %v", fail)
-			}
-			if r.lease.Renewal == nil || bytes.Equal(r.lease.Certificate, certificate) ||
-				last != nil && !bytes.Equal(r.lease.Certificate, last) {
-				t.Error("half of it was taken, or nobody hears of it")
-			}
-		}
-		put(r.cfg.Proxy.KeyFile, key)
 		if fail := r.renew(t.Context()); fail != nil {
 			t.Error(fail)
 		}
@@ -442,10 +434,71 @@ func TestConfiguredCertificateIsShown(t *testing.T) {
 		}
 		written, err := Read(r.cfg.RunDir)
 		if err != nil || !bytes.Equal(shown, certificate) || !bytes.Equal(written.Certificate, certificate) ||
-			!bytes.Equal(written.Key, key) {
+			!bytes.Equal(written.Key, key) || r.lease.Renewal != nil {
 			t.Errorf("the control plane and callers see another certificate; %v", err)
 		}
-		last = certificate
+	}
+	certificate, key := newTestPair(365 * 24 * time.Hour)
+	put(certificate, key)
+	if r.notYet = (time.Time{}); !r.inputChanged() {
+		t.Error("the certificate has changed")
+	}
+	inUse(certificate, key)
+	next, nextKey := newTestPair(365 * 24 * time.Hour)
+	for _, half := range [][2][]byte{
+		{next, key}, {next, nextKey[:len(nextKey)/2]}, {next[:len(next)/2], nextKey}, {nil, nil},
+	} {
+		put(half[0], half[1])
+		if _, _, problem := Configured(r.cfg); !strings.Contains(problem, "PIPEOPS_PROXY_TLS_CERT_FILE") {
+			t.Errorf("nobody hears of it: %s", problem)
+		}
+		inUse(certificate, key)
+	}
+	put(next, nextKey)
+	if !r.inputChanged() {
+		t.Error("the certificate has changed")
+	}
+	inUse(next, nextKey)
+}
+
+// TestUnusableCertificateStopsTheStart: there is none that could be shown in its place.
+func TestUnusableCertificateStopsTheStart(t *testing.T) {
+	cfg := configuration(t, environment(t, "https://control.example"))
+	certificateIn(t, cfg)(nil, nil)
+	_, fail := requestLease(t.Context(), cfg, giving(), frpc.Lease{})
+	if fail == nil || !fail.Final || !strings.Contains(fail.Error(), "PIPEOPS_PROXY_TLS_CERT_FILE") {
+		t.Error(fail)
+	}
+}
+
+// TestCertificateThatEndsIsWarnedOf: two weeks before, once a day and not at each look; so is one that cannot be used.
+func TestCertificateThatEndsIsWarnedOf(t *testing.T) {
+	r := newRenewer(t, giving())
+	var log bytes.Buffer
+	r.log = slog.New(slog.NewTextHandler(&log, nil))
+	put := certificateIn(t, r.cfg)
+	const day = 24 * time.Hour
+	for _, test := range []struct {
+		life time.Duration // 0: no certificate
+		says string
+	}{
+		{15 * day, ""}, {13*day + time.Hour, "in 13 days"}, {12*day + time.Hour, "in 12 days"},
+		{time.Hour, "in 0 days"}, {-25 * time.Hour, "expired 1 days ago"}, {365 * day, "solved"}, {0, "cannot be used"}, {0, ""},
+	} {
+		put(nil, nil)
+		if test.life != 0 {
+			put(newTestPair(test.life))
+		}
+		log.Reset()
+		r.warnOfCertificate()
+		r.warnOfCertificate()
+		lines, want := strings.Count(log.String(), "\n"), 1
+		if test.says == "" {
+			want = 0
+		}
+		if lines != want || !strings.Contains(log.String(), test.says) {
+			t.Errorf("%v: %s", test.life, log.String())
+		}
 	}
 }
 
@@ -794,10 +847,9 @@ func TestControlPlaneIsShownACertificateForTheLease(t *testing.T) {
 		t.Error("fits another end, or another tunnel")
 	}
 	never := time.Time{}
-	forever, _, err := newCertificate(certificateNames("agent-001", tunnel), never, nil)
-	if err != nil || !sameEnd(never, never) || sameEnd(never, end) || sameEnd(end, never) ||
-		!fits(forever, tunnel, never) {
-		t.Errorf("a lease without an end: %v", err)
+	forever, _ := newCertificate(certificateNames("agent-001", tunnel), never, nil)
+	if !sameEnd(never, never) || sameEnd(never, end) || sameEnd(end, never) || !fits(forever, tunnel, never) {
+		t.Error("a lease without an end")
 	}
 	if matches, _ := filepath.Glob(filepath.Join(cfg.RunDir, "*")); len(matches) != 5 {
 		t.Errorf("the run directory holds %v", matches)

@@ -24,32 +24,34 @@ func CertPool(file string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// CertificateError says why a server's certificate is not accepted. Its text is the predicate of a sentence.
+// CertificateError says why a server's certificate is not accepted, and what to do. Its text is the predicate of a
+// sentence.
 type CertificateError struct {
-	cause           *tls.CertificateVerificationError
-	problem, advice string // advice has {ca} and {name} for settings
+	cause *tls.CertificateVerificationError
+	text  string
 }
 
-// Explain returns what is wrong with a server's certificate, nil if err is about something else.
-func Explain(err error) *CertificateError {
-	e := &CertificateError{problem: "a certificate that cannot be verified", advice: "renew it, or check {ca}"}
+// Explain returns what is wrong with a server's certificate, nil if err is about something else. ca and name are the
+// settings for the authorities and for the server's name.
+func Explain(err error, ca, name string) *CertificateError {
+	e := &CertificateError{}
 	if !errors.As(err, &e.cause) {
 		return nil
 	}
+	problem, advice := "a certificate that cannot be verified", "renew it, or check "+ca
 	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
-		e.problem, e.advice = "a certificate signed by an unknown authority", "set {ca} to the file of its authority"
+		problem, advice = "a certificate signed by an unknown authority", "set "+ca+" to the file of its authority"
 	} else if wrong, ok := errors.AsType[x509.HostnameError](err); ok {
-		e.problem, e.advice = "a certificate for another name than "+wrong.Host, "check {name}"
+		problem, advice = "a certificate for another name than "+wrong.Host, "check "+name
 	} else if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
-		e.problem = "a certificate that is not valid at " + time.Now().UTC().Format(time.RFC3339)
-		e.advice = "renew it, or correct the clock of this host or its"
+		problem = "a certificate that is not valid at " + time.Now().UTC().Format(time.RFC3339)
+		advice = "renew it, or correct the clock of this host or its"
 	}
+	e.text = fmt.Sprintf("presents %s (%s): %s", problem, DescribeCertificate(e.cause.UnverifiedCertificates[0]), advice)
 	return e
 }
 
-func (e *CertificateError) Error() string {
-	return fmt.Sprintf("presents %s (%s)", e.problem, DescribeCertificate(e.cause.UnverifiedCertificates[0]))
-}
+func (e *CertificateError) Error() string { return e.text }
 
 func (e *CertificateError) Unwrap() error { return e.cause }
 
@@ -57,11 +59,6 @@ func (e *CertificateError) Unwrap() error { return e.cause }
 func (e *CertificateError) Nameless() bool {
 	c := e.cause.UnverifiedCertificates[0]
 	return c.Subject.String() == "" && len(c.DNSNames)+len(c.IPAddresses) == 0
-}
-
-// Advice says what to do. ca and name are the settings for the authorities and for the server's name.
-func (e *CertificateError) Advice(ca, name string) string {
-	return strings.NewReplacer("{ca}", ca, "{name}", name).Replace(e.advice)
 }
 
 // DescribeCertificate returns what a person needs to recognize a certificate.

@@ -13,6 +13,7 @@ import (
 
 	"k8s.io/client-go/rest"
 
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -226,10 +227,10 @@ func TestOwnNamespaceIsClosed(t *testing.T) {
 		{"DELETE", "/api/v1/namespaces/other/secrets/s", "", ""},
 	} {
 		d := kube.Describe(httptest.NewRequest(test.method, kube.Prefix+test.target, nil))
-		guard := Guard{Namespace: "agent", ConfigMap: "owner"}
-		closed, why := guard.Refuse(&d)
-		guard.Open = true
-		open, _ := guard.Refuse(&d)
+		owner := Owner{namespace: "agent", settings: config.Access{ConfigMap: "owner", OwnNamespace: "closed"}}
+		closed, why := owner.Guard(&d)
+		owner.settings.OwnNamespace = "open"
+		open, _ := owner.Guard(&d)
 		if closed != test.closed || open != test.open || (why != "") != (closed != "") {
 			t.Errorf("%s %s: closed %q, open %q (%s)", test.method, test.target, closed, open, why)
 		}
@@ -252,7 +253,7 @@ func TestOwner(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := &strings.Builder{}
-	o := NewOwner(client, "ns", "owner", slog.New(slog.NewTextHandler(log, nil)))
+	o := NewOwner(client, "ns", config.Access{ConfigMap: "owner"}, slog.New(slog.NewTextHandler(log, nil)))
 	if got := o.State(); got.Allow != None {
 		t.Errorf("before the first reading: %+v", got)
 	}
@@ -313,7 +314,7 @@ func TestOwner(t *testing.T) {
 	if n := strings.Count(log.String(), "has changed"); n < 8 {
 		t.Errorf("logged %d changes: %s", n, log)
 	}
-	if all := NewOwner(client, "ns", "", slog.Default()); all.Refuse(All) != "" {
+	if all := NewOwner(client, "ns", config.Access{}, slog.Default()); all.Refuse(All) != "" {
 		t.Error("without a ConfigMap something is refused")
 	}
 }

@@ -60,13 +60,11 @@ func Identify(r *http.Request, identity, prefix string) (c Caller, code int, err
 		}
 	}
 	if identity == Named {
-		code = http.StatusBadRequest
 		c, err = identifyNamed(r.Header, prefix)
-	} else {
-		code = http.StatusUnauthorized
-		c, err = identifyOwn(r)
+		return c, http.StatusBadRequest, err
 	}
-	return c, code, err
+	c, err = identifyOwn(r)
+	return c, http.StatusUnauthorized, err
 }
 
 // ID returns a hash that is the same for callers with the same Headers.

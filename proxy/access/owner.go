@@ -11,6 +11,7 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
@@ -23,7 +24,7 @@ const maxReason = 500 // bytes of the owner's reason that are quoted
 type Owner struct {
 	client    *kube.Client
 	namespace string
-	name      string // empty: everything is allowed
+	settings  config.Access // without a ConfigMap everything is allowed
 	log       *slog.Logger
 
 	last   atomic.Pointer[State]
@@ -32,18 +33,19 @@ type Owner struct {
 
 // State is what the owner allows at a time.
 type State struct {
-	Allow  Level
-	Until  *time.Time // Allow is None from then; nil: no end
-	Reason string     // the owner's
-	Detail string     // why Allow is not what the ConfigMap says; empty if it is
-	Held   string     // why the ConfigMap is not read, and Allow is what it last said; empty if it is read
+	Allow  Level      `json:"allow"`
+	Until  *time.Time `json:"until"`            // Allow is None from then; nil: no end
+	Reason string     `json:"reason,omitempty"` // the owner's
+	Detail string     `json:"detail,omitempty"` // why Allow is not what the ConfigMap says; empty if it is
+	Held   string     `json:"-"`                // why the ConfigMap is not read, and Allow is what it last said
 }
 
-// NewOwner returns the owner of the ConfigMap, which it does not read yet: until then nothing is allowed.
-func NewOwner(client *kube.Client, namespace, name string, log *slog.Logger) *Owner {
-	o := &Owner{client: client, namespace: namespace, name: name, log: log}
+// NewOwner returns the owner of the ConfigMap that the settings name, in the agent's namespace. Until it is read,
+// nothing is allowed.
+func NewOwner(client *kube.Client, namespace string, settings config.Access, log *slog.Logger) *Owner {
+	o := &Owner{client: client, namespace: namespace, settings: settings, log: log}
 	o.last.Store(&State{Detail: "it is not read yet"})
-	if name == "" {
+	if settings.ConfigMap == "" {
 		o.last.Store(&State{Allow: All})
 	}
 	return o
@@ -66,23 +68,23 @@ func (o *Owner) Refuse(needs Level) string {
 	}
 	why := fmt.Sprintf("the owner of this cluster allows %q, and this needs %q", now.Allow, needs)
 	if now.Detail != "" {
-		why += ", because of ConfigMap " + o.namespace + "/" + o.name + ": " + now.Detail
+		why += ", because of ConfigMap " + o.namespace + "/" + o.settings.ConfigMap + ": " + now.Detail
 	}
 	if now.Reason != "" {
 		why += fmt.Sprintf("; reason: %q", now.Reason)
 	}
-	return why + ": ask who may change ConfigMap " + o.namespace + "/" + o.name
+	return why + ": ask who may change ConfigMap " + o.namespace + "/" + o.settings.ConfigMap
 }
 
 // Follow reads the ConfigMap, and logs a change. It keeps what it knows if the API server cannot be reached or is busy,
 // and allows nothing if it may not read the ConfigMap, or there is no valid one.
 func (o *Owner) Follow(ctx context.Context) {
-	if o.name == "" {
+	if o.settings.ConfigMap == "" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*OwnerInterval)
 	defer cancel()
-	data, err := o.client.ReadConfigMap(ctx, o.namespace, o.name)
+	data, err := o.client.ReadConfigMap(ctx, o.namespace, o.settings.ConfigMap)
 	refusal, _ := errors.AsType[*apierrors.StatusError](err)
 	last := o.State()
 	last.Held = "the API server cannot be reached or is busy: what the ConfigMap last said holds"
@@ -139,6 +141,9 @@ var Levels = []string{"none", "read", "write", "all"}
 
 func (l Level) String() string { return Levels[l] }
 
+// MarshalText implements [encoding.TextMarshaler].
+func (l Level) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
+
 // Connects reports whether a request runs something or opens a connection to it, by any method.
 func Connects(d *kube.Description) bool {
 	return slices.Contains([]string{"exec", "attach", "portforward", "proxy"}, d.Subresource)
@@ -160,27 +165,21 @@ func Needs(d *kube.Description) Level {
 	return Write
 }
 
-// Guard keeps callers out of the agent's own namespace, as far as paths show.
-type Guard struct {
-	Namespace string
-	ConfigMap string // the owner's, which stays closed even if the namespace is open; empty: there is none
-	Open      bool   // the namespace is
-}
-
-// Refuse returns what a request is refused for, which is a label of metrics, and why; or nothing.
-func (g *Guard) Refuse(d *kube.Description) (outcome, why string) {
-	if d.Namespace != g.Namespace {
+// Guard returns what a request for the agent's own namespace is refused for, which is a label of metrics, and why; or
+// nothing. It goes by the path. The owner's ConfigMap stays closed even if the namespace is open.
+func (o *Owner) Guard(d *kube.Description) (outcome, why string) {
+	if d.Namespace != o.namespace {
 		return "", ""
 	}
-	changes := Needs(d) >= Write
+	changes, name := Needs(d) >= Write, o.settings.ConfigMap
 	// Without a name, the name is in the body.
-	if changes && g.ConfigMap != "" && d.Resource == "configmaps" && (d.Name == "" || d.Name == g.ConfigMap) {
+	if changes && name != "" && d.Resource == "configmaps" && (d.Name == "" || d.Name == name) {
 		return "config_map", fmt.Sprintf("ConfigMap %s/%s, by which the cluster's owner limits access, "+
-			"cannot be changed through the agent: change it in the cluster", g.Namespace, g.ConfigMap)
+			"cannot be changed through the agent: change it in the cluster", o.namespace, name)
 	}
-	if !g.Open && (changes || d.Group == "" && d.Resource == "secrets") {
+	if o.settings.OwnNamespace != "open" && (changes || d.Group == "" && d.Resource == "secrets") {
 		return "own_namespace", fmt.Sprintf("the agent's own namespace %s is closed to writes, exec and Secrets "+
-			"through the agent (access.own_namespace): do that in the cluster", g.Namespace)
+			"through the agent (access.own_namespace): do that in the cluster", o.namespace)
 	}
 	return "", ""
 }

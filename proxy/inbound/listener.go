@@ -387,6 +387,9 @@ func (c *Conn) Read(p []byte) (int, error) {
 		return n, nil
 	}
 	n, err := c.TCPConn.Read(p)
+	if n > 0 && c.idle != nil && c.idle.Stop() { // a request begins: its headers have their time, as in net/http
+		c.idle.Reset(c.listener.config.HelloTimeout)
+	}
 	if cost := c.cost.Load(); cost > 0 && n > 0 && !c.countHeaders(int64(n)*cost, func(*blocks) {}) {
 		return 0, errTooMuch
 	}

@@ -507,3 +507,43 @@ func TestNothingIsCountedOnceAllConnectionsAreClosed(t *testing.T) {
 		}
 	}
 }
+
+// TestHeadersThatStraddleTheIdleTimeoutAreRead: a request whose first bytes came in time would be lost, for its caller
+// takes the connection for a good one.
+func TestHeadersThatStraddleTheIdleTimeoutAreRead(t *testing.T) {
+	for _, headersIn := range []time.Duration{time.Hour, 10 * time.Millisecond} {
+		socket, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := New(socket.(*net.TCPListener), Config{Connections: 1, HeaderMemory: 1 << 20, HelloTimeout: headersIn})
+		caller, err := net.Dial("tcp", socket.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.ConnState(conn, http.StateIdle)
+		const left = 200 * time.Millisecond // of the idle timeout
+		conn.(*Conn).idle.Reset(left)
+		end := time.Now().Add(2 * left)
+		if _, err := io.WriteString(caller, "GET "); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Read(make([]byte, 4)); err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetReadDeadline(end)
+		_, err = conn.Read(make([]byte, 4))
+		if open := errors.Is(err, os.ErrDeadlineExceeded); open != (headersIn == time.Hour) {
+			t.Errorf("where headers may take %s: %v", headersIn, err)
+		}
+		l.ConnState(conn, http.StateActive)
+		if conn.(*Conn).idle.Stop() {
+			t.Error("a request that is being answered can still be cut as idle")
+		}
+		_, _, _ = conn.Close(), caller.Close(), socket.Close()
+	}
+}

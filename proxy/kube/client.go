@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"math/rand/v2"
+	"math"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -18,6 +18,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/util/retry"
 )
 
 // failedCheck is a line of the API server's /readyz.
@@ -132,14 +134,14 @@ func secretsPath(namespace string) string { return "/api/v1/namespaces/" + names
 type Change func(data map[string][]byte) error
 
 // ChangeSecret reads a Secret, applies change and writes it. If the Secret was written by another in between, it starts
-// again, so that no change is lost.
+// again until ctx ends, so that no change is lost.
 func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, change Change) error {
-	for {
+	return retry.RetryOnConflict(conflictBackoff, func() error {
 		secret, err := c.ReadSecret(ctx, namespace, name)
-		if err != nil {
-			return err
+		if err == nil {
+			err = change(secret.Data)
 		}
-		if err := change(secret.Data); err != nil {
+		if err != nil {
 			return err
 		}
 		method, path := http.MethodPut, secretsPath(namespace)+"/"+name
@@ -147,17 +149,11 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 			method, path = http.MethodPost, secretsPath(namespace)
 		}
 		data, _ := json.Marshal(secret) // cannot fail: it was JSON
-		err = c.call(ctx, nil, method, path, bytes.NewReader(data), nil)
-		if !apierrors.IsConflict(err) {
-			return err
-		}
-		select {
-		case <-time.After(rand.N(100 * time.Millisecond)): //nolint:gosec // no secret
-		case <-ctx.Done():
-			return err
-		}
-	}
+		return c.call(ctx, nil, method, path, bytes.NewReader(data), nil)
+	})
 }
+
+var conflictBackoff = wait.Backoff{Steps: math.MaxInt, Duration: 25 * time.Millisecond, Jitter: 3}
 
 // Summary is what the agent's own credential may read of the cluster. Fields that could not be read are nil, and
 // Unavailable says why.
@@ -238,46 +234,40 @@ func (c *Client) count(ctx context.Context, path string, n **int64) error {
 	return nil
 }
 
-// node holds the fields that are read of a node.
-type node struct {
-	Status struct {
-		Conditions            []struct{ Type, Status string }
-		Capacity, Allocatable map[string]resource.Quantity
-		NodeInfo              struct{ KubeletVersion string }
-	}
-}
-
 // readNodes sets sum to the sum of all nodes, which it reads page by page.
 func (c *Client) readNodes(ctx context.Context, sum **Nodes) error {
 	nodes := &Nodes{Versions: map[string]int64{}}
 	for next, more := "", true; more; more = next != "" {
 		var list struct {
 			Metadata metav1.ListMeta
-			Items    []node
+			Items    []struct {
+				Status struct {
+					Conditions            []struct{ Type, Status string }
+					Capacity, Allocatable map[string]resource.Quantity
+					NodeInfo              struct{ KubeletVersion string }
+				}
+			}
 		}
 		path := fmt.Sprintf("/api/v1/nodes?limit=%d&continue=%s", nodePage, url.QueryEscape(next))
 		if err := c.call(ctx, nil, http.MethodGet, path, nil, &list); err != nil {
 			return err
 		}
 		for i := range list.Items {
-			nodes.add(&list.Items[i])
+			status := &list.Items[i].Status
+			nodes.Total++
+			nodes.Versions[status.NodeInfo.KubeletVersion]++
+			for _, condition := range status.Conditions {
+				if condition.Type == "Ready" && condition.Status == "True" {
+					nodes.Ready++
+				}
+			}
+			nodes.Capacity.add(status.Capacity)
+			nodes.Allocatable.add(status.Allocatable)
 		}
 		next = list.Metadata.Continue
 	}
 	*sum = nodes
 	return nil
-}
-
-func (n *Nodes) add(node *node) {
-	n.Total++
-	n.Versions[node.Status.NodeInfo.KubeletVersion]++
-	for _, condition := range node.Status.Conditions {
-		if condition.Type == "Ready" && condition.Status == "True" {
-			n.Ready++
-		}
-	}
-	n.Capacity.add(node.Status.Capacity)
-	n.Allocatable.add(node.Status.Allocatable)
 }
 
 func (r *Resources) add(list map[string]resource.Quantity) {

@@ -42,7 +42,7 @@ func FuzzRequest(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	proxy.client.http1, proxy.client.http2 = captured, captured
+	proxy.Client.http1, proxy.Client.http2 = captured, captured
 	f.Fuzz(func(t *testing.T, text string) {
 		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
 		if err != nil {

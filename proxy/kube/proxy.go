@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -26,12 +25,11 @@ const Prefix = agentapi.KubernetesPrefix
 
 // Proxy forwards requests below Prefix to the API server. Safe for concurrent use.
 type Proxy struct {
-	client       *Client
+	Client       *Client
 	own          bool // callers have credentials of their own: a 401 is about theirs
 	buffers      *buffers
 	watchBuffers *buffers // small ones: watches are many and mostly silent
 	log          *slog.Logger
-	errorLog     *log.Logger // of ReverseProxy
 
 	Drain    context.CancelFunc // ends all watches, also later ones, between two events; it does not wait for that
 	draining context.Context    // ends with Drain
@@ -40,8 +38,7 @@ type Proxy struct {
 // NewProxy returns a proxy to client's API server. own says that the client has no credential: callers have. It starts
 // nothing.
 func NewProxy(client *Client, own bool, log *slog.Logger) *Proxy {
-	p := &Proxy{client: client, own: own, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10), log: log}
-	p.errorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
+	p := &Proxy{Client: client, own: own, buffers: newBuffers(32 << 10), watchBuffers: newBuffers(4 << 10), log: log}
 	p.draining, p.Drain = context.WithCancel(context.Background())
 	return p
 }
@@ -91,8 +88,8 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, req *Request) (ref
 		f.streamed = body
 	}
 	rp := &httputil.ReverseProxy{
-		Rewrite: f.rewrite, Transport: p.client, ModifyResponse: f.checkAnswer,
-		ErrorHandler: f.fail, ErrorLog: p.errorLog, BufferPool: p.buffers,
+		Rewrite: f.rewrite, Transport: p.Client, ModifyResponse: f.checkAnswer,
+		ErrorHandler: f.fail, ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug), BufferPool: p.buffers,
 	}
 	if req.Verb == "watch" {
 		r.Header.Set("Accept-Encoding", "identity") // Kubernetes 1.37 compresses some watches: an event's end is not seen
@@ -144,7 +141,7 @@ type forward struct {
 // runs after the hop-by-hop headers are removed, so that a caller's "Connection: Authorization" removes nothing that is
 // set here. The transport adds the agent's credential, but only where there is none.
 func (f *forward) rewrite(pr *httputil.ProxyRequest) {
-	out, target := pr.Out, f.client.target
+	out, target := pr.Out, f.Client.target
 	out.URL.Scheme, out.URL.Host, out.Host = target.Scheme, target.Host, ""
 	path := cmp.Or(strings.TrimPrefix(pr.In.URL.EscapedPath(), Prefix), "/") // byte for byte, as the query
 	out.URL.RawPath = strings.TrimRight(target.EscapedPath(), "/") + path
@@ -220,7 +217,7 @@ func (f *forward) fail(w http.ResponseWriter, out *http.Request, err error) {
 	case cause != nil:
 		panic(http.ErrAbortHandler) // the caller has gone; to return would answer 200
 	default:
-		code, message := explain(f.client.target.Host, err)
+		code, message := explain(f.Client.target.Host, err)
 		f.log.WarnContext(out.Context(), "no answer from the API server",
 			"error", err, "request_id", out.Header.Get("Audit-Id"))
 		WriteStatus(w, out, code, message, 0)

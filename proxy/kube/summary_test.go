@@ -48,7 +48,7 @@ func TestSummaryOfALargeClusterTakesFewRequests(t *testing.T) {
 				strings.Join(items, ","))
 		}
 	})
-	s := proxy.client.Summarize(t.Context())
+	s := proxy.Client.Summarize(t.Context())
 	if !s.Reachable || s.Version == nil || *s.Version != "v1.36.3" || *s.Platform != "linux/amd64" ||
 		*s.Pods != 50_000 || *s.Services != 1 {
 		t.Errorf("got %+v", s)
@@ -77,7 +77,7 @@ func TestSummaryWithoutAnAPIServerIsNull(t *testing.T) {
 		requests.Add(1)
 		panic(http.ErrAbortHandler)
 	})
-	s := proxy.client.Summarize(t.Context())
+	s := proxy.Client.Summarize(t.Context())
 	if s.Reachable || s.Version != nil || s.Pods != nil || s.Nodes != nil || len(s.Unavailable) != 7 ||
 		!strings.Contains(s.Unavailable["pods"], "broke off") {
 		t.Errorf("got %+v", s)
@@ -93,7 +93,7 @@ func TestIncompleteListOfNodesIsAnError(t *testing.T) {
 		`{"items":[{"status":{"capacity":{"cpu":"x"}}}]}`, `{"items":[1]}`, `{"metadata":1}`, `{"items":[]`} {
 		proxy := before(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, body) })
 		var nodes *Nodes
-		if err := proxy.client.readNodes(t.Context(), &nodes); err == nil || nodes != nil {
+		if err := proxy.Client.readNodes(t.Context(), &nodes); err == nil || nodes != nil {
 			t.Errorf("%q: got %+v, %v", body, nodes, err)
 		}
 	}

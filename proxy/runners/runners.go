@@ -97,17 +97,17 @@ type Assignment struct {
 	runner
 }
 
-// Assign puts a runner into the registry, or replaces its endpoint and token. It does nothing and returns true if
-// messageID has changed the registry before. An invalid assignment is an [answer.InvalidError] without the token.
-func (r *Runners) Assign(ctx context.Context, messageID string, a Assignment) (duplicate bool, err error) {
+// Assign puts a runner into the registry, or replaces its endpoint and token. It does nothing and returns ErrDuplicate
+// if messageID has changed the registry before. An invalid assignment is an [answer.InvalidError] without the token.
+func (r *Runners) Assign(ctx context.Context, messageID string, a Assignment) error {
 	if !idPattern.MatchString(a.ID) {
-		return false, errInvalidID
+		return errInvalidID
 	}
 	if _, err := r.checkEndpoint(a.Endpoint); err != nil {
-		return false, answer.InvalidError("data.runner_endpoint " + err.Error())
+		return answer.InvalidError("data.runner_endpoint " + err.Error())
 	}
 	if !IsPrintable(a.Token.Reveal(), maxToken) {
-		return false, answer.InvalidError(
+		return answer.InvalidError(
 			fmt.Sprintf("data.runner_token: give 1 to %d printable ASCII characters, no spaces", maxToken))
 	}
 	return r.change(ctx, messageID, func(registry map[string][]byte) (err error) {
@@ -117,9 +117,9 @@ func (r *Runners) Assign(ctx context.Context, messageID string, a Assignment) (d
 }
 
 // Unassign removes a runner from the registry, as Assign adds it.
-func (r *Runners) Unassign(ctx context.Context, messageID, id string) (duplicate bool, err error) {
+func (r *Runners) Unassign(ctx context.Context, messageID, id string) error {
 	if !idPattern.MatchString(id) {
-		return false, errInvalidID
+		return errInvalidID
 	}
 	return r.change(ctx, messageID, func(registry map[string][]byte) error {
 		delete(registry, id)
@@ -127,26 +127,23 @@ func (r *Runners) Unassign(ctx context.Context, messageID, id string) (duplicate
 	})
 }
 
-var errDuplicate = errors.New("duplicate message")
+// ErrDuplicate reports that a message has changed the registry before.
+var ErrDuplicate = errors.New("duplicate message")
 
 // change applies a message to the registry, once.
-func (r *Runners) change(ctx context.Context, messageID string, apply kube.Change) (duplicate bool, err error) {
-	err = r.client.ChangeSecret(ctx, r.config.Kubernetes.Namespace, registryName, func(data map[string][]byte) error {
+func (r *Runners) change(ctx context.Context, messageID string, apply kube.Change) error {
+	return r.client.ChangeSecret(ctx, r.config.Kubernetes.Namespace, registryName, func(data map[string][]byte) error {
 		var processed []string
 		if stored := data[processedKey]; stored != nil && json.Unmarshal(stored, &processed) != nil {
 			return fmt.Errorf("the key %s of Secret %s is not a list: delete it", processedKey, r.name())
 		}
 		if slices.Contains(processed, messageID) {
-			return errDuplicate
+			return ErrDuplicate
 		}
 		processed = append(processed, messageID)
 		data[processedKey], _ = json.Marshal(processed[max(0, len(processed)-maxProcessed):]) // strings always encode
 		return apply(data)
 	})
-	if errors.Is(err, errDuplicate) {
-		return true, nil
-	}
-	return false, err
 }
 
 func (r *Runners) name() string { return r.config.Kubernetes.Namespace + "/" + registryName }

@@ -193,7 +193,7 @@ func TestRightsOfStreamsAreReviewed(t *testing.T) {
 				t.Fatalf("%d reviews before any was due", n)
 			}
 			for key := range s.reviews {
-				s.reviews[key] = review{at: time.Now()}
+				s.reviews[key] = &review{at: time.Now().Add(-time.Hour)}
 			}
 			s.reviewStreams(t.Context())
 			reviews := api.take()
@@ -207,6 +207,10 @@ func TestRightsOfStreamsAreReviewed(t *testing.T) {
 			if !test.ends {
 				if inUse(s) != 3 {
 					t.Errorf("%d watches run, want 3", inUse(s))
+				}
+				answered := test.code == http.StatusCreated
+				if age := testutil.ToFloat64(s.metrics.reviewAge); (age < 60) != answered {
+					t.Errorf("answered: %v; the last review was %.0f s ago", answered, age)
 				}
 				return
 			}

@@ -47,8 +47,7 @@ type authenticator struct {
 var noToken = sha256.Sum256(nil)
 
 func newAuthenticator(token secret.Secret, overlap time.Duration, m *metrics, log *slog.Logger) *authenticator {
-	current := sha256.Sum256([]byte(token.Reveal()))
-	return &authenticator{metrics: m, log: log, overlap: overlap, current: current}
+	return &authenticator{metrics: m, log: log, overlap: overlap, current: sha256.Sum256([]byte(token.Reveal()))}
 }
 
 // follow reads the token every tokenInterval until ctx ends, and not when a request comes: the overlap counts from the
@@ -261,7 +260,7 @@ func (s *Server) protect(next http.HandlerFunc, needs access.Level, whileDrainin
 func (s *Server) refuse(sc *scope) (why string) {
 	if why = s.owner.Refuse(sc.needs); why != "" {
 		sc.outcome = "switch"
-	} else if outcome, closed := s.guard.Refuse(&sc.Description); closed != "" {
+	} else if outcome, closed := s.owner.Guard(&sc.Description); closed != "" {
 		sc.outcome, why = outcome, closed
 	}
 	return why

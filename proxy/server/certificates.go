@@ -1,10 +1,8 @@
 package server
 
 import (
-	"bytes"
 	"crypto/tls"
 	"crypto/x509"
-	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -13,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/frpc/tlsutil"
 	"github.com/pipeops/vm-agent/proxy/inbound"
 )
 
@@ -25,7 +24,6 @@ type certificates struct {
 	changed time.Time
 	last    *tls.Certificate
 
-	pem     []byte // of the client CAs; read by reload alone
 	clients atomic.Pointer[tls.Config]
 }
 
@@ -64,15 +62,13 @@ func (c *certificates) reload() error {
 	if c.clientCAFile == "" {
 		return nil
 	}
-	pem, err := os.ReadFile(c.clientCAFile)
-	if c.clients.Load() != nil && bytes.Equal(pem, c.pem) {
+	pool, err := tlsutil.CertPool(c.clientCAFile)
+	if err != nil {
+		pool = x509.NewCertPool()
+	}
+	if last := c.clients.Load(); last != nil && pool.Equal(last.ClientCAs) {
 		return nil
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) && err == nil {
-		err = fmt.Errorf("%s holds no PEM certificate", c.clientCAFile)
-	}
-	c.pem = pem
 	config := c.config()
 	config.GetConfigForClient = nil
 	config.ClientAuth, config.ClientCAs = tls.RequireAndVerifyClientCert, pool

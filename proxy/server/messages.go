@@ -43,13 +43,14 @@ func (s *Server) postMessage(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), runners.RegistryTimeout)
 	defer cancel()
-	m, duplicate, err := s.apply(ctx, body)
+	m, err := s.apply(ctx, body)
+	duplicate := errors.Is(err, runners.ErrDuplicate)
 	switch invalid, ok := errors.AsType[answer.InvalidError](err); {
 	case ok:
 		answer.WriteProblem(w, http.StatusUnprocessableEntity, invalid.Error())
 	case errors.As(err, new(closedError)):
 		answer.WriteProblem(w, http.StatusForbidden, err.Error())
-	case err != nil:
+	case err != nil && !duplicate:
 		runners.WriteError(ctx, w, err)
 	default:
 		answer.WriteJSON(w, http.StatusOK, map[string]any{
@@ -63,8 +64,8 @@ type closedError string
 
 func (e closedError) Error() string { return string(e) }
 
-// apply does what a message says. It does nothing and reports a duplicate if the same id was applied before.
-func (s *Server) apply(ctx context.Context, body []byte) (m message, duplicate bool, err error) {
+// apply does what a message says. It does nothing and returns runners.ErrDuplicate if the same id was applied before.
+func (s *Server) apply(ctx context.Context, body []byte) (m message, err error) {
 	if err = decodeStrict("", body, &m); err == nil {
 		err = checkTime("timestamp", m.Timestamp)
 	}
@@ -82,20 +83,20 @@ func (s *Server) apply(ctx context.Context, body []byte) (m message, duplicate b
 			err = checkTime("data.assigned_at", data.AssignedAt)
 		}
 		if err == nil {
-			duplicate, err = s.runners.Assign(ctx, m.ID, data)
+			err = s.runners.Assign(ctx, m.ID, data)
 		}
 	case m.Type == "runner_unassigned":
 		var data struct {
 			RunnerID string `json:"runner_id"`
 		}
 		if err = decodeStrict("data", m.Data, &data); err == nil {
-			duplicate, err = s.runners.Unassign(ctx, m.ID, data.RunnerID)
+			err = s.runners.Unassign(ctx, m.ID, data.RunnerID)
 		}
 	default:
 		err = answer.InvalidError(
 			fmt.Sprintf("type: %.64q is unknown: give ping, runner_assigned or runner_unassigned", m.Type))
 	}
-	return m, duplicate, err
+	return m, err
 }
 
 // readMessage reads a body in JSON. It returns nil after it has answered with an error.

@@ -37,9 +37,13 @@ type metrics struct {
 // limit adds a limit and how much of it is in use.
 func (m *metrics) limit(name string, size int64, inUse func() int64) {
 	m.limits.WithLabelValues(name).Set(float64(size))
-	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "limit_in_use", Help: "How much of the limit is in use now.", ConstLabels: prometheus.Labels{"limit": name},
-	}, func() float64 { return float64(inUse()) })
+	m.follow("limit_in_use", "How much of the limit is in use now.", "limit", name, func() float64 { return float64(inUse()) })
+}
+
+// follow adds a gauge with one label, whose value is asked for at each scrape.
+func (m *metrics) follow(name, help, label, labelValue string, value func() float64) {
+	labels := prometheus.Labels{label: labelValue}
+	m.factory.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, value)
 }
 
 // answered observes the latency of a request to the API server.
@@ -53,10 +57,8 @@ func (m *metrics) answered(r *http.Request, seconds float64) {
 
 // certificate adds when the first certificate of a PEM file expires, or the last to expire of authorities.
 func (m *metrics) certificate(name, path string, authorities bool) {
-	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "certificate_expiry_timestamp_seconds", Help: "When the certificate of the file expires; 0 if there is none.",
-		ConstLabels: prometheus.Labels{"certificate": name},
-	}, func() (end float64) {
+	const help = "When the certificate of the file expires; 0 if there is none."
+	m.follow("certificate_expiry_timestamp_seconds", help, "certificate", name, func() (end float64) {
 		data, _ := os.ReadFile(path)
 		for block, rest := pem.Decode(data); block != nil && (authorities || end == 0); block, rest = pem.Decode(rest) {
 			if certificate, err := x509.ParseCertificate(block.Bytes); err == nil {
@@ -70,10 +72,8 @@ func (m *metrics) certificate(name, path string, authorities bool) {
 // owner adds what the cluster's owner allows.
 func (m *metrics) owner(o *access.Owner) {
 	for level, name := range access.Levels {
-		m.factory.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "access_allow", Help: "1 for the level that the cluster's owner allows, else 0.",
-			ConstLabels: prometheus.Labels{"level": name},
-		}, func() float64 { return boolValue[o.State().Allow == access.Level(level)] })
+		m.follow("access_allow", "1 for the level that the cluster's owner allows, else 0.", "level", name,
+			func() float64 { return boolValue[o.State().Allow == access.Level(level)] })
 	}
 	m.factory.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "access_config_failing", Help: "1 if the owner's ConfigMap has ended, is invalid or cannot be read.",
@@ -124,20 +124,18 @@ func newMetrics() *metrics {
 		frpcRestarts:   counter("frpc_restarts_total", "How often frpc was seen to be away and back."),
 	}
 	for l, requests := range m.inFlight {
-		factory.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "http_requests_in_flight", Help: "HTTP requests being answered now, streams included.",
-			ConstLabels: prometheus.Labels{"listener": string(l)},
-		}, func() float64 { return float64(requests.Load()) })
+		m.follow("http_requests_in_flight", "HTTP requests being answered now, streams included.", "listener", string(l),
+			func() float64 { return float64(requests.Load()) })
 	}
-	for limit := range strings.FieldsSeq("connections idle header_memory certificate handshake requests caller request_memory " +
-		"stalled_calls stalled_reads stalled_streams commands") {
-		m.refused.WithLabelValues(limit) // 0 until there is one
-	}
-	for reason := range strings.FieldsSeq("none several scheme token unconfigured") {
-		m.authFailures.WithLabelValues(reason)
-	}
-	for reason := range strings.FieldsSeq("switch rights credential certificate") {
-		m.streamsEnded.WithLabelValues(reason)
+	for counted, values := range map[*prometheus.CounterVec]string{
+		m.refused: "connections idle header_memory certificate handshake requests caller request_memory " +
+			"stalled_calls stalled_reads stalled_streams commands",
+		m.authFailures: "none several scheme token unconfigured",
+		m.streamsEnded: "switch rights credential certificate",
+	} {
+		for value := range strings.FieldsSeq(values) {
+			counted.WithLabelValues(value) // 0 until there is one
+		}
 	}
 	info := version.Get()
 	gauges("build_info", "Always 1; the labels say what was built.", "version", "commit", "go_version").

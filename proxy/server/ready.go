@@ -17,6 +17,7 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/access"
 	"github.com/pipeops/vm-agent/proxy/answer"
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
@@ -151,11 +152,8 @@ func (t *tunnelCheck) run(ctx context.Context) error {
 	lease, err := frpc.ReadLease(t.config.RunDir)
 	var proxies []frpc.ProxyStatus
 	if err == nil {
-		if proxies, err = lease.Frpc.Admin.Status(ctx); err != nil {
-			err = fmt.Errorf("%w: check that the frpc container runs, and its log", err)
-		} else {
-			err = t.explain(ctx, lease, proxies)
-		}
+		proxies, err = lease.Frpc.Admin.Status(ctx)
+		err = t.explain(ctx, lease, proxies, err)
 		if problem := leaseProblem(lease); problem != "" && err != nil {
 			err = fmt.Errorf("%w; %s", err, problem)
 		}
@@ -191,9 +189,7 @@ func (t *tunnelCheck) record(lease *frpc.Lease, proxies []frpc.ProxyStatus, err 
 	failing, leaseStart, leaseEnd := false, 0.0, 0.0
 	if lease != nil {
 		now.LeaseProblem, failing = leaseProblem(lease), lease.Renewal != nil || overdue(lease)
-		if !lease.IssuedAt.IsZero() {
-			now.LeaseIssuedAt, leaseStart = new(lease.IssuedAt.UTC()), float64(lease.IssuedAt.Unix())
-		}
+		now.LeaseIssuedAt, leaseStart = new(lease.IssuedAt.UTC()), float64(lease.IssuedAt.Unix())
 		if !lease.ExpiresAt.IsZero() {
 			now.LeaseExpiresAt, leaseEnd = new(lease.ExpiresAt.UTC()), float64(lease.ExpiresAt.Unix())
 		}
@@ -228,26 +224,23 @@ func overdue(lease *frpc.Lease) bool {
 	return life >= 2*time.Minute && time.Since(lease.IssuedAt) > life/100*85
 }
 
-// explain returns nil if one of frpc's proxies is running, else why none is. To find out, it may log in to frps.
-func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus) error {
-	switch frpc.StateOf(proxies, nil) {
+// explain returns nil if frpc's proxy is running, else why not, by frpc's answer or err. To find out, it may log in to
+// frps.
+func (t *tunnelCheck) explain(ctx context.Context, lease *frpc.Lease, proxies []frpc.ProxyStatus, err error) error {
+	switch frpc.StateOf(proxies, err) {
 	case frpc.Running:
 		t.loginAt = time.Time{}
-		return nil
-	case frpc.Rejected:
-		return proxies[0].Explain()
-	case frpc.Withdrawn:
-		return errors.New("frpc has withdrawn the tunnel, because the proxy drains or does not answer frpc: " +
-			"check that " + config.Name("proxy.listen_addr") + " is the same for bootstrap and the proxy")
+	case frpc.LoggedOut, frpc.Starting:
+		if time.Since(t.loginAt) > loginAge {
+			_, t.login = frpc.Login(ctx, lease.Frpc)
+			t.loginAt = time.Now()
+		}
+		if t.login != nil {
+			return t.config.FRP.ExplainLogin(t.login)
+		}
+		return errors.New("frps accepts the login, but frpc has no tunnel yet: check frpc's log if it has none after 20 s")
 	}
-	if time.Since(t.loginAt) > loginAge {
-		_, t.login = frpc.Login(ctx, lease.Frpc)
-		t.loginAt = time.Now()
-	}
-	if t.login != nil {
-		return t.config.FRP.ExplainLogin(t.login)
-	}
-	return errors.New("frps accepts the login, but frpc has no tunnel yet: check frpc's log if it has none after 20 s")
+	return frpc.Explain(proxies, err)
 }
 
 // status is the answer of GET /api/agent/status.
@@ -262,12 +255,10 @@ type status struct {
 
 // accessStatus is as whom callers act, and what limits them.
 type accessStatus struct {
-	Identity     string     `json:"identity"`
-	Allow        string     `json:"allow"`
-	Until        *time.Time `json:"until"` // null: no end
-	Reason       string     `json:"reason,omitempty"`
-	Detail       string     `json:"detail,omitempty"` // why allow is not what the owner's ConfigMap says now
-	OwnNamespace string     `json:"own_namespace"`
+	Identity string `json:"identity"`
+	access.State
+
+	OwnNamespace string `json:"own_namespace"`
 }
 
 type agentStatus struct {
@@ -318,12 +309,10 @@ func (s *Server) getStatus(w http.ResponseWriter, r *http.Request) {
 	summary, at := s.readCluster(r.Context())
 	_ = s.checks[agentapi.CheckTunnel].refresh(r.Context()) // the error is in the status
 	owner, settings := s.owner.State(), s.config.Access
+	owner.Detail = cmp.Or(owner.Detail, owner.Held)
 	answer.WriteJSON(w, http.StatusOK, status{
-		Access: accessStatus{
-			Identity: settings.Identity, Allow: owner.Allow.String(), Until: owner.Until, Reason: owner.Reason,
-			Detail: cmp.Or(owner.Detail, owner.Held), OwnNamespace: settings.OwnNamespace,
-		},
-		Agent: s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
+		Access: accessStatus{settings.Identity, owner, settings.OwnNamespace},
+		Agent:  s.agent, ControlPlane: controlPlaneStatus{s.heartbeats.Load(), s.lastHeartbeat.Load()},
 		Tunnel: s.tunnel.status(), Cluster: summary, Timestamp: at.UTC(),
 	})
 }

@@ -313,7 +313,7 @@ func (s *Server) answered(sc *scope, r *http.Request, l listener) {
 	s.logRequest(sc, r, level, "request", more...)
 }
 
-// logRequest logs who asks for what, and more. slog.Logger would also look for the line of the source that calls it.
+// logRequest logs who asks for what, and more.
 func (s *Server) logRequest(sc *scope, r *http.Request, level slog.Level, message string, more ...slog.Attr) {
 	if !s.log.Enabled(r.Context(), level) {
 		return
@@ -340,9 +340,7 @@ func (s *Server) logRequest(sc *scope, r *http.Request, level slog.Level, messag
 			attrs = append(attrs, slog.String(attr.key, attr.value))
 		}
 	}
-	record := slog.NewRecord(time.Now(), level, message, 0)
-	record.AddAttrs(append(attrs, more...)...)
-	_ = s.log.Handler().Handle(r.Context(), record)
+	s.log.LogAttrs(r.Context(), level, message, append(attrs, more...)...) //nolint:sloglint // a constant of the caller
 }
 
 // verb returns the verb as metrics and the log have it.

@@ -31,9 +31,7 @@ type Server struct {
 	agent   agentStatus
 	auth    *authenticator
 	kube    *kube.Proxy
-	callers *kube.Client // sends their requests: without the agent's credential if they have their own
 	owner   *access.Owner
-	guard   access.Guard
 	api     *kube.Client // with the agent's own credential
 	runners *runners.Runners
 	metrics *metrics
@@ -43,7 +41,7 @@ type Server struct {
 	limits  *limits
 	log     *slog.Logger
 
-	reviews map[right]review // of what running streams need; used by reviewStreams alone
+	reviews map[right]*review // of what running streams need; used by reviewStreams alone
 
 	heartbeats    atomic.Uint64             // received from the control plane
 	lastHeartbeat atomic.Pointer[time.Time] // in UTC; nil: none since the start
@@ -68,19 +66,15 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 	}
 	refused := func(limit string) { m.refused.WithLabelValues(limit).Inc() }
 	s := &Server{
-		config: cfg, metrics: m, limits: limits, log: log, reviews: map[right]review{},
+		config: cfg, metrics: m, limits: limits, log: log, reviews: map[right]*review{},
 		agent: agentStatus{
 			ID: cfg.Agent.ID, Name: cfg.Agent.Name, Cluster: cfg.Agent.ClusterName, Instance: cfg.Agent.Instance,
 			Version: version.Version, StartedAt: time.Now().UTC(),
 		},
-		auth:    newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log),
-		kube:    kube.NewProxy(callers, own, log),
-		callers: callers,
-		owner:   access.NewOwner(client, cfg.Kubernetes.Namespace, cfg.Access.ConfigMap, log),
-		guard: access.Guard{
-			Namespace: cfg.Kubernetes.Namespace, ConfigMap: cfg.Access.ConfigMap, Open: cfg.Access.OwnNamespace == "open",
-		},
-		api: client,
+		auth:  newAuthenticator(cfg.Agent.Token, cfg.Agent.TokenOverlap, m, log),
+		kube:  kube.NewProxy(callers, own, log),
+		owner: access.NewOwner(client, cfg.Kubernetes.Namespace, cfg.Access, log),
+		api:   client,
 		gate: &gate{
 			limits: limits, refused: refused, log: log,
 			running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),

@@ -30,20 +30,20 @@ type right struct {
 	kube.Description
 }
 
-// review is when a right was found to hold, and when it is due to be asked for again.
+// review is when a right was last found to hold, and when it is due to be asked for again.
 type review struct{ at, due time.Time }
 
 // reviewStreams asks the API server again whether the callers of running streams may do what they do, where that is
 // due.
 func (s *Server) reviewStreams(ctx context.Context) {
 	running := s.gate.streams()
-	maps.DeleteFunc(s.reviews, func(key right, _ review) bool { return running[key] == nil })
+	maps.DeleteFunc(s.reviews, func(key right, _ *review) bool { return running[key] == nil })
 	var due []right
 	oldest, now := time.Duration(0), time.Now()
 	for key, sc := range running {
 		last, known := s.reviews[key]
 		if !known {
-			last = newReview(sc.start)
+			last = &review{sc.start, sc.start.Add(untilReview())}
 			s.reviews[key] = last
 		}
 		if last.due.Before(now) {
@@ -56,24 +56,25 @@ func (s *Server) reviewStreams(ctx context.Context) {
 	due = due[:min(len(due), maxReviews)]
 	var reviewing sync.WaitGroup
 	for _, key := range due {
-		reviewing.Go(func() { s.review(ctx, key, running[key]) })
+		reviewing.Go(func() {
+			last := s.reviews[key]
+			if s.review(ctx, key, running[key]) {
+				last.at = time.Now()
+			}
+			last.due = time.Now().Add(untilReview())
+		})
 	}
 	reviewing.Wait()
-	for _, key := range due {
-		s.reviews[key] = newReview(time.Now())
-	}
 }
 
-func newReview(at time.Time) review {
-	return review{at, at.Add(reviewAfter + rand.N(reviewJitter))} //nolint:gosec // no secret
-}
+func untilReview() time.Duration { return reviewAfter + rand.N(reviewJitter) } //nolint:gosec // no secret
 
 // review asks for one right, as sc has it, and ends all streams that need it if it has ended. While the API server
-// cannot answer, they go on.
-func (s *Server) review(ctx context.Context, key right, sc *scope) {
+// cannot answer, they go on: then it returns false.
+func (s *Server) review(ctx context.Context, key right, sc *scope) (answered bool) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	allowed, err := s.callers.Review(ctx, sc.Identity, &key.Description)
+	allowed, err := s.kube.Client.Review(ctx, sc.Identity, &key.Description)
 	unauthorized := apierrors.IsUnauthorized(err) && s.config.Access.Identity == access.Own
 	same := func(other *scope) bool { return other.right != nil && *other.right == key }
 	what := key.Verb + " " + cmp.Or(key.Resource, "this")
@@ -87,6 +88,7 @@ func (s *Server) review(ctx context.Context, key right, sc *scope) {
 	case err != nil && !unauthorized:
 		s.log.Debug("a running stream cannot be authorised again", "request_id", sc.requestID, "error", err)
 	}
+	return err == nil
 }
 
 // end ends the running requests that match, for a reason that is a label of metrics.

@@ -135,7 +135,11 @@ func TestEveryCommandOfTheConnectPageWorks(t *testing.T) {
 			(!strings.Contains(out, "agent-001") || !strings.Contains(out, "edge-7")) {
 			t.Errorf("contexts:\n%s", out)
 		}
-		if data, err := os.ReadFile(filepath.Join(dir, "edge-7.secret.kubeconfig")); err == nil {
+		secret := filepath.Join(dir, "edge-7.secret.kubeconfig")
+		if info, err := os.Stat(secret); err == nil && info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: others may read it: %s", block, info.Mode())
+		}
+		if data, err := os.ReadFile(secret); err == nil {
 			write("edge-7.secret.kubeconfig", local(string(data)), 0o600)
 		}
 	}

@@ -53,7 +53,7 @@ func TestDoctorFindsTheBrokenHop(t *testing.T) {
 		}},
 		{"configuration", func(w *world) { w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=nonsense") },
 			[]string{failed, skipped, skipped, skipped, skipped, skipped, skipped, skipped, skipped},
-			map[string]string{"configuration": "agent.api_url (PIPEOPS_API_URL): is not the URL of a control plane"}},
+			map[string]string{"configuration": "agent.api_url (PIPEOPS_API_URL): is not a server's URL"}},
 		{"no control plane", func(w *world) {
 			w.agent.Env = append(w.agent.Env, "PIPEOPS_API_URL=https://"+harness.FreeAddr(w.t))
 		}, []string{ok, ok, failed, skipped, skipped, ok, ok, ok, ok},
