@@ -856,6 +856,28 @@ func TestControlPlaneIsShownACertificateForTheLease(t *testing.T) {
 	}
 }
 
+// TestCertificateOutlastsTheLeaseByEveryClock: callers have the right time, and a gateway that of the control plane.
+func TestCertificateOutlastsTheLeaseByEveryClock(t *testing.T) {
+	now := time.Now().Truncate(time.Second)
+	for _, ahead := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
+		answer := controlplane.Answer{FRPToken: "f", Ends: now.Add(time.Hour), ExpiresAt: now.Add(time.Hour + ahead),
+			Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"a.agents.example"}}}
+		lease, fail := requestLease(t.Context(), configuration(t, environment(t, "https://control.example")),
+			func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) { return answer, nil }, frpc.Lease{})
+		if fail != nil {
+			t.Fatal(fail)
+		}
+		block, _ := pem.Decode(lease.Certificate)
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cert.NotAfter.Before(answer.Ends) || cert.NotAfter.Before(answer.ExpiresAt) {
+			t.Errorf("the control plane's clock is %s ahead, the certificate ends %s from now", ahead, cert.NotAfter.Sub(now))
+		}
+	}
+}
+
 // TestLeaseExpiresByTheClockOfTheControlPlane: a wrong clock here must not renew all the time, or too late; and what
 // some take for a time that never comes is none.
 func TestLeaseExpiresByTheClockOfTheControlPlane(t *testing.T) {
