@@ -34,6 +34,8 @@ type Options struct {
 	IP     string // this machine's, to listen on and for agents to find it at; default: 127.0.0.1
 	Host   string // of frps, in leases; default: IP
 
+	Requested func() // is called for each request for a lease; may be nil
+
 	// The gateway's part in the agents' access.identity.
 	Identity string          // agent (default), named or own
 	Users    map[string]User // of the gateway, by token, for identity named
@@ -76,12 +78,13 @@ type ControlPlane struct {
 	agents   map[string]string
 	revoked  map[string]bool
 	terms    Terms
-	leases   map[string]lease   // by the id that stands in an agent's token or metadatas
-	given    int                // how many leases were given
-	tunnels  map[string]string  // by agent id: the type of the tunnel that frps was last let to open
-	refusals map[string]refusal // by agent id: why frps was last told to refuse it
-	shown    []tls.Certificate  // by the gateway to agents
-	fault    http.Handler       // answers instead of the authentication endpoint, for tests
+	leases   map[string]lease     // by the id that stands in an agent's token or metadatas
+	given    int                  // how many leases were given
+	tunnels  map[string]string    // by agent id: the type of the tunnel that frps was last let to open
+	opened   map[string]time.Time // by agent id: when that was
+	refusals map[string]refusal   // by agent id: why frps was last told to refuse it
+	shown    []tls.Certificate    // by the gateway to agents
+	fault    http.Handler         // answers instead of the authentication endpoint, for tests
 	frps     *process.Process
 }
 
@@ -122,7 +125,8 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 	c := &ControlPlane{
 		CAFile: filepath.Join(dir, "ca.crt"), options: options, frpToken: rand.Text(), dir: dir,
 		agents: maps.Clone(options.Agents), revoked: map[string]bool{}, terms: Terms{Life: 24 * time.Hour},
-		leases: map[string]lease{}, tunnels: map[string]string{}, refusals: map[string]refusal{},
+		leases: map[string]lease{}, tunnels: map[string]string{}, opened: map[string]time.Time{},
+		refusals: map[string]refusal{},
 	}
 	cert, err := writeCertificates(dir, net.ParseIP(options.IP))
 	if err != nil {
@@ -230,6 +234,18 @@ func (c *ControlPlane) LeasesGiven() int {
 	return c.given
 }
 
+// OpenedSince returns how many agents frps was let open a tunnel for since then.
+func (c *ControlPlane) OpenedSince(then time.Time) (n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, at := range c.opened {
+		if at.After(then) {
+			n++
+		}
+	}
+	return n
+}
+
 // Fail makes handler answer in place of the authentication endpoint, until Fail(nil).
 func (c *ControlPlane) Fail(handler http.Handler) {
 	c.mu.Lock()
@@ -242,6 +258,9 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	c.mu.Lock()
 	fault := c.fault
 	c.mu.Unlock()
+	if c.options.Requested != nil {
+		c.options.Requested()
+	}
 	if fault != nil {
 		fault.ServeHTTP(w, r)
 		return
