@@ -89,7 +89,8 @@ func kindOf(err error) string {
 type callers struct {
 	all       []*caller
 	informers []cache.SharedIndexInformer
-	stop      func()
+	// add starts a caller, which runs until the test ends.
+	add func(kind string, run func(context.Context, *caller))
 }
 
 // startCallers starts the callers and waits until each has had a success.
@@ -97,9 +98,9 @@ func startCallers(t *testing.T, w *world) *callers {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
-	cs := &callers{stop: sync.OnceFunc(func() { cancel(); running.Wait() })}
-	t.Cleanup(cs.stop)
-	add := func(kind string, run func(context.Context, *caller)) {
+	cs := &callers{}
+	t.Cleanup(func() { cancel(); running.Wait() })
+	cs.add = func(kind string, run func(context.Context, *caller)) {
 		c := &caller{kind: kind, failed: map[string]int{}, sample: map[string]string{}}
 		cs.all = append(cs.all, c)
 		running.Go(func() { run(ctx, c) })
@@ -114,20 +115,20 @@ func startCallers(t *testing.T, w *world) *callers {
 		return clients
 	}
 	for range 3 {
-		add("reads", func(ctx context.Context, c *caller) { read(ctx, c, client(c)) })
+		cs.add("reads", func(ctx context.Context, c *caller) { read(ctx, c, client(c)) })
 	}
 	for range 2 {
-		add("events", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return watch(ctx, c, client(c)) }) })
+		cs.add("events", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return watch(ctx, c, client(c)) }) })
 		c := &caller{kind: informed, failed: map[string]int{}, sample: map[string]string{}}
 		cs.all = append(cs.all, c)
 		informer := inform(c, client(c))
 		cs.informers = append(cs.informers, informer)
 		running.Go(func() { informer.Run(ctx.Done()) })
 	}
-	add("exec", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return execute(ctx, c, w) }) })
-	add("logs", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return follow(ctx, c, client(c)) }) })
+	cs.add("exec", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return execute(ctx, c, w) }) })
+	cs.add("logs", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return follow(ctx, c, client(c)) }) })
 	echo := echoServer(t)
-	add("forward", func(ctx context.Context, c *caller) {
+	cs.add("forward", func(ctx context.Context, c *caller) {
 		again(ctx, c, func() error { return forward(ctx, c, w, echo) })
 	})
 	return cs
@@ -366,7 +367,7 @@ func forward(ctx context.Context, c *caller, w *world, port string) error {
 func (cs *callers) reset() {
 	for _, c := range cs.all {
 		c.mu.Lock()
-		c.gap, c.failed = 0, map[string]int{}
+		c.gap, c.failed, c.sample = 0, map[string]int{}, map[string]string{}
 		c.mu.Unlock()
 	}
 }
