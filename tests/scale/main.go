@@ -2,7 +2,8 @@
 // of the control plane and of both. Results are in tests/SCALE.md. Linux only.
 //
 // An agent is bootstrap's own code, with a lease, a run directory and a renewal of its own, and a client of the stock
-// frpc, which runs many in one process. One server answers for all proxies.
+// frpc, which runs many in one process. One server answers for all proxies. Beside these are some agents of which all
+// parts are processes.
 package main
 
 import (
@@ -32,6 +33,8 @@ import (
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/lease"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -42,13 +45,14 @@ const perProcess, checkEvery = 500, 60
 
 func main() {
 	agents := flag.Int("agents", 2000, "how many")
+	trios := flag.Int("trios", 50, "how many more, each of bootstrap, frpc and the proxy as processes")
 	outage := flag.Duration("outage", time.Minute, "how long frps and the control plane are away")
 	idle := flag.Duration("idle", time.Minute, "how long the idle frps is measured")
 	life := flag.Duration("life", 10*time.Minute, "of a lease")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *agents, *outage, *idle, *life); err != nil {
+	if err := run(ctx, *agents, *trios, *outage, *idle, *life); err != nil {
 		fmt.Fprintln(os.Stderr, "scale:", err)
 		os.Exit(1)
 	}
@@ -64,7 +68,7 @@ type fleet struct {
 	requests requests
 }
 
-func run(ctx context.Context, n int, outage, idle, life time.Duration) error {
+func run(ctx context.Context, n, trios int, outage, idle, life time.Duration) error {
 	group, err := process.NewGroup()
 	if err != nil {
 		return err
@@ -72,7 +76,7 @@ func run(ctx context.Context, n int, outage, idle, life time.Duration) error {
 	defer group.Close()
 	f := &fleet{group: group, n: n}
 	agents := map[string]string{}
-	for i := range n {
+	for i := range n + trios {
 		agents[id(i)] = token
 	}
 	f.cp, err = controlplane.Start(ctx, controlplane.Options{Group: group, Agents: agents,
@@ -89,7 +93,7 @@ func run(ctx context.Context, n int, outage, idle, life time.Duration) error {
 	var all sync.WaitGroup
 	defer func() { stop(); all.Wait() }()
 
-	fmt.Printf("%d agents, leases of %s\n\n| what | figure |\n| --- | --- |\n", n, life)
+	fmt.Printf("%d agents and %d trios, leases of %s\n\n| what | figure |\n| --- | --- |\n", n, trios, life)
 	row := func(what, format string, args ...any) {
 		fmt.Printf("| %s | %s |\n", what, fmt.Sprintf(format, args...))
 	}
@@ -133,6 +137,9 @@ func run(ctx context.Context, n int, outage, idle, life time.Duration) error {
 		row("frps, "+what, "%.0f KiB an agent, %.2f%% of a core for 1,000 agents", (after.rss-base.rss)/float64(n)/1024,
 			(after.cpu-before.cpu)/idle.Seconds()*100/float64(n)*1000)
 	}
+	if err := f.startTrios(ctx, trios); err != nil {
+		return err
+	}
 	for _, o := range []struct {
 		name            string
 		frps, authentic bool
@@ -175,6 +182,36 @@ func run(ctx context.Context, n int, outage, idle, life time.Duration) error {
 		}
 	}
 	return ctx.Err()
+}
+
+// startTrios starts agents of which all parts are processes. From then on they count among the others.
+func (f *fleet) startTrios(ctx context.Context, trios int) error {
+	c, err := cluster.Start(ctx, f.group)
+	if err != nil {
+		return err
+	}
+	kubeconfig := filepath.Join(f.group.Dir(), "agent.kubeconfig")
+	if _, err := c.WriteAgentKubeconfig(ctx, kubeconfig); err != nil {
+		return err
+	}
+	var starts errgroup.Group
+	starts.SetLimit(8)
+	for i := range trios {
+		a, err := agent.New(f.group, f.cp, id(f.n+i), token, kubeconfig)
+		if err != nil {
+			return err
+		}
+		starts.Go(func() error {
+			if err := a.Start(); err != nil {
+				return err
+			}
+			a.RestartFrpc(ctx)
+			return a.WaitReady(ctx)
+		})
+	}
+	err = starts.Wait()
+	f.n += trios
+	return err
 }
 
 const token = "a-token-of-more-than-32-characters"
@@ -352,6 +389,7 @@ func (f *fleet) call(ctx context.Context, i int, path string) (*http.Response, e
 	if err != nil {
 		return nil, err
 	}
+	req.Header.Set("Authorization", "Bearer "+token)
 	return client.Do(req)
 }
 
@@ -361,9 +399,12 @@ func (f *fleet) answering(ctx context.Context) error {
 	calls.SetLimit(50)
 	for i := range f.n {
 		calls.Go(func() error {
-			resp, err := f.call(ctx, i, "/")
+			resp, err := f.call(ctx, i, "/version")
 			if err == nil {
 				_ = resp.Body.Close()
+				if resp.StatusCode != http.StatusOK {
+					err = fmt.Errorf("%s: %s", id(i), resp.Status)
+				}
 			}
 			return err
 		})
