@@ -71,12 +71,28 @@ E2E_PARTS := e2e-ready build tools test-images previous $(addprefix $(BIN)/,$(NO
 
 .PHONY: e2e
 e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs root and Debian
-	@cd tests && go test -count=1 -v -parallel 8 -timeout 30m ./e2e ./monitoring
+	@cd tests && go test -count=1 -v -parallel 8 -timeout 30m ./e2e ./monitoring ./chaos
 
 .PHONY: attack
 attack: $(E2E_PARTS) ## Attack the agent's memory on a real node for three minutes (ATTACK_DURATION): root, Debian
 	@cd tests && ATTACK_DURATION=$(or $(ATTACK_DURATION),3m) \
 		go test -count=1 -v -timeout 20m -run 'TestAttacksKillNoContainer$$' ./e2e
+
+# FAULTS, PAIRS, DURATION and SEED select what fails: see TestChaos.
+.PHONY: chaos
+chaos: build tools ## Break every part, alone, in pairs and at random, for two hours: needs root; results are in tests/CHAOS.md
+	@cd tests && CHAOS_FAULTS='$(or $(FAULTS),all)' CHAOS_PAIRS=$(or $(PAIRS),40) CHAOS_DURATION=$(or $(DURATION),30m) \
+		CHAOS_SEED=$(SEED) go test -count=1 -v -timeout 6h $(and $(TESTS),-run '$(TESTS)') ./chaos
+
+.PHONY: soak
+soak: build tools ## Look for growth under steady load for two hours (DURATION): needs root; results are in tests/SOAK.md
+	@cd tests && SOAK_DURATION=$(or $(DURATION),2h) SOAK_WATCHES=$(or $(WATCHES),200) \
+		go test -count=1 -v -timeout 12h -run 'TestSoak$$' ./chaos
+
+# SCALE holds its arguments, such as -agents 5000.
+.PHONY: scale
+scale: build tools ## Measure a frps with 2,000 agents, and their return after outages; results are in tests/SCALE.md
+	@cd tests && go build -o $(BIN)/scale ./scale && exec $(BIN)/scale $(SCALE)
 
 .PHONY: e2e-ready
 e2e-ready:

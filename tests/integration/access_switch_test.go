@@ -121,7 +121,7 @@ func TestTheOwnersSwitchDecides(t *testing.T) {
 func TestTheOwnersSwitchEndsWhatRuns(t *testing.T) {
 	t.Parallel()
 	w := newAccessWorld(t, "named", switchEnv)
-	runningPod(t, &kubelet{}, w.ns)
+	runningPod(t, w.ns)
 	writeSwitch(t, api.Client, w.home, "allow=all")
 	w.startAgent()
 	w.wantLevel("all")

@@ -365,7 +365,7 @@ func writeFile(t *testing.T, name string, data []byte) string {
 func TestKubectlActsAsTheNamedUser(t *testing.T) {
 	t.Parallel()
 	w := connectedAs(t, "named")
-	runningPod(t, &kubelet{}, w.ns)
+	runningPod(t, w.ns)
 	got := w.mustKubectl("auth", "whoami", "-o", "jsonpath={.status.userInfo.username} {.status.userInfo.groups}")
 	if got != `pipeops:alice ["pipeops:staff","pipeops:tunnel","system:authenticated"]` {
 		t.Errorf("whoami: %s", got)
@@ -416,7 +416,7 @@ func TestKubectlUsesItsOwnCredential(t *testing.T) {
 	t.Parallel()
 	ca := harness.NewAuthority(t)
 	w := connectedAs(t, "own", "PIPEOPS_PROXY_TLS_CLIENT_CA_FILE="+writeFile(t, "ca.crt", ca.PEM))
-	runningPod(t, &kubelet{}, w.ns)
+	runningPod(t, w.ns)
 	w.bind("", agentRole, w.subject("alice")) // which lets her impersonate
 	addr, _ := w.cp.Direct(agentID)
 	config := &rest.Config{Host: "https://" + addr + "/api/k8s", BearerToken: w.tokens["alice"]}

@@ -210,7 +210,7 @@ func TestExecFinishesDuringADrain(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	s := startSession(t, w, ns)
 	startDraining(t, w)
 	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version",
@@ -239,7 +239,7 @@ func TestDrainTimeoutCutsStreams(t *testing.T) {
 	w.agent.Env = append(w.agent.Env, "PIPEOPS_DRAIN_TIMEOUT=100ms")
 	w.startAgent()
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	s := startSession(t, w, ns)
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
@@ -260,7 +260,7 @@ func TestSecondSignalSkipsTheDrain(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	startSession(t, w, ns)
 	startDraining(t, w)
 	if err := syscall.Kill(w.agent.Proxy.Pid(), syscall.SIGTERM); err != nil {

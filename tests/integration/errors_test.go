@@ -173,7 +173,7 @@ func accessErrors(t *testing.T) (named, own *accessWorld, narrowed map[string]*a
 		w := newAccessWorld(t, "agent", switchEnv)
 		writeSwitch(t, api.Client, w.home, data...)
 		if what == "all" {
-			runningPod(t, &kubelet{}, w.home) // kubectl exec looks at the pod first
+			runningPod(t, w.home) // kubectl exec looks at the pod first
 		}
 		w.startAgent()
 		eventually(t, func() error { // its first reading
@@ -240,7 +240,7 @@ func viewer(t *testing.T) *world {
 // count, so its status is written here.
 func protectedPod(t *testing.T, w *world, ns string) {
 	t.Helper()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	w.mustKubectl("label", "pod", "pod", "-n", ns, "app=protected")
 	none := intstr.FromInt32(0)
 	budgets := api.Client.PolicyV1().PodDisruptionBudgets(ns)

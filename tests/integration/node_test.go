@@ -11,196 +11,57 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/creack/pty"
-	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/cri-streaming/pkg/streaming/portforward"
-	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
-	utilexec "k8s.io/utils/exec"
 
 	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/kubelet"
 )
 
-// kubelet stands in for a real node, because a kubelet needs root. Its streaming is the kubelet's own code
-// (k8s.io/cri-streaming). Only the container is a process of this machine. The e2e tests have a real node.
-type kubelet struct{ lines chan string }
+// runningPod registers a node, and a running pod on it.
+func runningPod(t *testing.T, ns string) {
+	t.Helper()
+	runPod(t, &kubelet.Kubelet{}, ns)
+}
 
-func (k *kubelet) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	switch parts := strings.Split(strings.Trim(r.URL.Path, "/"), "/"); parts[0] {
-	case "containerLogs":
-		_, _ = io.WriteString(w, "first line\n")
-		_ = http.NewResponseController(w).Flush()
-		if r.URL.Query().Get("follow") != "true" {
-			return
-		}
+// loggingPod is a runningPod that logs the lines, until the channel is closed.
+func loggingPod(t *testing.T, lines <-chan string, ns string) {
+	t.Helper()
+	runPod(t, &kubelet.Kubelet{Follow: func(ctx context.Context, log io.Writer) {
 		for {
 			select {
-			case line, open := <-k.lines:
+			case line, open := <-lines:
 				if !open {
 					return
 				}
-				_, _ = io.WriteString(w, line+"\n")
-				_ = http.NewResponseController(w).Flush()
-			case <-r.Context().Done():
+				_, _ = io.WriteString(log, line+"\n")
+			case <-ctx.Done():
 				return
 			}
 		}
-	case "exec", "attach":
-		options, err := remotecommand.NewOptions(r)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
-			return
-		}
-		protocols := []string{remotecommand.StreamProtocolV4Name}
-		if parts[0] == "attach" {
-			remotecommand.ServeAttach(w, r, k, parts[2], "", parts[3], options, time.Minute, 10*time.Second, protocols)
-			return
-		}
-		remotecommand.ServeExec(w, r, k, parts[2], "", parts[3], r.URL.Query()["command"], options, time.Minute,
-			10*time.Second, protocols)
-	case "portForward":
-		options, err := portforward.NewV4Options(r)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
-			return
-		}
-		portforward.ServePortForward(w, r, k, parts[2], "", options, time.Minute, 10*time.Second,
-			portforward.SupportedProtocols)
-	default:
-		http.NotFound(w, r)
-	}
+	}}, ns)
 }
 
-// ExecInContainer implements remotecommand.Executor.
-func (k *kubelet) ExecInContainer(ctx context.Context, _, _, _ string, command []string, in io.Reader,
-	out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
-	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
-	if tty {
-		return inTerminal(cmd, in, out, resize)
-	}
-	if in != nil {
-		stdin, err := cmd.StdinPipe()
-		if err != nil {
-			return err
-		}
-		go func() {
-			_, _ = io.Copy(stdin, in)
-			_ = stdin.Close()
-		}()
-	}
-	cmd.Stdout, cmd.Stderr = out, errOut
-	return exitCode(cmd.Run())
-}
-
-// inTerminal does the work of a container runtime: the process gets a terminal of its own, which follows the size of
-// the caller's.
-func inTerminal(cmd *exec.Cmd, in io.Reader, out io.Writer, resize <-chan remotecommand.TerminalSize) error {
-	terminal, err := pty.Start(cmd)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = terminal.Close() }()
-	go func() {
-		for size := range resize {
-			_ = pty.Setsize(terminal, &pty.Winsize{Rows: size.Height, Cols: size.Width})
-		}
-	}()
-	go func() { _, _ = io.Copy(terminal, in) }()
-	_, _ = io.Copy(out, terminal) // returns an error when the process has closed its end
-	return exitCode(cmd.Wait())
-}
-
-// exitCode converts a process's exit code to the error that the kubelet expects.
-func exitCode(err error) error {
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		return &utilexec.CodeExitError{Err: err, Code: exit.ExitCode()}
-	}
-	return err
-}
-
-// AttachContainer implements remotecommand.Attacher. The container is a running cat.
-func (k *kubelet) AttachContainer(ctx context.Context, _, _, _ string, in io.Reader,
-	out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
-	return k.ExecInContainer(ctx, "", "", "", []string{"cat"}, in, out, errOut, tty, resize, 0)
-}
-
-// PortForward implements portforward.PortForwarder. The pod's ports are this machine's.
-func (k *kubelet) PortForward(ctx context.Context, _, _ string, port int32, stream io.ReadWriteCloser) error {
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(port))))
-	if err != nil {
-		return err
-	}
-	go func() {
-		_, _ = io.Copy(conn, stream)
-		_ = conn.(*net.TCPConn).CloseWrite()
-	}()
-	_, err = io.Copy(stream, conn)
-	_ = conn.Close()
-	return err
-}
-
-// runningPod registers a node with the kubelet, and a running pod on it.
-func runningPod(t *testing.T, k *kubelet, ns string) {
+func runPod(t *testing.T, k *kubelet.Kubelet, ns string) {
 	t.Helper()
-	server := httptest.NewTLSServer(k)
-	t.Cleanup(server.Close)
-	_, port, err := net.SplitHostPort(server.Listener.Addr().String())
+	stop, err := k.RunPod(t.Context(), api.Client, ns)
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := strconv.Atoi(port)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx := t.Context()
-	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node-" + ns}}
-	if _, err := api.Client.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	status := fmt.Sprintf(`{"status":{"addresses":[{"type":"InternalIP","address":"127.0.0.1"}],`+
-		`"daemonEndpoints":{"kubeletEndpoint":{"Port":%d}}}}`, n)
-	if _, err := api.Client.CoreV1().Nodes().Patch(ctx, node.Name, types.StrategicMergePatchType, []byte(status),
-		metav1.PatchOptions{}, "status"); err != nil {
-		t.Fatal(err)
-	}
-	pod := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: "pod"},
-		Spec:       corev1.PodSpec{NodeName: node.Name, Containers: []corev1.Container{{Name: "c", Image: "none"}}},
-	}
-	if _, err := api.Client.CoreV1().Pods(ns).Create(ctx, pod, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { // because no kubelet does
-		now := int64(0)
-		_ = api.Client.CoreV1().Pods(ns).Delete(context.Background(), pod.Name,
-			metav1.DeleteOptions{GracePeriodSeconds: &now})
-		_ = api.Client.CoreV1().Nodes().Delete(context.Background(), node.Name, metav1.DeleteOptions{})
-	})
-	status = `{"status":{"phase":"Running","containerStatuses":[{"name":"c","image":"none","imageID":"",` +
-		`"ready":true,"restartCount":0,"state":{"running":{}}}]}}`
-	if _, err := api.Client.CoreV1().Pods(ns).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(status),
-		metav1.PatchOptions{}, "status"); err != nil {
-		t.Fatal(err)
-	}
+	t.Cleanup(stop)
 }
 
 func TestLogsFollowLineByLine(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	k := &kubelet{lines: make(chan string)}
-	runningPod(t, k, ns)
+	lines := make(chan string)
+	loggingPod(t, lines, ns)
 	if got := w.mustKubectl("logs", "pod", "-n", ns); got != "first line\n" {
 		t.Errorf("logs: got %q", got)
 	}
@@ -215,10 +76,10 @@ func TestLogsFollowLineByLine(t *testing.T) {
 			return nil
 		})
 		line := fmt.Sprintf("line %d", i)
-		k.lines <- line
+		lines <- line
 		want += line + "\n"
 	}
-	close(k.lines)
+	close(lines)
 	if code := follow.ExitCode(); code != 0 || follow.Log() != want {
 		t.Errorf("logs -f: exit code %d, got %q, want %q", code, follow.Log(), want)
 	}
@@ -246,7 +107,7 @@ func TestExecForwardsStreamsAndExitCode(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	eachProtocol(t, w, func(t *testing.T) {
 		big := strings.Repeat("0123456789abcdef", 1<<16) // 1 MiB, both ways
 		r := w.kubectl(w.caller, big, "exec", "-i", "pod", "-n", ns, "--", "sh", "-c", "cat; echo error >&2; exit 7")
@@ -262,7 +123,7 @@ func TestTerminalIsInteractive(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	eachProtocol(t, w, func(t *testing.T) {
 		cmd := harness.Kubectl(t.Context(), t, w.group.Dir(), w.caller, append(w.env, "TERM=dumb"),
 			"exec", "-it", "pod", "-n", ns, "--", "sh")
@@ -337,7 +198,7 @@ func TestKubectlUsesTheChosenProtocol(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	eachProtocol(t, w, func(t *testing.T) {
 		r := w.kubectl(w.caller, "", "exec", "-v=8", "pod", "-n", ns, "--", "true")
 		for _, p := range protocols {
@@ -356,7 +217,7 @@ func TestAttachForwardsStreams(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	eachProtocol(t, w, func(t *testing.T) {
 		r := w.kubectl(w.caller, "line 1\nline 2\n", "attach", "-i", "pod", "-n", ns, "--quiet")
 		if r.Stdout != "line 1\nline 2\n" || r.Code != 0 {
@@ -369,7 +230,7 @@ func TestCopyLosesNothing(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	eachProtocol(t, w, func(t *testing.T) {
 		dir := t.TempDir()
 		data := make([]byte, 4<<20)
@@ -395,7 +256,7 @@ func TestPortForwardServesConnections(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	page := strings.Repeat("x", 1<<20)
 	pod := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
 		_, _ = io.WriteString(rw, page)

@@ -252,7 +252,7 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 	}
 	wantTunnel(t, leaving)
 	ns := leaving.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	startSession(t, leaving, ns)
 	startDraining(t, leaving)
 	w.agent = leaving.agent

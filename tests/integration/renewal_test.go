@@ -184,9 +184,9 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 	}
 	w := connectedWithLeases(t, controlplane.Terms{Life: 20 * time.Second, TunnelType: "https"})
 	ns := w.namespace()
-	k := &kubelet{lines: make(chan string)}
-	runningPod(t, k, ns)
-	t.Cleanup(func() { close(k.lines) }) // ends the log stream, or the kubelet's server would wait for it
+	lines := make(chan string)
+	loggingPod(t, lines, ns)
+	t.Cleanup(func() { close(lines) }) // ends the log stream, or the kubelet's server would wait for it
 	watch, exec := w.stream(), startSession(t, w, ns)
 	follow := w.startKubectl("follow", "logs", "-f", "pod", "-n", ns)
 	wantLog := "first line\n"
@@ -234,7 +234,7 @@ func TestManyRenewalsCutNothing(t *testing.T) {
 		line := fmt.Sprintf("renewal %d", i)
 		wantLog += line + "\n"
 		select {
-		case k.lines <- line:
+		case lines <- line:
 		case <-time.After(10 * time.Second):
 			t.Fatalf("%s: the log stream was cut", line)
 		}

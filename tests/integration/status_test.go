@@ -86,7 +86,7 @@ func (w *world) status() agentStatus {
 func TestStatusMatchesTheCluster(t *testing.T) {
 	w := connected(t)
 	ns := w.namespace()
-	runningPod(t, &kubelet{}, ns)
+	runningPod(t, ns)
 	w.mustKubectl("create", "deployment", "d", "--image=none", "-n", ns)
 	count := func(kind string) int {
 		return len(strings.Fields(w.mustKubectl("get", kind, "-A", "-o", "name")))

@@ -35,7 +35,7 @@ type Agent struct {
 	Proxy      *process.Process
 
 	group    *process.Group
-	id       string
+	name     string
 	starts   *atomic.Int32 // of processes
 	restarts *atomic.Int32 // of frpc, by RestartFrpc
 	frpcPid  *atomic.Int32
@@ -44,7 +44,14 @@ type Agent struct {
 
 // New prepares an agent: its files, ports and environment. It reaches the API server by the kubeconfig.
 func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubeconfig string) (*Agent, error) {
-	dir, err := group.Mkdir("agent-" + id)
+	name := id
+	for n := 2; ; n++ { // replicas have directories and logs of their own
+		if _, err := os.Stat(filepath.Join(group.Dir(), "agent-"+name)); errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		name = fmt.Sprintf("%s-%d", id, n)
+	}
+	dir, err := group.Mkdir("agent-" + name)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +63,7 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 	}
 	listen, metrics := loopback(ports[0]), loopback(ports[1])
 	return &Agent{
-		group: group, id: id, RunDir: dir, starts: &atomic.Int32{}, restarts: &atomic.Int32{}, frpcPid: &atomic.Int32{},
+		group: group, name: name, RunDir: dir, starts: &atomic.Int32{}, restarts: &atomic.Int32{}, frpcPid: &atomic.Int32{},
 		Tunnel: "https://" + listen, Operations: "http://" + metrics,
 		frpcArgs: []string{"-c", filepath.Join(dir, frpc.ConfigFile)},
 		Env: []string{
@@ -178,7 +185,7 @@ func (a *Agent) start(name string, env []string, args ...string) (*process.Proce
 		return nil, err
 	}
 	run := a.starts.Add(1) // each process has a log of its own
-	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.id, run), env, binary, args...)
+	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.name, run), env, binary, args...)
 }
 
 // Readiness is the answer of GET /ready.

@@ -15,7 +15,10 @@ import (
 	"time"
 )
 
-// writeCertificates makes a certificate authority and a certificate for an IP and localhost, and writes
+// Name is a name in the servers' certificates, beside their address. Nothing resolves it.
+const Name = "controlplane.test"
+
+// writeCertificates makes a certificate authority and a certificate for an IP, localhost and Name, and writes
 // ca.crt, server.crt and server.key to dir.
 func writeCertificates(dir string, ip net.IP) (tls.Certificate, error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -38,7 +41,7 @@ func writeCertificates(dir string, ip net.IP) (tls.Certificate, error) {
 	server := &x509.Certificate{
 		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "localhost"},
 		NotBefore: ca.NotBefore, NotAfter: ca.NotAfter,
-		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{ip},
+		DNSNames: []string{"localhost", Name}, IPAddresses: []net.IP{ip},
 		KeyUsage: x509.KeyUsageDigitalSignature,
 		// Both, for tests of client certificates.
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},

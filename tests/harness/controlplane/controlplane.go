@@ -32,6 +32,9 @@ type Options struct {
 	Log    *slog.Logger
 	Token  bool   // leases hold frp's shared token, which frpc reads once, instead of a token of OpenID Connect
 	IP     string // this machine's, to listen on and for agents to find it at; default: 127.0.0.1
+	Host   string // of frps, in leases; default: IP
+
+	Requested func() // is called for each request for a lease; may be nil
 
 	// The gateway's part in the agents' access.identity.
 	Identity string          // agent (default), named or own
@@ -48,6 +51,7 @@ type User struct {
 type Terms struct {
 	Life       time.Duration // how long an agent may log in; 0: forever
 	TunnelType string        // http or https; empty: what the agent wants
+	Ahead      time.Duration // how far the clock of the authentication endpoint is ahead; frps's is right
 }
 
 // ControlPlane is a running control plane. All its addresses are on one IP.
@@ -58,6 +62,8 @@ type ControlPlane struct {
 	CA         []byte `json:"-"`           // the same
 	FrpsPort   int    `json:"frps_port"`
 
+	API, Plugin, Gateway *Server `json:"-"`
+
 	options      Options
 	frpToken     string  // frp's shared token
 	issuer       *issuer // nil: leases hold frp's shared token
@@ -66,18 +72,19 @@ type ControlPlane struct {
 	vhostPort    int // of tunnels of type http
 	vhostTLSPort int // https
 	frpsArgs     []string
-	servers      []*http.Server
+	servers      []*Server
 
 	mu       sync.Mutex
 	agents   map[string]string
 	revoked  map[string]bool
 	terms    Terms
-	leases   map[string]lease   // by the id that stands in an agent's token or metadatas
-	given    int                // how many leases were given
-	tunnels  map[string]string  // by agent id: the type of the tunnel that frps was last let to open
-	refusals map[string]refusal // by agent id: why frps was last told to refuse it
-	shown    []tls.Certificate  // by the gateway to agents
-	fault    http.Handler       // answers instead of the authentication endpoint, for tests
+	leases   map[string]lease     // by the id that stands in an agent's token or metadatas
+	given    int                  // how many leases were given
+	tunnels  map[string]string    // by agent id: the type of the tunnel that frps was last let to open
+	opened   map[string]time.Time // by agent id: when that was
+	refusals map[string]refusal   // by agent id: why frps was last told to refuse it
+	shown    []tls.Certificate    // by the gateway to agents
+	fault    http.Handler         // answers instead of the authentication endpoint, for tests
 	frps     *process.Process
 }
 
@@ -118,7 +125,8 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 	c := &ControlPlane{
 		CAFile: filepath.Join(dir, "ca.crt"), options: options, frpToken: rand.Text(), dir: dir,
 		agents: maps.Clone(options.Agents), revoked: map[string]bool{}, terms: Terms{Life: 24 * time.Hour},
-		leases: map[string]lease{}, tunnels: map[string]string{}, refusals: map[string]refusal{},
+		leases: map[string]lease{}, tunnels: map[string]string{}, opened: map[string]time.Time{},
+		refusals: map[string]refusal{},
 	}
 	cert, err := writeCertificates(dir, net.ParseIP(options.IP))
 	if err != nil {
@@ -131,53 +139,55 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 
 	api := http.NewServeMux()
 	api.HandleFunc("POST /auth/frp-token", c.authenticate)
-	if c.APIURL, err = c.serve(ctx, api, tlsConfig); err != nil {
+	if c.API, c.APIURL, err = c.serve(ctx, api, tlsConfig); err != nil {
 		return nil, err
 	}
-	if c.pluginURL, err = c.serve(ctx, http.HandlerFunc(c.plugin), nil); err != nil {
+	if c.Plugin, c.pluginURL, err = c.serve(ctx, http.HandlerFunc(c.plugin), nil); err != nil {
 		return nil, err
 	}
 	if !options.Token {
 		if c.issuer, err = newIssuer(); err != nil {
 			return nil, err
 		}
-		if c.issuer.url, err = c.serve(ctx, c.issuer, nil); err != nil {
+		if _, c.issuer.url, err = c.serve(ctx, c.issuer, nil); err != nil {
 			return nil, err
 		}
 	}
 	if err := c.MoveFrps(ctx); err != nil {
 		return nil, err
 	}
-	if c.GatewayURL, err = c.serve(ctx, c.gateway(), tlsConfig); err != nil {
+	if c.Gateway, c.GatewayURL, err = c.serve(ctx, c.gateway(), tlsConfig); err != nil {
 		return nil, err
 	}
 	return c, nil
 }
 
-// serve runs a server on a free port of loopback and returns its URL.
-func (c *ControlPlane) serve(ctx context.Context, handler http.Handler, tlsConfig *tls.Config) (string, error) {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(c.options.IP, "0"))
-	if err != nil {
-		return "", err
+// serve runs a server on a free port and returns it with its URL.
+func (c *ControlPlane) serve(ctx context.Context, handler http.Handler, tlsConfig *tls.Config) (*Server, string, error) {
+	s := &Server{address: net.JoinHostPort(c.options.IP, "0"), tls: tlsConfig != nil, make: func() *http.Server {
+		server := &http.Server{
+			Handler: handler, ReadHeaderTimeout: 30 * time.Second,
+			ErrorLog: slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
+		}
+		if tlsConfig != nil {
+			server.TLSConfig = tlsConfig.Clone() // the server changes it
+		}
+		return server
+	}}
+	if err := s.Start(ctx); err != nil {
+		return nil, "", err
 	}
-	server := &http.Server{
-		Handler: handler, ReadHeaderTimeout: 30 * time.Second,
-		ErrorLog: slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),
+	c.servers = append(c.servers, s)
+	if tlsConfig != nil {
+		return s, "https://" + s.address, nil
 	}
-	c.servers = append(c.servers, server)
-	if tlsConfig == nil {
-		go func() { _ = server.Serve(listener) }()
-		return "http://" + listener.Addr().String(), nil
-	}
-	server.TLSConfig = tlsConfig.Clone() // the server changes it
-	go func() { _ = server.ServeTLS(listener, "", "") }()
-	return "https://" + listener.Addr().String(), nil
+	return s, "http://" + s.address, nil
 }
 
 // Close stops the control plane and its frps.
 func (c *ControlPlane) Close() {
 	for _, s := range c.servers {
-		_ = s.Close()
+		s.Stop()
 	}
 	c.StopFrps()
 }
@@ -224,6 +234,18 @@ func (c *ControlPlane) LeasesGiven() int {
 	return c.given
 }
 
+// OpenedSince returns how many agents frps was let open a tunnel for since then.
+func (c *ControlPlane) OpenedSince(then time.Time) (n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, at := range c.opened {
+		if at.After(then) {
+			n++
+		}
+	}
+	return n
+}
+
 // Fail makes handler answer in place of the authentication endpoint, until Fail(nil).
 func (c *ControlPlane) Fail(handler http.Handler) {
 	c.mu.Lock()
@@ -236,6 +258,9 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	c.mu.Lock()
 	fault := c.fault
 	c.mu.Unlock()
+	if c.options.Requested != nil {
+		c.options.Requested()
+	}
 	if fault != nil {
 		fault.ServeHTTP(w, r)
 		return
@@ -283,10 +308,11 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	} else {
 		l.tunnel.Subdomain = l.agentID
 	}
-	answer := map[string]any{"server_addr": c.options.IP, "server_port": c.FrpsPort, "tunnel": l.tunnel}
+	answer := map[string]any{"server_addr": cmp.Or(c.options.Host, c.options.IP), "server_port": c.FrpsPort, "tunnel": l.tunnel}
 	if !l.expires.IsZero() {
-		answer["expires_at"] = l.expires
+		answer["expires_at"] = l.expires.Add(c.terms.Ahead)
 	}
+	w.Header().Set("Date", time.Now().Add(c.terms.Ahead).UTC().Format(http.TimeFormat))
 	if c.issuer == nil {
 		answer["auth_method"], answer["frp_token"], answer["metadatas"] = "token", c.frpToken, metadatas(l.agentID, id)
 	} else {

@@ -87,7 +87,7 @@ func (c *ControlPlane) decide(op string, in pluginContent) error {
 	}
 	if err == nil {
 		delete(c.refusals, l.agentID)
-		c.tunnels[l.agentID] = in.ProxyType
+		c.tunnels[l.agentID], c.opened[l.agentID] = in.ProxyType, time.Now()
 		return nil
 	}
 	if _, known := c.agents[metas["agent_id"]]; known {

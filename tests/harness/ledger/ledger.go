@@ -28,6 +28,8 @@ type Ledger struct {
 	prefix    string
 	padding   string
 	done      atomic.Int64
+	acked     atomic.Int64
+	stopped   atomic.Bool
 
 	mu      sync.Mutex
 	records map[string]*record // by the name of what was to be written
@@ -93,12 +95,18 @@ type recordKey struct{}
 // Done returns how many writes have an outcome, whatever it is.
 func (l *Ledger) Done() int { return int(l.done.Load()) }
 
+// Acknowledged returns how many writes were acknowledged.
+func (l *Ledger) Acknowledged() int { return int(l.acked.Load()) }
+
+// Stop makes Write return when the writes under way have an outcome.
+func (l *Ledger) Stop() { l.stopped.Store(true) }
+
 // account returns the name of the ServiceAccount that a writer patches. Its imagePullSecrets may hold a name twice,
 // so that a patch that is done twice shows.
 func (l *Ledger) account(writer int) string { return fmt.Sprintf("%s-writer-%d", l.prefix, writer) }
 
 // Write makes the given number of writes, half of them creates and half patches. It returns when all have an outcome,
-// or ctx ends. direct reaches the API server without the hops that fail.
+// after Stop, or when ctx ends. direct reaches the API server without the hops that fail.
 func (l *Ledger) Write(ctx context.Context, direct kubernetes.Interface, writes, writers int) error {
 	for writer := range writers {
 		account := &corev1.ServiceAccount{
@@ -113,7 +121,7 @@ func (l *Ledger) Write(ctx context.Context, direct kubernetes.Interface, writes,
 	for writer := range writers {
 		group.Go(func() {
 			failures := 0 // in a row
-			for i := writer; i < writes && ctx.Err() == nil; i += writers {
+			for i := writer; i < writes && ctx.Err() == nil && !l.stopped.Load(); i += writers {
 				name := fmt.Sprintf("%s-%d", l.prefix, i)
 				if i/writers%2 == 0 {
 					l.record(ctx, name, func(ctx context.Context) error {
@@ -133,6 +141,7 @@ func (l *Ledger) Write(ctx context.Context, direct kubernetes.Interface, writes,
 				}
 				l.done.Add(1)
 				if !l.failed(name) {
+					l.acked.Add(1)
 					failures = 0
 				} else if failures++; failures > 1 { // the first write after a failure may meet the same outage
 					l.look(ctx, writer)
@@ -164,7 +173,7 @@ func (l *Ledger) failed(name string) bool {
 // look reads until there is an answer, as a caller does to learn whether a write was done. Otherwise a writer would
 // use up all its writes during one outage.
 func (l *Ledger) look(ctx context.Context, writer int) {
-	for ctx.Err() == nil {
+	for ctx.Err() == nil && !l.stopped.Load() {
 		if _, err := l.client.CoreV1().ServiceAccounts(l.namespace).Get(ctx, l.account(writer),
 			metav1.GetOptions{}); err == nil {
 			return

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -35,6 +36,7 @@ const (
 // Link is a running link. It ends with this process, in whatever way: nothing else holds its devices and namespaces.
 type Link struct {
 	A, B    *End
+	options atomic.Pointer[Options]
 	running sync.WaitGroup
 }
 
@@ -46,23 +48,36 @@ type End struct {
 }
 
 // New makes a link.
-func New(options Options) (_ *Link, err error) {
+func New(options Options) (_ *Link, err error) { return newLink(options, false) }
+
+// Here makes a link whose end B is in this process's network namespace, which must be the process's own.
+func Here(options Options) (_ *Link, err error) { return newLink(options, true) }
+
+func newLink(options Options, here bool) (_ *Link, err error) {
 	l := &Link{A: &End{IP: "198.18.0.1"}, B: &End{IP: "198.18.0.2"}} // no conflict: nothing leads out of the namespaces
+	l.Set(options)
 	defer func() {
 		if err != nil {
 			l.Close()
 		}
 	}()
-	if err := l.A.open(l.B.IP); err != nil {
+	if err := l.A.open(l.B.IP, unix.CLONE_NEWNET); err != nil {
 		return nil, err
 	}
-	if err := l.B.open(l.A.IP); err != nil {
+	flags := unix.CLONE_NEWNET
+	if here {
+		flags = 0
+	}
+	if err := l.B.open(l.A.IP, flags); err != nil {
 		return nil, err
 	}
-	l.carry(l.B.tun, l.A.tun, options, 1)
-	l.carry(l.A.tun, l.B.tun, options, 2)
+	l.carry(l.B.tun, l.A.tun, 1)
+	l.carry(l.A.tun, l.B.tun, 2)
 	return l, nil
 }
+
+// Set changes the properties of a running link.
+func (l *Link) Set(options Options) { l.options.Store(&options) }
 
 // Close removes the devices at once, and the namespaces as soon as no process and no socket is in them.
 func (l *Link) Close() {
@@ -93,10 +108,10 @@ func onThread(f func() error) error {
 	return <-done
 }
 
-// open makes the namespace and the device, whose packets for peer can then be read from tun.
-func (e *End) open(peer string) error {
+// open makes the namespace, with flags 0 uses this process's, and makes the device, whose packets for peer can then be read from tun.
+func (e *End) open(peer string, flags int) error {
 	err := onThread(func() (err error) {
-		if err = unix.Unshare(unix.CLONE_NEWNET); err == nil {
+		if err = unix.Unshare(flags); err == nil {
 			e.namespace, err = os.Open("/proc/thread-self/ns/net")
 		}
 		return err
@@ -136,7 +151,7 @@ type packet struct {
 }
 
 // carry carries packets from src to dst until src is closed.
-func (l *Link) carry(dst io.Writer, src io.Reader, options Options, seed uint64) {
+func (l *Link) carry(dst io.Writer, src io.Reader, seed uint64) {
 	underway := make(chan packet, 1<<15)
 	l.running.Go(func() {
 		defer close(underway)
@@ -147,7 +162,7 @@ func (l *Link) carry(dst io.Writer, src io.Reader, options Options, seed uint64)
 			if err != nil {
 				return
 			}
-			now := time.Now()
+			now, options := time.Now(), l.options.Load()
 			if options.MaxPacket > 0 && n > options.MaxPacket || random.Float64() < options.Loss ||
 				free.Sub(now) > options.RTT+queueing {
 				continue

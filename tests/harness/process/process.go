@@ -85,22 +85,24 @@ func (g *Group) Close() {
 
 // Process is a running program.
 type Process struct {
-	name string
-	cmd  *exec.Cmd
-	log  string
-	done chan struct{}
+	group *Group
+	name  string
+	cmd   *exec.Cmd
+	env   []string
+	log   string
+	done  chan struct{}
 }
 
 // Start runs binary. Its environment is PATH, HOME and env only, so that the caller's environment does not decide how
 // a test goes. Its output goes to a file.
 func (g *Group) Start(name string, env []string, binary string, args ...string) (*Process, error) {
-	p := &Process{name: name, log: filepath.Join(g.dir, name+".log"), done: make(chan struct{})}
+	p := &Process{group: g, name: name, log: filepath.Join(g.dir, name+".log"), done: make(chan struct{})}
 	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = log.Close() }()
-	p.cmd = exec.Command(binary, args...)
+	p.cmd, p.env = exec.Command(binary, args...), env
 	p.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + g.dir}, env...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	// Ctrl-C must reach only us, so that we stop the processes in order.
@@ -123,6 +125,11 @@ func (g *Group) Start(name string, env []string, binary string, args ...string) 
 	g.processes = append(g.processes, p)
 	g.mu.Unlock()
 	return p, nil
+}
+
+// Again starts the same program again, with the same log.
+func (p *Process) Again() (*Process, error) {
+	return p.group.Start(p.name, p.env, p.cmd.Path, p.cmd.Args[1:]...)
 }
 
 // Pid returns the process's id.

@@ -1,0 +1,229 @@
+package chaos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/link"
+)
+
+// fault is something that breaks. begin strikes, and end, if there is one, repairs after the time that it lasts.
+// What neither repairs must recover without help.
+type fault struct {
+	name  string
+	part  string // that it breaks
+	lasts time.Duration
+	begin func(*world) error
+	end   func(*world) error
+}
+
+// faults returns the list. Its order is part of what a seed selects: append to it.
+func faults() []fault {
+	var all []fault
+	add := func(part, what string, lasts time.Duration, begin, end func(*world) error) {
+		name := strings.TrimSpace(part + " " + what)
+		if lasts > 0 {
+			name += fmt.Sprintf(" for %s", lasts)
+		}
+		all = append(all, fault{name, part, lasts, begin, end})
+	}
+	durations := []time.Duration{time.Second, 20 * time.Second, 90 * time.Second}
+	for _, part := range []struct {
+		name    string
+		signals func(*world, syscall.Signal) error
+		restart func(*world) error
+	}{
+		{"frps", func(w *world, s syscall.Signal) error { return syscall.Kill(w.cp.FrpsPid(), s) }, func(w *world) error {
+			w.cp.StopFrps()
+			return w.cp.StartFrps(context.Background())
+		}},
+		{"frpc", each(frpcs), restart(frpcs)},
+		{"proxy", each(proxies), restart(proxies)},
+		{"bootstrap", each(bootstraps), restart(bootstraps)},
+		{"API server", each(apiServers), restart(apiServers)},
+		{"etcd", each(etcds), restart(etcds)},
+	} {
+		signal := func(s syscall.Signal) func(*world) error {
+			return func(w *world) error { return part.signals(w, s) }
+		}
+		add(part.name, "killed", 0, signal(syscall.SIGKILL), nil)
+		add(part.name, "restarted", 0, part.restart, nil)
+		for _, d := range durations {
+			add(part.name, "frozen", d, signal(syscall.SIGSTOP), signal(syscall.SIGCONT))
+		}
+	}
+	for _, part := range []struct {
+		name   string
+		server func(*world) *controlplane.Server
+	}{
+		{"gateway", func(w *world) *controlplane.Server { return w.cp.Gateway }},
+		{"control plane", func(w *world) *controlplane.Server { return w.cp.API }},
+	} {
+		add(part.name, "away", 5*time.Second,
+			func(w *world) error { part.server(w).Stop(); return nil },
+			func(w *world) error { return part.server(w).Start(context.Background()) })
+		for _, d := range durations {
+			add(part.name, "frozen", d,
+				func(w *world) error { part.server(w).Freeze(); return nil },
+				func(w *world) error { part.server(w).Thaw(); return nil })
+		}
+	}
+	restore := func(w *world) error { w.tunnel.Set(link.Options{}); return nil }
+	for _, d := range durations {
+		// Neither end is told: their connections are half open.
+		add("network to frps", "cut", d, func(w *world) error { w.tunnel.Set(link.Options{Loss: 1}); return nil }, restore)
+	}
+	const while = 20 * time.Second
+	add("network to frps", "300 ms away", while,
+		func(w *world) error { w.tunnel.Set(link.Options{RTT: 300 * time.Millisecond}); return nil }, restore)
+	add("network to frps", "loses 1%", while,
+		func(w *world) error {
+			w.tunnel.Set(link.Options{RTT: 20 * time.Millisecond, Loss: 0.01})
+			return nil
+		}, restore)
+	add("network to frps", "loses packets over 600 bytes", while,
+		func(w *world) error { w.tunnel.Set(link.Options{MaxPacket: 600}); return nil }, restore)
+	add("network to the API server", "cuts connections", 0, func(w *world) error { w.api.Cut(); return nil }, nil)
+	add("network to the API server", "silent", while,
+		func(w *world) error { w.api.Silent.Store(true); w.api.Cut(); return nil },
+		func(w *world) error { w.api.Silent.Store(false); w.api.Cut(); return nil })
+	add("run directories", "full", 90*time.Second, fill, unfill)
+	add("file descriptors", "of frpc and proxy used up", while,
+		func(w *world) error {
+			err := limitFiles(w, func(pid int) (uint64, error) {
+				open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+				return uint64(len(open)) / 2, err
+			})
+			w.api.Cut() // and new connections are needed
+			return err
+		}, func(w *world) error {
+			return limitFiles(w, func(int) (uint64, error) { return 1 << 20, nil })
+		})
+	add("CPU", "of frpc, proxy and bootstrap: a tenth", while, throttle, nil)
+	add("frps", "killed, leases revoked", 0, func(w *world) error {
+		w.cp.RevokeLeases()
+		return syscall.Kill(w.cp.FrpsPid(), syscall.SIGKILL)
+	}, nil)
+	hour := func(ahead time.Duration) func(*world) error {
+		return func(w *world) error { w.cp.SetTerms(controlplane.Terms{Life: leaseLife, Ahead: ahead}); return nil }
+	}
+	add("clock", "of the control plane an hour ahead", leaseLife, hour(time.Hour), hour(0))
+	add("clock", "of the control plane an hour behind", leaseLife, hour(-time.Hour), hour(0))
+	add("names", "do not resolve", leaseLife,
+		func(w *world) error { return os.WriteFile(hostsFile, nil, 0o644) },
+		func(w *world) error { return w.writeHosts() })
+	add("frps", "at another port", 0, func(w *world) error { return w.cp.MoveFrps(context.Background()) }, nil)
+	return all
+}
+
+func frpcs(w *world) []*container      { return w.frpc }
+func proxies(w *world) []*container    { return w.proxy }
+func bootstraps(w *world) []*container { return w.bootstrap }
+func apiServers(w *world) []*container { return w.apiServer }
+func etcds(w *world) []*container      { return w.etcd }
+
+// each returns a function that signals all containers of a kind.
+func each(containers func(*world) []*container) func(*world, syscall.Signal) error {
+	return func(w *world, s syscall.Signal) error {
+		for _, c := range containers(w) {
+			// It may have ended by itself, and starts again soon.
+			if err := c.signal(s); err != nil && !errors.Is(err, syscall.ESRCH) {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// restart returns a function that stops all containers of a kind, as the kubelet does but with 10 s to stop in.
+func restart(containers func(*world) []*container) func(*world) error {
+	return func(w *world) error {
+		var all sync.WaitGroup
+		for _, c := range containers(w) {
+			all.Go(c.stop)
+		}
+		all.Wait()
+		return nil
+	}
+}
+
+const filler = "filler"
+
+func fill(w *world) error {
+	for _, a := range w.agents {
+		if err := os.WriteFile(filepath.Join(a.RunDir, filler), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+			return fmt.Errorf("the run directory is not full: %w", err)
+		}
+	}
+	return nil
+}
+
+func unfill(w *world) error {
+	var err error
+	for _, a := range w.agents {
+		if e := os.Remove(filepath.Join(a.RunDir, filler)); !errors.Is(e, fs.ErrNotExist) {
+			err = errors.Join(err, e)
+		}
+	}
+	return err
+}
+
+// limitFiles sets how many files each frpc and proxy may have open.
+func limitFiles(w *world, to func(pid int) (uint64, error)) error {
+	for _, c := range slices.Concat(w.frpc, w.proxy) {
+		pid := c.pid()
+		n, err := to(pid)
+		var current unix.Rlimit
+		if err == nil {
+			err = unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &current)
+		}
+		if err == nil {
+			err = unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: min(n, current.Max), Max: current.Max}, nil)
+		}
+		if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// throttle lets the containers run for 10 of every 100 ms, as a CPU quota of 0.1 does.
+func throttle(w *world) error {
+	containers := slices.Concat(w.frpc, w.proxy, w.bootstrap)
+	all := func(s syscall.Signal) {
+		for _, c := range containers {
+			_ = c.signal(s)
+		}
+	}
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {
+		all(syscall.SIGSTOP)
+		time.Sleep(90 * time.Millisecond)
+		all(syscall.SIGCONT)
+		time.Sleep(10 * time.Millisecond)
+	}
+	return nil
+}
+
+// named returns the faults whose names contain one of the texts, in the order of the texts; "all" is in each.
+func named(texts ...string) (selected []fault) {
+	for _, text := range texts {
+		for _, f := range faults() {
+			if text == "all" || strings.Contains(f.name, text) {
+				selected = append(selected, f)
+			}
+		}
+	}
+	return selected
+}

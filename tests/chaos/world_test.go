@@ -1,0 +1,318 @@
+package chaos
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
+	"github.com/pipeops/vm-agent/tests/harness/cluster"
+	"github.com/pipeops/vm-agent/tests/harness/controlplane"
+	"github.com/pipeops/vm-agent/tests/harness/kubelet"
+	"github.com/pipeops/vm-agent/tests/harness/link"
+	"github.com/pipeops/vm-agent/tests/harness/process"
+	"github.com/pipeops/vm-agent/tests/harness/relay"
+)
+
+// replicas is the number of the agent's replicas. Faults of its containers hit all of them at once: a fault of one alone
+// costs callers less (see TestHighAvailabilityLosesNoCall).
+const replicas = 2
+
+// leaseLife is so short that every long fault meets a renewal.
+const leaseLife = 2 * time.Minute
+
+// namespace holds what the callers write, and the pod.
+const namespace = "chaos"
+
+// world is the whole path. The agent's replicas are in a network namespace of their own, from which one way leads to
+// the control plane and frps, and another to the API server.
+type world struct {
+	t       *testing.T
+	group   *process.Group
+	cluster *cluster.Cluster
+	cp      *controlplane.ControlPlane
+	tunnel  *link.Link   // between frpc and frps
+	api     *relay.Relay // between the agent and the API server
+	agents  []*agent.Agent
+
+	bootstrap, frpc, proxy, etcd, apiServer []*container
+}
+
+// container is a process that is restarted as the kubelet would, but half a second after each end, without its growing
+// delay.
+type container struct {
+	in    func(func() error) error // its network namespace
+	probe probe
+
+	mu       sync.Mutex
+	process  *process.Process
+	restarts int
+}
+
+// probe is a liveness probe, as in the manifests.
+type probe struct {
+	alive         func() bool // nil: there is none
+	delay, period time.Duration
+	threshold     int
+}
+
+func (c *container) pid() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.process.Pid()
+}
+
+func (c *container) stop() {
+	c.mu.Lock()
+	running := c.process
+	c.mu.Unlock()
+	running.Stop()
+}
+
+func (c *container) signal(signal syscall.Signal) error { return syscall.Kill(c.pid(), signal) }
+
+// supervise does the kubelet's work until ctx ends.
+func (c *container) supervise(ctx context.Context) {
+	for {
+		c.mu.Lock()
+		running := c.process
+		c.mu.Unlock()
+		c.await(ctx, running)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(500 * time.Millisecond):
+		}
+		_ = c.in(func() error {
+			next, err := running.Again()
+			if err != nil {
+				return err
+			}
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.process = next
+			c.restarts++
+			return nil
+		})
+	}
+}
+
+// await returns when a process has ended, killed by its probe or otherwise, or when ctx ends.
+func (c *container) await(ctx context.Context, running *process.Process) {
+	var tick <-chan time.Time
+	if c.probe.alive != nil {
+		timer := time.NewTimer(c.probe.delay)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-running.Done():
+			return
+		case <-ctx.Done():
+			return
+		}
+		ticker := time.NewTicker(c.probe.period)
+		defer ticker.Stop()
+		tick = ticker.C
+	}
+	for failures := 0; ; {
+		select {
+		case <-running.Done():
+			return
+		case <-ctx.Done():
+			return
+		case <-tick:
+			if failures++; c.probe.alive() {
+				failures = 0
+			} else if failures == c.probe.threshold {
+				running.Kill()
+			}
+		}
+	}
+}
+
+func here(f func() error) error { return f() }
+
+// newWorld starts the whole path, and waits until a caller has an answer. All of it ends with the test.
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, group: harness.NewGroup(t)}
+	if err := w.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+func (w *world) start(ctx context.Context) (err error) {
+	if w.cluster, err = cluster.Start(ctx, w.group); err != nil {
+		return err
+	}
+	config, err := w.cluster.WriteAgentKubeconfig(ctx, filepath.Join(w.group.Dir(), "direct.kubeconfig"))
+	if err != nil {
+		return err
+	}
+	if w.tunnel, err = link.Here(link.Options{}); err != nil {
+		return err
+	}
+	w.t.Cleanup(w.tunnel.Close)
+	const lanAgent, lanServer = "198.19.0.1", "198.19.0.2"
+	if err := w.tunnel.A.Do(func() error {
+		return sh(`ip link add lan type veth peer name lan netns "$1"; ip address add "$2/30" dev lan; ip link set lan up`,
+			strconv.Itoa(os.Getpid()), lanAgent)
+	}); err != nil {
+		return err
+	}
+	if err := sh(`ip address add "$1/30" dev lan; ip link set lan up`, lanServer); err != nil {
+		return err
+	}
+	server, err := url.Parse(config.Host)
+	if err != nil {
+		return err
+	}
+	if w.api, err = relay.Start(ctx, lanServer, server.Host, 0); err != nil {
+		return err
+	}
+	w.t.Cleanup(w.api.Close)
+	w.api.Silent.Store(false)
+	config.Host, config.ServerName = "https://"+w.api.Addr, server.Hostname()
+	kubeconfig := filepath.Join(w.group.Dir(), "agent.kubeconfig")
+	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
+		return err
+	}
+	log, err := os.Create(filepath.Join(w.group.Dir(), "controlplane.log"))
+	if err != nil {
+		return err
+	}
+	w.t.Cleanup(func() { _ = log.Close() })
+	if w.cp, err = controlplane.Start(ctx, controlplane.Options{
+		Group: w.group, IP: w.tunnel.B.IP, Host: controlplane.Name, Agents: map[string]string{harness.AgentID: harness.AgentToken},
+		Log: slog.New(slog.NewTextHandler(log, nil)),
+	}); err != nil {
+		return err
+	}
+	w.t.Cleanup(w.cp.Close)
+	w.cp.SetTerms(controlplane.Terms{Life: leaseLife})
+	hosts := filepath.Join(w.group.Dir(), "hosts")
+	if err := os.WriteFile(hosts, nil, 0o644); err != nil {
+		return err
+	}
+	if err := unix.Mount(hosts, hostsFile, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("replace %s: %w", hostsFile, err)
+	}
+	w.t.Cleanup(func() { _ = unix.Unmount(hostsFile, unix.MNT_DETACH) })
+	if err := w.writeHosts(); err != nil {
+		return err
+	}
+	running, stop := context.WithCancel(ctx)
+	var supervisors sync.WaitGroup
+	w.t.Cleanup(func() { stop(); supervisors.Wait() })
+	add := func(to *[]*container, p *process.Process, in func(func() error) error, probe probe) {
+		c := &container{in: in, process: p, probe: probe}
+		*to = append(*to, c)
+		supervisors.Go(func() { c.supervise(running) })
+	}
+	for i := range replicas {
+		a, err := w.startAgent(i, kubeconfig)
+		if err != nil {
+			return err
+		}
+		add(&w.bootstrap, a.Bootstrap, w.tunnel.A.Do, probe{})
+		add(&w.frpc, a.Frpc, w.tunnel.A.Do, probe{delay: 20 * time.Second, period: 5 * time.Second, threshold: 3,
+			alive: func() bool { _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); return err != nil }})
+		probes := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+			DialContext: w.inside}}
+		add(&w.proxy, a.Proxy, w.tunnel.A.Do, probe{period: 10 * time.Second, threshold: 3, alive: func() bool {
+			resp, err := probes.Get(a.Operations + "/health")
+			if err == nil {
+				_ = resp.Body.Close()
+			}
+			return err == nil && resp.StatusCode == http.StatusOK
+		}})
+	}
+	add(&w.etcd, w.cluster.Etcd, here, probe{})
+	add(&w.apiServer, w.cluster.APIServer, here, probe{})
+	_, err = w.cluster.Client.CoreV1().Namespaces().Create(ctx,
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
+	if err != nil {
+		return err
+	}
+	stopPod, err := (&kubelet.Kubelet{Follow: count}).RunPod(ctx, w.cluster.Client, namespace)
+	if err == nil {
+		w.t.Cleanup(stopPod)
+	}
+	return err
+}
+
+// hostsFile is what resolves names: there is no DNS.
+const hostsFile = "/etc/hosts"
+
+func (w *world) writeHosts() error {
+	return os.WriteFile(hostsFile, fmt.Appendf(nil, "127.0.0.1 localhost\n%s %s\n", w.tunnel.B.IP, controlplane.Name), 0o644)
+}
+
+// startAgent starts a replica. Its run directory is a small file system of its own, which a fault can fill.
+func (w *world) startAgent(i int, kubeconfig string) (*agent.Agent, error) {
+	a, err := agent.New(w.group, w.cp, harness.AgentID, harness.AgentToken, kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Mount("tmpfs", a.RunDir, "tmpfs", 0, "size=256k,mode=0700"); err != nil {
+		return nil, fmt.Errorf("mount a file system on the run directory: %w", err)
+	}
+	w.t.Cleanup(func() { _ = unix.Unmount(a.RunDir, unix.MNT_DETACH) })
+	a.Env = append(a.Env, fmt.Sprintf("PIPEOPS_INSTANCE=replica-%d", i), "PIPEOPS_FRP_SERVER_ADDR="+controlplane.Name,
+		"PIPEOPS_API_URL="+strings.Replace(w.cp.APIURL, w.tunnel.B.IP, controlplane.Name, 1))
+	w.agents = append(w.agents, a)
+	return a, w.tunnel.A.Do(a.Start)
+}
+
+// inside dials from the agent's network namespace.
+func (w *world) inside(_ context.Context, network, address string) (conn net.Conn, err error) {
+	err = w.tunnel.A.Do(func() error {
+		conn, err = net.DialTimeout(network, address, 5*time.Second)
+		return err
+	})
+	return conn, err
+}
+
+// count writes a numbered line every tenth of a second.
+func count(ctx context.Context, w io.Writer) {
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for i := 0; ; i++ {
+		if _, err := fmt.Fprintf(w, "line %d\n", i); err != nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func sh(script string, args ...string) error {
+	out, err := exec.Command("sh", append([]string{"-ec", script, "sh"}, args...)...).CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%s: %w: %s", strings.TrimSpace(script), err, out)
+	}
+	return err
+}
