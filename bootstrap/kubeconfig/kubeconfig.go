@@ -87,7 +87,7 @@ func Write(w io.Writer, cfg *config.Config, server string, embed bool) error {
 		return fmt.Errorf("with %s, %s", as, gateway)
 	}
 	a.Who = map[string]string{
-		"agent": "For all who may act as the agent's ServiceAccount: the token is the agent's.",
+		"agent": "For all who may do what the agent may: the token is the agent's.",
 		"named": "For a user of the gateway: the token is the one that the gateway knows them by.",
 		"own": "For a user of the cluster: the token is their own for it. In place of tokenFile, a credential plugin:\n" +
 			"# exec: {apiVersion: client.authentication.k8s.io/v1, command: NAME, args: [], interactiveMode: IfAvailable}",
