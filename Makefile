@@ -58,6 +58,10 @@ test: unit build tools ## Run the unit and integration tests: no root, no networ
 	@echo "== integration: real API server, real frps and frpc"
 	@cd tests && go test -count=1 -v -parallel 16 -timeout 30m ./integration ./manifests
 
+.PHONY: mutate
+mutate: ## Plant faults in the shipped code, and check that a unit test notices each (MUTANTS selects some); results are in tests/MUTANTS.md
+	@cd tests && exec nice -n 19 go run ./cmd/mutate '$(MUTANTS)'
+
 # E2E_PACKAGES lists the Debian packages that the node, the images and the tests of the alerts need.
 E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables \
 	podman procps prometheus prometheus-blackbox-exporter runc skopeo

@@ -276,8 +276,9 @@ func TestStopReportsAStuckFrpc(t *testing.T) {
 		}))
 		defer server.Close()
 		admin := Admin{Port: server.Listener.Addr().(*net.TCPAddr).Port}
-		if err := admin.Stop(t.Context()); errors.Is(err, ErrStuck) != stuck {
-			t.Errorf("stuck %v: %v", stuck, err)
+		begin := time.Now()
+		if err := admin.Stop(t.Context()); errors.Is(err, ErrStuck) != stuck || time.Since(begin) > 8*time.Second {
+			t.Errorf("stuck %v: after %s: %v", stuck, time.Since(begin), err)
 		}
 		server.Close()
 		if err := admin.Stop(t.Context()); err == nil || errors.Is(err, ErrStuck) {

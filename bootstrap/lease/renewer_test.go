@@ -360,6 +360,9 @@ func TestFailedRenewalsBackOff(t *testing.T) {
 	for _, seconds := range []time.Duration{1, 2, 4, 8, 16, 32, 60, 60} {
 		attempt(seconds*time.Second/2, seconds*time.Second*3/2)
 	}
+	if r.backoff != time.Minute {
+		t.Errorf("the attempts grow to be %s apart", r.backoff)
+	}
 	r.adopt(r.lease, time.Now())
 	attempt(500*time.Millisecond, 1500*time.Millisecond) // a lease has begun it anew
 	retryAfter = 40 * time.Second
@@ -927,11 +930,13 @@ func TestMaliciousLeaseIsRefused(t *testing.T) {
 		answer controlplane.Answer
 		want   string
 	}{
-		"address":  {controlplane.Answer{FRPToken: "f", ServerAddr: "a b\nc{{.}}"}, "has the invalid host \"a b\\nc{{.}}\""},
-		"domain":   {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"x.café.example"}}}, "has the invalid host"},
-		"ip":       {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"192.0.2.1"}}}, "has the invalid host"},
-		"token":    {controlplane.Answer{FRPToken: "f", AuthMethod: token}, "auth_method \"[redacted]\""},
-		"no UTF-8": {controlplane.Answer{FRPToken: "\xff"}, "not valid UTF-8"},
+		"address":      {controlplane.Answer{FRPToken: "f", ServerAddr: "a b\nc{{.}}"}, "has the invalid host \"a b\\nc{{.}}\""},
+		"domain":       {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"x.café.example"}}}, "has the invalid host"},
+		"ip":           {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "https", CustomDomains: []string{"192.0.2.1"}}}, "has the invalid host"},
+		"port":         {controlplane.Answer{FRPToken: "f", ServerPort: 65536}, "has the invalid port 65536"},
+		"port at frps": {controlplane.Answer{FRPToken: "f", Tunnel: frpc.Tunnel{Type: "tcp", RemotePort: -1}}, "has the invalid port -1"},
+		"token":        {controlplane.Answer{FRPToken: "f", AuthMethod: token}, "auth_method \"[redacted]\""},
+		"no UTF-8":     {controlplane.Answer{FRPToken: "\xff"}, "not valid UTF-8"},
 	} {
 		r.issue = func(context.Context, []byte) (controlplane.Answer, *controlplane.Failure) { return test.answer, nil }
 		fail := r.renew(t.Context())

@@ -180,6 +180,7 @@ func TestLevels(t *testing.T) {
 		{"POST", "/anything", false, Write},
 		{"GET", ns + "/pods/p/exec", false, All},
 		{"POST", ns + "/pods/p/attach", false, All},
+		{"POST", ns + "/pods/p/portforward", false, All},
 		{"GET", ns + "/pods/p/portforward", true, All},
 		{"GET", ns + "/services/s/proxy/x", false, All},
 		{"HEAD", "/apis/example.com/v1/namespaces/a/things/t/proxy", false, All},
@@ -316,5 +317,14 @@ func TestOwner(t *testing.T) {
 	}
 	if all := NewOwner(client, "ns", config.Access{}, slog.Default()); all.Refuse(All) != "" {
 		t.Error("without a ConfigMap something is refused")
+	}
+}
+
+// TestOwnersReasonIsCut: to 500 bytes, for every refused request repeats it.
+func TestOwnersReasonIsCut(t *testing.T) {
+	for size, want := range map[int]int{500: 500, 501: 500} {
+		if s := parse(map[string]string{"allow": "read", "reason": strings.Repeat("x", size)}); len(s.Reason) != want {
+			t.Errorf("of %d bytes, %d are quoted", size, len(s.Reason))
+		}
 	}
 }

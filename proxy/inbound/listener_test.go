@@ -392,7 +392,7 @@ func TestPROXYHeaderSetsTheCaller(t *testing.T) {
 		"version 1":              {"PROXY TCP4 192.0.2.7 192.0.2.8 4711 443\r\n", ""},
 		"version 3":              {proxyHeader(0x31, 0x11, v4), ""},
 		"too short":              {proxyHeader(0x21, 0x11, v4[:8]), ""},
-		"too long":               {proxyHeader(0x21, 0x11, make([]byte, maxProxyHeader+1)), ""},
+		"too long":               {proxyHeader(0x21, 0x11, make([]byte, 513)), ""},
 		"another signature":      {"\r\n\r\n\x00\r\nQUIT\r" + proxyHeader(0x21, 0x11, v4)[12:], ""},
 		"two of them":            {proxyHeader(0x21, 0x11, v4) + proxyHeader(0x21, 0x11, v4), ""},
 		"an empty line in front": {"\r\n", ""},

@@ -16,6 +16,8 @@ func TestRequestsAreDescribedAsInRBAC(t *testing.T) {
 		{"GET", "/api/v1/namespaces/a/pods?watch=1", Description{Verb: "watch", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/namespaces/a/pods?watch", Description{Verb: "watch", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/namespaces/a/pods?w%61tch=1", Description{Verb: "watch", Resource: "pods", Namespace: "a"}},
+		{"GET", "/api/v1/namespaces/a/pods?watch=0", Description{Verb: "list", Resource: "pods", Namespace: "a"}},
+		{"GET", "/api/v1/namespaces/a/pods/p%0Ax", Description{Verb: "get", Resource: "pods", Namespace: "a", Name: "invalid"}},
 		{"GET", "/api/v1/namespaces/a/pods?watch=False", Description{Verb: "list", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/namespaces/a/pods?allowWatchBookmarks=true", Description{Verb: "list", Resource: "pods", Namespace: "a"}},
 		{"GET", "/api/v1/watch/namespaces/a/pods", Description{Verb: "watch", Resource: "pods", Namespace: "a"}},

@@ -24,7 +24,7 @@ func TestInternalAddressesAreNotDialled(t *testing.T) {
 		"127.0.0.1:80": false, "127.0.0.2:80": true,
 		"[::1]:80": false, "[::ffff:127.0.0.1]:80": false, "[::ffff:127.0.0.2]:80": true,
 		"169.254.169.254:80": false, "[fe80::1%25lo]:80": false, "0.0.0.0:80": false, "[::]:80": false, "224.0.0.1:80": false,
-		"100.100.100.200:80": false, "[fd00:ec2::254]:80": true,
+		"100.100.100.200:80": false, "[::ffff:100.100.100.200]:80": false, "[fd00:ec2::254]:80": true,
 		"10.96.0.10:80": true, "[fd00::1]:80": true, "name.svc:80": false,
 	} {
 		if err := r.checkAddress(t.Context(), "tcp", address, nil); (err == nil) != allowed {

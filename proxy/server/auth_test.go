@@ -77,7 +77,7 @@ func TestTokenFileIsReloaded(t *testing.T) {
 		}
 		want("first")
 		write("second", nil)
-		time.Sleep(tokenInterval + 1)
+		time.Sleep(2*time.Second + 1)
 		want("first", "second")
 		write("", errors.New("input/output error"))
 		time.Sleep(time.Minute)
@@ -86,18 +86,18 @@ func TestTokenFileIsReloaded(t *testing.T) {
 		time.Sleep(tokenOverlap)
 		want("second")
 		write("third", nil)
-		time.Sleep(tokenInterval + 1)
+		time.Sleep(2*time.Second + 1)
 		want("second", "third")
 		time.Sleep(tokenOverlap)
 		want("third")
 		write("fourth", nil)
-		time.Sleep(tokenInterval + tokenOverlap) // without a request
+		time.Sleep(2*time.Second + tokenOverlap) // without a request
 		want("fourth")
 		write("", fmt.Errorf("%w: the file is empty", config.ErrNoSecret))
-		time.Sleep(tokenInterval + 1)
+		time.Sleep(2*time.Second + 1)
 		want() // neither the last token nor an empty one
 		write("first", nil)
-		time.Sleep(tokenInterval + 1)
+		time.Sleep(2*time.Second + 1)
 		want("first")
 		if n := strings.Count(log.String(), "reading the agent token failed"); n != 1 ||
 			strings.Contains(log.String(), "second") {
@@ -123,7 +123,7 @@ func TestCallerThatFailsTooOftenGets429(t *testing.T) {
 	for i := range 100 {
 		w := from("192.0.2.1", fmt.Sprint("wrong-", i))
 		want := http.StatusUnauthorized
-		if i >= maxFailures {
+		if i >= 20 {
 			want = http.StatusTooManyRequests
 		}
 		if w.Code != want || (w.Header().Get("Retry-After") != "") != (want == http.StatusTooManyRequests) {
@@ -143,10 +143,10 @@ func TestCallerThatFailsTooOftenGets429(t *testing.T) {
 	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != 101 {
 		t.Errorf("%v failures are counted", n)
 	}
-	for i := range 3 * maxCallers {
+	for i := range 3000 {
 		from(fmt.Sprintf("10.%d.%d.1", i/256, i%256), "wrong")
 	}
-	if n := len(s.auth.callers); n > maxCallers+1 {
+	if n := len(s.auth.callers); n > 1001 {
 		t.Errorf("%d sources are remembered", n)
 	}
 	if w := from("192.0.2.1", token); w.Code != http.StatusOK {
@@ -157,7 +157,7 @@ func TestCallerThatFailsTooOftenGets429(t *testing.T) {
 // TestWrongTokensAtReadyAreLimited: as on every other route.
 func TestWrongTokensAtReadyAreLimited(t *testing.T) {
 	s, _, handlers := newTest(t, token)
-	for range maxFailures {
+	for range 20 {
 		if w := do(handlers[tunnel], "GET", "/ready", "Bearer wrong"); w.Code == http.StatusTooManyRequests ||
 			strings.Contains(w.Body.String(), "detail") {
 			t.Fatalf("answered %d %s", w.Code, w.Body)
@@ -167,7 +167,7 @@ func TestWrongTokensAtReadyAreLimited(t *testing.T) {
 		w.Header().Get("Retry-After") == "" {
 		t.Errorf("answered %d %v", w.Code, w.Header())
 	}
-	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != maxFailures+1 {
+	if n := testutil.ToFloat64(s.metrics.authFailures.WithLabelValues("token")); n != 21 {
 		t.Errorf("counted %v", n)
 	}
 	for _, right := range [][]string{nil, {"Bearer " + token}} { // frpc sends none; the right one is accepted
@@ -193,10 +193,31 @@ func TestThrottledCallerSeesWhy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range maxFailures + 1 {
+	for range 21 {
 		err = client.Get().AbsPath("/api/v1/namespaces/default/pods/pod").Do(t.Context()).Error()
 	}
 	if !apierrors.IsTooManyRequests(err) || !strings.Contains(err.Error(), "too many wrong credentials") {
 		t.Errorf("it sees: %v", err)
 	}
+}
+
+// TestFailuresCountForAMinute: from the first of them.
+func TestFailuresCountForAMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAuthenticator(token, 0, newMetrics(), slog.New(slog.DiscardHandler))
+		wrong := &refusal{"token", "wrong"}
+		for range 20 {
+			if wait := a.recordFailure("192.0.2.1", wrong); wait != 0 {
+				t.Fatalf("it has to wait for %s", wait)
+			}
+		}
+		time.Sleep(59 * time.Second)
+		if wait := a.recordFailure("192.0.2.1", wrong); wait != time.Second {
+			t.Errorf("after 59 s it has to wait for %s", wait)
+		}
+		time.Sleep(2 * time.Second)
+		if wait := a.recordFailure("192.0.2.1", wrong); wait != 0 {
+			t.Errorf("after 61 s it has to wait for %s", wait)
+		}
+	})
 }

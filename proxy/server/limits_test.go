@@ -200,7 +200,7 @@ func TestTooManyStalledRequestsAreEnded(t *testing.T) {
 func (g *gate) stalledNow() []*scope {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.stalled(time.Now().Add(stallGrace), func(sc *scope) bool {
+	return g.stalled(time.Now().Add(time.Second), func(sc *scope) bool {
 		return sc.stalledSince() < time.Now().Add(-100*time.Millisecond).UnixNano()
 	})
 }
@@ -248,11 +248,11 @@ func TestStalledCallEndsAfterAMinute(t *testing.T) {
 		}
 	}
 	eventually(t, func() bool { return len(s.gate.stalledNow()) == 3 })
-	s.gate.endStalled(time.Now().Add(callTimeout / 2))
+	s.gate.endStalled(time.Now().Add(30 * time.Second))
 	if n := inUse(s); n != 3 {
 		t.Errorf("%d run after half a minute", n)
 	}
-	s.gate.endStalled(time.Now().Add(2 * callTimeout))
+	s.gate.endStalled(time.Now().Add(2 * time.Minute))
 	eventually(t, func() bool { return inUse(s) == 2 })
 	if refused(s, "stalled_calls") != 1 {
 		t.Errorf("%v calls were ended", refused(s, "stalled_calls"))

@@ -2,13 +2,18 @@ package server
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"net/http"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/frpc"
 )
 
@@ -77,5 +82,104 @@ func TestSlowCheckBlocksNoOtherCaller(t *testing.T) {
 	close(end)
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestChecksEndAfterEightSeconds: whoever asked for them, also if it has left.
+func TestChecksEndAfterEightSeconds(t *testing.T) {
+	left, leave := context.WithCancel(t.Context())
+	leave()
+	c := &check{passed: prometheus.NewGauge(prometheus.GaugeOpts{}), run: func(ctx context.Context) error {
+		end, limited := ctx.Deadline()
+		if wait := time.Until(end); !limited || wait > 8*time.Second || wait < 6*time.Second {
+			t.Errorf("it ends after %s", wait)
+		}
+		return ctx.Err()
+	}}
+	if err := c.refresh(left); err != nil {
+		t.Errorf("a caller that has left ends the check: %v", err)
+	}
+}
+
+// TestReadingsAreShared: so that frequent probes cost nothing more, and what they tell is not old.
+func TestReadingsAreShared(t *testing.T) {
+	readings := 0
+	api := newAPIServer(t, func(_ http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/version" {
+			readings++
+		}
+	})
+	s := withIdentity(t, api, "agent")
+	for name, age := range map[string]time.Duration{"kubernetes": time.Second, "tunnel": time.Second, "shutdown": 0} {
+		if s.checks[name].age != age {
+			t.Errorf("the check %s is reused for %s", name, s.checks[name].age)
+		}
+	}
+	for _, test := range []struct {
+		age  time.Duration
+		want int
+	}{{time.Hour, 1}, {0, 1}, {4 * time.Second, 1}, {6 * time.Second, 2}} {
+		s.summaryAt = s.summaryAt.Add(-test.age)
+		if test.age > 0 && test.age < time.Hour {
+			s.summaryAt = time.Now().Add(-test.age)
+		}
+		if s.readCluster(t.Context()); readings != test.want {
+			t.Errorf("%s later, the cluster was read %d times, want %d", test.age, readings, test.want)
+		}
+	}
+}
+
+// TestWhyTheTunnelIsDownIsExplained: with a login only if frpc is logged out, and only every 15 s.
+func TestWhyTheTunnelIsDownIsExplained(t *testing.T) {
+	config := &config.Config{}
+	config.FRP.Token = "t"
+	check := &tunnelCheck{config: config, metrics: newMetrics()}
+	lease := &frpc.Lease{Frpc: frpc.Config{ServerAddr: "127.0.0.1", ServerPort: 1, Protocol: "tcp"}}
+	for status, want := range map[string]string{
+		"running": "", "check failed": "has withdrawn the tunnel", "start error": "frps refuses the tunnel (start error: taken)",
+	} {
+		err := check.explain(t.Context(), lease, []frpc.ProxyStatus{{Status: status, Err: "taken"}})
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v", status, err)
+		}
+	}
+	before := errors.New("what the last login found")
+	for age, again := range map[time.Duration]bool{14 * time.Second: false, 16 * time.Second: true} {
+		check.login, check.loginAt = before, time.Now().Add(-age)
+		if err := check.explain(t.Context(), lease, nil); errors.Is(err, before) == again {
+			t.Errorf("%s after the last login: %v", age, err)
+		}
+	}
+}
+
+// TestRestartsOfFrpcAreCounted: one that was seen to end and to come back; an answer that is late, or one of frpc's
+// first start, is none. The time of the connection is that of its last change.
+func TestRestartsOfFrpcAreCounted(t *testing.T) {
+	check := &tunnelCheck{metrics: newMetrics()}
+	ended, late := fmt.Errorf("frpc: %w", syscall.ECONNREFUSED), errors.New("timeout")
+	proxies := []frpc.ProxyStatus{{Type: "https", Status: "running"}}
+	lease := &frpc.Lease{}
+	var since *time.Time
+	for i, step := range []struct {
+		proxies   []frpc.ProxyStatus
+		err       error
+		restarts  uint64
+		unchanged bool // since when it is as it is
+	}{
+		{nil, ended, 0, false}, {proxies, nil, 0, false}, {proxies, nil, 0, true}, {nil, late, 0, false}, {proxies, nil, 0, false},
+		{nil, ended, 0, false}, {nil, ended, 0, true}, {[]frpc.ProxyStatus{}, late, 1, true}, {proxies, nil, 1, false},
+	} {
+		check.record(lease, step.proxies, step.err)
+		now := check.status()
+		if now.FrpcRestarts != step.restarts || now.Connected != (step.err == nil) || (now.Since == since) != step.unchanged {
+			t.Errorf("step %d: %+v", i, now)
+		}
+		since = now.Since
+	}
+	for kind, https := range map[string]bool{"https": true, "http": false} {
+		proxies[0].Type = kind
+		if check.record(lease, proxies, nil); check.https.Load() != https {
+			t.Errorf("a tunnel of type %s is https: %v", kind, !https)
+		}
 	}
 }

@@ -20,7 +20,6 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/pipeops/vm-agent/proxy/kube"
-	"github.com/pipeops/vm-agent/proxy/runners"
 )
 
 // registry returns an API server whose registry holds one runner.
@@ -215,8 +214,8 @@ func TestSlowBodiesTimeOut(t *testing.T) {
 			status string
 			after  time.Duration
 		}{
-			messagePath:           {"HTTP/1.1 408 Request Timeout", messageTime},
-			commandPath:           {"HTTP/1.1 408 Request Timeout", runners.CommandTimeout},
+			messagePath:           {"HTTP/1.1 408 Request Timeout", 32 * time.Second},
+			commandPath:           {"HTTP/1.1 408 Request Timeout", 5 * time.Minute},
 			"/api/k8s/slow/small": {"HTTP/1.1 408 Request Timeout", 32 * time.Second},
 			"/api/k8s/slow/large": {"HTTP/1.1 200 OK", 7 * 600 * time.Second},
 		} {
@@ -260,7 +259,7 @@ func TestSilentRunnersTimeOut(t *testing.T) {
 			}
 			<-ended
 		})
-		for query, want := range map[string]time.Duration{"reads": runners.HeaderTimeout, "sleeps": runners.CommandTimeout} {
+		for query, want := range map[string]time.Duration{"reads": 30 * time.Second, "sleeps": 5 * time.Minute} {
 			start := time.Now()
 			resp, body := sendCommand(t, client, "http://agent.example"+commandPath+"?"+query, strings.Repeat("x", 1<<20))
 			if took := time.Since(start); resp.StatusCode != http.StatusGatewayTimeout ||
@@ -282,7 +281,7 @@ func TestSilentRegistryTimesOut(t *testing.T) {
 			resp, body := sendCommand(t, client, "http://agent.example"+path,
 				`{"id":"1","type":"runner_unassigned","data":{"runner_id":"r"}}`)
 			if took := time.Since(start); resp.StatusCode != http.StatusGatewayTimeout ||
-				!strings.Contains(body, "API server") || took.Round(time.Second) != runners.RegistryTimeout {
+				!strings.Contains(body, "API server") || took.Round(time.Second) != 10*time.Second {
 				t.Errorf("%s: after %s answered %s %s", path, took, resp.Status, body)
 			}
 		}

@@ -109,6 +109,7 @@ func TestOnlyTheRightTokenIsAccepted(t *testing.T) {
 		{"prefix", []string{"Bearer hunter"}, 401},
 		{"longer", []string{"Bearer hunter22"}, 401},
 		{"other scheme", []string{"Basic hunter2"}, 401},
+		{"unknown scheme", []string{"Token hunter2"}, 401},
 		{"no scheme", []string{"hunter2"}, 401},
 		{"right twice", []string{"Bearer hunter2", "Bearer hunter2"}, 401},
 		{"wrong and right", []string{"Bearer x", "Bearer hunter2"}, 401},

@@ -1,0 +1,23 @@
+package tlsutil
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+func TestFileWithoutCertificatesIsReported(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if _, err := CertPool(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("missing: %v", err)
+	}
+	for _, content := range []string{"", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"} {
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if pool, err := CertPool(file); err == nil || pool != nil {
+			t.Errorf("%q: %v", content, err)
+		}
+	}
+}
