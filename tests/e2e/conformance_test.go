@@ -216,8 +216,9 @@ func (i *installed) importSpecImages(archive string) {
 	}
 	programs := map[string][]byte{"/agnhost": file(harness.Binary(t, "agnhost")),
 		"/localhost.crt": certificate, "/localhost.key": key}
-	for _, name := range []string{"curl", "nc", "sh"} { // busybox's shell would prefer its own nc, which lacks options
-		program, err := exec.LookPath(name)
+	// busybox's shell would prefer its own nc, which lacks options; dash hides variables with a dash in their name.
+	for name, program := range map[string]string{"curl": "curl", "nc": "nc", "sh": "bash"} {
+		program, err := exec.LookPath(program)
 		if err != nil {
 			t.Fatal(err)
 		}
