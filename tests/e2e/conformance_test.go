@@ -37,8 +37,8 @@ const usualSpecs = `\[sig-cli\] Kubectl (client Kubectl|logs)|` +
 	`\[sig-api-machinery\] (AggregatedDiscovery|Discovery|FieldValidation|Servers with support for|server version)`
 
 // leftOut are specs that take minutes, or resolve names, for which the node has no DNS.
-const leftOut = `\[Slow\]|Guestbook|ServiceAccountIssuerDiscovery|\[sig-network\] DNS|\[sig-network\] Services should ` +
-	`(be able to (change the type|create a functioning|switch)|have session affinity|serve (a basic|multiport))`
+const leftOut = `\[Slow\]|Guestbook|ServiceAccountIssuerDiscovery|\[sig-network\] DNS|` +
+	`\[sig-network\] Services should (be able to (change the type|create a functioning|switch)|have session affinity|serve (a basic|multiport))`
 
 // TestConformance runs Kubernetes' own conformance specs through the tunnel, while the agent's two replicas are
 // restarted again and again. By default it runs a few; `make conformance` sets
@@ -172,7 +172,7 @@ func (i *installed) roll(ctx context.Context, every time.Duration) (rolls int) {
 }
 
 // importSpecImages builds the images of the specs, as far as their programs are here, and imports them into the node
-// by the names that e2e.test has for them. Their tools are busybox's, but curl, nc and sh of agnhost are this machine's.
+// by the names that e2e.test has for them. Their tools are busybox's; but agnhost has this machine's curl, nc and bash.
 func (i *installed) importSpecImages(archive string) {
 	t := i.t
 	t.Helper()
