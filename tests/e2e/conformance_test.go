@@ -38,7 +38,8 @@ const usualSpecs = `\[sig-cli\] Kubectl (client Kubectl|logs)|` +
 
 // leftOut are specs that take minutes, or resolve names, for which the node has no DNS.
 const leftOut = `\[Slow\]|Guestbook|ServiceAccountIssuerDiscovery|\[sig-network\] DNS|` +
-	`\[sig-network\] Services should (be able to (change the type|create a functioning|switch)|have session affinity|serve (a basic|multiport))`
+	`\[sig-network\] Services should (be able to (change the type|create a functioning|switch)|have session affinity|` +
+	`serve (a basic|multiport))`
 
 // TestConformance runs Kubernetes' own conformance specs through the tunnel, while the agent's two replicas are
 // restarted again and again. By default it runs a few; `make conformance` sets
