@@ -63,15 +63,18 @@ mutate: ## Plant faults in the shipped code, and check that a unit test notices 
 	@cd tests && exec nice -n 19 go run ./cmd/mutate '$(MUTANTS)'
 
 # E2E_PACKAGES lists the Debian packages that the node, the images and the tests of the alerts need.
-E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins docker-registry iproute2 ipset iptables \
-	podman procps prometheus prometheus-blackbox-exporter runc skopeo
+E2E_PACKAGES := buildah busybox-static containerd containernetworking-plugins curl docker-registry iproute2 ipset \
+	iptables netcat-openbsd podman procps prometheus prometheus-blackbox-exporter runc skopeo
 missing-packages = for p in $(E2E_PACKAGES); do \
 	dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | grep -qx 'install ok installed' || echo $$p; done
 # NODE lists the parts that only a whole node needs. They and Compose take minutes to build.
 KUBE_NODE := kube-controller-manager kube-proxy kube-scheduler kubelet
 NODE := $(KUBE_NODE) kube-router
 
-E2E_PARTS := e2e-ready build tools test-images previous $(addprefix $(BIN)/,$(NODE) docker-compose)
+# CONFORMANCE lists what Kubernetes' own conformance specs need.
+CONFORMANCE := agnhost e2e.test ginkgo sample-apiserver
+
+E2E_PARTS := e2e-ready build tools test-images previous $(addprefix $(BIN)/,$(NODE) $(CONFORMANCE) docker-compose)
 
 .PHONY: e2e
 e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs root and Debian
@@ -97,6 +100,12 @@ soak: build tools ## Look for growth under steady load for two hours (DURATION):
 .PHONY: scale
 scale: build tools ## Measure a frps with 2,000 agents, and their return after outages; results are in tests/SCALE.md
 	@cd tests && go build -o $(BIN)/scale ./scale && exec $(BIN)/scale $(SCALE)
+
+.PHONY: conformance
+conformance: $(filter-out previous,$(E2E_PARTS)) ## Run Kubernetes' conformance specs through the agent (FOCUS, ROLL, IDENTITY, DIRECT); results are in tests/CONFORMANCE.md
+	@cd tests && $(foreach v,FOCUS SKIP ROLL IDENTITY DIRECT PROCS,CONFORMANCE_$(v)='$($(v))') \
+		CONFORMANCE_TIMEOUT=$(or $(TIMEOUT),4h) CONFORMANCE_REPORT='$(abspath $(REPORT))' \
+		go test -count=1 -v -timeout 12h -run 'TestConformance$$' ./e2e
 
 .PHONY: e2e-ready
 e2e-ready:
@@ -128,7 +137,7 @@ matrix-frps-%: build tools $(MATRIX_DIR)/frps-%/frps
 	$(call matrix-test,frps-$*,-parallel 8 ./integration)
 matrix-frpc-%: build tools $(MATRIX_DIR)/frpc-%/frpc
 	$(call matrix-test,frpc-$*,-parallel 8 ./integration)
-matrix-e2e-kubernetes-%: $(E2E_PARTS) $(addprefix $(MATRIX_DIR)/kubernetes-%/,kube-apiserver kubectl $(KUBE_NODE))
+matrix-e2e-kubernetes-%: $(E2E_PARTS) $(addprefix $(MATRIX_DIR)/kubernetes-%/,kube-apiserver kubectl $(KUBE_NODE) e2e.test)
 	$(call matrix-test,kubernetes-$*,./e2e)
 
 # TUNNELS are measured by PARTS=tunnels alone.
@@ -299,14 +308,14 @@ tools: $(addprefix $(BIN)/,frpc frps kube-apiserver kubectl etcd) ## Build frp, 
 clean: ## Remove everything that was built
 	rm -rf .build
 
-# build-tool builds package $(2) of module $(1) with the flags $(3). It replaces the target only after a complete build.
-# Without caches that takes minutes, so it prints how many modules are downloaded and packages compiled: by the shell,
-# because some awks read a pipe only in blocks of 4 KiB.
+# build-tool builds package $(2) of module $(1) with the flags $(3), or its tests if $(4) is `test -c`. It replaces the
+# target only after a complete build. Without caches that takes minutes, so it prints how many modules are downloaded
+# and packages compiled: by the shell, because some awks read a pipe only in blocks of 4 KiB.
 define build-tool
 	@mkdir -p $(BIN)
 	@echo "building $(@F) (once)"
 	@rm -f $@.new
-	@cd $(1) && { go build -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | { \
+	@cd $(1) && { go $(or $(4),build) -v -trimpath $(3) -o $@.new $(2) 2>&1 || echo "$(@F) does not build"; } | { \
 		d=0; n=0; while IFS= read -r line; do case "$$line" in \
 			'go: downloading '*) [ $$((d % 20)) != 0 ] || echo "  downloading modules ($$d done)"; d=$$((d + 1)) ;; \
 			*[!A-Za-z0-9._/~-]*) echo "$$line" ;; \
@@ -330,8 +339,17 @@ kube-stamps = gitVersion=$(1) gitMajor=1 gitMinor=$(word 2,$(subst ., ,$(1)))
 kube-flags = -ldflags '-s -w $(foreach v,$(kube-stamps),-X k8s.io/component-base/version.$(v))'
 KUBERNETES := tests/tools/kubernetes
 KUBE = $(call version-of,$(KUBERNETES),k8s.io/kubernetes)
-$(addprefix $(BIN)/,kube-apiserver kubectl $(KUBE_NODE)): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
-	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/cmd/$(@F),$(call kube-flags,$(KUBE)))
+# build-kube builds a program of version $(2) in module $(1), with more flags $(3).
+build-kube = $(call build-tool,$(1),k8s.io/kubernetes/$(if $(filter e2e.test,$(@F)),test/e2e,cmd/$(@F)),$(3) $(call \
+	kube-flags,$(2)),$(if $(filter e2e.test,$(@F)),test -c))
+$(addprefix $(BIN)/,kube-apiserver kubectl $(KUBE_NODE) e2e.test): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+	$(call build-kube,$(KUBERNETES),$(KUBE))
+$(BIN)/agnhost: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/test/images/agnhost,-ldflags '-s -w')
+$(BIN)/ginkgo: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+	$(call build-tool,$(KUBERNETES),github.com/onsi/ginkgo/v2/ginkgo,-ldflags '-s -w')
+$(BIN)/sample-apiserver: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+	$(call build-tool,$(KUBERNETES),k8s.io/sample-apiserver,-ldflags '-s -w')
 $(BIN)/etcd: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),go.etcd.io/etcd/server/v3,-ldflags '-s -w')
 
@@ -340,13 +358,13 @@ $(BIN)/etcd: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 .PRECIOUS: $(foreach r,kubernetes-% frps-% frpc-%,$(MATRIX_DIR)/$r $(MATRIX_DIR)/$r/go.mod)
 .SECONDEXPANSION:
 $(MATRIX_DIR)/kubernetes-%/go.mod:
-	@tests/tools/matrix k8s.io/kubernetes@$* $(@D) $(addprefix cmd/,kube-apiserver kubectl $(KUBE_NODE))
+	@tests/tools/matrix k8s.io/kubernetes@$* $(@D) $(addprefix cmd/,kube-apiserver kubectl $(KUBE_NODE)) test/e2e
 $(MATRIX_DIR)/frps-%/go.mod:
 	@tests/tools/matrix github.com/fatedier/frp@$* $(@D) cmd/frps
 $(MATRIX_DIR)/frpc-%/go.mod:
 	@tests/tools/matrix github.com/fatedier/frp@$* $(@D) cmd/frpc
 $(MATRIX_DIR)/kubernetes-%: $$(@D)/go.mod
-	$(call build-tool,$(@D),k8s.io/kubernetes/cmd/$(@F),$(call kube-flags,$(*D)))
+	$(call build-kube,$(@D),$(*D),-mod=mod)
 $(MATRIX_DIR)/frps-% $(MATRIX_DIR)/frpc-%: $$(@D)/go.mod
 	$(call build-tool,$(@D),github.com/fatedier/frp/cmd/$(@F),-tags noweb -ldflags '-s -w')
 

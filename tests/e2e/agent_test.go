@@ -97,9 +97,9 @@ func prepare(t *testing.T, options ...func(*controlplane.Options)) *installed {
 
 // prepareBeside does the same for an agent that may run beside others, in a parallel test: in a namespace of the test,
 // and without any cluster-scoped object, such as its rights.
-func prepareBeside(t *testing.T) *installed {
+func prepareBeside(t *testing.T, options ...func(*controlplane.Options)) *installed {
 	t.Helper()
-	return prepareIn(t, namespace(t))
+	return prepareIn(t, namespace(t), options...)
 }
 
 func prepareIn(t *testing.T, ns string, options ...func(*controlplane.Options)) *installed {
@@ -178,7 +178,7 @@ var imported = struct {
 	by map[*cluster.Machine]bool
 }{by: map[*cluster.Machine]bool{}}
 
-// importImages imports the agent's images into a node, once: containerd fails when two imports meet.
+// importImages imports the agent's images into a node, once.
 func importImages(t *testing.T, m *cluster.Machine) {
 	t.Helper()
 	imported.Lock()

@@ -5,10 +5,30 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
+	"strings"
 )
+
+// Image is an image FROM scratch.
+type Image struct {
+	References []string
+	Layers     []Layer
+	Config     ImageConfig
+}
+
+// Layer is a tar archive, from NewLayer. Images that have the same layers share them.
+type Layer []byte
+
+// ImageConfig says how the image's program is started.
+type ImageConfig struct {
+	User       string   `json:",omitempty"`
+	Entrypoint []string `json:",omitempty"`
+	Cmd        []string `json:",omitempty"`
+}
 
 // WriteImage writes a docker-archive of an image FROM scratch with one program: the file at path, at the path of the
 // entrypoint's first element.
@@ -17,40 +37,79 @@ func WriteImage(archive, reference, path string, entrypoint ...string) error {
 	if err != nil {
 		return err
 	}
-	layer, err := pack(map[string][]byte{entrypoint[0]: program})
+	layer, err := NewLayer(map[string][]byte{entrypoint[0]: program}, nil)
 	if err != nil {
 		return err
 	}
-	config, err := json.Marshal(map[string]any{
-		"os": "linux", "architecture": runtime.GOARCH, "config": map[string]any{"Entrypoint": entrypoint},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer))}},
-	})
-	if err != nil {
-		return err
-	}
-	manifest, err := json.Marshal([]map[string]any{{"Config": "config.json", "RepoTags": []string{reference},
-		"Layers": []string{"layer.tar"}}})
-	if err != nil {
-		return err
-	}
-	image, err := pack(map[string][]byte{"manifest.json": manifest, "config.json": config, "layer.tar": layer})
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(archive, image, 0o600)
+	return WriteImages(archive, Image{[]string{reference}, []Layer{layer}, ImageConfig{Entrypoint: entrypoint}})
 }
 
-func pack(files map[string][]byte) ([]byte, error) {
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
+// WriteImages writes a docker-archive of images.
+func WriteImages(archive string, images ...Image) error {
+	type entry struct {
+		Config   string
+		RepoTags []string
+		Layers   []string
+	}
+	var entries []entry
+	files := map[string][]byte{}
+	for n, image := range images {
+		e := entry{Config: fmt.Sprintf("config-%d.json", n), RepoTags: image.References}
+		var ids []string
+		for _, layer := range image.Layers {
+			id := fmt.Sprintf("%x", sha256.Sum256(layer))
+			ids = append(ids, "sha256:"+id)
+			e.Layers = append(e.Layers, id+".tar")
+			files[id+".tar"] = layer
+		}
+		config, err := json.Marshal(map[string]any{
+			"os": "linux", "architecture": runtime.GOARCH, "config": image.Config,
+			"rootfs": map[string]any{"type": "layers", "diff_ids": ids},
+		})
+		if err != nil {
+			return err
+		}
+		files[e.Config] = config
+		entries = append(entries, e)
+	}
+	manifest, err := json.Marshal(entries)
+	if err != nil {
+		return err
+	}
+	files["manifest.json"] = manifest
+	file, err := os.Create(archive)
+	if err != nil {
+		return err
+	}
+	return errors.Join(pack(file, files, nil), file.Close())
+}
+
+// NewLayer packs programs and other files, by path, and symbolic links, by path with their target. A path that ends
+// with a slash is a directory that everyone may write to.
+func NewLayer(files map[string][]byte, links map[string]string) (Layer, error) {
+	var layer bytes.Buffer
+	err := pack(&layer, files, links)
+	return layer.Bytes(), err
+}
+
+func pack(to io.Writer, files map[string][]byte, links map[string]string) error {
+	w := tar.NewWriter(to)
 	for name, data := range files {
-		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(data))}); err != nil {
-			return nil, err
+		header := &tar.Header{Name: name, Mode: 0o755, Size: int64(len(data))}
+		if strings.HasSuffix(name, "/") {
+			header.Mode = 0o1777
+		}
+		if err := w.WriteHeader(header); err != nil {
+			return err
 		}
 		if _, err := w.Write(data); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	err := w.Close()
-	return archive.Bytes(), err
+	for name, target := range links {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target}); err != nil {
+			return err
+		}
+	}
+	return w.Close()
 }

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -62,6 +63,8 @@ type Machine struct {
 	pods  string // their addresses
 	site  *site
 	first *process.Process // all other processes end with it
+
+	importing sync.Mutex // containerd fails when two imports meet
 }
 
 // nodeScript is the first process of a node.
@@ -158,7 +161,11 @@ func (n *Node) start(ctx context.Context, group *process.Group) (err error) {
 	}
 	s.serverURL = "https://" + net.JoinHostPort(n.IP, "6443")
 	n.Cluster, err = s.startCluster(ctx, "--enable-admission-plugins", "NodeRestriction",
-		"--kubelet-client-certificate", certificate, "--kubelet-client-key", key)
+		"--kubelet-client-certificate", certificate, "--kubelet-client-key", key,
+		// What aggregated API servers need. They trust whom the API server names.
+		"--proxy-client-cert-file", certificate, "--proxy-client-key-file", key,
+		"--requestheader-client-ca-file", certificate, "--requestheader-username-headers", "X-Remote-User",
+		"--requestheader-group-headers", "X-Remote-Group", "--requestheader-extra-headers-prefix", "X-Remote-Extra-")
 	if err != nil {
 		return err
 	}
@@ -391,7 +398,8 @@ func freeLink() (uint32, error) {
 	}
 }
 
-// writeKubeletClient makes the self-signed certificate that the API server shows to the kubelet.
+// writeKubeletClient makes the self-signed certificate that the API server shows to the kubelet, and to aggregated API
+// servers.
 func (s *site) writeKubeletClient() (certificate, key string, err error) {
 	certificate, key = filepath.Join(s.dir, "kubelet-client.crt"), filepath.Join(s.dir, "kubelet-client.key")
 	data, _, err := keyutil.LoadOrGenerateKeyFile(key)
@@ -444,6 +452,8 @@ func (m *Machine) ImportImage(ctx context.Context, archive string) error {
 		return err
 	}
 	defer func() { _ = file.Close() }()
+	m.importing.Lock()
+	defer m.importing.Unlock()
 	cmd := m.Command(ctx, "ctr", "--namespace", "k8s.io", "images", "import", "--snapshotter", "native", "-")
 	cmd.Stdin = file
 	if out, err := cmd.CombinedOutput(); err != nil {
