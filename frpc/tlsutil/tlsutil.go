@@ -11,17 +11,14 @@ import (
 	"time"
 )
 
-// CertPool returns the certificates of a PEM file.
+// CertPool returns the certificates of a PEM file. With an error, the pool is empty.
 func CertPool(file string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
 	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%s holds no PEM certificate", file)
+	if !pool.AppendCertsFromPEM(pem) && err == nil {
+		err = fmt.Errorf("%s holds no PEM certificate", file)
 	}
-	return pool, nil
+	return pool, err
 }
 
 // CertificateError says why a server's certificate is not accepted, and what to do. Its text is the predicate of a

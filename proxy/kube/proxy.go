@@ -197,6 +197,12 @@ func (f *forward) checkAnswer(resp *http.Response) error {
 	if resp.StatusCode == http.StatusOK && f.Verb == "watch" {
 		f.endBetweenEvents(resp)
 	}
+	// The API server redirects to paths from the root, which would leave the prefixes of the agent and of a gateway.
+	base := strings.TrimRight(f.Client.target.EscapedPath(), "/")
+	if to, ok := strings.CutPrefix(resp.Header.Get("Location"), base+"/"); ok && !strings.HasPrefix(to, "/") {
+		up := strings.Count(strings.TrimPrefix(resp.Request.URL.EscapedPath(), base), "/") - 1
+		resp.Header.Set("Location", "./"+strings.Repeat("../", up)+to)
+	}
 	f.Answered = true
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"reflect"
 	"strings"
 	"testing"
@@ -143,6 +144,42 @@ func TestPathsAreForwardedByteForByteOrRefused(t *testing.T) {
 		if resp := send(t, server, line+"\r\nHost: a\r\n\r\n"); resp.StatusCode != http.StatusBadRequest ||
 			u.requestURI != "" {
 			t.Errorf("%q: answered %s, the API server saw %q", line, resp.Status, u.requestURI)
+		}
+	}
+}
+
+// TestRedirectsStayBelowThePrefix: the API server redirects to paths from the root. A caller must find them below the
+// agent's prefix and a gateway's, of which the agent does not know.
+func TestRedirectsStayBelowThePrefix(t *testing.T) {
+	var location string
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header()["Location"] = []string{location}
+		w.WriteHeader(http.StatusMovedPermanently)
+	}))
+	t.Cleanup(api.Close)
+	const gateway = "https://gateway.example/agents/a"
+	for base, server := range map[string]*httptest.Server{"": front(t, api.URL), "/base": front(t, api.URL+"/base/")} {
+		for _, test := range []struct{ path, location, want string }{
+			{"/api/v1/namespaces/a/pods/b/proxy", base + "/api/v1/namespaces/a/pods/b/proxy/",
+				gateway + Prefix + "/api/v1/namespaces/a/pods/b/proxy/"},
+			{"/api/v1/namespaces/a/services/b/proxy/c%2Fd/e", base + "/api/v1/namespaces/a/services/b/proxy/f?g=/h",
+				gateway + Prefix + "/api/v1/namespaces/a/services/b/proxy/f?g=/h"},
+			{"/x", base + "/y:z", gateway + Prefix + "/y:z"},
+			{"/x/y", base + "/", gateway + Prefix + "/"},
+			{"/x/y", "z", gateway + Prefix + "/x/z"},
+			{"/x/y", "//other.example/z", "https://other.example/z"},
+			{"/x/y", "https://other.example/z", "https://other.example/z"},
+		} {
+			location = test.location
+			resp := send(t, server, "GET "+Prefix+test.path+" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+			asked, err := url.Parse(gateway + Prefix + test.path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := asked.Parse(resp.Header.Get("Location"))
+			if err != nil || got.String() != test.want {
+				t.Errorf("%s redirected to %s: the caller asks %s, %v, want %s", test.path, location, got, err, test.want)
+			}
 		}
 	}
 }

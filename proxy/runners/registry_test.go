@@ -100,20 +100,20 @@ func relay(r *Runners, body io.Reader, headers ...string) *httptest.ResponseReco
 // TestAMessageIsAppliedOnce: the same id again changes nothing, whatever it says.
 func TestAMessageIsAppliedOnce(t *testing.T) {
 	r, g, _ := before(t, nil)
-	for i, endpoint := range []string{"http://first.svc", "http://second.svc"} {
-		duplicate, err := r.Assign(t.Context(), "m1", assignment("r", endpoint, "s3cret"))
-		if err != nil || duplicate != (i == 1) {
-			t.Errorf("attempt %d: %v, %v", i+1, duplicate, err)
+	for i, want := range []error{nil, ErrDuplicate} {
+		endpoint := []string{"http://first.svc", "http://second.svc"}[i]
+		if err := r.Assign(t.Context(), "m1", assignment("r", endpoint, "s3cret")); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", endpoint, err, want)
 		}
 	}
 	if stored := string(g.data["r"]); !strings.Contains(stored, "first.svc") {
 		t.Errorf("stored %s", stored)
 	}
-	if duplicate, err := r.Unassign(t.Context(), "m1", "r"); err != nil || !duplicate || g.data["r"] == nil {
-		t.Errorf("unassigned by an id that was used: %v, %v", duplicate, err)
+	if err := r.Unassign(t.Context(), "m1", "r"); !errors.Is(err, ErrDuplicate) || g.data["r"] == nil {
+		t.Errorf("unassigned by an id that was used: %v", err)
 	}
-	if duplicate, err := r.Unassign(t.Context(), "m2", "r"); err != nil || duplicate || g.data["r"] != nil {
-		t.Errorf("not unassigned: %v, %v", duplicate, err)
+	if err := r.Unassign(t.Context(), "m2", "r"); err != nil || g.data["r"] != nil {
+		t.Errorf("not unassigned: %v", err)
 	}
 }
 
@@ -126,7 +126,7 @@ func TestOldestMessagesAreForgotten(t *testing.T) {
 	}
 	g.store("_processed", ids[:255])
 	for i, id := range []string{"m255", "new"} {
-		if _, err := r.Unassign(t.Context(), id, "r"); err != nil {
+		if err := r.Unassign(t.Context(), id, "r"); err != nil {
 			t.Fatal(err)
 		}
 		want := append(slices.Clone(ids), "new")[i : 256+i]
@@ -157,7 +157,7 @@ func TestInvalidAssignmentsAreRefused(t *testing.T) {
 		"id of the registry":      {assignment("_processed", host, "t"), false},
 		"another host":            {assignment("r", "http://169.254.169.254/", "t"), false},
 	} {
-		_, err := r.Assign(t.Context(), name, test.a)
+		err := r.Assign(t.Context(), name, test.a)
 		_, invalid := errors.AsType[answer.InvalidError](err)
 		if invalid == test.valid || test.valid && err != nil {
 			t.Errorf("%s: %v", name, err)

@@ -63,9 +63,6 @@ func (c *certificates) reload() error {
 		return nil
 	}
 	pool, err := tlsutil.CertPool(c.clientCAFile)
-	if err != nil {
-		pool = x509.NewCertPool()
-	}
 	if last := c.clients.Load(); last != nil && pool.Equal(last.ClientCAs) {
 		return nil
 	}

@@ -138,7 +138,7 @@ func TestWhyTheTunnelIsDownIsExplained(t *testing.T) {
 	for status, want := range map[string]string{
 		"running": "", "check failed": "has withdrawn the tunnel", "start error": "frps refuses the tunnel (start error: taken)",
 	} {
-		err := check.explain(t.Context(), lease, []frpc.ProxyStatus{{Status: status, Err: "taken"}})
+		err := check.explain(t.Context(), lease, []frpc.ProxyStatus{{Status: status, Err: "taken"}}, nil)
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: %v", status, err)
 		}
@@ -146,7 +146,7 @@ func TestWhyTheTunnelIsDownIsExplained(t *testing.T) {
 	before := errors.New("what the last login found")
 	for age, again := range map[time.Duration]bool{14 * time.Second: false, 16 * time.Second: true} {
 		check.login, check.loginAt = before, time.Now().Add(-age)
-		if err := check.explain(t.Context(), lease, nil); errors.Is(err, before) == again {
+		if err := check.explain(t.Context(), lease, nil, nil); errors.Is(err, before) == again {
 			t.Errorf("%s after the last login: %v", age, err)
 		}
 	}

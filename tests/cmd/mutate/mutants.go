@@ -68,7 +68,7 @@ var mutants = []struct {
 		{"any client certificate is accepted", "tls.RequireAndVerifyClientCert", "tls.RequireAnyClientCert", "TestConnectionsEndWithTheirCertificates"},
 		{"no client certificate is needed", "tls.RequireAndVerifyClientCert", "tls.VerifyClientCertIfGiven", "TestConnectionsEndWithTheirCertificates"},
 		{"a session outlives its authority", "config.SessionTicketsDisabled = true", "config.SessionTicketsDisabled = false", "TestOldTLSIsRefused"},
-		{"an authority is trusted after its file is gone", "pool = x509.NewCertPool()", "return err", "TestConnectionsEndWithTheirCertificates"},
+		{"an authority is trusted after its file is gone", "pool, err := tlsutil.CertPool(c.clientCAFile)\n", "pool, err := tlsutil.CertPool(c.clientCAFile)\n\tif err != nil {\n\t\treturn err\n\t}\n", "TestConnectionsEndWithTheirCertificates"},
 		{"a renewed certificate is not shown", "c.last == nil || !info.ModTime().Equal(c.changed)", "c.last == nil", "TestTunnelListenerServesTLSAndPlainHTTP"},
 		{"connections outlive their certificates", "valid[key] = err == nil", "valid[key] = true || err == nil", "TestConnectionsEndWithTheirCertificates"},
 	}},
@@ -224,6 +224,7 @@ var mutants = []struct {
 		{"callers write into the log", "func(c rune) bool { return !unicode.IsPrint(c) })", "func(c rune) bool { return !unicode.IsPrint(c) && false })", "TestRequestsAreDescribedAsInRBAC"},
 	}},
 	{"proxy/kube/proxy.go", []fault{
+		{"a redirect leaves the gateway's prefix", `resp.Header.Set("Location", "./"`, `_, _ = resp.Header, ("./"`, "TestRedirectsStayBelowThePrefix"},
 		{"cookies are forwarded", `GateHeader, "Cookie", `, "GateHeader, ", "TestOnlyTheAgentsCredentialIsForwarded"},
 		{"the agent's token is forwarded", `"Authorization", GateHeader, `, `"Authorization", `, "TestOnlyTheIdentityIsSent"},
 		{"a caller sets X-Remote-User", `hasPrefixFold(name, "X-Remote-") || `, "", "TestOnlyTheAgentsCredentialIsForwarded"},
@@ -483,7 +484,7 @@ var mutants = []struct {
 		{"a refusal of frps counts as accepted", `case refusal != "":`, "case false:", "TestLoginReturnsTheVersionOrTheRefusal"},
 	}},
 	{"frpc/tlsutil/tlsutil.go", []fault{
-		{"a file without certificates trusts nobody, silently", "if !pool.AppendCertsFromPEM(pem) {", "if pool.AppendCertsFromPEM(pem); false {", "TestFileWithoutCertificatesIsReported"},
+		{"a file without certificates trusts nobody, silently", "if !pool.AppendCertsFromPEM(pem) && err == nil {", "if pool.AppendCertsFromPEM(pem); false {", "TestFileWithoutCertificatesIsReported"},
 		{"a wrong name is called an unknown authority", "if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {", "if true {", "bootstrap.TestConnectionErrorsNameCauseAndNextStep"},
 	}},
 	{"frpc/secret/secret.go", []fault{
