@@ -105,7 +105,7 @@ func startCallers(t *testing.T, w *world) *callers {
 		cs.all = append(cs.all, c)
 		running.Go(func() { run(ctx, c) })
 	}
-	client := func(c *caller) *kubernetes.Clientset {
+	client := func() *kubernetes.Clientset {
 		config := agent.Caller(w.cp, harness.AgentID, harness.AgentToken)
 		config.QPS = -1
 		clients, err := kubernetes.NewForConfig(config)
@@ -115,18 +115,22 @@ func startCallers(t *testing.T, w *world) *callers {
 		return clients
 	}
 	for range 3 {
-		cs.add("reads", func(ctx context.Context, c *caller) { read(ctx, c, client(c)) })
+		cs.add("reads", func(ctx context.Context, c *caller) { read(ctx, c, client()) })
 	}
 	for range 2 {
-		cs.add("events", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return watch(ctx, c, client(c)) }) })
+		cs.add("events", func(ctx context.Context, c *caller) {
+			again(ctx, c, func() error { return watch(ctx, c, client()) })
+		})
 		c := &caller{kind: informed, failed: map[string]int{}, sample: map[string]string{}}
 		cs.all = append(cs.all, c)
-		informer := inform(c, client(c))
+		informer := inform(c, client())
 		cs.informers = append(cs.informers, informer)
 		running.Go(func() { informer.Run(ctx.Done()) })
 	}
 	cs.add("exec", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return execute(ctx, c, w) }) })
-	cs.add("logs", func(ctx context.Context, c *caller) { again(ctx, c, func() error { return follow(ctx, c, client(c)) }) })
+	cs.add("logs", func(ctx context.Context, c *caller) {
+		again(ctx, c, func() error { return follow(ctx, c, client()) })
+	})
 	echo := echoServer(t)
 	cs.add("forward", func(ctx context.Context, c *caller) {
 		again(ctx, c, func() error { return forward(ctx, c, w, echo) })
@@ -246,7 +250,7 @@ func (c *caller) lines(r io.Reader) {
 
 func (w *world) pod(resource string) *url.URL {
 	u, _ := url.Parse(w.cp.GatewayURL)
-	u.Path = "/agents/" + harness.AgentID + "/api/k8s/api/v1/namespaces/" + namespace + "/pods/" + kubelet.Pod + "/" + resource
+	u = u.JoinPath("agents", harness.AgentID, "api/k8s/api/v1/namespaces", namespace, "pods", kubelet.Pod, resource)
 	return u
 }
 

@@ -23,8 +23,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
-// TestSoak has nothing fail, while leases of 5 minutes, their tokens and their certificates are renewed: no stream breaks
-// and no call fails, for as long as SOAK_DURATION. It shows what the processes hold, and whether that grows; see
+// TestSoak has nothing fail, while leases of 5 minutes, their tokens and their certificates are renewed: no stream
+// breaks and no call fails, for as long as SOAK_DURATION. It shows what the processes hold, and whether that grows; see
 // tests/SOAK.md.
 func TestSoak(t *testing.T) {
 	lasts, err := time.ParseDuration(cmp.Or(os.Getenv("SOAK_DURATION"), "15s"))
@@ -91,7 +91,9 @@ func (r *run) sample(ctx context.Context) (values []figure, err error) {
 	for _, p := range []struct {
 		name string
 		pid  int
-	}{{"proxy", r.proxy[0].pid()}, {"bootstrap", r.bootstrap[0].pid()}, {"frpc", r.frpc[0].pid()}, {"frps", r.cp.FrpsPid()}} {
+	}{
+		{"proxy", r.proxy[0].pid()}, {"bootstrap", r.bootstrap[0].pid()}, {"frpc", r.frpc[0].pid()}, {"frps", r.cp.FrpsPid()},
+	} {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
 		if err != nil {
 			return nil, err

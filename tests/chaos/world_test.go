@@ -33,8 +33,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/relay"
 )
 
-// replicas is the number of the agent's replicas. Faults of its containers hit all of them at once: a fault of one alone
-// costs callers less (see TestHighAvailabilityLosesNoCall).
+// replicas is the number of the agent's replicas. Faults of its containers hit all of them at once: a fault of one
+// alone costs callers less (see TestHighAvailabilityLosesNoCall).
 const replicas = 2
 
 // leaseLife is so short that every long fault meets a renewal.
@@ -203,8 +203,9 @@ func (w *world) start(ctx context.Context) (err error) {
 	}
 	w.t.Cleanup(func() { _ = log.Close() })
 	if w.cp, err = controlplane.Start(ctx, controlplane.Options{
-		Group: w.group, IP: w.tunnel.B.IP, Host: controlplane.Name, Agents: map[string]string{harness.AgentID: harness.AgentToken},
-		Log: slog.New(slog.NewTextHandler(log, nil)),
+		Group: w.group, IP: w.tunnel.B.IP, Host: controlplane.Name,
+		Agents: map[string]string{harness.AgentID: harness.AgentToken},
+		Log:    slog.New(slog.NewTextHandler(log, nil)),
 	}); err != nil {
 		return err
 	}
@@ -235,8 +236,10 @@ func (w *world) start(ctx context.Context) (err error) {
 			return err
 		}
 		add(&w.bootstrap, a.Bootstrap, w.tunnel.A.Do, probe{})
-		add(&w.frpc, a.Frpc, w.tunnel.A.Do, probe{delay: 20 * time.Second, period: 5 * time.Second, threshold: 3,
-			alive: func() bool { _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); return err != nil }})
+		add(&w.frpc, a.Frpc, w.tunnel.A.Do, probe{
+			delay: 20 * time.Second, period: 5 * time.Second, threshold: 3,
+			alive: func() bool { _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); return err != nil },
+		})
 		probes := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
 			DialContext: w.inside}}
 		add(&w.proxy, a.Proxy, w.tunnel.A.Do, probe{period: 10 * time.Second, threshold: 3, alive: func() bool {
@@ -265,7 +268,8 @@ func (w *world) start(ctx context.Context) (err error) {
 const hostsFile = "/etc/hosts"
 
 func (w *world) writeHosts() error {
-	return os.WriteFile(hostsFile, fmt.Appendf(nil, "127.0.0.1 localhost\n%s %s\n", w.tunnel.B.IP, controlplane.Name), 0o644)
+	names := fmt.Appendf(nil, "127.0.0.1 localhost\n%s %s\n", w.tunnel.B.IP, controlplane.Name)
+	return os.WriteFile(hostsFile, names, 0o644)
 }
 
 // startAgent starts a replica. Its run directory is a small file system of its own, which a fault can fill.

@@ -31,8 +31,8 @@ import (
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 )
 
-// usualSpecs are conformance specs of kubectl, discovery, lists, writes and the way to pods, which take few seconds each.
-// None holds a watch without starting it again when it ends, as it does when the agent restarts.
+// usualSpecs are conformance specs of kubectl, discovery, lists, writes and the way to pods, which take few seconds
+// each. None holds a watch without starting it again when it ends, as it does when the agent restarts.
 const usualSpecs = `\[sig-cli\] Kubectl (client Kubectl|logs)|` +
 	`\[sig-api-machinery\] (AggregatedDiscovery|Discovery|FieldValidation|Servers with support for|server version)|` +
 	`\[sig-apps\] ReplicaSet should serve a basic image`

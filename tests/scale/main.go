@@ -301,7 +301,7 @@ func (f *fleet) connect() error {
 				return errors.New("frpc.toml has another health check than this program knows")
 			}
 			rarely := strings.Replace(string(data), often, fmt.Sprintf("healthCheck.intervalSeconds = %d", checkEvery), 1)
-			if err := os.WriteFile(filepath.Join(dir, id(i)+".toml"), []byte(rarely), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, id(i)+".toml"), []byte(rarely), 0o600); err != nil { //nolint:gosec // ours
 				return err
 			}
 		}
@@ -362,10 +362,13 @@ func answer(ctx context.Context) (string, error) {
 		}
 	})
 	mux.HandleFunc("/", func(http.ResponseWriter, *http.Request) {})
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
+	server := &http.Server{
+		Handler: mux, ReadHeaderTimeout: time.Minute, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0),
+	}
+	tlsConfig := &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12}
 	context.AfterFunc(ctx, func() { _ = server.Close() })
 	go func() {
-		_ = server.Serve(&either{listener, &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12}})
+		_ = server.Serve(&either{listener, tlsConfig})
 	}()
 	return listener.Addr().String(), nil
 }
@@ -419,7 +422,7 @@ func (f *fleet) watch(ctx context.Context) (stop func(), err error) {
 	calls.SetLimit(50)
 	for i := range f.n {
 		calls.Go(func() error {
-			resp, err := f.call(ctx, i, "/watch")
+			resp, err := f.call(ctx, i, "/watch") //nolint:bodyclose // closed when the watch ends
 			if err != nil {
 				return err
 			}

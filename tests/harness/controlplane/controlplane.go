@@ -163,7 +163,9 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 }
 
 // serve runs a server on a free port and returns it with its URL.
-func (c *ControlPlane) serve(ctx context.Context, handler http.Handler, tlsConfig *tls.Config) (*Server, string, error) {
+func (c *ControlPlane) serve(
+	ctx context.Context, handler http.Handler, tlsConfig *tls.Config,
+) (*Server, string, error) {
 	s := &Server{address: net.JoinHostPort(c.options.IP, "0"), tls: tlsConfig != nil, make: func() *http.Server {
 		server := &http.Server{
 			Handler: handler, ReadHeaderTimeout: 30 * time.Second,
@@ -308,7 +310,9 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 	} else {
 		l.tunnel.Subdomain = l.agentID
 	}
-	answer := map[string]any{"server_addr": cmp.Or(c.options.Host, c.options.IP), "server_port": c.FrpsPort, "tunnel": l.tunnel}
+	answer := map[string]any{
+		"server_addr": cmp.Or(c.options.Host, c.options.IP), "server_port": c.FrpsPort, "tunnel": l.tunnel,
+	}
 	if !l.expires.IsZero() {
 		answer["expires_at"] = l.expires.Add(c.terms.Ahead)
 	}

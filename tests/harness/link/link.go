@@ -108,7 +108,8 @@ func onThread(f func() error) error {
 	return <-done
 }
 
-// open makes the namespace, with flags 0 uses this process's, and makes the device, whose packets for peer can then be read from tun.
+// open makes the namespace, or with flags 0 uses this process's, and makes the device, whose packets for peer can then
+// be read from tun.
 func (e *End) open(peer string, flags int) error {
 	err := onThread(func() (err error) {
 		if err = unix.Unshare(flags); err == nil {
