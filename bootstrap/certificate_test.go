@@ -186,3 +186,22 @@ func TestCheckAndDoctorWarnOfTheCertificate(t *testing.T) {
 		}
 	}
 }
+
+// TestCertificateForAnotherNameIsWarnedOf: after a rotation, callers are refused, and all else looks well.
+func TestCertificateForAnotherNameIsWarnedOf(t *testing.T) {
+	env := environment(t, "https://control.example")
+	env["PIPEOPS_FRP_TUNNEL_TYPE"], env["PIPEOPS_FRP_TUNNEL_SUBDOMAIN_HOST"] = "https", "k8s.example"
+	for name, warned := range map[string]bool{"agent-001.k8s.example": false, "*.k8s.example": false, "b.k8s.example": true} {
+		dir := t.TempDir()
+		if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, name); code != exitOK {
+			t.Fatal(out)
+		}
+		env["PIPEOPS_PROXY_TLS_CERT_FILE"] = filepath.Join(dir, "tls.crt")
+		env["PIPEOPS_PROXY_TLS_KEY_FILE"] = filepath.Join(dir, "tls.key")
+		code, _, out := bootstrap(t, env, "--check")
+		if says := "is not for agent-001.k8s.example: callers refuse it"; code != exitOK ||
+			strings.Contains(out, says) != warned || strings.Contains(out, "warning") != warned {
+			t.Errorf("%s: %d: %s", name, code, out)
+		}
+	}
+}

@@ -245,7 +245,10 @@ func TestKubeconfigHasTheAuthorityOfTheSecret(t *testing.T) {
 	if err := os.WriteFile(crt, bytes.TrimSuffix(read(dirs[0], "tls.crt"), ca), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, test := range []struct{ beside, want []byte }{{ca, ca}, {read(dirs[1], "ca.crt"), nil}} {
+	key := read(dirs[0], "ca.key") // in the same file, as some tools leave it
+	for _, test := range []struct{ beside, want []byte }{
+		{ca, ca}, {append(key, ca...), ca}, {read(dirs[1], "ca.crt"), nil}, {key, nil},
+	} {
 		if err := os.WriteFile(filepath.Join(dirs[0], "ca.crt"), test.beside, 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -271,8 +271,8 @@ func (p *patient) permissions(ctx context.Context) (result, detail string) {
 	}
 	may, mayNot := strings.Join(granted[true], ", "), strings.Join(granted[false], ", ")
 	switch {
-	case may == "":
-		return failed, "may not " + mayNot + ": grant it to the agent's ServiceAccount, by its manifests, or " +
+	case may == "": // nothing but the rights in some namespaces is asked for
+		return warning, "may not " + mayNot + ": grant it to the agent's ServiceAccount, by its manifests, or " +
 			"to the user of its kubeconfig; another agent in this cluster may have taken over its role bindings"
 	case mayNot == "":
 		return ok, "may " + may

@@ -184,6 +184,7 @@ func TestDoctorSaysWhoRefuses(t *testing.T) {
 		{500, "", failed, "500 Internal Server Error"},
 		{503, "", failed, "run doctor again"},
 		{503, "apiserver is starting", failed, "apiserver is starting"},
+		{201, "not a review, which allows nothing", warning, "may not list pods, list nodes, keep runners: grant it"},
 	} {
 		text := "busy"
 		if test.message != "" {

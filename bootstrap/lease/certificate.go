@@ -117,12 +117,12 @@ func MakeCertificate(dir string, names []string) error {
 }
 
 // Configured returns the certificate that the operator has configured, PEM; nil if there is none. The problem is why it
-// cannot be used, and is then nil too, or that it ends soon.
+// cannot be used, and is then nil too, or why callers refuse it now or soon.
 func Configured(cfg *config.Config) (certificate, key []byte, problem string) {
 	if cfg.Proxy.CertFile == "" {
 		return nil, nil, ""
 	}
-	name := config.Name("proxy.tls.cert_file")
+	name, names := config.Name("proxy.tls.cert_file"), cfg.FRP.Tunnel.Names()
 	file, certErr := os.ReadFile(cfg.Proxy.CertFile)
 	key, keyErr := os.ReadFile(cfg.Proxy.KeyFile)
 	pair, pairErr := tls.X509KeyPair(file, key)
@@ -138,6 +138,8 @@ func Configured(cfg *config.Config) (certificate, key []byte, problem string) {
 		problem = fmt.Sprintf("%s: the certificate expired %d days ago: renew it", name, -left/day)
 	case left < 14*day:
 		problem = fmt.Sprintf("%s: the certificate expires in %d days: renew it", name, left/day)
+	case slices.ContainsFunc(names, func(n string) bool { return pair.Leaf.VerifyHostname(n) != nil }):
+		problem = fmt.Sprintf("%s: the certificate is not for %s: callers refuse it", name, strings.Join(names, ", "))
 	}
 	return certificate, key, problem
 }

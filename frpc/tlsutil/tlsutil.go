@@ -24,8 +24,9 @@ func CertPool(file string) (*x509.CertPool, error) {
 // CertificateError says why a server's certificate is not accepted, and what to do. Its text is the predicate of a
 // sentence.
 type CertificateError struct {
+	error
+
 	cause *tls.CertificateVerificationError
-	text  string
 }
 
 // Explain returns what is wrong with a server's certificate, nil if err is about something else. ca and name are the
@@ -44,11 +45,9 @@ func Explain(err error, ca, name string) *CertificateError {
 		problem = "a certificate that is not valid at " + time.Now().UTC().Format(time.RFC3339)
 		advice = "renew it, or correct the clock of this host or its"
 	}
-	e.text = fmt.Sprintf("presents %s (%s): %s", problem, DescribeCertificate(e.cause.UnverifiedCertificates[0]), advice)
+	e.error = fmt.Errorf("presents %s (%s): %s", problem, DescribeCertificate(e.cause.UnverifiedCertificates[0]), advice)
 	return e
 }
-
-func (e *CertificateError) Error() string { return e.text }
 
 func (e *CertificateError) Unwrap() error { return e.cause }
 

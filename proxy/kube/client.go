@@ -136,7 +136,7 @@ type Change func(data map[string][]byte) error
 // ChangeSecret reads a Secret, applies change and writes it. If the Secret was written by another in between, it starts
 // again until ctx ends, so that no change is lost.
 func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, change Change) error {
-	return retry.RetryOnConflict(conflictBackoff, func() error {
+	return retry.RetryOnConflict(wait.Backoff{Steps: math.MaxInt, Duration: 25 * time.Millisecond, Jitter: 3}, func() error {
 		secret, err := c.ReadSecret(ctx, namespace, name)
 		if err == nil {
 			err = change(secret.Data)
@@ -152,8 +152,6 @@ func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, chang
 		return c.call(ctx, nil, method, path, bytes.NewReader(data), nil)
 	})
 }
-
-var conflictBackoff = wait.Backoff{Steps: math.MaxInt, Duration: 25 * time.Millisecond, Jitter: 3}
 
 // Summary is what the agent's own credential may read of the cluster. Fields that could not be read are nil, and
 // Unavailable says why.

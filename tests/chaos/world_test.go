@@ -40,6 +40,9 @@ const replicas = 2
 // leaseLife is so short that every long fault meets a renewal.
 const leaseLife = 2 * time.Minute
 
+// controlPlaneName is the name by which the agent finds control plane and frps.
+const controlPlaneName = "controlplane.test"
+
 // namespace holds what the callers write, and the pod.
 const namespace = "chaos"
 
@@ -203,7 +206,7 @@ func (w *world) start(ctx context.Context) (err error) {
 	}
 	w.t.Cleanup(func() { _ = log.Close() })
 	if w.cp, err = controlplane.Start(ctx, controlplane.Options{
-		Group: w.group, IP: w.tunnel.B.IP, Host: controlplane.Name,
+		Group: w.group, IP: w.tunnel.B.IP, Host: controlPlaneName,
 		Agents: map[string]string{harness.AgentID: harness.AgentToken},
 		Log:    slog.New(slog.NewTextHandler(log, nil)),
 	}); err != nil {
@@ -268,7 +271,7 @@ func (w *world) start(ctx context.Context) (err error) {
 const hostsFile = "/etc/hosts"
 
 func (w *world) writeHosts() error {
-	names := fmt.Appendf(nil, "127.0.0.1 localhost\n%s %s\n", w.tunnel.B.IP, controlplane.Name)
+	names := fmt.Appendf(nil, "127.0.0.1 localhost\n%s %s\n", w.tunnel.B.IP, controlPlaneName)
 	return os.WriteFile(hostsFile, names, 0o644)
 }
 
@@ -282,8 +285,8 @@ func (w *world) startAgent(i int, kubeconfig string) (*agent.Agent, error) {
 		return nil, fmt.Errorf("mount a file system on the run directory: %w", err)
 	}
 	w.t.Cleanup(func() { _ = unix.Unmount(a.RunDir, unix.MNT_DETACH) })
-	a.Env = append(a.Env, fmt.Sprintf("PIPEOPS_INSTANCE=replica-%d", i), "PIPEOPS_FRP_SERVER_ADDR="+controlplane.Name,
-		"PIPEOPS_API_URL="+strings.Replace(w.cp.APIURL, w.tunnel.B.IP, controlplane.Name, 1))
+	a.Env = append(a.Env, fmt.Sprintf("PIPEOPS_INSTANCE=replica-%d", i), "PIPEOPS_FRP_SERVER_ADDR="+controlPlaneName,
+		"PIPEOPS_API_URL="+strings.Replace(w.cp.APIURL, w.tunnel.B.IP, controlPlaneName, 1))
 	w.agents = append(w.agents, a)
 	return a, w.tunnel.A.Do(a.Start)
 }

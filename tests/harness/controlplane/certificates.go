@@ -15,12 +15,9 @@ import (
 	"time"
 )
 
-// Name is a name in the servers' certificates, beside their address. Nothing resolves it.
-const Name = "controlplane.test"
-
-// writeCertificates makes a certificate authority and a certificate for an IP, localhost and Name, and writes
+// writeCertificates makes a certificate authority and a certificate for an IP, localhost and more names, and writes
 // ca.crt, server.crt and server.key to dir.
-func writeCertificates(dir string, ip net.IP) (tls.Certificate, error) {
+func writeCertificates(dir string, ip net.IP, names ...string) (tls.Certificate, error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return tls.Certificate{}, err
@@ -41,7 +38,7 @@ func writeCertificates(dir string, ip net.IP) (tls.Certificate, error) {
 	server := &x509.Certificate{
 		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "localhost"},
 		NotBefore: ca.NotBefore, NotAfter: ca.NotAfter,
-		DNSNames: []string{"localhost", Name}, IPAddresses: []net.IP{ip},
+		DNSNames: append([]string{"localhost"}, names...), IPAddresses: []net.IP{ip},
 		KeyUsage: x509.KeyUsageDigitalSignature,
 		// Both, for tests of client certificates.
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},

@@ -32,7 +32,7 @@ type Options struct {
 	Log    *slog.Logger
 	Token  bool   // leases hold frp's shared token, which frpc reads once, instead of a token of OpenID Connect
 	IP     string // this machine's, to listen on and for agents to find it at; default: 127.0.0.1
-	Host   string // of frps, in leases; default: IP
+	Host   string // of frps, in leases, and in the certificates; default: IP
 
 	Requested func() // is called for each request for a lease; may be nil
 
@@ -128,7 +128,11 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 		leases: map[string]lease{}, tunnels: map[string]string{}, opened: map[string]time.Time{},
 		refusals: map[string]refusal{},
 	}
-	cert, err := writeCertificates(dir, net.ParseIP(options.IP))
+	var names []string
+	if options.Host != "" {
+		names = []string{options.Host}
+	}
+	cert, err := writeCertificates(dir, net.ParseIP(options.IP), names...)
 	if err != nil {
 		return nil, err
 	}
