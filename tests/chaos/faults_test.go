@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -216,13 +217,11 @@ func throttle(w *world) error {
 	return nil
 }
 
-// named returns the faults whose names contain one of the texts, in the order of the texts; "all" is in each.
-func named(texts ...string) (selected []fault) {
-	for _, text := range texts {
-		for _, f := range faults() {
-			if text == "all" || strings.Contains(f.name, text) {
-				selected = append(selected, f)
-			}
+// like returns the faults whose names match.
+func like(name *regexp.Regexp) (selected []fault) {
+	for _, f := range faults() {
+		if name.MatchString(f.name) {
+			selected = append(selected, f)
 		}
 	}
 	return selected

@@ -19,13 +19,16 @@ import (
 
 const inside = "CHAOS_INSIDE"
 
+// The main thread, by which others find this process's network namespace, runs nothing but main: no goroutine that
+// enters another namespace.
+func init() { runtime.LockOSThread() }
+
 func TestMain(m *testing.M) {
 	if os.Getenv(inside) != "" {
 		klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // client-go logs each broken stream
 		os.Exit(m.Run())
 	}
-	runtime.LockOSThread() // the child ends with this thread
-	// Its mounts must not reach this machine.
+	// The child ends with this thread. Its mounts must not reach this machine.
 	self := exec.Command("sh", append([]string{"-c", `mount --make-rprivate / && ip link set lo up && exec "$@"`, "sh",
 		os.Args[0]}, os.Args[1:]...)...)
 	self.Env = append(os.Environ(), inside+"=1")

@@ -183,6 +183,8 @@ func (w *world) start(ctx context.Context) (err error) {
 	}); err != nil {
 		return err
 	}
+	// Its namespace may live for minutes: the kernel keeps connections whose peers are silent.
+	w.t.Cleanup(func() { _ = sh("ip link delete lan") })
 	if err := sh(`ip address add "$1/30" dev lan; ip link set lan up`, lanServer); err != nil {
 		return err
 	}
