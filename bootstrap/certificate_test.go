@@ -191,7 +191,9 @@ func TestCheckAndDoctorWarnOfTheCertificate(t *testing.T) {
 func TestCertificateForAnotherNameIsWarnedOf(t *testing.T) {
 	env := environment(t, "https://control.example")
 	env["PIPEOPS_FRP_TUNNEL_TYPE"], env["PIPEOPS_FRP_TUNNEL_SUBDOMAIN_HOST"] = "https", "k8s.example"
-	for name, warned := range map[string]bool{"agent-001.k8s.example": false, "*.k8s.example": false, "b.k8s.example": true} {
+	for name, warned := range map[string]bool{
+		"agent-001.k8s.example": false, "*.k8s.example": false, "b.k8s.example": true,
+	} {
 		dir := t.TempDir()
 		if code, _, out := bootstrap(t, nil, "certificate", "--dir", dir, name); code != exitOK {
 			t.Fatal(out)
