@@ -136,7 +136,8 @@ type Change func(data map[string][]byte) error
 // ChangeSecret reads a Secret, applies change and writes it. If the Secret was written by another in between, it starts
 // again until ctx ends, so that no change is lost.
 func (c *Client) ChangeSecret(ctx context.Context, namespace, name string, change Change) error {
-	return retry.RetryOnConflict(wait.Backoff{Steps: math.MaxInt, Duration: 25 * time.Millisecond, Jitter: 3}, func() error {
+	backoff := wait.Backoff{Steps: math.MaxInt, Duration: 25 * time.Millisecond, Jitter: 3}
+	return retry.RetryOnConflict(backoff, func() error {
 		secret, err := c.ReadSecret(ctx, namespace, name)
 		if err == nil {
 			err = change(secret.Data)

@@ -269,7 +269,7 @@ var mutants = []struct {
 	{"proxy/kube/client.go", []fault{
 		{"an unreadable registry is taken for an empty one", "if apierrors.IsNotFound(err) {\n\t\terr = nil", "if err != nil {\n\t\terr = nil", "TestUnreadableSecretIsNotOverwritten"},
 		{"a first runner cannot be stored", "if apierrors.IsNotFound(err) {\n\t\terr = nil", "if false {\n\t\terr = nil", "TestChangesOfASecretAreAllKept"},
-		{"a conflict loses the change", "retry.RetryOnConflict(wait.Backoff{Steps: math.MaxInt, Duration: 25 * time.Millisecond, Jitter: 3}, func() error {", "retry.OnError(wait.Backoff{Steps: math.MaxInt, Duration: time.Second}, func(error) bool { return false }, func() error {", "TestChangesOfASecretAreAllKept"},
+		{"a conflict loses the change", "retry.RetryOnConflict(backoff, func() error {", "retry.OnError(backoff, func(error) bool { return false }, func() error {", "TestChangesOfASecretAreAllKept"},
 		{"another replica's change is overwritten", "data, _ := json.Marshal(secret)", "secret.ResourceVersion = \"\"\n\t\tdata, _ := json.Marshal(secret)", "TestChangesOfASecretAreAllKept"},
 		{"a change that failed is written", "err = change(secret.Data)", "_ = change(secret.Data)", "TestUnreadableSecretIsNotOverwritten"},
 		{"labels of the registry are lost", "\tmetav1.PartialObjectMetadata\n", "\tmetav1.TypeMeta\n\tmetav1.ObjectMeta `json:\"-\"`\n", "TestChangesOfASecretAreAllKept"},
