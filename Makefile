@@ -78,7 +78,8 @@ E2E_PARTS := e2e-ready build tools test-images previous $(addprefix $(BIN)/,$(NO
 
 .PHONY: e2e
 e2e: $(E2E_PARTS) ## Run the end-to-end tests on a real Kubernetes node: needs root and Debian
-	@cd tests && go test -count=1 -v -parallel 8 -timeout 30m ./e2e ./monitoring ./chaos
+	@cd tests && go test -count=1 -v -parallel 8 -timeout 30m ./e2e ./monitoring
+	@cd tests && go test -count=1 -v -timeout 30m ./chaos
 
 .PHONY: attack
 attack: $(E2E_PARTS) ## Attack the agent's memory on a real node for three minutes (ATTACK_DURATION): root, Debian
