@@ -137,7 +137,7 @@ func run(ctx context.Context, n, trios int, outage, idle, life time.Duration) er
 		row("frps, "+what, "%.0f KiB an agent, %.2f%% of a core for 1,000 agents", (after.rss-base.rss)/float64(n)/1024,
 			(after.cpu-before.cpu)/idle.Seconds()*100/float64(n)*1000)
 	}
-	if err := f.startTrios(ctx, trios); err != nil {
+	if err := f.startTrios(running, trios); err != nil {
 		return err
 	}
 	for _, o := range []struct {
