@@ -112,7 +112,6 @@ func (r *renewer) run(ctx context.Context) error {
 	for {
 		now := time.Now()
 		r.repair()
-		r.warnOfCertificate()
 		state := frpc.StateOf(admin.Status(ctx))
 		r.recordState(state, now)
 		if state >= frpc.Withdrawn && !r.versionKnown { // the tunnel is up, so frps answers: learn its version, once
@@ -303,18 +302,14 @@ func (r *renewer) renewalDue(now time.Time) bool {
 // certificate than the configured one.
 func (r *renewer) inputChanged() bool {
 	token, err := r.cfg.Credential()
-	certificate, _, _ := Configured(r.cfg)
-	return (err == nil && token != r.token ||
-		certificate != nil && r.lease.Certificate != nil && !bytes.Equal(certificate, r.lease.Certificate)) &&
-		!time.Now().Before(r.notYet)
-}
-
-// warnOfCertificate logs a problem of the configured certificate when it changes: the days to its end count.
-func (r *renewer) warnOfCertificate() {
-	if _, _, problem := Configured(r.cfg); problem != r.certificateProblem {
+	certificate, _, problem := Configured(r.cfg)
+	if problem != r.certificateProblem { // the days to its end count
 		r.certificateProblem = problem
 		r.log.Warn("configured certificate", "problem", cmp.Or(problem, "solved"))
 	}
+	return (err == nil && token != r.token ||
+		certificate != nil && r.lease.Certificate != nil && !bytes.Equal(certificate, r.lease.Certificate)) &&
+		!time.Now().Before(r.notYet)
 }
 
 // renew requests the next lease once. If that fails, the current lease stays, and lease.json says why.

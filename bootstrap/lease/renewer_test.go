@@ -493,8 +493,8 @@ func TestCertificateThatEndsIsWarnedOf(t *testing.T) {
 			put(newTestPair(test.life))
 		}
 		log.Reset()
-		r.warnOfCertificate()
-		r.warnOfCertificate()
+		r.inputChanged()
+		r.inputChanged()
 		lines, want := strings.Count(log.String(), "\n"), 1
 		if test.says == "" {
 			want = 0

@@ -28,8 +28,6 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	retrywatch "k8s.io/client-go/tools/watch"
 
-	"github.com/pipeops/vm-agent/tests/harness"
-	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/kubelet"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -89,8 +87,9 @@ func kindOf(err error) string {
 type callers struct {
 	all       []*caller
 	informers []cache.SharedIndexInformer
-	// add starts a caller, which runs until the test ends.
-	add func(kind string, run func(context.Context, *caller))
+	// add starts a caller, which runs until the test ends; addWatch one that watches.
+	add      func(kind string, run func(context.Context, *caller))
+	addWatch func()
 }
 
 // startCallers starts the callers and waits until each has had a success.
@@ -106,7 +105,7 @@ func startCallers(t *testing.T, w *world) *callers {
 		running.Go(func() { run(ctx, c) })
 	}
 	client := func() *kubernetes.Clientset {
-		config := agent.Caller(w.cp, harness.AgentID, harness.AgentToken)
+		config := w.caller()
 		config.QPS = -1
 		clients, err := kubernetes.NewForConfig(config)
 		if err != nil {
@@ -117,10 +116,13 @@ func startCallers(t *testing.T, w *world) *callers {
 	for range 3 {
 		cs.add("reads", func(ctx context.Context, c *caller) { read(ctx, c, client()) })
 	}
-	for range 2 {
+	cs.addWatch = func() {
 		cs.add("events", func(ctx context.Context, c *caller) {
 			again(ctx, c, func() error { return watch(ctx, c, client()) })
 		})
+	}
+	for range 2 {
+		cs.addWatch()
 		c := &caller{kind: informed, failed: map[string]int{}, sample: map[string]string{}}
 		cs.all = append(cs.all, c)
 		informer := inform(c, client())
@@ -249,14 +251,12 @@ func (c *caller) lines(r io.Reader) {
 }
 
 func (w *world) pod(resource string) *url.URL {
-	u, _ := url.Parse(w.cp.GatewayURL)
-	u = u.JoinPath("agents", harness.AgentID, "api/k8s/api/v1/namespaces", namespace, "pods", kubelet.Pod, resource)
-	return u
+	u, _ := url.Parse(w.caller().Host)
+	return u.JoinPath("api/v1/namespaces", namespace, "pods", kubelet.Pod, resource)
 }
 
 // execute runs cat in the pod, and compares what comes back with what was sent.
 func execute(ctx context.Context, c *caller, w *world) error {
-	config := agent.Caller(w.cp, harness.AgentID, harness.AgentToken)
 	u := w.pod("exec")
 	options := corev1.PodExecOptions{Container: "c", Command: []string{"cat"}, Stdin: true, Stdout: true}
 	values, err := scheme.ParameterCodec.EncodeParameters(&options, corev1.SchemeGroupVersion)
@@ -264,7 +264,7 @@ func execute(ctx context.Context, c *caller, w *world) error {
 		return err
 	}
 	u.RawQuery = values.Encode()
-	executor, err := remotecommand.NewWebSocketExecutor(config, http.MethodGet, u.String())
+	executor, err := remotecommand.NewWebSocketExecutor(w.caller(), http.MethodGet, u.String())
 	if err != nil {
 		return err
 	}
@@ -324,8 +324,7 @@ func echoServer(t *testing.T) string {
 }
 
 func forward(ctx context.Context, c *caller, w *world, port string) error {
-	dialer, err := portforward.NewSPDYOverWebsocketDialer(w.pod("portforward"),
-		agent.Caller(w.cp, harness.AgentID, harness.AgentToken))
+	dialer, err := portforward.NewSPDYOverWebsocketDialer(w.pod("portforward"), w.caller())
 	if err != nil {
 		return err
 	}

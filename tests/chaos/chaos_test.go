@@ -19,7 +19,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/pipeops/vm-agent/tests/harness"
-	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/ledger"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -62,13 +61,13 @@ const header = `| fault | reads: longest gap; errors | events, exec, logs, port-
 | --- | --- | --- | --- | --- | --- |
 `
 
-// strike does what break_ does while callers call, waits until all have recovered, and compares what they know with
+// strike does what breaks does while callers call, waits until all have recovered, and compares what they know with
 // what is stored. It returns a line of the table.
 func (r *run) strike(t *testing.T, name string, breaks func() error) string {
 	t.Helper()
 	ctx := t.Context()
 	r.strikes++
-	config := agent.Caller(r.cp, harness.AgentID, harness.AgentToken)
+	config := r.caller()
 	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return slowly{next} })
 	l, err := ledger.New(config, namespace, fmt.Sprintf("strike-%d", r.strikes))
 	if err != nil {

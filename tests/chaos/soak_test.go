@@ -15,10 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"k8s.io/client-go/kubernetes"
-
-	"github.com/pipeops/vm-agent/tests/harness"
-	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/process"
 )
@@ -34,15 +30,7 @@ func TestSoak(t *testing.T) {
 	r := newRun(t)
 	r.cp.SetTerms(controlplane.Terms{Life: 5 * time.Minute})
 	for range number(t, "SOAK_WATCHES", 20) {
-		config := agent.Caller(r.cp, harness.AgentID, harness.AgentToken)
-		config.QPS = -1
-		client, err := kubernetes.NewForConfig(config)
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.callers.add("events", func(ctx context.Context, c *caller) {
-			again(ctx, c, func() error { return watch(ctx, c, client) })
-		})
+		r.callers.addWatch()
 	}
 	var samples []sample
 	row := r.strike(t, fmt.Sprintf("none, for %s", lasts), func() error {
@@ -94,12 +82,7 @@ func (r *run) sample(ctx context.Context) (values []figure, err error) {
 	}{
 		{"proxy", r.proxy[0].pid()}, {"bootstrap", r.bootstrap[0].pid()}, {"frpc", r.frpc[0].pid()}, {"frps", r.cp.FrpsPid()},
 	} {
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
-		if err != nil {
-			return nil, err
-		}
-		_, rss, _ := strings.Cut(string(status), "VmRSS:")
-		kib, err := strconv.ParseFloat(strings.Fields(rss)[0], 64)
+		rss, err := process.Memory(p.pid, "VmRSS")
 		if err != nil {
 			return nil, err
 		}
@@ -107,7 +90,7 @@ func (r *run) sample(ctx context.Context) (values []figure, err error) {
 		if err != nil {
 			return nil, err
 		}
-		values = append(values, figure{p.name + " MiB", kib / 1024}, figure{p.name + " files", float64(len(files))})
+		values = append(values, figure{p.name + " MB", rss}, figure{p.name + " files", float64(len(files))})
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.agents[0].Operations+"/metrics", nil)
 	if err != nil {

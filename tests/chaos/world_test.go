@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
 
 	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/tests/harness"
@@ -66,9 +67,8 @@ type container struct {
 	in    func(func() error) error // its network namespace
 	probe probe
 
-	mu       sync.Mutex
-	process  *process.Process
-	restarts int
+	mu      sync.Mutex
+	process *process.Process
 }
 
 // probe is a liveness probe, as in the manifests.
@@ -113,7 +113,6 @@ func (c *container) supervise(ctx context.Context) {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			c.process = next
-			c.restarts++
 			return nil
 		})
 	}
@@ -292,6 +291,9 @@ func (w *world) startAgent(i int, kubeconfig string) (*agent.Agent, error) {
 	w.agents = append(w.agents, a)
 	return a, w.tunnel.A.Do(a.Start)
 }
+
+// caller returns the configuration of a caller through the gateway.
+func (w *world) caller() *rest.Config { return agent.Caller(w.cp, harness.AgentID, harness.AgentToken) }
 
 // inside dials from the agent's network namespace.
 func (w *world) inside(_ context.Context, network, address string) (conn net.Conn, err error) {

@@ -2,19 +2,15 @@ package main
 
 import (
 	"bufio"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"os"
 	"strconv"
 	"strings"
-	"time"
+
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // usage is what frps has used: bytes now, and seconds of a core so far.
@@ -28,10 +24,10 @@ func (f *fleet) usage() (usage, error) {
 	}
 	_, after, _ := strings.Cut(string(stat), ") ")
 	fields := strings.Fields(after)
-	user, _ := strconv.ParseFloat(fields[11], 64) // proc(5): utime and stime, in hundredths of a second; rss, in pages
+	user, _ := strconv.ParseFloat(fields[11], 64) // proc(5): utime and stime, in hundredths of a second
 	system, _ := strconv.ParseFloat(fields[12], 64)
-	pages, _ := strconv.ParseFloat(fields[21], 64)
-	return usage{pages * float64(os.Getpagesize()), (user + system) / 100}, nil
+	rss, err := process.Memory(pid, "VmRSS")
+	return usage{rss * 1e6, (user + system) / 100}, err
 }
 
 // cost returns the seconds of a core since then.
@@ -86,14 +82,4 @@ func (s *sorted) Read(p []byte) (int, error) {
 		}
 	}
 	return s.Conn.Read(p)
-}
-
-func selfSigned() (tls.Certificate, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
 }

@@ -25,6 +25,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // fault is what a mutant changes in a file.
@@ -60,7 +62,7 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	root, err := findRoot()
+	root, err := process.Root()
 	if err != nil {
 		return err
 	}
@@ -130,17 +132,6 @@ func all() (list []mutant) {
 		}
 	}
 	return list
-}
-
-// findRoot returns the repository's root, above the working directory.
-func findRoot() (string, error) {
-	dir, err := os.Getwd()
-	for ; err == nil && dir != "/"; dir = filepath.Dir(dir) {
-		if _, err := os.Stat(filepath.Join(dir, "go.work")); err == nil {
-			return dir, nil
-		}
-	}
-	return "", errors.New("run it in the repository")
 }
 
 // check returns an error unless the text occurs once and the test exists, so that the table does not rot.

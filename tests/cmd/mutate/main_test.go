@@ -1,10 +1,14 @@
 package main
 
-import "testing"
+import (
+	"testing"
+
+	"github.com/pipeops/vm-agent/tests/harness/process"
+)
 
 // TestEveryMutantCanBePlanted: its text is in the code, and its test exists. `make mutate` plants them.
 func TestEveryMutantCanBePlanted(t *testing.T) {
-	root, err := findRoot()
+	root, err := process.Root()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -62,7 +62,7 @@ type ControlPlane struct {
 	CA         []byte `json:"-"`           // the same
 	FrpsPort   int    `json:"frps_port"`
 
-	API, Plugin, Gateway *Server `json:"-"`
+	API, Gateway *Server `json:"-"`
 
 	options      Options
 	frpToken     string  // frp's shared token
@@ -146,7 +146,7 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 	if c.API, c.APIURL, err = c.serve(ctx, api, tlsConfig); err != nil {
 		return nil, err
 	}
-	if c.Plugin, c.pluginURL, err = c.serve(ctx, http.HandlerFunc(c.plugin), nil); err != nil {
+	if _, c.pluginURL, err = c.serve(ctx, http.HandlerFunc(c.plugin), nil); err != nil {
 		return nil, err
 	}
 	if !options.Token {
@@ -170,7 +170,7 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 func (c *ControlPlane) serve(
 	ctx context.Context, handler http.Handler, tlsConfig *tls.Config,
 ) (*Server, string, error) {
-	s := &Server{address: net.JoinHostPort(c.options.IP, "0"), tls: tlsConfig != nil, make: func() *http.Server {
+	s := &Server{address: net.JoinHostPort(c.options.IP, "0"), make: func() *http.Server {
 		server := &http.Server{
 			Handler: handler, ReadHeaderTimeout: 30 * time.Second,
 			ErrorLog: slog.NewLogLogger(c.options.Log.Handler(), slog.LevelDebug),

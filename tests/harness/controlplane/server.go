@@ -12,7 +12,6 @@ type Server struct {
 	address string
 	make    func() *http.Server
 	running *http.Server
-	tls     bool
 	frozen  sync.RWMutex
 }
 
@@ -24,7 +23,7 @@ func (s *Server) Start(ctx context.Context) error {
 	}
 	s.address, s.running = listener.Addr().String(), s.make()
 	go func(server *http.Server, listener net.Listener) {
-		if s.tls {
+		if server.TLSConfig != nil {
 			_ = server.ServeTLS(listener, "", "")
 		} else {
 			_ = server.Serve(listener)
