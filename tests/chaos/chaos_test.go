@@ -34,12 +34,13 @@ type run struct {
 
 	callers *callers
 	strikes int
+	pause   time.Duration // of a writer before each write, so that a long run does not fill etcd
 }
 
 func newRun(t *testing.T) *run {
 	t.Helper()
 	w := newWorld(t)
-	r := &run{world: w, callers: startCallers(t, w)}
+	r := &run{world: w, callers: startCallers(t, w), pause: 200 * time.Millisecond}
 	if err := process.Poll(t.Context(), time.Minute, nil, func() error {
 		for _, c := range r.callers.all {
 			c.mu.Lock()
@@ -68,7 +69,7 @@ func (r *run) strike(t *testing.T, name string, breaks func() error) string {
 	ctx := t.Context()
 	r.strikes++
 	config := r.caller()
-	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return slowly{next} })
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return slowly{next, r.pause} })
 	l, err := ledger.New(config, namespace, fmt.Sprintf("strike-%d", r.strikes))
 	if err != nil {
 		t.Fatal(err)
@@ -122,11 +123,14 @@ func (r *run) strike(t *testing.T, name string, breaks func() error) string {
 	return row
 }
 
-// slowly sends requests with a pause, so that a long run does not fill etcd.
-type slowly struct{ next http.RoundTripper }
+// slowly sends each request after a pause.
+type slowly struct {
+	next  http.RoundTripper
+	pause time.Duration
+}
 
 func (s slowly) RoundTrip(r *http.Request) (*http.Response, error) {
-	pause(r.Context(), 200*time.Millisecond)
+	pause(r.Context(), s.pause)
 	return s.next.RoundTrip(r)
 }
 

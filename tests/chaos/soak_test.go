@@ -32,6 +32,7 @@ func TestSoak(t *testing.T) {
 	for range number(t, "SOAK_WATCHES", 20) {
 		r.callers.addWatch()
 	}
+	r.pause = time.Second
 	var samples []sample
 	row := r.strike(t, fmt.Sprintf("none, for %s", lasts), func() error {
 		every := min(15*time.Second, lasts/10)
@@ -86,11 +87,19 @@ func (r *run) sample(ctx context.Context) (values []figure, err error) {
 		if err != nil {
 			return nil, err
 		}
-		files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.pid))
+		dir := fmt.Sprintf("/proc/%d/fd", p.pid)
+		files, err := os.ReadDir(dir)
 		if err != nil {
 			return nil, err
 		}
-		values = append(values, figure{p.name + " MB", rss}, figure{p.name + " files", float64(len(files))})
+		sockets := 0
+		for _, file := range files {
+			if to, err := os.Readlink(filepath.Join(dir, file.Name())); err == nil && strings.HasPrefix(to, "socket:") {
+				sockets++
+			}
+		}
+		values = append(values, figure{p.name + " MB", rss}, figure{p.name + " files", float64(len(files))},
+			figure{p.name + " connections", float64(sockets)})
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.agents[0].Operations+"/metrics", nil)
 	if err != nil {

@@ -197,6 +197,10 @@ func (w *world) start(ctx context.Context) (err error) {
 	w.t.Cleanup(w.api.Close)
 	w.api.Silent.Store(false)
 	config.Host, config.ServerName = "https://"+w.api.Addr, server.Hostname()
+	config.BearerToken, config.BearerTokenFile = "", filepath.Join(w.group.Dir(), "token")
+	if err := w.writeToken(ctx, config.BearerTokenFile); err != nil {
+		return err
+	}
 	kubeconfig := filepath.Join(w.group.Dir(), "agent.kubeconfig")
 	if err := cluster.WriteKubeconfig(kubeconfig, config); err != nil {
 		return err
@@ -229,6 +233,7 @@ func (w *world) start(ctx context.Context) (err error) {
 	running, stop := context.WithCancel(ctx)
 	var supervisors sync.WaitGroup
 	w.t.Cleanup(func() { stop(); supervisors.Wait() })
+	supervisors.Go(func() { w.rotateToken(running, config.BearerTokenFile) })
 	add := func(to *[]*container, p *process.Process, in func(func() error) error, probe probe) {
 		c := &container{in: in, process: p, probe: probe}
 		*to = append(*to, c)
@@ -266,6 +271,33 @@ func (w *world) start(ctx context.Context) (err error) {
 		w.t.Cleanup(stopPod)
 	}
 	return err
+}
+
+// tokenLife is the life of the agent's token for the API server: the shortest that there is.
+const tokenLife = 10 * time.Minute
+
+func (w *world) writeToken(ctx context.Context, path string) error {
+	token, err := w.cluster.Token(ctx, cluster.AgentNamespace, cluster.AgentAccount, tokenLife)
+	if err == nil {
+		err = os.WriteFile(path+".new", []byte(token), 0o600)
+	}
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	return err
+}
+
+// rotateToken does the kubelet's work of replacing the agent's token in time, until ctx ends.
+func (w *world) rotateToken(ctx context.Context, path string) {
+	for wait := tokenLife / 2; ; {
+		pause(ctx, wait)
+		if ctx.Err() != nil {
+			return
+		}
+		if wait = tokenLife / 2; w.writeToken(ctx, path) != nil {
+			wait = 10 * time.Second // the API server is away
+		}
+	}
 }
 
 // hostsFile is what resolves names: there is no DNS.

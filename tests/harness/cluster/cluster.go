@@ -250,15 +250,20 @@ func (c *Cluster) Account(ctx context.Context, namespace, name string) (*rest.Co
 		!apierrors.IsAlreadyExists(err) {
 		return nil, err
 	}
-	day := int64(24 * 60 * 60)
-	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &day}}
+	config := rest.CopyConfig(c.Config)
+	config.BearerToken, err = c.Token(ctx, namespace, name, 24*time.Hour)
+	return config, err
+}
+
+// Token returns a token of a ServiceAccount, which lives for 10 minutes at least.
+func (c *Cluster) Token(ctx context.Context, namespace, name string, life time.Duration) (string, error) {
+	seconds := int64(life.Seconds())
+	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}
 	answer, err := c.Client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, name, request, metav1.CreateOptions{})
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	config := rest.CopyConfig(c.Config)
-	config.BearerToken = answer.Status.Token
-	return config, nil
+	return answer.Status.Token, nil
 }
 
 // ServiceAccount makes a ServiceAccount with a cluster role, and returns a configuration that acts as it.
@@ -295,10 +300,13 @@ func (c *Cluster) Bind(ctx context.Context, namespace, clusterRole string, subje
 	return err
 }
 
+// AgentNamespace and AgentAccount name the agent's ServiceAccount.
+const AgentNamespace, AgentAccount = "pipeops-system", "pipeops-agent"
+
 // WriteAgentKubeconfig writes the agent's kubeconfig and returns the same as a configuration. The agent acts as a
 // ServiceAccount with cluster-admin.
 func (c *Cluster) WriteAgentKubeconfig(ctx context.Context, path string) (*rest.Config, error) {
-	config, err := c.ServiceAccount(ctx, "pipeops-system", "pipeops-agent", "cluster-admin")
+	config, err := c.ServiceAccount(ctx, AgentNamespace, AgentAccount, "cluster-admin")
 	if err != nil {
 		return nil, err
 	}
@@ -310,8 +318,8 @@ func WriteKubeconfig(path string, config *rest.Config) error {
 	k := clientcmdapi.NewConfig()
 	k.Clusters["cluster"] = &clientcmdapi.Cluster{Server: config.Host, CertificateAuthorityData: config.CAData,
 		InsecureSkipTLSVerify: config.Insecure, TLSServerName: config.ServerName}
-	k.AuthInfos["user"] = &clientcmdapi.AuthInfo{Token: config.BearerToken, Exec: config.ExecProvider,
-		ClientCertificateData: config.CertData, ClientKeyData: config.KeyData}
+	k.AuthInfos["user"] = &clientcmdapi.AuthInfo{Token: config.BearerToken, TokenFile: config.BearerTokenFile,
+		Exec: config.ExecProvider, ClientCertificateData: config.CertData, ClientKeyData: config.KeyData}
 	k.Contexts["context"] = &clientcmdapi.Context{Cluster: "cluster", AuthInfo: "user"}
 	k.CurrentContext = "context"
 	return clientcmd.WriteToFile(*k, path)
