@@ -205,7 +205,8 @@ func startDraining(t *testing.T, w *world) {
 	})
 }
 
-// TestExecFinishesDuringADrain checks that running streams go on, and that new requests are told to retry.
+// TestExecFinishesDuringADrain checks that running streams go on, that calls are answered, and that new streams are
+// told to retry once the tunnel is withdrawn.
 func TestExecFinishesDuringADrain(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
@@ -213,10 +214,18 @@ func TestExecFinishesDuringADrain(t *testing.T) {
 	runningPod(t, ns)
 	s := startSession(t, w, ns)
 	startDraining(t, w)
-	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version",
-		http.Header{"Authorization": {"Bearer " + agentToken}})
-	if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
-		t.Errorf("a new request: %s %v %s", resp.Status, resp.Header, body)
+	token := http.Header{"Authorization": {"Bearer " + agentToken}}
+	log := w.agent.Tunnel + "/api/k8s/api/v1/namespaces/" + ns + "/pods/pod/log"
+	eventually(t, func() error {
+		resp, body := get(t, http.DefaultClient, log, token)
+		if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
+			return fmt.Errorf("a new stream: %s %v %s", resp.Status, resp.Header, body)
+		}
+		return nil
+	})
+	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", token)
+	if resp.StatusCode != http.StatusOK {
+		t.Errorf("a call: %s %s", resp.Status, body)
 	}
 	if _, err := io.WriteString(s.stdin, "hello\n"); err != nil {
 		t.Fatal(err)
