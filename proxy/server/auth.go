@@ -210,9 +210,8 @@ func (s *Server) identify(sc *scope, r *http.Request) (code int, why string) {
 }
 
 // protect returns a handler that calls next for authenticated requests that the cluster's owner and the gate admit.
-// Those for the Kubernetes API need what they ask for, and others needs. While the agent drains, the gate admits them
-// only if whileDraining.
-func (s *Server) protect(next http.HandlerFunc, needs access.Level, whileDraining bool) http.HandlerFunc {
+// Those for the Kubernetes API need what they ask for, and others needs.
+func (s *Server) protect(next http.HandlerFunc, needs access.Level) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		sc := scopeOf(r)
 		sc.needs = needs
@@ -235,7 +234,7 @@ func (s *Server) protect(next http.HandlerFunc, needs access.Level, whileDrainin
 			}
 		}
 		sc.authenticated = true
-		switch why := s.gate.enter(sc, sc.headers, whileDraining); why {
+		switch why := s.gate.enter(sc, sc.headers); why {
 		case "":
 			defer s.gate.leave(sc)
 			sc.admitted = true
@@ -247,7 +246,6 @@ func (s *Server) protect(next http.HandlerFunc, needs access.Level, whileDrainin
 			next(w, r)
 		case shuttingDown:
 			sc.outcome = "limit"
-			w.Header().Set("Connection", "close") // the caller's next write must not meet a closing connection
 			fail(w, r, http.StatusServiceUnavailable, why, 1)
 		default:
 			sc.outcome = "limit"

@@ -325,7 +325,7 @@ func TestRightsOfStreamsAreReviewedWithin30Seconds(t *testing.T) {
 		sc.start = time.Now().Add(-time.Minute)
 		sc.Verb, sc.Resource, sc.Name = "watch", "pods", fmt.Sprint(i)
 		sc.right = &right{Description: sc.Description}
-		if why := s.gate.enter(sc, 0, false); why != "" {
+		if why := s.gate.enter(sc, 0); why != "" {
 			t.Fatal(why)
 		}
 	}
@@ -361,7 +361,7 @@ func TestSessionOutlivesItsToken(t *testing.T) {
 		if code, why := s.identify(sc, r); code != 0 || sc.right == nil {
 			t.Fatal(why)
 		}
-		if why := s.gate.enter(sc, 0, false); why != "" {
+		if why := s.gate.enter(sc, 0); why != "" {
 			t.Fatal(why)
 		}
 		s.review(t.Context(), *sc.right, sc)
@@ -383,7 +383,7 @@ func TestOwnerEndsOnlyWhatNeedsMore(t *testing.T) {
 	for _, needs := range []access.Level{access.None, access.Read, access.Write, access.All} {
 		sc := requestOf("a")
 		sc.needs = needs
-		if why := s.gate.enter(sc, 0, false); why != "" {
+		if why := s.gate.enter(sc, 0); why != "" {
 			t.Fatal(why)
 		}
 		all = append(all, sc)

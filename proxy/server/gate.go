@@ -11,7 +11,7 @@ import (
 	"github.com/pipeops/vm-agent/proxy/kube"
 )
 
-// shuttingDown is the answer to requests that arrive while the gate is closed.
+// shuttingDown is the answer to streams that arrive while the gate is closed.
 const shuttingDown = "this instance of the agent is shutting down: try again, the next one will answer"
 
 // gate admits authenticated requests within the limits, and ends stalled ones. Safe for concurrent use.
@@ -20,13 +20,13 @@ type gate struct {
 	refused func(limit string) // counts a refusal
 	log     *slog.Logger
 
+	draining atomic.Bool // connections end with their next answer, because the agent shuts down
+	closed   atomic.Bool // and new streams are refused
+
 	mu      sync.Mutex
 	running map[*scope]struct{}
 	memory  int64            // bytes that they have reserved
 	callers map[string]usage // by share
-	closed  atomic.Bool      // set while mu is held
-	empty   chan struct{}    // is closed once the gate is closed and no request runs
-	drained sync.Once
 }
 
 // usage is how much of the limits is in use, by one caller or all.
@@ -37,11 +37,11 @@ type usage struct {
 
 // enter admits a request whose headers use so many bytes of memory, and returns why not, or "": then leave must follow.
 // One caller has at most three times what is free: alone three quarters of all, beside others less, so that there is
-// always room for one more. Once the gate is closed, enter admits only whileDraining.
-func (g *gate) enter(sc *scope, headers int64, whileDraining bool) (refusal string) {
+// always room for one more. Once the gate is closed, enter admits only calls.
+func (g *gate) enter(sc *scope, headers int64) (refusal string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed.Load() && !whileDraining {
+	if g.closed.Load() && (sc.isStream() || sc.ended() != nil) {
 		return shuttingDown
 	}
 	own, free := g.callers[sc.share].requests, g.limits.requests-len(g.running)
@@ -97,22 +97,6 @@ func (g *gate) leave(sc *scope) {
 	defer g.mu.Unlock()
 	delete(g.running, sc)
 	g.add(sc.share, usage{-1, -sc.memory})
-	g.closeEmpty()
-}
-
-// close begins the drain.
-func (g *gate) close() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.closed.Store(true)
-	g.closeEmpty()
-}
-
-// closeEmpty closes empty, once, when no request runs any more. g.mu is held.
-func (g *gate) closeEmpty() {
-	if g.closed.Load() && len(g.running) == 0 {
-		g.drained.Do(func() { close(g.empty) })
-	}
 }
 
 func (g *gate) inUse() usage {

@@ -24,39 +24,30 @@ func gateOf(l limits) (g *gate, refusals map[string]int) {
 	refusals = map[string]int{}
 	return &gate{
 		limits: &l, refused: func(limit string) { refusals[limit]++ }, log: slog.New(slog.DiscardHandler),
-		running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),
+		running: map[*scope]struct{}{}, callers: map[string]usage{},
 	}, refusals
 }
 
 // requestOf returns a request of a caller, as far as a gate knows it.
 func requestOf(share string) *scope {
-	return &scope{share: share, cancel: func(error) {}, conn: inbound.From(context.Background())}
-}
-
-func (g *gate) isEmpty() bool {
-	select {
-	case <-g.empty:
-		return true
-	default:
-		return false
-	}
+	return &scope{share: share, ended: func() error { return nil }, cancel: func(error) {}, conn: inbound.From(context.Background())}
 }
 
 // TestOneCallerLeavesPlacesForOthers: alone it has three quarters, and whoever is new gets a place until none is left.
 func TestOneCallerLeavesPlacesForOthers(t *testing.T) {
 	g, refusals := gateOf(limits{requests: 100, requestMemory: 1 << 30})
 	own := 0
-	for ; own <= 100 && g.enter(requestOf("greedy"), 0, false) == ""; own++ {
+	for ; own <= 100 && g.enter(requestOf("greedy"), 0) == ""; own++ {
 	}
 	if own != 75 || refusals["caller"] != 1 {
 		t.Errorf("one caller has %d of 100 places, refused %v", own, refusals)
 	}
 	for i := range 25 {
-		if why := g.enter(requestOf(strconv.Itoa(i)), 0, false); why != "" {
+		if why := g.enter(requestOf(strconv.Itoa(i)), 0); why != "" {
 			t.Fatalf("the new caller %d is refused: %s", i, why)
 		}
 	}
-	if g.enter(requestOf("late"), 0, false) == "" || refusals["requests"] != 1 || g.inUse().requests != 100 {
+	if g.enter(requestOf("late"), 0) == "" || refusals["requests"] != 1 || g.inUse().requests != 100 {
 		t.Errorf("%d of 100 run, refused %v", g.inUse().requests, refusals)
 	}
 }
@@ -67,12 +58,12 @@ func TestFullGateEndsAStalledRequest(t *testing.T) {
 	stalled := make([]*scope, 3)
 	for i := range stalled {
 		stalled[i] = requestOf(strconv.Itoa(i))
-		if why := g.enter(stalled[i], 0, false); why != "" {
+		if why := g.enter(stalled[i], 0); why != "" {
 			t.Fatal(why)
 		}
 		stalled[i].blocked.Store(time.Now().Add(time.Duration(i-10) * time.Second).UnixNano())
 	}
-	if g.enter(requestOf("new"), 0, false) == "" {
+	if g.enter(requestOf("new"), 0) == "" {
 		t.Error("a request more than the limit is admitted")
 	}
 	if !stalled[0].aborted || stalled[1].aborted || stalled[2].aborted || refusals["requests"] != 2 {
@@ -86,7 +77,7 @@ func TestGateCountsMemory(t *testing.T) {
 	for optional, want := range map[bool]int{false: 750, true: 500} {
 		g, refusals := gateOf(limits{requests: 10, requestMemory: 1000})
 		sc := requestOf("greedy")
-		if why := g.enter(sc, 100, false); why != "" || g.inUse() != (usage{1, 100}) {
+		if why := g.enter(sc, 100); why != "" || g.inUse() != (usage{1, 100}) {
 			t.Fatalf("%s, %v in use", why, g.inUse())
 		}
 		got := 100
@@ -96,10 +87,10 @@ func TestGateCountsMemory(t *testing.T) {
 			t.Errorf("optional %v: one caller has %d of 1000 bytes, want %d; refused %v", optional, got, want, refusals)
 		}
 		other := requestOf("other")
-		if why := g.enter(other, 100, false); why != "" {
+		if why := g.enter(other, 100); why != "" {
 			t.Errorf("another caller is refused: %s", why)
 		}
-		if g.enter(requestOf("large"), 2000, false) == "" {
+		if g.enter(requestOf("large"), 2000) == "" {
 			t.Error("headers larger than all memory are admitted")
 		}
 		g.leave(sc)
@@ -110,39 +101,25 @@ func TestGateCountsMemory(t *testing.T) {
 	}
 }
 
-// TestGateIsEmptyOnceTheLastRequestHasLeft: not before it, and not while it is open.
-func TestGateIsEmptyOnceTheLastRequestHasLeft(t *testing.T) {
+// TestClosedGateAdmitsCallsAlone: until their contexts end.
+func TestClosedGateAdmitsCallsAlone(t *testing.T) {
 	g, _ := gateOf(limits{requests: 10, requestMemory: 1 << 20})
-	call, stream, status := requestOf("a"), requestOf("b"), requestOf("c")
-	for _, sc := range []*scope{call, stream} {
-		if why := g.enter(sc, 0, false); why != "" {
-			t.Fatal(why)
+	call, watch, log := requestOf("a"), requestOf("b"), requestOf("c")
+	watch.Verb, log.Subresource = "watch", "log"
+	g.closed.Store(true)
+	for _, sc := range []*scope{watch, log} {
+		if why := g.enter(sc, 0); why != shuttingDown {
+			t.Errorf("a new stream is answered %q", why)
 		}
 	}
-	g.leave(call)
-	if g.close(); g.isEmpty() {
-		t.Error("empty with a stream left")
+	if why := g.enter(call, 0); why != "" {
+		t.Errorf("a new call is refused: %s", why)
 	}
-	if why := g.enter(requestOf("a"), 0, false); why != shuttingDown {
-		t.Errorf("a new call is answered %q", why)
+	cut := requestOf("d")
+	cut.ended = func() error { return context.Canceled }
+	if why := g.enter(cut, 0); why != shuttingDown {
+		t.Errorf("a call that comes after the drain timeout is answered %q", why)
 	}
-	if why := g.enter(status, 0, true); why != "" {
-		t.Errorf("a request for the status is refused: %s", why)
-	}
-	if g.leave(status); g.isEmpty() {
-		t.Error("empty with a stream left")
-	}
-	if g.leave(stream); !g.isEmpty() {
-		t.Error("not empty after the last request")
-	}
-	idle, _ := gateOf(limits{})
-	if idle.isEmpty() {
-		t.Error("an open gate is empty")
-	}
-	if idle.close(); !idle.isEmpty() {
-		t.Error("not empty, though nothing ran")
-	}
-	idle.close() // again
 }
 
 // TestRevokedRequestsEndOnce: those that match, with the cause; a caller who does not read loses the connection.
@@ -152,7 +129,7 @@ func TestRevokedRequestsEndOnce(t *testing.T) {
 	enter := func(share string) *scope {
 		sc := requestOf(share)
 		sc.cancel = func(why error) { ended = append(ended, why) }
-		if why := g.enter(sc, 0, false); why != "" {
+		if why := g.enter(sc, 0); why != "" {
 			t.Fatal(why)
 		}
 		return sc
@@ -191,7 +168,7 @@ func TestStalledRequestsOfOneCallerEndFirst(t *testing.T) {
 	now := time.Now()
 	stalled := func(share string, since time.Duration) *scope {
 		sc := requestOf(share)
-		if why := g.enter(sc, 0, false); why != "" {
+		if why := g.enter(sc, 0); why != "" {
 			t.Fatal(why)
 		}
 		sc.blocked.Store(now.Add(-since).UnixNano())
@@ -251,7 +228,7 @@ func TestStalledKindsHaveTheirOwnLimits(t *testing.T) {
 		g, refusals := gateOf(l)
 		now := time.Now()
 		for i := range 50 {
-			if why := g.enter(test.make(now.Add(time.Duration(i)*time.Millisecond)), 0, false); why != "" {
+			if why := g.enter(test.make(now.Add(time.Duration(i)*time.Millisecond)), 0); why != "" {
 				t.Fatal(why)
 			}
 		}

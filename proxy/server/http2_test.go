@@ -180,11 +180,11 @@ func TestConnectionOfHTTP2IsReplaced(t *testing.T) {
 		}
 	}
 	s.limits.connectionAge = time.Hour
-	s.gate.close()
+	s.gate.draining.Store(true)
 	for i := range 3 {
 		resp := get(t, client, "/api/v1/pods", token)
 		_, _ = io.Copy(io.Discard, resp.Body)
-		if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") != "1" || dials() != i+7 {
+		if resp.StatusCode != http.StatusOK || dials() != i+7 {
 			t.Errorf("draining: %s, %d connections were made", resp.Status, dials())
 		}
 	}

@@ -40,8 +40,8 @@ func (s *Server) addChecks() {
 		agentapi.CheckKubernetes: {age: checkAge, run: s.api.CheckReady},
 		agentapi.CheckTunnel:     {age: checkAge, run: s.tunnel.run},
 		agentapi.CheckShutdown: {run: func(context.Context) error {
-			if s.gate.closed.Load() {
-				return errors.New("the agent is shutting down and accepts no new requests")
+			if s.gate.draining.Load() {
+				return errors.New("the agent is shutting down")
 			}
 			return nil
 		}},

@@ -56,7 +56,7 @@ func (s *Server) routes(l listener) []route {
 		{method: "GET", path: "/api/agent/status", on: tunnel, bearer: true, handler: s.getStatus},
 		{method: "POST", path: "/api/agent/heartbeat", on: tunnel, bearer: true, handler: s.postHeartbeat},
 		{method: "POST", path: "/api/control-plane/message", on: tunnel, bearer: true, handler: s.postMessage},
-		{method: "POST", path: commandPattern, on: tunnel, bearer: true, needs: access.All, handler: s.postCommand},
+		{method: "POST", path: "/api/runners/{runner_id}/command", on: tunnel, bearer: true, needs: access.All, handler: s.postCommand},
 		{method: "GET", path: "/openapi.yaml", on: tunnel, handler: getOpenAPI},
 		{method: "GET", path: "/metrics", on: both, bearer: true, handler: s.metrics.handler.ServeHTTP},
 		{method: "GET", path: agentapi.ActivityPath, on: operations, handler: s.getActivity},
@@ -68,14 +68,12 @@ func (s *Server) getActivity(w http.ResponseWriter, _ *http.Request) {
 	answer.WriteJSON(w, http.StatusOK, agentapi.Activity{RequestsInFlight: s.metrics.inFlight[tunnel].Load()})
 }
 
-const commandPattern = "/api/runners/{runner_id}/command"
-
 func (s *Server) handler(l listener) http.Handler {
 	mux := http.NewServeMux()
 	for _, r := range s.routes(l) {
 		handler := r.handler
 		if r.bearer && l == tunnel {
-			handler = s.protect(handler, r.needs, r.path != commandPattern)
+			handler = s.protect(handler, r.needs)
 		}
 		mux.HandleFunc(r.method+" "+r.path, handler)
 		allow := strings.Replace(r.method, "GET", "GET, HEAD", 1)
@@ -84,7 +82,7 @@ func (s *Server) handler(l listener) http.Handler {
 			answer.WriteProblem(w, http.StatusMethodNotAllowed, "use "+allow)
 		})
 	}
-	kubernetes, notFound := s.protect(s.kubernetes, access.None, false), notFound(l)
+	kubernetes, notFound := s.protect(s.kubernetes, access.None), notFound(l)
 	mux.HandleFunc("/", notFound)
 	return s.observe(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		sent, _, _ := strings.Cut(r.RequestURI, "?") // not decoded

@@ -83,7 +83,7 @@ func (s *Server) observe(l listener, next http.Handler) http.Handler {
 		if sc.http2 = r.ProtoMajor == 2; sc.http2 {
 			r.TLS = sc.conn.State
 		}
-		sc.renew = sc.http2 && (time.Since(sc.conn.Begun) > s.limits.connectionAge || s.gate.closed.Load())
+		sc.renew = s.gate.draining.Load() || sc.http2 && time.Since(sc.conn.Begun) > s.limits.connectionAge
 		if !sc.conn.HeadersRead(sc.headers) {
 			panic(http.ErrAbortHandler)
 		}
@@ -187,7 +187,7 @@ func (s *scope) WriteHeader(code int) {
 			}
 		}
 		if s.renew {
-			s.Header().Set("Connection", "close") // net/http sends GOAWAY: what runs goes on
+			s.Header().Set("Connection", "close") // over HTTP/2, net/http sends GOAWAY: what runs goes on
 		}
 	}
 	s.ResponseWriter.WriteHeader(code)

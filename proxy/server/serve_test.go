@@ -60,27 +60,28 @@ type serving struct {
 	*Server
 	*messages
 
-	tunnel       string        // address
-	slow, status chan struct{} // closed to let the API server answer
-	stop         func()
-	ended        chan error
+	tunnel      string        // address
+	slow, ready chan struct{} // closed to let the API server answer
+	unready     atomic.Bool   // it does not answer /readyz at once
+	stop        func()
+	ended       chan error
 }
 
-// serve runs a server with changes of its configuration. The API server answers /slow and /version when slow and status
-// are closed, and ends no watch.
+// serve runs a server with changes of its configuration. The API server answers /slow, and /readyz while it is
+// unready, when slow and ready are closed, and ends no watch.
 func serve(t *testing.T, allow *atomic.Value, change func(*config.Config)) *serving {
 	t.Helper()
 	s := &serving{
-		messages: &messages{}, slow: make(chan struct{}), status: make(chan struct{}), ended: make(chan error, 1),
+		messages: &messages{}, slow: make(chan struct{}), ready: make(chan struct{}), ended: make(chan error, 1),
 	}
-	hold := map[string]chan struct{}{"/slow": s.slow, "/version": s.status}
+	hold := map[string]chan struct{}{"/slow": s.slow, "/readyz": s.ready}
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.URL.Query().Has("watch"):
 			silent(w, r)
 		case strings.HasSuffix(r.URL.Path, "/configmaps/owner"):
 			_, _ = fmt.Fprintf(w, `{"data":{"allow":%q}}`, allow.Load())
-		case hold[r.URL.Path] != nil:
+		case hold[r.URL.Path] != nil && (r.URL.Path != "/readyz" || s.unready.Load()):
 			select {
 			case <-hold[r.URL.Path]:
 				_, _ = io.WriteString(w, `{"gitVersion":"v1.2.3"}`)
@@ -171,29 +172,35 @@ func wants(t *testing.T, what string, got <-chan string, parts ...string) {
 	}
 }
 
-// TestDrainWaitsForWhatRuns: calls end by themselves and watches at once; new calls are told to try again, on an open
-// port, until the last answer is sent.
+// TestDrainWaitsForWhatRuns: everything is answered until frpc has withdrawn the tunnel. Then watches end, new streams
+// are told to try again, and calls are answered until the last connection is closed.
 func TestDrainWaitsForWhatRuns(t *testing.T) {
 	t.Parallel()
 	s := serve(t, nil, func(*config.Config) {})
-	call, watch := s.asks(t, "GET /api/k8s/slow"), s.asks(t, "GET /api/k8s/api/v1/pods?watch=1")
+	const newWatch = "GET /api/k8s/api/v1/pods?watch=1"
+	slow, watch := s.asks(t, "GET /api/k8s/slow"), s.asks(t, newWatch)
 	eventually(t, func() bool { return inUse(s.Server) == 2 })
 	s.stop()
-	wants(t, "a watch", watch, "200 OK")
-	for _, request := range []string{"GET /api/k8s/version", "POST /api/runners/r/command"} {
-		wants(t, request, s.asks(t, request), "503 Service", "Retry-After: 1\r\n", "Connection: close", shuttingDown)
-	}
+	eventually(t, func() bool { return s.has("draining") })
 	wants(t, "frpc's health check", s.asks(t, "GET /ready?only=shutdown"), "503 Service", "shutting down")
+	late := s.asks(t, newWatch)
+	wants(t, "a call before the tunnel is withdrawn", s.asks(t, "GET /api/k8s/quick"), "200 OK", "Connection: close")
+	wants(t, "a watch", watch, "200 OK")
+	wants(t, "a watch of before the tunnel was withdrawn", late, "200 OK", "Connection: close")
+	wants(t, "a new watch", s.asks(t, newWatch), "503 Service", "Retry-After: 1\r\n", "Connection: close", shuttingDown)
+	wants(t, "a call", s.asks(t, "GET /api/k8s/quick"), "200 OK", "Connection: close")
 	wants(t, "a heartbeat", s.asks(t, "POST /api/agent/heartbeat"), "200 OK", "alive")
+	<-time.After(time.Second) // as callers are told to wait
+	wants(t, "a caller who tries again", s.asks(t, newWatch), "503 Service", "Retry-After: 1\r\n")
+	<-time.After(3 * time.Second)
 	if s.has("drained") || inUse(s.Server) != 1 {
 		t.Errorf("drained, though %d requests run", inUse(s.Server))
 	}
+	s.unready.Store(true)
+	last := s.asks(t, "GET /ready?only=kubernetes") // is not waited for
+	eventually(t, func() bool { return s.metrics.inFlight[tunnel].Load() == 2 })
 	close(s.slow)
-	wants(t, "the call", call, "200 OK", "v1.2.3")
-	eventually(t, func() bool { return s.has("drained") })
-	<-time.After(time.Second) // as callers are told to wait
-	wants(t, "a caller who tries again", s.asks(t, "GET /api/k8s/version"), "503 Service", "Retry-After: 1\r\n")
-	status := s.asks(t, "GET /api/agent/status")
+	wants(t, "the call", slow, "200 OK", "v1.2.3")
 	eventually(t, func() bool { // until Run waits for the last answers
 		conn, err := net.Dial("tcp", s.tunnel)
 		if err == nil {
@@ -201,10 +208,10 @@ func TestDrainWaitsForWhatRuns(t *testing.T) {
 		}
 		return errors.Is(err, syscall.ECONNREFUSED)
 	})
-	close(s.status)
-	wants(t, "the last request", status, "200 OK", "v1.2.3")
-	if err := <-s.ended; err != nil {
-		t.Error(err)
+	close(s.ready)
+	wants(t, "the last request", last, "200 OK")
+	if err := <-s.ended; err != nil || !s.has("drained") {
+		t.Errorf("ended with %v", err)
 	}
 }
 

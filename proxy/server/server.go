@@ -77,7 +77,7 @@ func New(cfg *config.Config, api *rest.Config, memory int64, log *slog.Logger) (
 		api:   client,
 		gate: &gate{
 			limits: limits, refused: refused, log: log,
-			running: map[*scope]struct{}{}, callers: map[string]usage{}, empty: make(chan struct{}),
+			running: map[*scope]struct{}{}, callers: map[string]usage{},
 		},
 		runners: runners.New(client, cfg, func() { refused("commands") }, log),
 	}
@@ -160,18 +160,22 @@ func (s *Server) Run(ctx context.Context) error {
 		return err
 	case <-ctx.Done():
 	}
-	// Both listeners stay open: new requests are told to retry, and probes that the agent drains.
+	// Calls are still answered, but each answer ends its connection, and frpc withdraws the tunnel: when the last
+	// connections are closed, their callers have gone to another instance.
 	s.log.Info("draining", "drain_timeout", proxy.DrainTimeout.String())
-	s.gate.close()
-	s.kube.Drain()
-	select {
-	case <-s.gate.empty:
-		s.log.Info("drained")
-	case <-time.After(proxy.DrainTimeout):
-		s.log.Warn("drain timeout reached: cutting the remaining requests")
+	time.AfterFunc(proxy.DrainTimeout, func() {
+		s.log.Warn("drain timeout reached: cutting the remaining requests", "requests", s.gate.inUse().requests)
 		cut(kube.ErrShutdown)
+	})
+	s.gate.draining.Store(true)
+	time.Sleep(2 * time.Second) // frpc asks once a second
+	s.gate.closed.Store(true)
+	s.kube.Drain()
+	time.Sleep(3 * time.Second) // whoever was refused tries again after 1 s
+	idle := func(context.Context) (bool, error) { return s.gate.inUse().requests == 0, nil }
+	if _ = wait.PollUntilContextCancel(requests, 100*time.Millisecond, true, idle); requests.Err() == nil {
+		s.log.Info("drained")
 	}
-	time.Sleep(3 * time.Second) // a caller that retries after 1 s, as told, must get an answer, not a closed connection
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
 	for _, server := range servers {

@@ -334,7 +334,7 @@ func TestReadyReportsItsChecks(t *testing.T) {
 	if code, a := ready(operations, "/ready?exclude=tunnel"); code != 200 || len(a.Checks) != 2 {
 		t.Errorf("without the tunnel: %d %+v", code, a)
 	}
-	s.gate.close()
+	s.gate.draining.Store(true)
 	if code, a := ready(operations, "/ready?exclude=tunnel&exclude=kubernetes"); code != 503 ||
 		a.Checks["shutdown"].OK || len(a.Checks) != 1 {
 		t.Errorf("draining: %d %+v", code, a)

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -137,6 +138,62 @@ func TestInformerSeesNoErrorDuringADrain(t *testing.T) {
 	}
 }
 
+// TestNoCallFailsWhileAReplicaStops checks that callers who do not retry see no error, however often they call.
+func TestNoCallFailsWhileAReplicaStops(t *testing.T) {
+	t.Parallel()
+	w := connected(t)
+	second, err := agent.New(w.group, w.cp, agentID, agentToken, api.kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second.Env = append(second.Env, "PIPEOPS_INSTANCE=second")
+	if err := errors.Join(second.Start(), second.WaitReady(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	client, base := w.client()
+	var leaving *agent.Agent // whom the gateway has chosen
+	stopped := make(chan struct{})
+	var callers sync.WaitGroup
+	call := func(pause time.Duration) {
+		for i := 0; t.Context().Err() == nil; i++ {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, base+"/api/k8s/api/v1/namespaces", nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp, err := client.Do(req)
+			if err != nil {
+				t.Errorf("call %d, every %s: %v", i, pause, err)
+				continue
+			}
+			if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusOK {
+				t.Errorf("call %d, every %s: %s %.200s %v", i, pause, resp.Status, body, err)
+			}
+			_ = resp.Body.Close()
+			select {
+			case <-stopped:
+				return
+			case <-time.After(pause):
+			}
+		}
+	}
+	for _, pause := range []time.Duration{5 * time.Millisecond, 20 * time.Millisecond, 700 * time.Millisecond, 3 * time.Second} {
+		callers.Go(func() { call(pause) })
+	}
+	eventually(t, func() error {
+		for _, replica := range []*agent.Agent{w.agent, second} {
+			if strings.Contains(replica.Proxy.Log(), `"resource":"namespaces"`) {
+				leaving = replica
+				return nil
+			}
+		}
+		return errors.New("no replica has answered a call")
+	})
+	leaving.Proxy.Stop()
+	close(stopped)
+	callers.Wait()
+}
+
 // TestInformerMissesNoEvent kills each hop in turn.
 func TestInformerMissesNoEvent(t *testing.T) {
 	t.Parallel()
@@ -205,7 +262,8 @@ func startDraining(t *testing.T, w *world) {
 	})
 }
 
-// TestExecFinishesDuringADrain checks that running streams go on, and that new requests are told to retry.
+// TestExecFinishesDuringADrain checks that running streams go on, that calls are answered, and that new streams are
+// told to retry once the tunnel is withdrawn.
 func TestExecFinishesDuringADrain(t *testing.T) {
 	t.Parallel()
 	w := connected(t)
@@ -213,10 +271,18 @@ func TestExecFinishesDuringADrain(t *testing.T) {
 	runningPod(t, ns)
 	s := startSession(t, w, ns)
 	startDraining(t, w)
-	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version",
-		http.Header{"Authorization": {"Bearer " + agentToken}})
-	if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
-		t.Errorf("a new request: %s %v %s", resp.Status, resp.Header, body)
+	token := http.Header{"Authorization": {"Bearer " + agentToken}}
+	log := w.agent.Tunnel + "/api/k8s/api/v1/namespaces/" + ns + "/pods/pod/log"
+	eventually(t, func() error {
+		resp, body := get(t, http.DefaultClient, log, token)
+		if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
+			return fmt.Errorf("a new stream: %s %v %s", resp.Status, resp.Header, body)
+		}
+		return nil
+	})
+	resp, body := get(t, http.DefaultClient, w.agent.Tunnel+"/api/k8s/version", token)
+	if resp.StatusCode != http.StatusOK {
+		t.Errorf("a call: %s %s", resp.Status, body)
 	}
 	if _, err := io.WriteString(s.stdin, "hello\n"); err != nil {
 		t.Fatal(err)

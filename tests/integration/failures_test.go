@@ -59,7 +59,7 @@ func TestBootstrapErrorsSayWhatToDo(t *testing.T) {
 				t.Fatalf("%v:\n%s", err, p.Log())
 			}
 			if code != test.code || last.Level != "ERROR" || !strings.Contains(last.Error, test.want) {
-				t.Errorf("exit code %d, last line %+v\nwant %d and %q", code, last, test.code, test.want)
+				t.Errorf("exit code %d, want %d and %q:\n%s", code, test.code, test.want, p.Log())
 			}
 			if strings.Contains(p.Log(), agentToken) || strings.Contains(p.Log(), "wrong-one") {
 				t.Error("the log holds the token")

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -76,8 +77,13 @@ func (g *Group) Close() {
 	processes := g.processes
 	g.processes = nil
 	g.mu.Unlock()
-	for i := len(processes) - 1; i >= 0; i-- {
-		processes[i].Stop()
+	for _, p := range slices.Backward(processes) {
+		_ = p.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-p.done:
+		case <-time.After(200 * time.Millisecond):
+			p.Stop() // a second signal, which ends a drain
+		}
 	}
 	_ = g.alive.Close()
 	_ = g.reaper.Wait()
