@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -26,7 +27,8 @@ import (
 
 // Agent is the three processes of one agent.
 type Agent struct {
-	Env        []string // of bootstrap and the proxy, as KEY=value
+	Env        []string            // of bootstrap and the proxy, as KEY=value
+	Enter      map[string][]string // by the name of a program: the beginning of its command, where to run it
 	RunDir     string
 	Operations string // URL of the operations listener
 	Tunnel     string // URL of the tunnel listener
@@ -185,7 +187,8 @@ func (a *Agent) start(name string, env []string, args ...string) (*process.Proce
 		return nil, err
 	}
 	run := a.starts.Add(1) // each process has a log of its own
-	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.name, run), env, binary, args...)
+	command := slices.Concat(a.Enter[name], []string{binary}, args)
+	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.name, run), env, command[0], command[1:]...)
 }
 
 // Readiness is the answer of GET /ready.
