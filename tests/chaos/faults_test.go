@@ -37,7 +37,7 @@ type fault struct {
 	end   func(*world) error
 }
 
-// faults returns the list. Its order is part of what a seed selects: append to it.
+// faults returns the list. A seed selects from it by index: another list is another run.
 func faults() []fault {
 	var all []fault
 	add := func(part, what string, lasts time.Duration, begin, end func(*world) error) {
@@ -173,18 +173,18 @@ func faults() []fault {
 	return all
 }
 
-func frpcs(w *world) []*container      { return w.frpc }
-func proxies(w *world) []*container    { return w.proxy }
-func bootstraps(w *world) []*container { return w.bootstrap }
-func apiServers(w *world) []*container { return w.apiServer }
-func etcds(w *world) []*container      { return w.etcd }
+func frpcs(w *world) []*process.Supervised      { return w.frpc }
+func proxies(w *world) []*process.Supervised    { return w.proxy }
+func bootstraps(w *world) []*process.Supervised { return w.bootstrap }
+func apiServers(w *world) []*process.Supervised { return w.apiServer }
+func etcds(w *world) []*process.Supervised      { return w.etcd }
 
 // each returns a function that signals all containers of a kind.
-func each(containers func(*world) []*container) func(*world, syscall.Signal) error {
+func each(containers func(*world) []*process.Supervised) func(*world, syscall.Signal) error {
 	return func(w *world, s syscall.Signal) error {
 		for _, c := range containers(w) {
 			// It may have ended by itself, and starts again soon.
-			if err := c.signal(s); err != nil && !errors.Is(err, syscall.ESRCH) {
+			if err := c.Signal(s); err != nil && !errors.Is(err, syscall.ESRCH) {
 				return err
 			}
 		}
@@ -193,11 +193,11 @@ func each(containers func(*world) []*container) func(*world, syscall.Signal) err
 }
 
 // restart returns a function that stops all containers of a kind, as the kubelet does but with 10 s to stop in.
-func restart(containers func(*world) []*container) func(*world) error {
+func restart(containers func(*world) []*process.Supervised) func(*world) error {
 	return func(w *world) error {
 		var all sync.WaitGroup
 		for _, c := range containers(w) {
-			all.Go(c.stop)
+			all.Go(c.Stop)
 		}
 		all.Wait()
 		return nil
@@ -228,7 +228,7 @@ func unfill(w *world) error {
 // limitFiles sets how many files each frpc and proxy may have open.
 func limitFiles(w *world, to func(pid int) (uint64, error)) error {
 	for _, c := range slices.Concat(w.frpc, w.proxy) {
-		pid := c.pid()
+		pid := c.Pid()
 		n, err := to(pid)
 		var current unix.Rlimit
 		if err == nil {
@@ -290,7 +290,7 @@ func throttle(w *world) error {
 	containers := slices.Concat(w.frpc, w.proxy, w.bootstrap)
 	all := func(s syscall.Signal) {
 		for _, c := range containers {
-			_ = c.signal(s)
+			_ = c.Signal(s)
 		}
 	}
 	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {

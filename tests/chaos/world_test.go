@@ -17,7 +17,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -28,7 +27,6 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
@@ -70,100 +68,8 @@ type world struct {
 	accountToken sync.Mutex             // held while its file is replaced
 	agentToken   atomic.Pointer[string] // that callers show
 
-	bootstrap, frpc, proxy, etcd, apiServer []*container
+	bootstrap, frpc, proxy, etcd, apiServer []*process.Supervised
 }
-
-// container is a process that is restarted as the kubelet would, but half a second after each end, without its growing
-// delay.
-type container struct {
-	in    func(func() error) error // its network namespace
-	probe probe
-
-	mu      sync.Mutex
-	process *process.Process
-}
-
-// probe is a liveness probe, as in the manifests.
-type probe struct {
-	alive         func() bool // nil: there is none
-	delay, period time.Duration
-	threshold     int
-}
-
-func (c *container) pid() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.process.Pid()
-}
-
-func (c *container) stop() {
-	c.mu.Lock()
-	running := c.process
-	c.mu.Unlock()
-	running.Stop()
-}
-
-func (c *container) signal(signal syscall.Signal) error { return syscall.Kill(c.pid(), signal) }
-
-// supervise does the kubelet's work until ctx ends.
-func (c *container) supervise(ctx context.Context) {
-	for {
-		c.mu.Lock()
-		running := c.process
-		c.mu.Unlock()
-		c.await(ctx, running)
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(500 * time.Millisecond):
-		}
-		_ = c.in(func() error {
-			next, err := running.Again()
-			if err != nil {
-				return err
-			}
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			c.process = next
-			return nil
-		})
-	}
-}
-
-// await returns when a process has ended, killed by its probe or otherwise, or when ctx ends.
-func (c *container) await(ctx context.Context, running *process.Process) {
-	var tick <-chan time.Time
-	if c.probe.alive != nil {
-		timer := time.NewTimer(c.probe.delay)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-running.Done():
-			return
-		case <-ctx.Done():
-			return
-		}
-		ticker := time.NewTicker(c.probe.period)
-		defer ticker.Stop()
-		tick = ticker.C
-	}
-	for failures := 0; ; {
-		select {
-		case <-running.Done():
-			return
-		case <-ctx.Done():
-			return
-		case <-tick:
-			if failures++; c.probe.alive() {
-				failures = 0
-			} else if failures == c.probe.threshold {
-				running.Kill()
-			}
-		}
-	}
-}
-
-func here(f func() error) error { return f() }
 
 // newWorld starts the whole path, and waits until a caller has an answer. All of it ends with the test.
 func newWorld(t *testing.T) *world {
@@ -249,24 +155,22 @@ func (w *world) start(ctx context.Context) (err error) {
 	var supervisors sync.WaitGroup
 	w.t.Cleanup(func() { stop(); supervisors.Wait() })
 	supervisors.Go(func() { w.rotateAccountToken(running) })
-	add := func(to *[]*container, p *process.Process, in func(func() error) error, probe probe) {
-		c := &container{in: in, process: p, probe: probe}
+	add := func(to *[]*process.Supervised, p *process.Process, where func(func() error) error,
+		probe process.Probe) {
+		c := p.Supervised(probe)
 		*to = append(*to, c)
-		supervisors.Go(func() { c.supervise(running) })
+		supervisors.Go(func() { c.Run(running, where) })
 	}
 	for i := range replicas {
 		a, err := w.startAgent(i, kubeconfig)
 		if err != nil {
 			return err
 		}
-		add(&w.bootstrap, a.Bootstrap, w.tunnel.A.Do, probe{})
-		add(&w.frpc, a.Frpc, w.tunnel.A.Do, probe{
-			delay: 20 * time.Second, period: 5 * time.Second, threshold: 3,
-			alive: func() bool { _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); return err != nil },
-		})
+		add(&w.bootstrap, a.Bootstrap, w.tunnel.A.Do, process.Probe{})
+		add(&w.frpc, a.Frpc, w.tunnel.A.Do, a.FrpcProbe())
 		probes := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
 			DialContext: w.inside}}
-		add(&w.proxy, a.Proxy, w.tunnel.A.Do, probe{period: 10 * time.Second, threshold: 3, alive: func() bool {
+		add(&w.proxy, a.Proxy, w.tunnel.A.Do, process.Probe{Period: 10 * time.Second, Threshold: 3, Alive: func() bool {
 			resp, err := probes.Get(a.Operations + "/health")
 			if err == nil {
 				_ = resp.Body.Close()
@@ -274,8 +178,8 @@ func (w *world) start(ctx context.Context) (err error) {
 			return err == nil && resp.StatusCode == http.StatusOK
 		}})
 	}
-	add(&w.etcd, w.cluster.Etcd, here, probe{})
-	add(&w.apiServer, w.cluster.APIServer, here, probe{})
+	add(&w.etcd, w.cluster.Etcd, process.Here, process.Probe{})
+	add(&w.apiServer, w.cluster.APIServer, process.Here, process.Probe{})
 	_, err = w.cluster.Client.CoreV1().Namespaces().Create(ctx,
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
 	if err != nil {
