@@ -88,7 +88,7 @@ attack: $(E2E_PARTS) ## Attack the agent's memory on a real node for three minut
 
 # FAULTS, PAIRS, DURATION and SEED select what fails: see TestChaos.
 .PHONY: chaos
-chaos: build tools ## Break every part, alone, in pairs and at random, for two hours: needs root; results are in tests/CHAOS.md
+chaos: build tools ## Break every part, alone, in pairs and at random, for two and a half hours: needs root; results are in tests/CHAOS.md
 	@cd tests && CHAOS_FAULTS='$(or $(FAULTS),.)' CHAOS_PAIRS=$(or $(PAIRS),40) CHAOS_DURATION=$(or $(DURATION),30m) \
 		CHAOS_SEED=$(SEED) go test -count=1 -v -timeout 6h $(and $(TESTS),-run '$(TESTS)') ./chaos
 

@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -23,8 +21,15 @@ const (
 // memory limit of the proxy's container.
 func attacks(ctx context.Context) error {
 	names := []string{"this proxy", "kubectl proxy", "bare ReverseProxy"}
-	limit, how, remove := memoryLimit()
-	defer remove()
+	group, err := process.NewGroup()
+	if err != nil {
+		return err
+	}
+	defer group.Close()
+	limit, how := []string{"env"}, "killed at 256 MiB of RSS" // where there can be no such control group
+	if cgroup, err := group.Cgroup("peer"); err == nil && cgroup.Limit(256<<20) == nil {
+		limit, how = cgroup.Enter(), "memory limited to 256 MiB by a cgroup"
+	}
 	fmt.Printf("| %s; RSS MB at most | %s |\n| --- | --- | --- | --- |\n", how, strings.Join(names, " | "))
 	for _, wave := range []struct {
 		name   string
@@ -100,30 +105,4 @@ func attackOne(ctx context.Context, limit []string, name string, n int,
 	}
 	peak, err := process.Memory(p.pid, "VmHWM")
 	return fmt.Sprintf("%.0f", peak), err
-}
-
-// memoryLimit returns the beginning of a command that runs in a cgroup with the limit, and how the limit is kept. If
-// there can be no such cgroup, a peer counts as killed when its RSS exceeds the limit.
-func memoryLimit() (enter []string, how string, remove func()) {
-	for dir, file := range map[string]string{
-		"/sys/fs/cgroup/memory": "memory.limit_in_bytes",
-		"/sys/fs/cgroup":        "memory.max",
-	} {
-		made, err := os.MkdirTemp(dir, "pipeops-bench-")
-		if err != nil {
-			continue
-		}
-		remove = func() {
-			if err := os.Remove(made); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				fmt.Fprintln(os.Stderr, "bench:", err)
-			}
-		}
-		err = os.WriteFile(filepath.Join(made, file), fmt.Append(nil, 256<<20), 0)
-		if err == nil {
-			enter = []string{"sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(made, "cgroup.procs")}
-			return enter, "memory limited to 256 MiB by a cgroup", remove
-		}
-		remove()
-	}
-	return []string{"env"}, "killed at 256 MiB of RSS", func() {}
 }

@@ -185,7 +185,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 				time.Sleep(30 * time.Second)
 				return syscall.Kill(cp.FrpsPid(), syscall.SIGCONT)
 			}},
-			{"frpc killed, and restarted at once", func() error { return syscall.Kill(a.FrpcPid(), syscall.SIGKILL) }},
+			{"frpc killed, and restarted after 0.5 s", func() error { return syscall.Kill(a.FrpcPid(), syscall.SIGKILL) }},
 		} {
 			if err := happening(fault.what, fault.do, over); err != nil {
 				return err

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,9 +16,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 
+	"github.com/pipeops/vm-agent/tests/harness"
+	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
 	"github.com/pipeops/vm-agent/tests/harness/link"
+	"github.com/pipeops/vm-agent/tests/harness/process"
 )
 
 // fault is something that breaks. begin strikes, and end, if there is one, repairs after the time that it lasts.
@@ -30,7 +37,7 @@ type fault struct {
 	end   func(*world) error
 }
 
-// faults returns the list. Its order is part of what a seed selects: append to it.
+// faults returns the list. A seed selects from it by index: another list is another run.
 func faults() []fault {
 	var all []fault
 	add := func(part, what string, lasts time.Duration, begin, end func(*world) error) {
@@ -126,21 +133,58 @@ func faults() []fault {
 		func(w *world) error { return os.WriteFile(hostsFile, nil, 0o644) },
 		func(w *world) error { return w.writeHosts() })
 	add("frps", "at another port", 0, func(w *world) error { return w.cp.MoveFrps(context.Background()) }, nil)
+	add("memory", "of frpc, proxy and bootstrap at its limit", while, limitMemory, unlimitMemory)
+	away := func(w *world) error { w.cp.API.Stop(); return nil }
+	back := func(w *world) error { return w.cp.API.Start(context.Background()) }
+	add("control plane", "away, and frpc killed when leases have expired,", leaseLife+time.Second, away,
+		func(w *world) error { return errors.Join(each(frpcs)(w, syscall.SIGKILL), back(w)) })
+	// A certificate outlives its lease by five and a half minutes.
+	add("control plane", "away, until certificates have expired,", leaseLife+6*time.Minute, away, back)
+	var before string
+	remember := func(path string) (err error) {
+		data, err := os.ReadFile(path)
+		before = string(data)
+		return err
+	}
+	// The API server accepts a revoked token for up to 10 s more.
+	add("token", "of the ServiceAccount revoked, with a new one in its file,", 30*time.Second,
+		func(w *world) error {
+			if err := remember(w.accountTokenFile()); err != nil {
+				return err
+			}
+			// The API server may be away too.
+			return process.Poll(context.Background(), recovery, nil, func() error {
+				return w.writeAccountToken(context.Background(), true)
+			})
+		},
+		func(w *world) error {
+			config := rest.CopyConfig(w.cluster.Config)
+			config.BearerToken = before
+			return refused(config)
+		})
+	add("token", "of the agent replaced", tokenOverlap+10*time.Second,
+		func(w *world) error {
+			if err := remember(w.agentTokenFile()); err != nil {
+				return err
+			}
+			return w.setAgentToken(context.Background(), rand.Text())
+		},
+		func(w *world) error { return refused(agent.Caller(w.cp, harness.AgentID, before)) })
 	return all
 }
 
-func frpcs(w *world) []*container      { return w.frpc }
-func proxies(w *world) []*container    { return w.proxy }
-func bootstraps(w *world) []*container { return w.bootstrap }
-func apiServers(w *world) []*container { return w.apiServer }
-func etcds(w *world) []*container      { return w.etcd }
+func frpcs(w *world) []*process.Supervised      { return w.frpc }
+func proxies(w *world) []*process.Supervised    { return w.proxy }
+func bootstraps(w *world) []*process.Supervised { return w.bootstrap }
+func apiServers(w *world) []*process.Supervised { return w.apiServer }
+func etcds(w *world) []*process.Supervised      { return w.etcd }
 
 // each returns a function that signals all containers of a kind.
-func each(containers func(*world) []*container) func(*world, syscall.Signal) error {
+func each(containers func(*world) []*process.Supervised) func(*world, syscall.Signal) error {
 	return func(w *world, s syscall.Signal) error {
 		for _, c := range containers(w) {
 			// It may have ended by itself, and starts again soon.
-			if err := c.signal(s); err != nil && !errors.Is(err, syscall.ESRCH) {
+			if err := c.Signal(s); err != nil && !errors.Is(err, syscall.ESRCH) {
 				return err
 			}
 		}
@@ -149,11 +193,11 @@ func each(containers func(*world) []*container) func(*world, syscall.Signal) err
 }
 
 // restart returns a function that stops all containers of a kind, as the kubelet does but with 10 s to stop in.
-func restart(containers func(*world) []*container) func(*world) error {
+func restart(containers func(*world) []*process.Supervised) func(*world) error {
 	return func(w *world) error {
 		var all sync.WaitGroup
 		for _, c := range containers(w) {
-			all.Go(c.stop)
+			all.Go(c.Stop)
 		}
 		all.Wait()
 		return nil
@@ -184,7 +228,7 @@ func unfill(w *world) error {
 // limitFiles sets how many files each frpc and proxy may have open.
 func limitFiles(w *world, to func(pid int) (uint64, error)) error {
 	for _, c := range slices.Concat(w.frpc, w.proxy) {
-		pid := c.pid()
+		pid := c.Pid()
 		n, err := to(pid)
 		var current unix.Rlimit
 		if err == nil {
@@ -200,12 +244,53 @@ func limitFiles(w *world, to func(pid int) (uint64, error)) error {
 	return nil
 }
 
+// limitMemory limits the containers to the memory that they use now.
+func limitMemory(w *world) error {
+	for c := range w.memory {
+		if err := process.Poll(context.Background(), time.Minute, nil, func() error {
+			used, err := c.Usage()
+			if err == nil {
+				err = c.Limit(used) // fails if more is in use by then
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unlimitMemory restores the limits. It fails if no container has ever been killed: then there was no pressure.
+func unlimitMemory(w *world) error {
+	killed, err := 0, error(nil)
+	for c, limit := range w.memory {
+		n, e := c.Killed()
+		err = errors.Join(err, e, c.Limit(limit))
+		killed += n
+	}
+	if killed == 0 {
+		err = errors.Join(err, errors.New("no container needed more memory"))
+	}
+	return err
+}
+
+// refused returns an error if a caller with this configuration is accepted.
+func refused(config *rest.Config) error {
+	client, err := kubernetes.NewForConfig(config)
+	if err == nil {
+		if _, err := client.CoreV1().Namespaces().Get(context.Background(), namespace, metav1.GetOptions{}); err == nil {
+			return errors.New("a replaced token is still accepted")
+		}
+	}
+	return err
+}
+
 // throttle lets the containers run for 10 of every 100 ms, as a CPU quota of 0.1 does.
 func throttle(w *world) error {
 	containers := slices.Concat(w.frpc, w.proxy, w.bootstrap)
 	all := func(s syscall.Signal) {
 		for _, c := range containers {
-			_ = c.signal(s)
+			_ = c.Signal(s)
 		}
 	}
 	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {

@@ -81,7 +81,7 @@ func (r *run) sample(ctx context.Context) (values []figure, err error) {
 		name string
 		pid  int
 	}{
-		{"proxy", r.proxy[0].pid()}, {"bootstrap", r.bootstrap[0].pid()}, {"frpc", r.frpc[0].pid()}, {"frps", r.cp.FrpsPid()},
+		{"proxy", r.proxy[0].Pid()}, {"bootstrap", r.bootstrap[0].Pid()}, {"frpc", r.frpc[0].Pid()}, {"frps", r.cp.FrpsPid()},
 	} {
 		rss, err := process.Memory(p.pid, "VmRSS")
 		if err != nil {

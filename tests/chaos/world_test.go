@@ -2,6 +2,8 @@ package chaos
 
 import (
 	"context"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -14,16 +16,17 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/client-go/rest"
 
-	"github.com/pipeops/vm-agent/frpc"
 	"github.com/pipeops/vm-agent/tests/harness"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
@@ -41,6 +44,9 @@ const replicas = 2
 // leaseLife is so short that every long fault meets a renewal.
 const leaseLife = 2 * time.Minute
 
+// tokenOverlap is how long the proxy accepts the agent's previous token. A request with it may be frozen on the way.
+const tokenOverlap = 3 * time.Minute
+
 // controlPlaneName is the name by which the agent finds control plane and frps.
 const controlPlaneName = "controlplane.test"
 
@@ -57,106 +63,18 @@ type world struct {
 	tunnel  *link.Link   // between frpc and frps
 	api     *relay.Relay // between the agent and the API server
 	agents  []*agent.Agent
+	memory  map[*process.Cgroup]int // limits, by container
 
-	bootstrap, frpc, proxy, etcd, apiServer []*container
+	accountToken sync.Mutex             // held while its file is replaced
+	agentToken   atomic.Pointer[string] // that callers show
+
+	bootstrap, frpc, proxy, etcd, apiServer []*process.Supervised
 }
-
-// container is a process that is restarted as the kubelet would, but half a second after each end, without its growing
-// delay.
-type container struct {
-	in    func(func() error) error // its network namespace
-	probe probe
-
-	mu      sync.Mutex
-	process *process.Process
-}
-
-// probe is a liveness probe, as in the manifests.
-type probe struct {
-	alive         func() bool // nil: there is none
-	delay, period time.Duration
-	threshold     int
-}
-
-func (c *container) pid() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.process.Pid()
-}
-
-func (c *container) stop() {
-	c.mu.Lock()
-	running := c.process
-	c.mu.Unlock()
-	running.Stop()
-}
-
-func (c *container) signal(signal syscall.Signal) error { return syscall.Kill(c.pid(), signal) }
-
-// supervise does the kubelet's work until ctx ends.
-func (c *container) supervise(ctx context.Context) {
-	for {
-		c.mu.Lock()
-		running := c.process
-		c.mu.Unlock()
-		c.await(ctx, running)
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(500 * time.Millisecond):
-		}
-		_ = c.in(func() error {
-			next, err := running.Again()
-			if err != nil {
-				return err
-			}
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			c.process = next
-			return nil
-		})
-	}
-}
-
-// await returns when a process has ended, killed by its probe or otherwise, or when ctx ends.
-func (c *container) await(ctx context.Context, running *process.Process) {
-	var tick <-chan time.Time
-	if c.probe.alive != nil {
-		timer := time.NewTimer(c.probe.delay)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-running.Done():
-			return
-		case <-ctx.Done():
-			return
-		}
-		ticker := time.NewTicker(c.probe.period)
-		defer ticker.Stop()
-		tick = ticker.C
-	}
-	for failures := 0; ; {
-		select {
-		case <-running.Done():
-			return
-		case <-ctx.Done():
-			return
-		case <-tick:
-			if failures++; c.probe.alive() {
-				failures = 0
-			} else if failures == c.probe.threshold {
-				running.Kill()
-			}
-		}
-	}
-}
-
-func here(f func() error) error { return f() }
 
 // newWorld starts the whole path, and waits until a caller has an answer. All of it ends with the test.
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	w := &world{t: t, group: harness.NewGroup(t)}
+	w := &world{t: t, group: harness.NewGroup(t), memory: map[*process.Cgroup]int{}}
 	if err := w.start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -197,8 +115,8 @@ func (w *world) start(ctx context.Context) (err error) {
 	w.t.Cleanup(w.api.Close)
 	w.api.Silent.Store(false)
 	config.Host, config.ServerName = "https://"+w.api.Addr, server.Hostname()
-	config.BearerToken, config.BearerTokenFile = "", filepath.Join(w.group.Dir(), "token")
-	if err := w.writeToken(ctx, config.BearerTokenFile); err != nil {
+	config.BearerToken, config.BearerTokenFile = "", w.accountTokenFile()
+	if err := w.writeAccountToken(ctx, false); err != nil {
 		return err
 	}
 	kubeconfig := filepath.Join(w.group.Dir(), "agent.kubeconfig")
@@ -219,6 +137,9 @@ func (w *world) start(ctx context.Context) (err error) {
 	}
 	w.t.Cleanup(w.cp.Close)
 	w.cp.SetTerms(controlplane.Terms{Life: leaseLife})
+	if err := w.setAgentToken(ctx, harness.AgentToken); err != nil {
+		return err
+	}
 	hosts := filepath.Join(w.group.Dir(), "hosts")
 	if err := os.WriteFile(hosts, nil, 0o644); err != nil {
 		return err
@@ -233,25 +154,23 @@ func (w *world) start(ctx context.Context) (err error) {
 	running, stop := context.WithCancel(ctx)
 	var supervisors sync.WaitGroup
 	w.t.Cleanup(func() { stop(); supervisors.Wait() })
-	supervisors.Go(func() { w.rotateToken(running, config.BearerTokenFile) })
-	add := func(to *[]*container, p *process.Process, in func(func() error) error, probe probe) {
-		c := &container{in: in, process: p, probe: probe}
+	supervisors.Go(func() { w.rotateAccountToken(running) })
+	add := func(to *[]*process.Supervised, p *process.Process, where func(func() error) error,
+		probe process.Probe) {
+		c := p.Supervised(probe)
 		*to = append(*to, c)
-		supervisors.Go(func() { c.supervise(running) })
+		supervisors.Go(func() { c.Run(running, where) })
 	}
 	for i := range replicas {
 		a, err := w.startAgent(i, kubeconfig)
 		if err != nil {
 			return err
 		}
-		add(&w.bootstrap, a.Bootstrap, w.tunnel.A.Do, probe{})
-		add(&w.frpc, a.Frpc, w.tunnel.A.Do, probe{
-			delay: 20 * time.Second, period: 5 * time.Second, threshold: 3,
-			alive: func() bool { _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); return err != nil },
-		})
+		add(&w.bootstrap, a.Bootstrap, w.tunnel.A.Do, process.Probe{})
+		add(&w.frpc, a.Frpc, w.tunnel.A.Do, a.FrpcProbe())
 		probes := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
 			DialContext: w.inside}}
-		add(&w.proxy, a.Proxy, w.tunnel.A.Do, probe{period: 10 * time.Second, threshold: 3, alive: func() bool {
+		add(&w.proxy, a.Proxy, w.tunnel.A.Do, process.Probe{Period: 10 * time.Second, Threshold: 3, Alive: func() bool {
 			resp, err := probes.Get(a.Operations + "/health")
 			if err == nil {
 				_ = resp.Body.Close()
@@ -259,8 +178,8 @@ func (w *world) start(ctx context.Context) (err error) {
 			return err == nil && resp.StatusCode == http.StatusOK
 		}})
 	}
-	add(&w.etcd, w.cluster.Etcd, here, probe{})
-	add(&w.apiServer, w.cluster.APIServer, here, probe{})
+	add(&w.etcd, w.cluster.Etcd, process.Here, process.Probe{})
+	add(&w.apiServer, w.cluster.APIServer, process.Here, process.Probe{})
 	_, err = w.cluster.Client.CoreV1().Namespaces().Create(ctx,
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
 	if err != nil {
@@ -276,28 +195,84 @@ func (w *world) start(ctx context.Context) (err error) {
 // tokenLife is the life of the agent's token for the API server: the shortest that there is.
 const tokenLife = 10 * time.Minute
 
-func (w *world) writeToken(ctx context.Context, path string) error {
-	token, err := w.cluster.Token(ctx, cluster.AgentNamespace, cluster.AgentAccount, tokenLife)
-	if err == nil {
-		err = os.WriteFile(path+".new", []byte(token), 0o600)
+func (w *world) accountTokenFile() string { return filepath.Join(w.group.Dir(), "account-token") }
+
+// writeAccountToken writes a new token of the agent's ServiceAccount to its file, and revokes all previous ones if
+// revoke is true. Each is bound to a Secret.
+func (w *world) writeAccountToken(ctx context.Context, revoke bool) error {
+	w.accountToken.Lock()
+	defer w.accountToken.Unlock()
+	secrets := w.cluster.Client.CoreV1().Secrets(cluster.AgentNamespace)
+	secret, err := secrets.Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{GenerateName: "token-"}},
+		metav1.CreateOptions{})
+	if err != nil {
+		return err
 	}
+	token, err := w.cluster.Token(ctx, cluster.AgentNamespace, cluster.AgentAccount, tokenLife,
+		&authenticationv1.BoundObjectReference{Kind: "Secret", APIVersion: "v1", Name: secret.Name})
 	if err == nil {
-		err = os.Rename(path+".new", path)
+		err = replace(w.accountTokenFile(), token)
+	}
+	if err == nil && revoke {
+		err = secrets.DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{
+			FieldSelector: fields.OneTermNotEqualSelector("metadata.name", secret.Name).String()})
 	}
 	return err
 }
 
-// rotateToken does the kubelet's work of replacing the agent's token in time, until ctx ends.
-func (w *world) rotateToken(ctx context.Context, path string) {
+// rotateAccountToken does the kubelet's work of replacing the agent's token in time, until ctx ends.
+func (w *world) rotateAccountToken(ctx context.Context) {
 	for wait := tokenLife / 2; ; {
 		pause(ctx, wait)
 		if ctx.Err() != nil {
 			return
 		}
-		if wait = tokenLife / 2; w.writeToken(ctx, path) != nil {
+		if wait = tokenLife / 2; w.writeAccountToken(ctx, false) != nil {
 			wait = 10 * time.Second // the API server is away
 		}
 	}
+}
+
+func (w *world) agentTokenFile() string { return filepath.Join(w.group.Dir(), "agent-token") }
+
+// setAgentToken replaces the agent's token: at the control plane, then in the agent's file, and at the callers as soon
+// as all replicas accept it.
+func (w *world) setAgentToken(ctx context.Context, token string) error {
+	w.cp.SetAgent(harness.AgentID, token)
+	if err := replace(w.agentTokenFile(), token); err != nil {
+		return err
+	}
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: w.inside, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+	for _, a := range w.agents {
+		if err := process.Poll(ctx, recovery, nil, func() error {
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.Tunnel+"/metrics", nil)
+			if err != nil {
+				return err
+			}
+			req.Header.Set("Authorization", "Bearer "+token)
+			resp, err := client.Do(req)
+			if err == nil && resp.StatusCode != http.StatusOK {
+				err = errors.New(resp.Status)
+			}
+			if resp != nil {
+				_ = resp.Body.Close()
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	w.agentToken.Store(&token)
+	return nil
+}
+
+// replace writes a file in one step.
+func replace(path, text string) error {
+	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 // hostsFile is what resolves names: there is no DNS.
@@ -319,13 +294,42 @@ func (w *world) startAgent(i int, kubeconfig string) (*agent.Agent, error) {
 	}
 	w.t.Cleanup(func() { _ = unix.Unmount(a.RunDir, unix.MNT_DETACH) })
 	a.Env = append(a.Env, fmt.Sprintf("PIPEOPS_INSTANCE=replica-%d", i), "PIPEOPS_FRP_SERVER_ADDR="+controlPlaneName,
-		"PIPEOPS_API_URL="+strings.Replace(w.cp.APIURL, w.tunnel.B.IP, controlPlaneName, 1))
+		"PIPEOPS_API_URL="+strings.Replace(w.cp.APIURL, w.tunnel.B.IP, controlPlaneName, 1),
+		"PIPEOPS_AGENT_TOKEN=", "PIPEOPS_AGENT_TOKEN_FILE="+w.agentTokenFile(),
+		fmt.Sprintf("PIPEOPS_AGENT_TOKEN_OVERLAP=%s", tokenOverlap))
+	a.Enter = map[string][]string{}
+	for name, mib := range map[string]int{"bootstrap": 64, "frpc": 512, "proxy": 256} { // as in the manifests
+		c, err := w.group.Cgroup(fmt.Sprintf("%s-%d", name, i))
+		if err == nil {
+			err = c.Limit(mib << 20)
+		}
+		if err != nil {
+			return nil, err
+		}
+		a.Enter[name], w.memory[c] = c.Enter(), mib<<20
+	}
 	w.agents = append(w.agents, a)
 	return a, w.tunnel.A.Do(a.Start)
 }
 
 // caller returns the configuration of a caller through the gateway.
-func (w *world) caller() *rest.Config { return agent.Caller(w.cp, harness.AgentID, harness.AgentToken) }
+func (w *world) caller() *rest.Config {
+	config := agent.Caller(w.cp, harness.AgentID, "")
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return authorized{next, &w.agentToken} })
+	return config
+}
+
+// authorized sends each request with the current token.
+type authorized struct {
+	next  http.RoundTripper
+	token *atomic.Pointer[string]
+}
+
+func (a authorized) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("Authorization", "Bearer "+*a.token.Load())
+	return a.next.RoundTrip(r)
+}
 
 // inside dials from the agent's network namespace.
 func (w *world) inside(_ context.Context, network, address string) (conn net.Conn, err error) {

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -26,7 +27,8 @@ import (
 
 // Agent is the three processes of one agent.
 type Agent struct {
-	Env        []string // of bootstrap and the proxy, as KEY=value
+	Env        []string            // of bootstrap and the proxy, as KEY=value
+	Enter      map[string][]string // by the name of a program: the beginning of its command, where to run it
 	RunDir     string
 	Operations string // URL of the operations listener
 	Tunnel     string // URL of the tunnel listener
@@ -34,12 +36,10 @@ type Agent struct {
 	Frpc       *process.Process
 	Proxy      *process.Process
 
-	group    *process.Group
-	name     string
-	starts   *atomic.Int32 // of processes
-	restarts *atomic.Int32 // of frpc, by RestartFrpc
-	frpcPid  *atomic.Int32
-	frpcArgs []string
+	group      *process.Group
+	name       string
+	starts     *atomic.Int32 // of processes
+	supervised *process.Supervised
 }
 
 // New prepares an agent: its files, ports and environment. It reaches the API server by the kubeconfig.
@@ -63,9 +63,8 @@ func New(group *process.Group, cp *controlplane.ControlPlane, id, token, kubecon
 	}
 	listen, metrics := loopback(ports[0]), loopback(ports[1])
 	return &Agent{
-		group: group, name: name, RunDir: dir, starts: &atomic.Int32{}, restarts: &atomic.Int32{}, frpcPid: &atomic.Int32{},
+		group: group, name: name, RunDir: dir, starts: &atomic.Int32{},
 		Tunnel: "https://" + listen, Operations: "http://" + metrics,
-		frpcArgs: []string{"-c", filepath.Join(dir, frpc.ConfigFile)},
 		Env: []string{
 			"PIPEOPS_AGENT_ID=" + id, "PIPEOPS_AGENT_TOKEN=" + token,
 			"PIPEOPS_API_URL=" + cp.APIURL, "PIPEOPS_API_CA_FILE=" + cp.CAFile, "PIPEOPS_FRP_TLS_CA_FILE=" + cp.CAFile,
@@ -118,58 +117,29 @@ func (a *Agent) Command(args ...string) (*process.Process, error) {
 	return a.start("bootstrap", a.Env, args...)
 }
 
-// RestartFrpc does the kubelet's work for frpc until ctx ends: it restarts frpc whenever it ends, and kills it when
-// its liveness probe fails.
+// FrpcProbe returns frpc's liveness probe in the manifests.
+func (a *Agent) FrpcProbe() process.Probe {
+	return process.Probe{
+		Delay: 20 * time.Second, Period: 5 * time.Second, Threshold: 3,
+		Alive: func() bool { _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); return err != nil },
+	}
+}
+
+// RestartFrpc does the kubelet's work for frpc until ctx ends.
 func (a *Agent) RestartFrpc(ctx context.Context) {
-	running := a.Frpc
-	a.frpcPid.Store(int32(running.Pid()))
-	go func() {
-		probe, failures := time.NewTicker(5*time.Second), 0
-		defer probe.Stop()
-		for {
-			select {
-			case <-probe.C:
-				probe.Reset(5 * time.Second)
-				failures++
-				if _, err := os.Stat(filepath.Join(a.RunDir, frpc.StuckFile)); err != nil {
-					failures = 0
-				} else if failures == 3 { // failureThreshold
-					running.Kill()
-				}
-				continue
-			case <-running.Done():
-			case <-ctx.Done():
-				return
-			}
-			next, err := a.start("frpc", frpcEnv, a.frpcArgs...)
-			if err != nil {
-				return
-			}
-			running, failures = next, 0
-			a.frpcPid.Store(int32(next.Pid()))
-			probe.Reset(20 * time.Second) // initialDelaySeconds; then every 5 s
-			a.restarts.Add(1)
-			select {
-			case <-time.After(500 * time.Millisecond): // avoids a tight loop if it ends at once
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
+	a.supervised = a.Frpc.Supervised(a.FrpcProbe())
+	go a.supervised.Run(ctx, process.Here)
 }
 
 // FrpcPid returns the id of the process that RestartFrpc restarts.
-func (a *Agent) FrpcPid() int { return int(a.frpcPid.Load()) }
+func (a *Agent) FrpcPid() int { return a.supervised.Pid() }
 
 // FrpcRestarts returns how often RestartFrpc has restarted frpc.
-func (a *Agent) FrpcRestarts() int { return int(a.restarts.Load()) }
+func (a *Agent) FrpcRestarts() int { return a.supervised.Restarts() }
 
-// frpcEnv is the environment that the manifests set for frpc.
-var frpcEnv = []string{"GOMEMLIMIT=409MiB"}
-
-// StartFrpc starts the stock frpc.
+// StartFrpc starts the stock frpc, with the environment that the manifests set.
 func (a *Agent) StartFrpc() (err error) {
-	a.Frpc, err = a.start("frpc", frpcEnv, a.frpcArgs...)
+	a.Frpc, err = a.start("frpc", []string{"GOMEMLIMIT=409MiB"}, "-c", filepath.Join(a.RunDir, frpc.ConfigFile))
 	return err
 }
 
@@ -185,7 +155,8 @@ func (a *Agent) start(name string, env []string, args ...string) (*process.Proce
 		return nil, err
 	}
 	run := a.starts.Add(1) // each process has a log of its own
-	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.name, run), env, binary, args...)
+	command := slices.Concat(a.Enter[name], []string{binary}, args)
+	return a.group.Start(fmt.Sprintf("%s-%s-%d", name, a.name, run), env, command[0], command[1:]...)
 }
 
 // Readiness is the answer of GET /ready.

@@ -251,14 +251,17 @@ func (c *Cluster) Account(ctx context.Context, namespace, name string) (*rest.Co
 		return nil, err
 	}
 	config := rest.CopyConfig(c.Config)
-	config.BearerToken, err = c.Token(ctx, namespace, name, 24*time.Hour)
+	config.BearerToken, err = c.Token(ctx, namespace, name, 24*time.Hour, nil)
 	return config, err
 }
 
-// Token returns a token of a ServiceAccount, which lives for 10 minutes at least.
-func (c *Cluster) Token(ctx context.Context, namespace, name string, life time.Duration) (string, error) {
+// Token returns a token of a ServiceAccount, which lives for 10 minutes at least. bound may be nil: else the token ends
+// with that object.
+func (c *Cluster) Token(ctx context.Context, namespace, name string, life time.Duration,
+	bound *authenticationv1.BoundObjectReference) (string, error) {
 	seconds := int64(life.Seconds())
-	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}
+	request := &authenticationv1.TokenRequest{
+		Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds, BoundObjectRef: bound}}
 	answer, err := c.Client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, name, request, metav1.CreateOptions{})
 	if err != nil {
 		return "", err

@@ -25,11 +25,15 @@ import (
 const stopTimeout = 10 * time.Second
 
 // reaper waits for the end of its standard input. That comes when Close is called, or when the process that holds the
-// other end dies in whatever way. Then it kills the processes that are left and removes the directory.
+// other end dies in whatever way. Then it kills the processes that are left and removes the directory, what is
+// mounted there, and the control groups.
 const reaper = `trap '' INT TERM HUP
 cat >/dev/null
 for f in "$1"/pids/*; do [ -f "$f" ] && kill -9 "${f##*/}" 2>/dev/null; done
-rm -rf "$1" 2>/dev/null || { sleep 1; rm -rf "$1"; } # a killed process may still write until it is gone`
+awk -v dir="$1/" 'index($2, dir) == 1 {print $2}' /proc/self/mounts | xargs -r umount -l
+remove() { rm -rf "$1" && find /sys/fs/cgroup -maxdepth 2 -name "${1##*/}.*" -delete; } 2>/dev/null
+# Until a killed process is gone, it may still write, and is in its control group.
+remove "$1" || { sleep 1; remove "$1"; }`
 
 // Group is a set of processes and the directory that they work in. Close ends both.
 type Group struct {
