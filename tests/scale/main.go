@@ -280,49 +280,63 @@ const token = "a-token-of-more-than-32-characters"
 
 func (f *fleet) runDir(id string) string { return filepath.Join(f.group.Dir(), "run", id) }
 
+// atOnce is how many of bootstrap start at the same time. In one process, all would wait for each other longer than a
+// request for a lease may take.
+const atOnce = 200
+
 // bootstrap starts bootstrap for each agent, and waits until all have their files.
 func (f *fleet) bootstrap(ctx context.Context, all *sync.WaitGroup, agents []string) error {
 	// Renewals of one agent are too far apart to share a connection, and so many idle ones would be too many here.
 	http.DefaultTransport.(*http.Transport).DisableKeepAlives = true
 	log := slog.New(counter{slog.DiscardHandler, &f.logged})
 	failed := make(chan error, len(agents))
-	for _, id := range agents {
-		port, err := process.FreePort()
-		if err != nil {
-			return err
-		}
-		f.admin[id] = fmt.Sprintf("127.0.0.1:%d", port)
-		if err := os.MkdirAll(f.runDir(id), 0o700); err != nil {
-			return err
-		}
-		cfg, err := config.Load("", map[string]string{
-			"PIPEOPS_AGENT_ID": id, "PIPEOPS_AGENT_TOKEN": token, "PIPEOPS_API_URL": f.cp.APIURL,
-			"PIPEOPS_API_CA_FILE": f.cp.CAFile, "PIPEOPS_FRP_TLS_CA_FILE": f.cp.CAFile, "PIPEOPS_FRP_SERVER_ADDR": "127.0.0.1",
-			"PIPEOPS_FRP_ADMIN_PORT": strconv.Itoa(port), "PIPEOPS_LISTEN_ADDR": f.address, "PIPEOPS_RUN_DIR": f.runDir(id),
-		})
-		if err != nil {
-			return err
-		}
-		cfg.Proxy.MetricsAddr = f.address // the one server answers there too, which the configuration does not allow
-		all.Go(func() {
-			if err := lease.Run(ctx, cfg, 5*time.Minute, false, log); err != nil && ctx.Err() == nil {
-				failed <- fmt.Errorf("%s: %w", id, err)
-			}
-		})
-	}
-	for _, id := range agents {
-		if err := process.Poll(ctx, 5*time.Minute, nil, func() error {
-			select {
-			case err := <-failed:
+	for some := range slices.Chunk(agents, atOnce) {
+		for _, id := range some {
+			cfg, err := f.configure(id)
+			if err != nil {
 				return err
-			default:
-				return lease.Ready(f.runDir(id))
 			}
-		}); err != nil {
-			return err
+			all.Go(func() {
+				if err := lease.Run(ctx, cfg, 5*time.Minute, false, log); err != nil && ctx.Err() == nil {
+					failed <- fmt.Errorf("%s: %w", id, err)
+				}
+			})
+		}
+		for _, id := range some {
+			if err := process.Poll(ctx, 5*time.Minute, nil, func() error {
+				select {
+				case err := <-failed:
+					return err
+				default:
+					return lease.Ready(f.runDir(id))
+				}
+			}); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// configure makes an agent's run directory, and returns bootstrap's configuration.
+func (f *fleet) configure(id string) (*config.Config, error) {
+	port, err := process.FreePort()
+	if err != nil {
+		return nil, err
+	}
+	f.admin[id] = fmt.Sprintf("127.0.0.1:%d", port)
+	if err := os.MkdirAll(f.runDir(id), 0o700); err != nil {
+		return nil, err
+	}
+	cfg, err := config.Load("", map[string]string{
+		"PIPEOPS_AGENT_ID": id, "PIPEOPS_AGENT_TOKEN": token, "PIPEOPS_API_URL": f.cp.APIURL,
+		"PIPEOPS_API_CA_FILE": f.cp.CAFile, "PIPEOPS_FRP_TLS_CA_FILE": f.cp.CAFile, "PIPEOPS_FRP_SERVER_ADDR": "127.0.0.1",
+		"PIPEOPS_FRP_ADMIN_PORT": strconv.Itoa(port), "PIPEOPS_LISTEN_ADDR": f.address, "PIPEOPS_RUN_DIR": f.runDir(id),
+	})
+	if err == nil {
+		cfg.Proxy.MetricsAddr = f.address // the one server answers there too, which the configuration does not allow
+	}
+	return cfg, err
 }
 
 // counter counts the warnings and errors that are logged.
@@ -373,8 +387,8 @@ func (f *fleet) startFrpc(agents []string) error {
 	return err
 }
 
-// restartFrpc does the kubelet's work for light agents, until ctx ends: each second it starts frpc again for those whose
-// bootstrap has stopped it for a new frpc.toml.
+// restartFrpc does the kubelet's work for light agents, until ctx ends: each second it starts frpc again for those
+// whose bootstrap has stopped it for a new frpc.toml.
 func (f *fleet) restartFrpc(ctx context.Context, agents []string) {
 	for wait(ctx, time.Second); ctx.Err() == nil; wait(ctx, time.Second) {
 		var stopped []string
@@ -425,8 +439,8 @@ func (f *fleet) back(ctx context.Context, begin time.Time, agents []string) (t t
 	return t, err
 }
 
-// answer serves for all proxies at one address, which it returns. Its listener is the proxy's: TLS behind a PROXY header
-// for callers, plain HTTP for frpc and bootstrap.
+// answer serves for all proxies at one address, which it returns. Its listener is the proxy's: TLS behind a PROXY
+// header for callers, plain HTTP for frpc and bootstrap.
 func answer(ctx context.Context) (string, error) {
 	certificatePEM, key, err := cert.GenerateSelfSignedCertKey("localhost", nil, nil)
 	if err != nil {
