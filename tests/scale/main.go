@@ -488,7 +488,8 @@ func wait(ctx context.Context, d time.Duration) {
 	}
 }
 
-// call sends a request to an agent by frps, as a caller does.
+// call sends a request to an agent by frps, as a caller does. It tries for a minute: on a busy machine frps may close a
+// connection for which there is no work connection in time.
 func (f *fleet) call(ctx context.Context, id, path string) (*http.Response, error) {
 	address, tlsConfig := f.cp.Direct(id)
 	tlsConfig.VerifyConnection = nil // one server answers for all
@@ -501,7 +502,12 @@ func (f *fleet) call(ctx context.Context, id, path string) (*http.Response, erro
 		return nil, err
 	}
 	req.Header.Set("Authorization", "Bearer "+token)
-	return client.Do(req)
+	var resp *http.Response
+	err = process.Poll(ctx, time.Minute, nil, func() (err error) {
+		resp, err = client.Do(req) //nolint:bodyclose // the caller closes it
+		return err
+	})
+	return resp, err
 }
 
 // answering returns an error unless every one of these agents answers a call.
@@ -524,9 +530,9 @@ func (f *fleet) answering(ctx context.Context, agents []string) error {
 }
 
 // watch holds a watch of each of these agents open until end is called. It counts those that are cut.
-func (f *fleet) watch(ctx context.Context, agents []string) (cut *atomic.Int64, end func(), err error) {
-	ctx, cancel := context.WithCancel(ctx)
-	cut = &atomic.Int64{}
+func (f *fleet) watch(ctx context.Context, agents []string) (*atomic.Int64, func(), error) {
+	ctx, end := context.WithCancel(ctx)
+	var cut atomic.Int64
 	var calls errgroup.Group
 	calls.SetLimit(50)
 	for _, id := range agents {
@@ -544,10 +550,10 @@ func (f *fleet) watch(ctx context.Context, agents []string) (cut *atomic.Int64, 
 		})
 	}
 	if err := calls.Wait(); err != nil {
-		cancel()
+		end()
 		return nil, nil, err
 	}
-	return cut, cancel, nil
+	return &cut, end, nil
 }
 
 // requests counts the requests for leases by the second.
