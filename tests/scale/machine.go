@@ -1,11 +1,7 @@
 package main
 
 import (
-	"bufio"
-	"crypto/tls"
 	"fmt"
-	"io"
-	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -37,49 +33,4 @@ func (f *fleet) cost(since usage) float64 {
 		return 0
 	}
 	return now.cpu - since.cpu
-}
-
-// either accepts TLS behind a PROXY header, and plain HTTP.
-type either struct {
-	net.Listener
-	tls *tls.Config
-}
-
-func (e *either) Accept() (net.Conn, error) {
-	conn, err := e.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return &sorted{Conn: conn, tls: e.tls}, nil
-}
-
-// sorted becomes a TLS connection if a PROXY header comes first.
-type sorted struct {
-	net.Conn
-	tls    *tls.Config
-	sorted bool
-}
-
-type buffered struct {
-	net.Conn
-	r *bufio.Reader
-}
-
-func (b buffered) Read(p []byte) (int, error) { return b.r.Read(p) }
-
-func (s *sorted) Read(p []byte) (int, error) {
-	if !s.sorted {
-		s.sorted = true
-		r := bufio.NewReaderSize(s.Conn, 512)
-		s.Conn = buffered{s.Conn, r}
-		const signature = "\r\n\r\n\x00\r\nQUIT\n"
-		if start, err := r.Peek(16); err == nil && strings.HasPrefix(string(start), signature) {
-			length := 16 + int(start[14])<<8 + int(start[15])
-			if _, err := io.CopyN(io.Discard, r, int64(length)); err != nil {
-				return 0, err
-			}
-			s.Conn = tls.Server(s.Conn, s.tls)
-		}
-	}
-	return s.Conn.Read(p)
 }

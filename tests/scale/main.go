@@ -1,5 +1,6 @@
-// Command scale measures a stock frps with many agents on this machine, and how they come back after an outage of frps,
-// of the control plane and of both. Results are in tests/SCALE.md. Linux only.
+// Command scale measures a stock frps with many agents on this machine; how they come back after an outage of frps, of
+// the control plane and of both; and how they are divided between two frps, of which one is lost. Results are in
+// tests/SCALE.md. Linux only.
 //
 // An agent is bootstrap's own code, with a lease, a run directory and a renewal of its own, and a client of the stock
 // frpc, which runs many in one process. One server answers for all proxies. Beside these are some agents of which all
@@ -9,12 +10,14 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -31,9 +34,11 @@ import (
 	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/util/cert"
 
+	"github.com/pipeops/vm-agent/bootstrap/agentapi"
 	"github.com/pipeops/vm-agent/bootstrap/config"
 	"github.com/pipeops/vm-agent/bootstrap/lease"
 	"github.com/pipeops/vm-agent/frpc"
+	"github.com/pipeops/vm-agent/proxy/inbound"
 	"github.com/pipeops/vm-agent/tests/harness/agent"
 	"github.com/pipeops/vm-agent/tests/harness/cluster"
 	"github.com/pipeops/vm-agent/tests/harness/controlplane"
@@ -42,7 +47,7 @@ import (
 
 // perProcess is how many clients one frpc runs. Its health checks of their proxies are checkEvery apart, not a second:
 // they stay on the agent's machine, of which this one would be thousands.
-const perProcess, checkEvery = 500, 60
+const perProcess, checkEvery = 500, 15
 
 func main() {
 	agents := flag.Int("agents", 2000, "how many")
@@ -63,8 +68,9 @@ func main() {
 type fleet struct {
 	group    *process.Group
 	cp       *controlplane.ControlPlane
-	n        int
-	address  string // of the server that answers for the proxies
+	address  string               // of the server that answers for the proxies
+	admin    map[string]string    // by agent id: the address of frpc's admin API
+	started  map[string]time.Time // by agent id: when frpc was started
 	logged   atomic.Int64
 	requests requests
 }
@@ -75,12 +81,14 @@ func run(ctx context.Context, n, trios int, outage, idle, life time.Duration) er
 		return err
 	}
 	defer group.Close()
-	f := &fleet{group: group, n: n}
-	agents := map[string]string{}
-	for i := range n + trios {
-		agents[id(i)] = token
+	f := &fleet{group: group, admin: map[string]string{}, started: map[string]time.Time{}}
+	agents, tokens := make([]string, n+trios), map[string]string{}
+	for i := range agents {
+		agents[i] = fmt.Sprintf("agent-%05d", i)
+		tokens[agents[i]] = token
 	}
-	f.cp, err = controlplane.Start(ctx, controlplane.Options{Group: group, Agents: agents,
+	light, whole := agents[:n], agents[n:]
+	f.cp, err = controlplane.Start(ctx, controlplane.Options{Group: group, Agents: tokens,
 		Log: slog.New(slog.DiscardHandler), Requested: f.requests.add})
 	if err != nil {
 		return err
@@ -95,24 +103,24 @@ func run(ctx context.Context, n, trios int, outage, idle, life time.Duration) er
 	defer func() { stop(); all.Wait() }()
 
 	fmt.Printf("%d agents and %d trios, leases of %s\n\n| what | figure |\n| --- | --- |\n", n, trios, life)
-	row := func(what, format string, args ...any) {
-		fmt.Printf("| %s | %s |\n", what, fmt.Sprintf(format, args...))
-	}
 	base, err := f.usage()
 	if err != nil {
 		return err
 	}
 	begin := time.Now()
-	if err := f.bootstrap(running, &all); err != nil {
+	if err := f.bootstrap(running, &all, light); err != nil {
 		return err
 	}
 	row("all have a lease", "after %.0f s, %.0f leases a second at most", time.Since(begin).Seconds(),
 		f.requests.peak(begin))
 	begin = time.Now()
-	if err := f.connect(); err != nil {
-		return err
+	for some := range slices.Chunk(light, perProcess) {
+		if err := f.startFrpc(some); err != nil {
+			return err
+		}
 	}
-	back, err := f.back(ctx, begin)
+	all.Go(func() { f.restartFrpc(running, light) })
+	back, err := f.back(ctx, begin, light)
 	if err != nil {
 		return err
 	}
@@ -120,11 +128,11 @@ func run(ctx context.Context, n, trios int, outage, idle, life time.Duration) er
 	row("cost of the logins for frps", "%.1f ms of a core each", f.cost(base)/float64(n)*1000)
 	for _, what := range []string{"idle", "with a watch each"} {
 		if what != "idle" {
-			watches, err := f.watch(ctx)
+			_, end, err := f.watch(ctx, light)
 			if err != nil {
 				return err
 			}
-			defer watches()
+			defer end()
 		}
 		before, err := f.usage()
 		if err != nil {
@@ -138,9 +146,21 @@ func run(ctx context.Context, n, trios int, outage, idle, life time.Duration) er
 		row("frps, "+what, "%.0f KiB an agent, %.2f%% of a core for 1,000 agents", (after.rss-base.rss)/float64(n)/1024,
 			(after.cpu-before.cpu)/idle.Seconds()*100/float64(n)*1000)
 	}
-	if err := f.startTrios(running, trios); err != nil {
+	if err := f.startTrios(running, whole); err != nil {
 		return err
 	}
+	if err := f.outages(ctx, agents, outage, life); err != nil {
+		return err
+	}
+	return f.shards(ctx, agents, n)
+}
+
+func row(what, format string, args ...any) {
+	fmt.Printf("| %s | %s |\n", what, fmt.Sprintf(format, args...))
+}
+
+// outages stops frps, the control plane and both for a while.
+func (f *fleet) outages(ctx context.Context, agents []string, outage, life time.Duration) error {
 	for _, o := range []struct {
 		name            string
 		frps, authentic bool
@@ -167,10 +187,11 @@ func run(ctx context.Context, n, trios int, outage, idle, life time.Duration) er
 		}
 		var back times
 		if o.frps {
-			if err := f.cp.StartFrps(ctx); err != nil {
+			err := f.cp.StartFrps(ctx)
+			if err != nil {
 				return err
 			}
-			if back, err = f.back(ctx, begin); err != nil {
+			if back, err = f.back(ctx, begin, agents); err != nil {
 				return err
 			}
 		} else {
@@ -178,15 +199,57 @@ func run(ctx context.Context, n, trios int, outage, idle, life time.Duration) er
 		}
 		row(o.name, "back: %s; leases a second: %.0f at most; warnings: %d", back, f.requests.peak(struck),
 			f.logged.Load()-failed)
-		if err := f.answering(ctx); err != nil {
+		if err := f.answering(ctx, agents); err != nil {
 			return fmt.Errorf("after %s: %w", o.name, err)
 		}
 	}
 	return ctx.Err()
 }
 
-// startTrios starts agents of which all parts are processes. From then on they count among the others.
-func (f *fleet) startTrios(ctx context.Context, trios int) error {
+// shards assigns half of the agents to a second frps, which is then lost, so that they are assigned to the first again.
+// The other half must not notice. The first n agents are light: those of the other half have a watch each.
+func (f *fleet) shards(ctx context.Context, agents []string, n int) error {
+	var stay, move []string
+	for i, id := range agents {
+		if i%2 == 0 {
+			stay = append(stay, id)
+		} else {
+			move = append(move, id)
+		}
+	}
+	cut, end, err := f.watch(ctx, stay[:n/2])
+	if err != nil {
+		return err
+	}
+	defer end()
+	second, err := f.cp.AddFrps(ctx)
+	if err != nil {
+		return err
+	}
+	defer second.StopFrps()
+	for _, to := range []*controlplane.Frps{second, f.cp.Frps} {
+		what := "half assigned to a second frps"
+		struck, failed := time.Now(), f.logged.Load()
+		if to == f.cp.Frps {
+			what = "the second frps lost, its half assigned to the first"
+			second.StopFrps()
+		}
+		to.Assign(move)
+		back, err := f.back(ctx, struck, move)
+		if err != nil {
+			return err
+		}
+		row(what, "moved: %s; leases a second: %.0f at most; warnings: %d; of the other half %d tunnels and %d watches cut",
+			back, f.requests.peak(struck), f.logged.Load()-failed, f.cp.OpenedSince(struck, stay), cut.Load())
+		if err := f.answering(ctx, agents); err != nil {
+			return fmt.Errorf("after %s: %w", what, err)
+		}
+	}
+	return ctx.Err()
+}
+
+// startTrios starts agents of which all parts are processes.
+func (f *fleet) startTrios(ctx context.Context, agents []string) error {
 	c, err := cluster.Start(ctx, f.group)
 	if err != nil {
 		return err
@@ -197,8 +260,8 @@ func (f *fleet) startTrios(ctx context.Context, trios int) error {
 	}
 	var starts errgroup.Group
 	starts.SetLimit(8)
-	for i := range trios {
-		a, err := agent.New(f.group, f.cp, id(f.n+i), token, kubeconfig)
+	for _, id := range agents {
+		a, err := agent.New(f.group, f.cp, id, token, kubeconfig)
 		if err != nil {
 			return err
 		}
@@ -210,56 +273,70 @@ func (f *fleet) startTrios(ctx context.Context, trios int) error {
 			return a.WaitReady(ctx)
 		})
 	}
-	err = starts.Wait()
-	f.n += trios
-	return err
+	return starts.Wait()
 }
 
 const token = "a-token-of-more-than-32-characters"
 
-func id(i int) string { return fmt.Sprintf("agent-%05d", i) }
+func (f *fleet) runDir(id string) string { return filepath.Join(f.group.Dir(), "run", id) }
 
-func (f *fleet) runDir(i int) string { return filepath.Join(f.group.Dir(), "run", id(i)) }
+// atOnce is how many of bootstrap start at the same time. In one process, all would wait for each other longer than a
+// request for a lease may take.
+const atOnce = 200
 
 // bootstrap starts bootstrap for each agent, and waits until all have their files.
-func (f *fleet) bootstrap(ctx context.Context, all *sync.WaitGroup) error {
+func (f *fleet) bootstrap(ctx context.Context, all *sync.WaitGroup, agents []string) error {
+	// Renewals of one agent are too far apart to share a connection, and so many idle ones would be too many here.
+	http.DefaultTransport.(*http.Transport).DisableKeepAlives = true
 	log := slog.New(counter{slog.DiscardHandler, &f.logged})
-	failed := make(chan error, f.n)
-	for i := range f.n {
-		port, err := process.FreePort()
-		if err != nil {
-			return err
-		}
-		if err := os.MkdirAll(f.runDir(i), 0o700); err != nil {
-			return err
-		}
-		cfg, err := config.Load("", map[string]string{
-			"PIPEOPS_AGENT_ID": id(i), "PIPEOPS_AGENT_TOKEN": token, "PIPEOPS_API_URL": f.cp.APIURL,
-			"PIPEOPS_API_CA_FILE": f.cp.CAFile, "PIPEOPS_FRP_TLS_CA_FILE": f.cp.CAFile, "PIPEOPS_FRP_SERVER_ADDR": "127.0.0.1",
-			"PIPEOPS_FRP_ADMIN_PORT": strconv.Itoa(port), "PIPEOPS_LISTEN_ADDR": f.address, "PIPEOPS_RUN_DIR": f.runDir(i),
-		})
-		if err != nil {
-			return err
-		}
-		all.Go(func() {
-			if err := lease.Run(ctx, cfg, 5*time.Minute, false, log); err != nil && ctx.Err() == nil {
-				failed <- fmt.Errorf("%s: %w", cfg.Agent.ID, err)
-			}
-		})
-	}
-	for i := range f.n {
-		if err := process.Poll(ctx, 5*time.Minute, nil, func() error {
-			select {
-			case err := <-failed:
+	failed := make(chan error, len(agents))
+	for some := range slices.Chunk(agents, atOnce) {
+		for _, id := range some {
+			cfg, err := f.configure(id)
+			if err != nil {
 				return err
-			default:
-				return lease.Ready(f.runDir(i))
 			}
-		}); err != nil {
-			return err
+			all.Go(func() {
+				if err := lease.Run(ctx, cfg, 5*time.Minute, false, log); err != nil && ctx.Err() == nil {
+					failed <- fmt.Errorf("%s: %w", id, err)
+				}
+			})
+		}
+		for _, id := range some {
+			if err := process.Poll(ctx, 5*time.Minute, nil, func() error {
+				select {
+				case err := <-failed:
+					return err
+				default:
+					return lease.Ready(f.runDir(id))
+				}
+			}); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// configure makes an agent's run directory, and returns bootstrap's configuration.
+func (f *fleet) configure(id string) (*config.Config, error) {
+	port, err := process.FreePort()
+	if err != nil {
+		return nil, err
+	}
+	f.admin[id] = fmt.Sprintf("127.0.0.1:%d", port)
+	if err := os.MkdirAll(f.runDir(id), 0o700); err != nil {
+		return nil, err
+	}
+	cfg, err := config.Load("", map[string]string{
+		"PIPEOPS_AGENT_ID": id, "PIPEOPS_AGENT_TOKEN": token, "PIPEOPS_API_URL": f.cp.APIURL,
+		"PIPEOPS_API_CA_FILE": f.cp.CAFile, "PIPEOPS_FRP_TLS_CA_FILE": f.cp.CAFile, "PIPEOPS_FRP_SERVER_ADDR": "127.0.0.1",
+		"PIPEOPS_FRP_ADMIN_PORT": strconv.Itoa(port), "PIPEOPS_LISTEN_ADDR": f.address, "PIPEOPS_RUN_DIR": f.runDir(id),
+	})
+	if err == nil {
+		cfg.Proxy.MetricsAddr = f.address // the one server answers there too, which the configuration does not allow
+	}
+	return cfg, err
 }
 
 // counter counts the warnings and errors that are logged.
@@ -281,36 +358,54 @@ func (c counter) WithAttrs([]slog.Attr) slog.Handler { return c }
 
 func (c counter) WithGroup(string) slog.Handler { return c }
 
-// connect starts the stock frpc for all agents. Each process serves the files of a directory.
-func (f *fleet) connect() error {
+// startFrpc starts the stock frpc for agents, in one process that serves the files of a directory.
+func (f *fleet) startFrpc(agents []string) error {
 	binary, err := process.Binary("frpc")
 	if err != nil {
 		return err
 	}
+	dir, err := os.MkdirTemp(f.group.Dir(), "frpc-")
+	if err != nil {
+		return err
+	}
 	often := fmt.Sprintf("healthCheck.intervalSeconds = %d", 1)
-	for from := 0; from < f.n; from += perProcess {
-		dir := filepath.Join(f.group.Dir(), fmt.Sprintf("frpc-%d", from))
-		if err := os.Mkdir(dir, 0o700); err != nil {
+	for _, id := range agents {
+		f.started[id] = time.Now()
+		data, err := os.ReadFile(filepath.Join(f.runDir(id), frpc.ConfigFile))
+		if err != nil {
 			return err
 		}
-		for i := from; i < min(f.n, from+perProcess); i++ {
-			data, err := os.ReadFile(filepath.Join(f.runDir(i), frpc.ConfigFile))
-			if err != nil {
-				return err
-			}
-			if !strings.Contains(string(data), often) {
-				return errors.New("frpc.toml has another health check than this program knows")
-			}
-			rarely := strings.Replace(string(data), often, fmt.Sprintf("healthCheck.intervalSeconds = %d", checkEvery), 1)
-			if err := os.WriteFile(filepath.Join(dir, id(i)+".toml"), []byte(rarely), 0o600); err != nil { //nolint:gosec // ours
-				return err
-			}
+		if !strings.Contains(string(data), often) {
+			return errors.New("frpc.toml has another health check than this program knows")
 		}
-		if _, err := f.group.Start(filepath.Base(dir), nil, binary, "--config_dir", dir); err != nil {
+		rarely := strings.Replace(string(data), often, fmt.Sprintf("healthCheck.intervalSeconds = %d", checkEvery), 1)
+		if err := os.WriteFile(filepath.Join(dir, id+".toml"), []byte(rarely), 0o600); err != nil { //nolint:gosec // ours
 			return err
 		}
 	}
-	return nil
+	_, err = f.group.Start(filepath.Base(dir), nil, binary, "--config_dir", dir)
+	return err
+}
+
+// restartFrpc does the kubelet's work for light agents, until ctx ends: each second it starts frpc again for those
+// whose bootstrap has stopped it for a new frpc.toml.
+func (f *fleet) restartFrpc(ctx context.Context, agents []string) {
+	for wait(ctx, time.Second); ctx.Err() == nil; wait(ctx, time.Second) {
+		var stopped []string
+		for _, id := range agents {
+			file, err := os.Stat(filepath.Join(f.runDir(id), frpc.ConfigFile))
+			if err == nil && file.ModTime().After(f.started[id]) &&
+				errors.Is(process.Listening(f.admin[id]), syscall.ECONNREFUSED) {
+				stopped = append(stopped, id)
+			}
+		}
+		if len(stopped) == 0 {
+			continue
+		}
+		if err := f.startFrpc(stopped); err != nil {
+			fmt.Fprintln(os.Stderr, "scale: restart frpc:", err)
+		}
+	}
 }
 
 // times are how long it took until shares of the agents had a tunnel.
@@ -323,28 +418,29 @@ func (t times) String() string {
 	return fmt.Sprintf("half %.0f s, 99%% %.0f s, all %.0f s", t.half.Seconds(), t.most.Seconds(), t.all.Seconds())
 }
 
-// back waits until all agents have opened a tunnel since begin.
-func (f *fleet) back(ctx context.Context, begin time.Time) (t times, err error) {
+// back waits until all of these agents have opened a tunnel since begin.
+func (f *fleet) back(ctx context.Context, begin time.Time, agents []string) (t times, err error) {
+	all := len(agents)
 	err = process.Poll(ctx, 15*time.Minute, nil, func() error {
-		n := f.cp.OpenedSince(begin)
+		n := f.cp.OpenedSince(begin, agents)
 		for _, share := range []struct {
 			n  int
 			at *time.Duration
-		}{{f.n / 2, &t.half}, {f.n * 99 / 100, &t.most}, {f.n, &t.all}} {
+		}{{all / 2, &t.half}, {all * 99 / 100, &t.most}, {all, &t.all}} {
 			if n >= share.n && *share.at == 0 {
 				*share.at = time.Since(begin)
 			}
 		}
-		if n < f.n {
-			return fmt.Errorf("%d of %d agents have a tunnel", n, f.n)
+		if n < all {
+			return fmt.Errorf("%d of %d agents have a tunnel", n, all)
 		}
 		return nil
 	})
 	return t, err
 }
 
-// answer serves for all proxies: TLS behind a PROXY header for callers, and HTTP for frpc's health checks. It returns
-// its address.
+// answer serves for all proxies at one address, which it returns. Its listener is the proxy's: TLS behind a PROXY
+// header for callers, plain HTTP for frpc and bootstrap.
 func answer(ctx context.Context) (string, error) {
 	certificatePEM, key, err := cert.GenerateSelfSignedCertKey("localhost", nil, nil)
 	if err != nil {
@@ -354,10 +450,15 @@ func answer(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+	socket, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		return "", err
 	}
+	listener := inbound.New(socket, inbound.Config{
+		Connections: math.MaxInt, HeaderMemory: math.MaxInt64, HelloTimeout: time.Minute,
+		TLS:    &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12},
+		Closed: func(string, net.Addr, error) {},
+	})
 	mux := http.NewServeMux()
 	mux.HandleFunc("/watch", func(w http.ResponseWriter, r *http.Request) {
 		for r.Context().Err() == nil { // a watch with a bookmark a minute
@@ -366,16 +467,18 @@ func answer(ctx context.Context) (string, error) {
 			wait(r.Context(), time.Minute)
 		}
 	})
+	mux.HandleFunc(agentapi.ActivityPath, func(w http.ResponseWriter, _ *http.Request) {
+		_ = json.NewEncoder(w).Encode(agentapi.Activity{}) // agents with a watch are never moved
+	})
 	mux.HandleFunc("/", func(http.ResponseWriter, *http.Request) {})
 	server := &http.Server{
 		Handler: mux, ReadHeaderTimeout: time.Minute, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0),
 	}
-	tlsConfig := &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12}
 	context.AfterFunc(ctx, func() { _ = server.Close() })
 	go func() {
-		_ = server.Serve(&either{listener, tlsConfig})
+		_ = server.Serve(listener)
 	}()
-	return listener.Addr().String(), nil
+	return socket.Addr().String(), nil
 }
 
 func wait(ctx context.Context, d time.Duration) {
@@ -385,9 +488,10 @@ func wait(ctx context.Context, d time.Duration) {
 	}
 }
 
-// call sends a request to an agent by frps, as a caller does.
-func (f *fleet) call(ctx context.Context, i int, path string) (*http.Response, error) {
-	address, tlsConfig := f.cp.Direct(id(i))
+// call sends a request to an agent by frps, as a caller does. It tries for a minute: on a busy machine frps may close a
+// connection for which there is no work connection in time.
+func (f *fleet) call(ctx context.Context, id, path string) (*http.Response, error) {
+	address, tlsConfig := f.cp.Direct(id)
 	tlsConfig.VerifyConnection = nil // one server answers for all
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: tlsConfig,
 		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
@@ -398,20 +502,25 @@ func (f *fleet) call(ctx context.Context, i int, path string) (*http.Response, e
 		return nil, err
 	}
 	req.Header.Set("Authorization", "Bearer "+token)
-	return client.Do(req)
+	var resp *http.Response
+	err = process.Poll(ctx, time.Minute, nil, func() (err error) {
+		resp, err = client.Do(req) //nolint:bodyclose // the caller closes it
+		return err
+	})
+	return resp, err
 }
 
-// answering returns an error unless every agent answers a call.
-func (f *fleet) answering(ctx context.Context) error {
+// answering returns an error unless every one of these agents answers a call.
+func (f *fleet) answering(ctx context.Context, agents []string) error {
 	var calls errgroup.Group
 	calls.SetLimit(50)
-	for i := range f.n {
+	for _, id := range agents {
 		calls.Go(func() error {
-			resp, err := f.call(ctx, i, "/version")
+			resp, err := f.call(ctx, id, "/version")
 			if err == nil {
 				_ = resp.Body.Close()
 				if resp.StatusCode != http.StatusOK {
-					err = fmt.Errorf("%s: %s", id(i), resp.Status)
+					err = fmt.Errorf("%s: %s", id, resp.Status)
 				}
 			}
 			return err
@@ -420,29 +529,31 @@ func (f *fleet) answering(ctx context.Context) error {
 	return calls.Wait()
 }
 
-// watch holds a watch of each agent open, until stop.
-func (f *fleet) watch(ctx context.Context) (stop func(), err error) {
-	ctx, cancel := context.WithCancel(ctx)
+// watch holds a watch of each of these agents open until end is called. It counts those that are cut.
+func (f *fleet) watch(ctx context.Context, agents []string) (*atomic.Int64, func(), error) {
+	ctx, end := context.WithCancel(ctx)
+	var cut atomic.Int64
 	var calls errgroup.Group
 	calls.SetLimit(50)
-	for i := range f.n {
+	for _, id := range agents {
 		calls.Go(func() error {
-			resp, err := f.call(ctx, i, "/watch") //nolint:bodyclose // closed when the watch ends
+			resp, err := f.call(ctx, id, "/watch") //nolint:bodyclose // closed when the watch ends
 			if err != nil {
 				return err
 			}
 			go func() {
 				_, _ = io.Copy(io.Discard, resp.Body)
 				_ = resp.Body.Close()
+				cut.Add(1)
 			}()
 			return nil
 		})
 	}
 	if err := calls.Wait(); err != nil {
-		cancel()
-		return nil, err
+		end()
+		return nil, nil, err
 	}
-	return cancel, nil
+	return &cut, end, nil
 }
 
 // requests counts the requests for leases by the second.

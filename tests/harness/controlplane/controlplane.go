@@ -60,52 +60,40 @@ type ControlPlane struct {
 	GatewayURL string `json:"gateway_url"` // where callers reach agents, below /agents/{id}
 	CAFile     string `json:"ca_file"`     // PEM: signs the certificates of all three servers
 	CA         []byte `json:"-"`           // the same
-	FrpsPort   int    `json:"frps_port"`
+
+	*Frps // the first, of all agents that are not assigned to another
 
 	API, Gateway *Server `json:"-"`
 
-	options      Options
-	frpToken     string  // frp's shared token
-	issuer       *issuer // nil: leases hold frp's shared token
-	dir          string
-	pluginURL    string
-	vhostPort    int // of tunnels of type http
-	vhostTLSPort int // https
-	frpsArgs     []string
-	servers      []*Server
+	options   Options
+	frpToken  string  // frp's shared token
+	issuer    *issuer // nil: leases hold frp's shared token
+	dir       string
+	pluginURL string
+	servers   []*Server
 
 	mu       sync.Mutex
 	agents   map[string]string
+	assigned map[string]*Frps // by agent id
 	revoked  map[string]bool
 	terms    Terms
 	leases   map[string]lease     // by the id that stands in an agent's token or metadatas
+	latest   map[string]lease     // by agent id: the last that was given
 	given    int                  // how many leases were given
 	tunnels  map[string]string    // by agent id: the type of the tunnel that frps was last let to open
 	opened   map[string]time.Time // by agent id: when that was
 	refusals map[string]refusal   // by agent id: why frps was last told to refuse it
 	shown    []tls.Certificate    // by the gateway to agents
 	fault    http.Handler         // answers instead of the authentication endpoint, for tests
-	frps     *process.Process
 }
 
 // lease is the lease of one instance of an agent.
 type lease struct {
 	agentID     string
-	given       time.Time
 	groupKey    string
 	expires     time.Time // zero: never
 	tunnel      frpc.Tunnel
 	certificate string // PEM: what the agent shows to callers of a tunnel of type https
-}
-
-// latest returns an agent's most recent lease.
-func (c *ControlPlane) latest(agentID string) (latest lease, ok bool) {
-	for _, l := range c.leases {
-		if l.agentID == agentID && !l.given.Before(latest.given) {
-			latest, ok = l, true
-		}
-	}
-	return latest, ok
 }
 
 func (l lease) ended() bool { return !l.expires.IsZero() && time.Now().After(l.expires) }
@@ -124,10 +112,11 @@ func Start(ctx context.Context, options Options) (*ControlPlane, error) {
 	}
 	c := &ControlPlane{
 		CAFile: filepath.Join(dir, "ca.crt"), options: options, frpToken: rand.Text(), dir: dir,
-		agents: maps.Clone(options.Agents), revoked: map[string]bool{}, terms: Terms{Life: 24 * time.Hour},
-		leases: map[string]lease{}, tunnels: map[string]string{}, opened: map[string]time.Time{},
-		refusals: map[string]refusal{},
+		agents: maps.Clone(options.Agents), assigned: map[string]*Frps{}, revoked: map[string]bool{},
+		terms: Terms{Life: 24 * time.Hour}, leases: map[string]lease{}, latest: map[string]lease{},
+		tunnels: map[string]string{}, opened: map[string]time.Time{}, refusals: map[string]refusal{},
 	}
+	c.Frps = &Frps{cp: c}
 	var names []string
 	if options.Host != "" {
 		names = []string{options.Host}
@@ -190,7 +179,7 @@ func (c *ControlPlane) serve(
 	return s, "http://" + s.address, nil
 }
 
-// Close stops the control plane and its frps.
+// Close stops the control plane and its first frps.
 func (c *ControlPlane) Close() {
 	for _, s := range c.servers {
 		s.Stop()
@@ -231,6 +220,7 @@ func (c *ControlPlane) RevokeLeases() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	clear(c.leases)
+	clear(c.latest)
 }
 
 // LeasesGiven returns how many leases have been given.
@@ -240,12 +230,12 @@ func (c *ControlPlane) LeasesGiven() int {
 	return c.given
 }
 
-// OpenedSince returns how many agents frps was let open a tunnel for since then.
-func (c *ControlPlane) OpenedSince(then time.Time) (n int) {
+// OpenedSince returns for how many of these agents a frps was let open a tunnel since then.
+func (c *ControlPlane) OpenedSince(then time.Time, agents []string) (n int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, at := range c.opened {
-		if at.After(then) {
+	for _, id := range agents {
+		if c.opened[id].After(then) {
 			n++
 		}
 	}
@@ -295,8 +285,8 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	id := rand.Text()
-	l := lease{agentID: request.AgentID, given: time.Now(), groupKey: rand.Text(), certificate: request.Certificate}
-	if before, ok := c.latest(l.agentID); ok {
+	l := lease{agentID: request.AgentID, groupKey: rand.Text(), certificate: request.Certificate}
+	if before, ok := c.latest[l.agentID]; ok {
 		l.groupKey = before.groupKey // the instances of one agent share the key of their group
 	}
 	if c.terms.Life != 0 {
@@ -315,7 +305,8 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 		l.tunnel.Subdomain = l.agentID
 	}
 	answer := map[string]any{
-		"server_addr": cmp.Or(c.options.Host, c.options.IP), "server_port": c.FrpsPort, "tunnel": l.tunnel,
+		"server_addr": cmp.Or(c.options.Host, c.options.IP), "server_port": c.frpsOf(l.agentID).FrpsPort,
+		"tunnel": l.tunnel,
 	}
 	if !l.expires.IsZero() {
 		answer["expires_at"] = l.expires.Add(c.terms.Ahead)
@@ -332,7 +323,7 @@ func (c *ControlPlane) authenticate(w http.ResponseWriter, r *http.Request) {
 		// No metadatas: the plugin takes them from the token, so that frpc.toml stays as it is.
 		answer["auth_method"], answer["frp_token"] = "oidc", token
 	}
-	c.leases[id] = l
+	c.leases[id], c.latest[l.agentID] = l, l
 	c.given++
 	c.options.Log.Info("lease given", "agent_id", request.AgentID, "instance", request.Instance, "expires_at", l.expires,
 		"tunnel_type", l.tunnel.Type)

@@ -1,8 +1,10 @@
 package controlplane
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -19,20 +21,50 @@ const (
 	tlsDomain = "agents-tls.internal" // https, as a custom domain, because the agent's certificate must name all of it
 )
 
+// Frps is a stock frps of a control plane.
+type Frps struct {
+	FrpsPort int `json:"frps_port"` // for agents
+
+	cp           *ControlPlane
+	vhostPort    int // of tunnels of type http
+	vhostTLSPort int // https
+	args         []string
+	process      *process.Process // nil: it is stopped
+}
+
+// AddFrps starts one more frps, which has no agents until some are assigned to it. The caller stops it.
+func (c *ControlPlane) AddFrps(ctx context.Context) (*Frps, error) {
+	f := &Frps{cp: c}
+	return f, f.MoveFrps(ctx)
+}
+
+// Assign makes the next leases of agents name this frps. The gateway looks for them there from now on.
+func (f *Frps) Assign(agents []string) {
+	f.cp.mu.Lock()
+	defer f.cp.mu.Unlock()
+	for _, id := range agents {
+		f.cp.assigned[id] = f
+	}
+}
+
+// frpsOf returns the frps that an agent is assigned to. c.mu must be locked.
+func (c *ControlPlane) frpsOf(agentID string) *Frps { return cmp.Or(c.assigned[agentID], c.Frps) }
+
 // MoveFrps stops frps if it runs, and starts it on another port.
-func (c *ControlPlane) MoveFrps(ctx context.Context) error {
-	c.StopFrps()
-	if err := c.configureFrps(); err != nil {
+func (f *Frps) MoveFrps(ctx context.Context) error {
+	f.StopFrps()
+	if err := f.configureFrps(); err != nil {
 		return err
 	}
-	return c.StartFrps(ctx)
+	return f.StartFrps(ctx)
 }
 
 // configureFrps writes frps's configuration: TLS only, vhost ports for the gateway, and the plugin.
-func (c *ControlPlane) configureFrps() error {
+func (f *Frps) configureFrps() error {
+	c := f.cp
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, port := range []*int{&c.FrpsPort, &c.vhostPort, &c.vhostTLSPort} {
+	for _, port := range []*int{&f.FrpsPort, &f.vhostPort, &f.vhostTLSPort} {
 		var err error
 		if *port, err = process.FreePort(); err != nil {
 			return err
@@ -43,8 +75,8 @@ func (c *ControlPlane) configureFrps() error {
 		auth = map[string]any{"method": "oidc", "oidc": map[string]any{"issuer": c.issuer.url, "audience": audience}}
 	}
 	config := map[string]any{
-		"bindAddr": c.options.IP, "bindPort": c.FrpsPort,
-		"vhostHTTPPort": c.vhostPort, "vhostHTTPSPort": c.vhostTLSPort, "subDomainHost": domain,
+		"bindAddr": c.options.IP, "bindPort": f.FrpsPort,
+		"vhostHTTPPort": f.vhostPort, "vhostHTTPSPort": f.vhostTLSPort, "subDomainHost": domain,
 		"vhostHTTPTimeout": 120, // a wait for headers; kubectl allows calls that long
 		"auth":             auth,
 		"log":              map[string]any{"disablePrintColor": true},
@@ -59,26 +91,27 @@ func (c *ControlPlane) configureFrps() error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(c.dir, "frps.json")
-	c.frpsArgs = []string{"-c", path}
+	path := filepath.Join(c.dir, fmt.Sprintf("frps-%d.json", f.FrpsPort))
+	f.args = []string{"-c", path}
 	return os.WriteFile(path, data, 0o600)
 }
 
 // StartFrps starts frps, waits until it listens, and restarts it whenever it ends by itself.
-func (c *ControlPlane) StartFrps(ctx context.Context) error {
+func (f *Frps) StartFrps(ctx context.Context) error {
+	c := f.cp
 	binary, err := process.Binary("frps")
 	if err != nil {
 		return err
 	}
-	p, err := c.options.Group.Start("frps", nil, binary, c.frpsArgs...)
+	p, err := c.options.Group.Start("frps", nil, binary, f.args...)
 	if err != nil {
 		return err
 	}
 	c.mu.Lock()
-	c.frps = p
+	f.process = p
 	c.mu.Unlock()
 	err = process.Poll(ctx, 10*time.Second, p.Done(), func() error {
-		return process.Listening(net.JoinHostPort(c.options.IP, strconv.Itoa(c.FrpsPort)))
+		return process.Listening(net.JoinHostPort(c.options.IP, strconv.Itoa(f.FrpsPort)))
 	})
 	if err != nil {
 		select {
@@ -91,11 +124,11 @@ func (c *ControlPlane) StartFrps(ctx context.Context) error {
 	go func() {
 		<-p.Done()
 		c.mu.Lock()
-		unexpected := c.frps == p
+		unexpected := f.process == p
 		c.mu.Unlock()
 		if unexpected {
 			c.options.Log.Warn("restarting frps", "exit_code", p.ExitCode())
-			if err := c.StartFrps(ctx); err != nil {
+			if err := f.StartFrps(ctx); err != nil {
 				c.options.Log.Error("frps failed to start", "error", err)
 			}
 		}
@@ -104,24 +137,24 @@ func (c *ControlPlane) StartFrps(ctx context.Context) error {
 }
 
 // StopFrps stops frps until StartFrps is called.
-func (c *ControlPlane) StopFrps() {
-	c.mu.Lock()
-	p := c.frps
-	c.frps = nil
-	c.mu.Unlock()
+func (f *Frps) StopFrps() {
+	f.cp.mu.Lock()
+	p := f.process
+	f.process = nil
+	f.cp.mu.Unlock()
 	if p != nil {
 		p.Stop()
 	}
 }
 
 // FrpsPid returns the process id of the running frps, or 0.
-func (c *ControlPlane) FrpsPid() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.frps == nil {
+func (f *Frps) FrpsPid() int {
+	f.cp.mu.Lock()
+	defer f.cp.mu.Unlock()
+	if f.process == nil {
 		return 0
 	}
-	return c.frps.Pid()
+	return f.process.Pid()
 }
 
 // PlainPorts are the ports of a frps of an operator: for frpc, and for callers by the type of the tunnel.

@@ -221,11 +221,12 @@ func (c *ControlPlane) tunnelType(id string) string {
 
 // dial connects to frps's port for tunnels of type http, if frps was ever allowed to open one for the agent.
 func (c *ControlPlane) dial(ctx context.Context, _, addr string) (net.Conn, error) {
-	if id, _, _ := strings.Cut(addr, "."); c.tunnelType(id) == "" {
+	id, _, _ := strings.Cut(addr, ".")
+	if c.tunnelType(id) == "" {
 		return nil, notDelivered{errNoAgent}
 	}
 	c.mu.Lock()
-	addr = net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostPort))
+	addr = net.JoinHostPort(c.options.IP, strconv.Itoa(c.frpsOf(id).vhostPort))
 	c.mu.Unlock()
 	return dialFrps(ctx, addr)
 }
@@ -257,7 +258,7 @@ func (c *ControlPlane) Direct(id string) (addr string, config *tls.Config) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return net.JoinHostPort(c.options.IP, strconv.Itoa(c.vhostTLSPort)), config
+	return net.JoinHostPort(c.options.IP, strconv.Itoa(c.frpsOf(id).vhostTLSPort)), config
 }
 
 // dialAgent opens a TLS connection to an agent. frps finds the agent by the name in the handshake.

@@ -66,7 +66,7 @@ func (c *ControlPlane) decide(op string, in pluginContent) error {
 	}
 	l, ok := c.leases[metas["lease"]]
 	if op == "NewProxy" && c.issuer != nil {
-		l, ok = c.latest(metas["agent_id"]) // a session outlives the token of its login
+		l, ok = c.latest[metas["agent_id"]] // a session outlives the token of its login
 	}
 	var err error
 	switch {
