@@ -10,8 +10,12 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -330,6 +334,42 @@ func TestMissingCredentialsAreExplained(t *testing.T) {
 	if _, err := RESTConfig("/nonexistent", false); err == nil ||
 		!strings.Contains(err.Error(), "kubernetes.kubeconfig (KUBECONFIG) /nonexistent") {
 		t.Errorf("missing kubeconfig: %v", err)
+	}
+}
+
+// TestTokenIsReadAgainAfterA401: once the API server has refused it, and not a minute later.
+func TestTokenIsReadAgainAfterA401(t *testing.T) {
+	var valid atomic.Value
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer "+valid.Load().(string) {
+			w.WriteHeader(http.StatusUnauthorized)
+		}
+	}))
+	defer api.Close()
+	file := filepath.Join(t.TempDir(), "token")
+	rotate := func(token string) {
+		valid.Store(token)
+		if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rotate("old")
+	// In a pod, client-go has read the file by itself.
+	client, err := NewClient(&rest.Config{Host: api.URL, BearerToken: "old", BearerTokenFile: file},
+		func(*http.Request, float64) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := NewProxy(client, false, slog.New(slog.DiscardHandler))
+	code := func() int {
+		answer := httptest.NewRecorder()
+		proxy.ServeHTTP(answer, httptest.NewRequest(http.MethodGet, Prefix+"/version", nil))
+		return answer.Code
+	}
+	before := code()
+	rotate("new")
+	if codes := []int{before, code(), code()}; !slices.Equal(codes, []int{200, 502, 200}) {
+		t.Errorf("before the old token was revoked, at once, and then: %v", codes)
 	}
 }
 

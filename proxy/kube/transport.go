@@ -16,6 +16,7 @@ import (
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/transport"
 )
 
 // RESTConfig returns the API server's address and the agent's credential: from the kubeconfig if one is named (several
@@ -80,6 +81,11 @@ type Client struct {
 func NewClient(config *rest.Config, latency func(r *http.Request, seconds float64)) (*Client, error) {
 	config = rest.CopyConfig(config)
 	config.DisableCompression = true // else Go would change bodies and their headers
+	if file := config.BearerTokenFile; file != "" {
+		// client-go itself would not read the file again after a 401, but use a revoked token for up to 50 s.
+		config.BearerToken, config.BearerTokenFile = "", ""
+		config.Wrap(transport.ResettableTokenSourceWrapTransport(transport.NewCachedFileTokenSource(file)))
+	}
 	target, _, err := rest.DefaultServerUrlFor(config)
 	if err != nil {
 		return nil, fmt.Errorf("the API server's address %q: %w", config.Host, err)
@@ -116,11 +122,11 @@ func NewClient(config *rest.Config, latency func(r *http.Request, seconds float6
 
 // transportFor returns client-go's transport with limits on how much of an answer it holds.
 func transportFor(config *rest.Config, limit func(*http.Transport)) (http.RoundTripper, error) {
-	transport, err := rest.TransportFor(config)
+	roundTripper, err := rest.TransportFor(config)
 	if err != nil {
 		return nil, fmt.Errorf("the connection to the API server: %w", err)
 	}
-	inner := transport
+	inner := roundTripper
 	for w, ok := inner.(utilnet.RoundTripperWrapper); ok; w, ok = inner.(utilnet.RoundTripperWrapper) {
 		inner = w.WrappedRoundTripper() // such as the one that adds the credential, or reloads CA files
 	}
@@ -131,7 +137,7 @@ func transportFor(config *rest.Config, limit func(*http.Transport)) (http.RoundT
 	limited.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
 	limited.MaxResponseHeaderBytes = maxResponseHeaders
 	limit(limited)
-	return transport, nil
+	return roundTripper, nil
 }
 
 // RoundTrip sends a request, once more if its connection died and it can be repeated, and observes the latency.

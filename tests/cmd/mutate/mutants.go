@@ -281,6 +281,7 @@ var mutants = []struct {
 		{"ten times the connections are made", "maxDials = 3", "maxDials = 30", "TestTransportsHaveTheirBounds"},
 		{"ten times the bytes of an answer are held", "streamWindow       = 64 << 10", "streamWindow       = 640 << 10", "TestTransportsHaveTheirBounds"},
 		{"ten times the headers of an answer are held", "maxResponseHeaders = 64 << 10", "maxResponseHeaders = 640 << 10", "TestTransportsHaveTheirBounds"},
+		{"a revoked token is used for up to 50 s more", `if file := config.BearerTokenFile; file != "" {`, `if file := config.BearerTokenFile; file == "" {`, "TestTokenIsReadAgainAfterA401"},
 		{"bodies are decompressed on the way", "config.DisableCompression = true", "config.DisableCompression = false", "TestTransportsHaveTheirBounds"},
 		{"a credential plugin may hang for minutes", "maxAbandoned = 30 * time.Second, 32", "maxAbandoned = 300 * time.Second, 32", "TestHangingPluginHoldsFewRequests"},
 		{"a hanging plugin holds ten times the requests", "maxAbandoned = 30 * time.Second, 32", "maxAbandoned = 30 * time.Second, 320", "TestHangingPluginHoldsFewRequests"},
