@@ -153,6 +153,10 @@ func (s *site) user(name string, group ...string) string {
 
 func (s *site) startCluster(ctx context.Context, serverArgs ...string) (*Cluster, error) {
 	etcd, etcdURL, err := s.startEtcd()
+	if err == nil { // on a busy machine, it may take longer than the 20 s that the API server waits
+		listening := func() error { return process.Listening(strings.TrimPrefix(etcdURL, "http://")) }
+		err = process.Poll(ctx, 2*time.Minute, etcd.Done(), listening)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -208,7 +212,7 @@ func (s *site) startAPIServer(ctx context.Context, args []string) (*Cluster, err
 		return nil, err
 	}
 	c := &Cluster{APIServer: server, Config: &rest.Config{Host: s.serverURL, BearerToken: token, QPS: -1}}
-	err = process.Poll(ctx, time.Minute, server.Done(), func() (err error) {
+	err = process.Poll(ctx, 2*time.Minute, server.Done(), func() (err error) {
 		// Read anew each time: the API server makes it while it starts, and it may not be whole yet.
 		if c.Config.CAData, err = os.ReadFile(certificate); err != nil {
 			return err
