@@ -30,8 +30,8 @@ import (
 )
 
 // usualSpecs are conformance specs of kubectl, discovery, lists, writes and the way to pods, which take few seconds
-// each. None holds a watch without starting it again when it ends, as it does when the agent restarts, and none resolves
-// names.
+// each. None holds a watch without starting it again when it ends, as it does when the agent restarts, and none
+// resolves names.
 const usualSpecs = `\[sig-cli\] Kubectl (client Kubectl|logs)|` +
 	`\[sig-api-machinery\] (AggregatedDiscovery|Discovery|FieldValidation|Servers with support for|server version)|` +
 	`\[sig-apps\] ReplicaSet should serve a basic image`
@@ -229,18 +229,24 @@ func (i *installed) importSpecImages(archive string, machines []*cluster.Machine
 		}
 		return files
 	}
-	// busybox's shell hides variables with a dash in their name, and prefers its own nc, which lacks options.
-	bash := layer(borrow(map[string][]byte{}, "bash"), map[string]string{"/bin/sh": "bash"})
+	// Debian's busybox hides variables with a dash in their name, so sh is bash; but specs know its messages, so /bin/sh
+	// is not.
+	bash := layer(borrow(map[string][]byte{}, "bash"), map[string]string{"/usr/bin/sh": "/bin/bash"})
 	certificate, key, err := cert.GenerateSelfSignedCertKey("localhost", nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	agnhost := []cluster.Layer{busybox, bash, layer(borrow(map[string][]byte{"/agnhost": file(harness.Binary(t, "agnhost")),
-		"/localhost.crt": certificate, "/localhost.key": key}, tools...), map[string]string{"/agnhost-2": "agnhost"})}
+	programs := map[string][]byte{"/agnhost": file(harness.Binary(t, "agnhost")),
+		"/localhost.crt": certificate, "/localhost.key": key}
+	// busybox's shell would prefer its own nc, which lacks options.
+	agnhost := []cluster.Layer{busybox, bash, layer(borrow(programs, tools...),
+		map[string]string{"/agnhost-2": "agnhost", "/bin/sh": "bash"})}
 	pauses := cluster.ImageConfig{Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}
+	serves := cluster.ImageConfig{Entrypoint: pauses.Entrypoint, Cmd: []string{"test-webserver"}}
 	images := map[string]cluster.Image{
 		"agnhost":           {Layers: agnhost, Config: pauses},
 		"glibc-dns-testing": {Layers: agnhost, Config: pauses},
+		"nginx":             {Layers: agnhost, Config: serves},
 		"nonroot": {Layers: agnhost,
 			Config: cluster.ImageConfig{User: "1234", Entrypoint: pauses.Entrypoint, Cmd: pauses.Cmd}},
 		"nonewprivs": {Layers: []cluster.Layer{layer(map[string][]byte{
@@ -254,10 +260,9 @@ func (i *installed) importSpecImages(archive string, machines []*cluster.Machine
 			"/sample-apiserver": file(harness.Binary(t, "sample-apiserver"))}, nil)},
 			Config: cluster.ImageConfig{Entrypoint: []string{"/sample-apiserver"}}},
 	}
-	for _, name := range []string{"kitten", "nautilus", "nginx"} {
-		images[name] = cluster.Image{Layers: append(slices.Clone(agnhost),
-			layer(map[string][]byte{"/data.json": []byte(`{"image": "` + name + `.jpg"}`)}, nil)),
-			Config: cluster.ImageConfig{Entrypoint: pauses.Entrypoint, Cmd: []string{"test-webserver"}}}
+	for _, name := range []string{"kitten", "nautilus"} {
+		data := layer(map[string][]byte{"/data.json": []byte(`{"image": "` + name + `.jpg"}`)}, nil)
+		images[name] = cluster.Image{Layers: append(slices.Clone(agnhost), data), Config: serves}
 	}
 	for _, reference := range strings.Fields(string(names)) {
 		name, _, _ := strings.Cut(path.Base(reference), ":")

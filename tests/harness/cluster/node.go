@@ -115,8 +115,9 @@ const kubeletFile = "kubelet.yaml"
 
 // kubeletConfig is formatted with the machine's directory, the API server's directory, a cgroup and the first node's
 // address. A full disk removes no image and evicts no pod, because the disk is not the node's, and there is no registry
-// to pull the image from again. A changed Secret is seen in pods after seconds, not a minute. Pods are evicted if process
-// ids run out, so that a test can have that happen. Pods are told of the DNS server, even while it is not started.
+// to pull the image from again. A changed Secret is seen in pods after seconds, not a minute. Pods are evicted if
+// process ids run out, so that a test can have that happen. Pods are told of the DNS server, even while it is not
+// started.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {x509: {clientCAFile: %[2]s/kubelet-client.crt}}
@@ -279,6 +280,13 @@ func (n *Node) join(ctx context.Context, m *Machine) error {
 		n.IP), 0o600); err != nil {
 		return err
 	}
+	// containerd may not listen yet, and the kubelet would not wait for it.
+	starting, cancel := m.site.whileAlive(ctx)
+	defer cancel()
+	err := process.Poll(starting, time.Minute, nil, func() error { return m.ImportImage(starting, n.busybox) })
+	if err != nil {
+		return errors.Join(context.Cause(starting), err)
+	}
 	for _, c := range []component{
 		{"kubelet", "system:node:" + m.name, []string{
 			"--config", filepath.Join(dir, kubeletFile), "--root-dir", filepath.Join(dir, "kubelet"),
@@ -297,11 +305,7 @@ func (n *Node) join(ctx context.Context, m *Machine) error {
 	}
 	alive, cancel := m.site.whileAlive(ctx)
 	defer cancel()
-	// containerd may not listen yet
-	err := process.Poll(alive, time.Minute, nil, func() error { return m.ImportImage(alive, n.busybox) })
-	if err == nil {
-		err = process.Poll(alive, time.Minute, nil, func() error { return n.ready(alive, m) })
-	}
+	err = process.Poll(alive, time.Minute, nil, func() error { return n.ready(alive, m) })
 	if err == nil {
 		// For NetworkPolicies alone: the bridge does not enforce them. It wants to find its node.
 		err = n.startComponent(m, component{"kube-router", "kube-router", []string{

@@ -1,5 +1,5 @@
-// Command coredns is CoreDNS with the plugins that a cluster's names need. The stock program links the clients of several
-// clouds, too, and takes many times as long to build.
+// Command coredns is CoreDNS with the plugins that a cluster's names need. The stock program links the clients of
+// several clouds, too, and takes many times as long to build.
 package main
 
 import (
