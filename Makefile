@@ -3,9 +3,9 @@
 # SHIPPED and MODULES list our modules in the order of their imports. `make verify` fails if one is missing here.
 SHIPPED := frpc bootstrap proxy
 MODULES := $(SHIPPED) tests
-TOOL_MODULES := $(addprefix tests/tools/,compose frp kube-router kubernetes lint tunnels vulndb)
+TOOL_MODULES := $(addprefix tests/tools/,compose coredns frp kube-router kubernetes lint tunnels vulndb)
 # CODE lists the modules that hold Go code of ours.
-CODE := $(MODULES) tests/tools/frp tests/tools/tunnels
+CODE := $(MODULES) $(addprefix tests/tools/,coredns frp tunnels)
 
 $(if $(word 2,$(CURDIR)),$(error make cannot work in a path with spaces: move the repository))
 BIN := $(CURDIR)/.build/bin
@@ -72,7 +72,7 @@ KUBE_NODE := kube-controller-manager kube-proxy kube-scheduler kubelet
 NODE := $(KUBE_NODE) kube-router
 
 # CONFORMANCE lists what Kubernetes' own conformance specs need.
-CONFORMANCE := agnhost e2e.test ginkgo sample-apiserver
+CONFORMANCE := agnhost e2e.test ginkgo nonewprivs sample-apiserver
 
 E2E_PARTS := e2e-ready build tools test-images previous $(addprefix $(BIN)/,$(NODE) $(CONFORMANCE) docker-compose)
 
@@ -102,8 +102,10 @@ soak: build tools ## Look for growth under steady load for two hours (DURATION):
 scale: build tools ## Measure a frps with 2,000 agents, and their return after outages; results are in tests/SCALE.md
 	@cd tests && go build -o $(BIN)/scale ./scale && exec $(BIN)/scale $(SCALE)
 
+# By hand the specs have a DNS server and dig, too.
 .PHONY: conformance
-conformance: $(filter-out previous,$(E2E_PARTS)) ## Run Kubernetes' conformance specs through the agent (FOCUS, ROLL, IDENTITY, DIRECT); results are in tests/CONFORMANCE.md
+conformance: E2E_PACKAGES += bind9-dnsutils
+conformance: $(filter-out previous,$(E2E_PARTS)) $(BIN)/coredns ## Run Kubernetes' conformance specs through the agent (FOCUS, ROLL, IDENTITY, DIRECT); results are in tests/CONFORMANCE.md
 	@cd tests && $(foreach v,FOCUS SKIP ROLL IDENTITY DIRECT PROCS,CONFORMANCE_$(v)='$($(v))') \
 		CONFORMANCE_TIMEOUT=$(or $(TIMEOUT),4h) CONFORMANCE_REPORT='$(abspath $(REPORT))' \
 		go test -count=1 -v -timeout 12h -run 'TestConformance$$' ./e2e
@@ -345,8 +347,8 @@ build-kube = $(call build-tool,$(1),k8s.io/kubernetes/$(if $(filter e2e.test,$(@
 	kube-flags,$(2)),$(if $(filter e2e.test,$(@F)),test -c))
 $(addprefix $(BIN)/,kube-apiserver kubectl $(KUBE_NODE) e2e.test): $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-kube,$(KUBERNETES),$(KUBE))
-$(BIN)/agnhost: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
-	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/test/images/agnhost,-ldflags '-s -w')
+$(BIN)/agnhost $(BIN)/nonewprivs: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
+	$(call build-tool,$(KUBERNETES),k8s.io/kubernetes/test/images/$(@F),-ldflags '-s -w')
 $(BIN)/ginkgo: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
 	$(call build-tool,$(KUBERNETES),github.com/onsi/ginkgo/v2/ginkgo,-ldflags '-s -w')
 $(BIN)/sample-apiserver: $(KUBERNETES)/go.mod $(KUBERNETES)/go.sum
@@ -372,6 +374,10 @@ $(MATRIX_DIR)/frps-% $(MATRIX_DIR)/frpc-%: $$(@D)/go.mod
 KUBE_ROUTER := tests/tools/kube-router
 $(BIN)/kube-router: $(KUBE_ROUTER)/go.mod $(KUBE_ROUTER)/go.sum
 	$(call build-tool,$(KUBE_ROUTER),github.com/cloudnativelabs/kube-router/v2/cmd/kube-router,-ldflags '-s -w')
+
+COREDNS := tests/tools/coredns
+$(BIN)/coredns: $(wildcard $(COREDNS)/*)
+	$(call build-tool,$(COREDNS),.,-ldflags '-s -w')
 
 COMPOSE := tests/tools/compose
 $(BIN)/docker-compose: $(COMPOSE)/go.mod $(COMPOSE)/go.sum

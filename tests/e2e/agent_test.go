@@ -194,6 +194,22 @@ func importImages(t *testing.T, m *cluster.Machine) {
 	imported.by[m] = true
 }
 
+// startWorker starts a second node with the agent's images, which is stopped when the test ends.
+func startWorker(t *testing.T) *cluster.Machine {
+	t.Helper()
+	worker, err := node.StartWorker(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := node.StopWorker(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	importImages(t, worker)
+	return worker
+}
+
 // archives returns the paths of the images of the agent and of frpc.
 func archives(t *testing.T) []string {
 	t.Helper()

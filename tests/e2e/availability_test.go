@@ -151,16 +151,7 @@ func startLoad(t *testing.T, i *installed, token string) (l *load, stop func()) 
 // is lost, its streams break: then client-go's callers retry, and their watches resume where they were and miss no
 // event.
 func TestHighAvailabilityLosesNoCall(t *testing.T) {
-	worker, err := node.StartWorker(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := node.StopWorker(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
-	importImages(t, worker)
+	worker := startWorker(t)
 	machines := map[string]*cluster.Machine{cluster.NodeName: node.Machine, cluster.WorkerName: worker}
 	i := install(t, "high-availability", "manage-all-namespaces")
 	pods := node.Client.CoreV1().Pods("pipeops-system")

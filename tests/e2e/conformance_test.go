@@ -30,18 +30,15 @@ import (
 )
 
 // usualSpecs are conformance specs of kubectl, discovery, lists, writes and the way to pods, which take few seconds
-// each. None holds a watch without starting it again when it ends, as it does when the agent restarts.
+// each. None holds a watch without starting it again when it ends, as it does when the agent restarts, and none
+// resolves names.
 const usualSpecs = `\[sig-cli\] Kubectl (client Kubectl|logs)|` +
 	`\[sig-api-machinery\] (AggregatedDiscovery|Discovery|FieldValidation|Servers with support for|server version)|` +
 	`\[sig-apps\] ReplicaSet should serve a basic image`
 
-// leftOut are specs that take minutes, or resolve names, for which the node has no DNS.
-const leftOut = `\[Slow\]|Guestbook|ServiceAccountIssuerDiscovery|\[sig-network\] DNS|` +
-	`\[sig-network\] Services should (be able to (change the type|create a functioning|switch)|have session affinity|` +
-	`serve (a basic|multiport))`
-
 // TestConformance runs Kubernetes' own conformance specs through the tunnel, while the agent's two replicas are
-// restarted again and again. By default it runs a few; `make conformance` sets
+// restarted again and again. By default it runs a few, on one node without a DNS server; if FOCUS is set, there
+// are both a second node and DNS. `make conformance` sets
 //
 //	CONFORMANCE_FOCUS     a regular expression for the specs' names
 //	CONFORMANCE_SKIP      the same, for specs to leave out
@@ -59,6 +56,14 @@ func TestConformance(t *testing.T) {
 		t.Fatal(err)
 	}
 	identity, direct := setting("IDENTITY", "agent"), setting("DIRECT", "") != ""
+	focus := setting("FOCUS", "")
+	machines, tools := []*cluster.Machine{node.Machine}, []string{"curl", "nc"}
+	if focus != "" {
+		if err := node.StartDNS(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		machines, tools = append(machines, startWorker(t)), append(tools, "dig", "getent")
+	}
 	i := prepareBeside(t, func(o *controlplane.Options) { o.Identity = identity })
 	kubeconfig := i.admin
 	if !direct {
@@ -69,7 +74,7 @@ func TestConformance(t *testing.T) {
 		i.apply()
 	}
 	group := harness.NewGroup(t)
-	i.importSpecImages(filepath.Join(group.Dir(), "images.tar"))
+	i.importSpecImages(filepath.Join(group.Dir(), "images.tar"), machines, tools)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	var rolling sync.WaitGroup
@@ -80,8 +85,8 @@ func TestConformance(t *testing.T) {
 	begin := time.Now()
 	// If unshare is killed, all that it has started is, too.
 	run, err := group.Start("specs", nil, "unshare", "--pid", "--fork", "--kill-child", "--", harness.Binary(t, "ginkgo"),
-		"--no-color", "--label-filter=Conformance", "--focus="+setting("FOCUS", usualSpecs),
-		"--skip="+setting("SKIP", leftOut), "--procs="+setting("PROCS", "2"), "--timeout="+setting("TIMEOUT", "5m"),
+		"--no-color", "--label-filter=Conformance", "--focus="+cmp.Or(focus, usualSpecs),
+		"--skip="+setting("SKIP", `\[Slow\]`), "--procs="+setting("PROCS", "2"), "--timeout="+setting("TIMEOUT", "5m"),
 		"--output-dir="+group.Dir(), "--json-report=report.json", harness.Binary(t, "e2e.test"), "--",
 		"--provider=skeleton", "--kubeconfig="+kubeconfig, "--kubectl-path="+harness.Binary(t, "kubectl"),
 		"--dump-logs-on-failure=false", "--disable-log-dump")
@@ -166,9 +171,10 @@ func (i *installed) roll(ctx context.Context, every time.Duration) (rolls int) {
 	}
 }
 
-// importSpecImages builds the images of the specs, as far as their programs are here, and imports them into the node
-// by the names that e2e.test has for them. Their tools are busybox's; but agnhost has this machine's curl, nc and bash.
-func (i *installed) importSpecImages(archive string) {
+// importSpecImages builds the images of the specs, as far as their programs are here, and imports them into the
+// machines by the names that e2e.test has for them. Their tools are busybox's and this machine's bash; agnhost has this
+// machine's tools, too.
+func (i *installed) importSpecImages(archive string, machines []*cluster.Machine, tools []string) {
 	t := i.t
 	t.Helper()
 	list := exec.CommandContext(t.Context(), harness.Binary(t, "e2e.test"), "--list-images")
@@ -183,8 +189,8 @@ func (i *installed) importSpecImages(archive string) {
 		}
 		return data
 	}
-	layer := func(files map[string][]byte, links map[string]string) cluster.Layer {
-		made, err := cluster.NewLayer(files, links)
+	layer := func(files map[string][]byte, links map[string]string, setuid ...string) cluster.Layer {
+		made, err := cluster.NewLayer(files, links, setuid...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -205,34 +211,48 @@ func (i *installed) importSpecImages(archive string) {
 		"/etc/group": []byte("root:x:0:\nuser-defined-in-image:x:1000:\n" +
 			"group-defined-in-image:x:50000:user-defined-in-image\n")}
 	busybox := layer(shell, links)
+	// borrow adds programs of this machine, with their libraries.
+	borrow := func(files map[string][]byte, programs ...string) map[string][]byte {
+		for _, name := range programs {
+			program, err := exec.LookPath(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			libraries, err := exec.CommandContext(t.Context(), "ldd", program).Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			files["/bin/"+name] = file(program)
+			for _, library := range regexp.MustCompile(`/\S+`).FindAllString(string(libraries), -1) {
+				files[library] = file(library)
+			}
+		}
+		return files
+	}
+	// Debian's busybox hides variables with a dash in their name, so sh is bash; but specs know its messages, so /bin/sh
+	// is not.
+	bash := layer(borrow(map[string][]byte{}, "bash"), map[string]string{"/usr/bin/sh": "/bin/bash"})
 	certificate, key, err := cert.GenerateSelfSignedCertKey("localhost", nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	programs := map[string][]byte{"/agnhost": file(harness.Binary(t, "agnhost")),
 		"/localhost.crt": certificate, "/localhost.key": key}
-	// busybox's shell would prefer its own nc, which lacks options; dash hides variables with a dash in their name.
-	for name, program := range map[string]string{"curl": "curl", "nc": "nc", "sh": "bash"} {
-		program, err := exec.LookPath(program)
-		if err != nil {
-			t.Fatal(err)
-		}
-		libraries, err := exec.CommandContext(t.Context(), "ldd", program).Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		programs["/bin/"+name] = file(program)
-		for _, library := range regexp.MustCompile(`/\S+`).FindAllString(string(libraries), -1) {
-			programs[library] = file(library)
-		}
-	}
-	agnhost := layer(programs, map[string]string{"/agnhost-2": "agnhost"})
+	// busybox's shell would prefer its own nc, which lacks options.
+	agnhost := []cluster.Layer{busybox, bash, layer(borrow(programs, tools...),
+		map[string]string{"/agnhost-2": "agnhost", "/bin/sh": "bash"})}
 	pauses := cluster.ImageConfig{Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}
+	serves := cluster.ImageConfig{Entrypoint: pauses.Entrypoint, Cmd: []string{"test-webserver"}}
 	images := map[string]cluster.Image{
-		"agnhost": {Layers: []cluster.Layer{busybox, agnhost}, Config: pauses},
-		"nonroot": {Layers: []cluster.Layer{busybox, agnhost},
+		"agnhost":           {Layers: agnhost, Config: pauses},
+		"glibc-dns-testing": {Layers: agnhost, Config: pauses},
+		"nginx":             {Layers: agnhost, Config: serves},
+		"nonroot": {Layers: agnhost,
 			Config: cluster.ImageConfig{User: "1234", Entrypoint: pauses.Entrypoint, Cmd: pauses.Cmd}},
-		"busybox": {Layers: []cluster.Layer{busybox}, Config: cluster.ImageConfig{Cmd: []string{"sh"}}},
+		"nonewprivs": {Layers: []cluster.Layer{layer(map[string][]byte{
+			"/bin/nnp": file(harness.Binary(t, "nonewprivs"))}, nil, "/bin/nnp")},
+			Config: cluster.ImageConfig{Cmd: []string{"nnp"}}},
+		"busybox": {Layers: []cluster.Layer{busybox, bash}, Config: cluster.ImageConfig{Cmd: []string{"sh"}}},
 		"pause":   {Layers: []cluster.Layer{busybox}, Config: cluster.ImageConfig{Entrypoint: []string{"sleep", "infinity"}}},
 		"etcd": {Layers: []cluster.Layer{layer(map[string][]byte{"/usr/local/bin/etcd": file(harness.Binary(t, "etcd"))},
 			nil)}},
@@ -241,9 +261,8 @@ func (i *installed) importSpecImages(archive string) {
 			Config: cluster.ImageConfig{Entrypoint: []string{"/sample-apiserver"}}},
 	}
 	for _, name := range []string{"kitten", "nautilus"} {
-		images[name] = cluster.Image{Layers: []cluster.Layer{busybox, agnhost,
-			layer(map[string][]byte{"/data.json": []byte(`{"image": "` + name + `.jpg"}`)}, nil)},
-			Config: cluster.ImageConfig{Entrypoint: pauses.Entrypoint, Cmd: []string{"test-webserver"}}}
+		data := layer(map[string][]byte{"/data.json": []byte(`{"image": "` + name + `.jpg"}`)}, nil)
+		images[name] = cluster.Image{Layers: append(slices.Clone(agnhost), data), Config: serves}
 	}
 	for _, reference := range strings.Fields(string(names)) {
 		name, _, _ := strings.Cut(path.Base(reference), ":")
@@ -253,8 +272,10 @@ func (i *installed) importSpecImages(archive string) {
 		}
 	}
 	err = cluster.WriteImages(archive, slices.Collect(maps.Values(images))...)
-	if err == nil {
-		err = node.ImportImage(t.Context(), archive)
+	for _, m := range machines {
+		if err == nil {
+			err = m.ImportImage(t.Context(), archive)
+		}
 	}
 	if err == nil {
 		err = os.Remove(archive)

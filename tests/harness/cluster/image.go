@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 )
 
@@ -85,19 +86,22 @@ func WriteImages(archive string, images ...Image) error {
 }
 
 // NewLayer packs programs and other files, by path, and symbolic links, by path with their target. A path that ends
-// with a slash is a directory that everyone may write to.
-func NewLayer(files map[string][]byte, links map[string]string) (Layer, error) {
+// with a slash is a directory that everyone may write to. Programs whose path is in setuid run as their owner, root.
+func NewLayer(files map[string][]byte, links map[string]string, setuid ...string) (Layer, error) {
 	var layer bytes.Buffer
-	err := pack(&layer, files, links)
+	err := pack(&layer, files, links, setuid...)
 	return layer.Bytes(), err
 }
 
-func pack(to io.Writer, files map[string][]byte, links map[string]string) error {
+func pack(to io.Writer, files map[string][]byte, links map[string]string, setuid ...string) error {
 	w := tar.NewWriter(to)
 	for name, data := range files {
 		header := &tar.Header{Name: name, Mode: 0o755, Size: int64(len(data))}
 		if strings.HasSuffix(name, "/") {
 			header.Mode = 0o1777
+		}
+		if slices.Contains(setuid, name) {
+			header.Mode |= 0o4000
 		}
 		if err := w.WriteHeader(header); err != nil {
 			return err

@@ -113,14 +113,17 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 
 const kubeletFile = "kubelet.yaml"
 
-// kubeletConfig is formatted with the machine's directory, the API server's directory and a cgroup. A full disk
-// removes no image and evicts no pod, because the disk is not the node's, and there is no registry to pull the image
-// from again. A changed Secret is seen in pods after seconds, not a minute. Pods are evicted if process ids run out, so
-// that a test can have that happen.
+// kubeletConfig is formatted with the machine's directory, the API server's directory, a cgroup and the first node's
+// address. A full disk removes no image and evicts no pod, because the disk is not the node's, and there is no registry
+// to pull the image from again. A changed Secret is seen in pods after seconds, not a minute. Pods are evicted if
+// process ids run out, so that a test can have that happen. Pods are told of the DNS server, even while it is not
+// started.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {x509: {clientCAFile: %[2]s/kubelet-client.crt}}
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+clusterDNS: ["%[4]s"]
+clusterDomain: cluster.local
 resolvConf: ""
 volumePluginDir: %[1]s/volume-plugins
 cgroupDriver: cgroupfs
@@ -185,6 +188,35 @@ func (n *Node) start(ctx context.Context, group *process.Group) (err error) {
 	return n.join(ctx, n.Machine)
 }
 
+// dnsConfig is formatted with a kubeconfig. There is no other server to ask about names outside the cluster.
+const dnsConfig = `. {
+  errors
+  ready
+  kubernetes cluster.local in-addr.arpa ip6.arpa {
+    kubeconfig %s
+    pods insecure
+  }
+}`
+
+// StartDNS starts the DNS server, and waits until it knows the cluster's names. Until then pods resolve none.
+func (n *Node) StartDNS(ctx context.Context) error {
+	file := filepath.Join(n.site.dir, "Corefile")
+	if err := os.WriteFile(file, fmt.Appendf(nil, dnsConfig, n.Kubeconfig), 0o600); err != nil {
+		return err
+	}
+	dns, err := n.site.start("coredns", "-conf", file)
+	if err != nil {
+		return err
+	}
+	return process.Poll(ctx, time.Minute, dns.Done(), func() error {
+		if out, err := n.Command(ctx, "busybox", "wget", "-q", "-O", "-", "http://127.0.0.1:8181/ready").
+			CombinedOutput(); err != nil {
+			return fmt.Errorf("the DNS server is not ready: %s%s", out, dns.Log())
+		}
+		return nil
+	})
+}
+
 // StartWorker starts a second node, which runs until StopWorker.
 func (n *Node) StartWorker(ctx context.Context) (*Machine, error) {
 	n.workers++
@@ -244,9 +276,16 @@ func (n *Node) LoseWorker(ctx context.Context) error {
 // join makes a machine a node, and waits until it is ready for pods.
 func (n *Node) join(ctx context.Context, m *Machine) error {
 	dir := m.site.dir
-	if err := os.WriteFile(filepath.Join(dir, kubeletFile), fmt.Appendf(nil, kubeletConfig, dir, n.site.dir, m.cgroup()),
-		0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, kubeletFile), fmt.Appendf(nil, kubeletConfig, dir, n.site.dir, m.cgroup(),
+		n.IP), 0o600); err != nil {
 		return err
+	}
+	// containerd may not listen yet, and the kubelet would not wait for it.
+	starting, cancel := m.site.whileAlive(ctx)
+	defer cancel()
+	err := process.Poll(starting, time.Minute, nil, func() error { return m.ImportImage(starting, n.busybox) })
+	if err != nil {
+		return errors.Join(context.Cause(starting), err)
 	}
 	for _, c := range []component{
 		{"kubelet", "system:node:" + m.name, []string{
@@ -266,11 +305,7 @@ func (n *Node) join(ctx context.Context, m *Machine) error {
 	}
 	alive, cancel := m.site.whileAlive(ctx)
 	defer cancel()
-	// containerd may not listen yet
-	err := process.Poll(alive, time.Minute, nil, func() error { return m.ImportImage(alive, n.busybox) })
-	if err == nil {
-		err = process.Poll(alive, time.Minute, nil, func() error { return n.ready(alive, m) })
-	}
+	err = process.Poll(alive, time.Minute, nil, func() error { return n.ready(alive, m) })
 	if err == nil {
 		// For NetworkPolicies alone: the bridge does not enforce them. It wants to find its node.
 		err = n.startComponent(m, component{"kube-router", "kube-router", []string{
