@@ -30,7 +30,8 @@ func gateOf(l limits) (g *gate, refusals map[string]int) {
 
 // requestOf returns a request of a caller, as far as a gate knows it.
 func requestOf(share string) *scope {
-	return &scope{share: share, ended: func() error { return nil }, cancel: func(error) {}, conn: inbound.From(context.Background())}
+	return &scope{share: share, ended: func() error { return nil }, cancel: func(error) {},
+		conn: inbound.From(context.Background())}
 }
 
 // TestOneCallerLeavesPlacesForOthers: alone it has three quarters, and whoever is new gets a place until none is left.
