@@ -177,8 +177,8 @@ func TestNoCallFailsWhileAReplicaStops(t *testing.T) {
 			}
 		}
 	}
-	for _, pause := range []time.Duration{5 * time.Millisecond, 20 * time.Millisecond, 700 * time.Millisecond, 3 * time.Second} {
-		callers.Go(func() { call(pause) })
+	for _, ms := range []time.Duration{5, 20, 700, 3000} {
+		callers.Go(func() { call(ms * time.Millisecond) })
 	}
 	eventually(t, func() error {
 		for _, replica := range []*agent.Agent{w.agent, second} {
