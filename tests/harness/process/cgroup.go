@@ -23,6 +23,7 @@ func (g *Group) Cgroup(name string) (*Cgroup, error) {
 		"memory.swappiness", "memory.oom_control"}
 	if _, err := os.Stat(filepath.Join(root, "cgroup.controllers")); err == nil {
 		c = &Cgroup{filepath.Join(root, name), "memory.max", "memory.current", "memory.swap.max", "memory.events"}
+		_ = os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+memory"), 0) // systemd has done it
 	}
 	if err := os.Mkdir(c.dir, 0o755); err != nil {
 		return nil, err
