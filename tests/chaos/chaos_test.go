@@ -115,11 +115,11 @@ func (r *run) strike(t *testing.T, name string, breaks func() error) string {
 	row := fmt.Sprintf("| %s | %s | %s | %d, %d, %d | %d | %.1f s |\n", name, r.callers.seen("reads"),
 		r.callers.seen("events", "exec", "logs", "forward"), balance.Acknowledged, balance.Refused, balance.Unknown,
 		len(wrong), took.Seconds())
-	// The next strike's informers need not hold these.
-	if err := r.cluster.Client.CoreV1().ConfigMaps(namespace).DeleteCollection(ctx, metav1.DeleteOptions{},
-		metav1.ListOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	// The next strike's informers need not hold these. After a long run it takes several calls.
+	harness.Eventually(t, 10*time.Minute, func() error {
+		return r.cluster.Client.CoreV1().ConfigMaps(namespace).DeleteCollection(ctx, metav1.DeleteOptions{},
+			metav1.ListOptions{})
+	})
 	return row
 }
 

@@ -34,6 +34,11 @@ func TestSoak(t *testing.T) {
 	}
 	r.pause = time.Second
 	var samples []sample
+	defer func() { // also if what follows the hours fails
+		if len(samples) > 0 {
+			show(t, samples, lasts)
+		}
+	}()
 	row := r.strike(t, fmt.Sprintf("none, for %s", lasts), func() error {
 		every := min(15*time.Second, lasts/10)
 		tick := time.NewTicker(every)
@@ -47,7 +52,7 @@ func TestSoak(t *testing.T) {
 		}
 		return nil
 	})
-	t.Logf("\n%s%s\n%s", header, row, growth(samples, lasts))
+	t.Logf("\n%s%s", header, row)
 	for _, c := range r.callers.all {
 		c.mu.Lock()
 		if len(c.failed) > 0 {
@@ -55,6 +60,12 @@ func TestSoak(t *testing.T) {
 		}
 		c.mu.Unlock()
 	}
+}
+
+// show prints the growth of each figure, and draws them all.
+func show(t *testing.T, samples []sample, lasts time.Duration) {
+	t.Helper()
+	t.Logf("\n%s", growth(samples, lasts))
 	root, err := process.Root()
 	if err == nil {
 		err = os.WriteFile(filepath.Join(root, ".build", "soak.svg"), []byte(draw(samples)), 0o644)
