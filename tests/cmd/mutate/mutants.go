@@ -101,7 +101,7 @@ var mutants = []struct {
 		{"the agent's own namespace is open", `closed != "" {`, `closed != "" && false {`, "TestAgentsNamespaceIsClosed"},
 	}},
 	{"proxy/server/routes.go", []fault{
-		{"commands need no right of the owner", "needs: access.All, ", "", "TestOwnersSwitchHoldsForEveryRoute"},
+		{"commands need no right of the owner", "needs: access.All,\n", "\n", "TestOwnersSwitchHoldsForEveryRoute"},
 		{"metrics are open on the tunnel", `path: "/metrics", on: both, bearer: true,`, `path: "/metrics", on: both,`, "TestOnlyTheRightTokenIsAccepted"},
 		{"how many requests run is open on the tunnel", "path: agentapi.ActivityPath, on: operations,", "path: agentapi.ActivityPath, on: both,", "TestActivityIsNotServedOnTheTunnel"},
 		{"tokens are taken in clear though the tunnel is https", "l == tunnel && r.TLS == nil && r", "false && r.TLS == nil && r", "TestPlainHTTPGets421WhileTheTunnelIsHTTPS"},
