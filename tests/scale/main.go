@@ -163,7 +163,7 @@ func row(what, format string, args ...any) {
 func (f *fleet) outages(ctx context.Context, agents []string, outage, life time.Duration) error {
 	for _, o := range []struct {
 		name            string
-		frps, authentic bool
+		frps, controlPlane bool
 		lasts           time.Duration
 	}{
 		{"frps restarted", true, false, 0},
@@ -175,12 +175,12 @@ func (f *fleet) outages(ctx context.Context, agents []string, outage, life time.
 		if o.frps {
 			f.cp.StopFrps()
 		}
-		if o.authentic {
+		if o.controlPlane {
 			f.cp.API.Stop()
 		}
 		wait(ctx, o.lasts)
 		begin := time.Now()
-		if o.authentic {
+		if o.controlPlane {
 			if err := f.cp.API.Start(ctx); err != nil {
 				return err
 			}
