@@ -162,9 +162,9 @@ func row(what, format string, args ...any) {
 // outages stops frps, the control plane and both for a while.
 func (f *fleet) outages(ctx context.Context, agents []string, outage, life time.Duration) error {
 	for _, o := range []struct {
-		name            string
+		name               string
 		frps, controlPlane bool
-		lasts           time.Duration
+		lasts              time.Duration
 	}{
 		{"frps restarted", true, false, 0},
 		{fmt.Sprintf("frps away for %s", outage), true, false, outage},
