@@ -41,7 +41,7 @@ type usage struct {
 func (g *gate) enter(sc *scope, headers int64) (refusal string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed.Load() && (sc.isStream() || sc.ended() != nil) {
+	if g.closed.Load() && sc.isStream() {
 		return shuttingDown
 	}
 	own, free := g.callers[sc.share].requests, g.limits.requests-len(g.running)

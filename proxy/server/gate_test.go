@@ -30,8 +30,7 @@ func gateOf(l limits) (g *gate, refusals map[string]int) {
 
 // requestOf returns a request of a caller, as far as a gate knows it.
 func requestOf(share string) *scope {
-	return &scope{share: share, ended: func() error { return nil }, cancel: func(error) {},
-		conn: inbound.From(context.Background())}
+	return &scope{share: share, cancel: func(error) {}, conn: inbound.From(context.Background())}
 }
 
 // TestOneCallerLeavesPlacesForOthers: alone it has three quarters, and whoever is new gets a place until none is left.
@@ -102,7 +101,7 @@ func TestGateCountsMemory(t *testing.T) {
 	}
 }
 
-// TestClosedGateAdmitsCallsAlone: until their contexts end.
+// TestClosedGateAdmitsCallsAlone: no stream, of whatever kind.
 func TestClosedGateAdmitsCallsAlone(t *testing.T) {
 	g, _ := gateOf(limits{requests: 10, requestMemory: 1 << 20})
 	call, watch, log := requestOf("a"), requestOf("b"), requestOf("c")
@@ -115,11 +114,6 @@ func TestClosedGateAdmitsCallsAlone(t *testing.T) {
 	}
 	if why := g.enter(call, 0); why != "" {
 		t.Errorf("a new call is refused: %s", why)
-	}
-	cut := requestOf("d")
-	cut.ended = func() error { return context.Canceled }
-	if why := g.enter(cut, 0); why != shuttingDown {
-		t.Errorf("a call that comes after the drain timeout is answered %q", why)
 	}
 }
 

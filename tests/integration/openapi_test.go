@@ -251,13 +251,9 @@ func TestOpenAPIDescribesEveryResponse(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantTunnel(t, leaving)
-	ns := leaving.namespace()
-	runningPod(t, ns)
-	startSession(t, leaving, ns)
 	startDraining(t, leaving)
 	w.agent = leaving.agent
 	try(http.MethodGet, "/ready", "/ready", "", "")
-	try(http.MethodPost, command, "/api/runners/r/command", agentToken, "")
 
 	for key := range said {
 		// A runner may answer anything. TestCommandsReachTheRunner and the proxy's unit tests cover timeouts.
