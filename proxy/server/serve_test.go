@@ -180,12 +180,16 @@ func TestDrainWaitsForWhatRuns(t *testing.T) {
 	const newWatch = "GET /api/k8s/api/v1/pods?watch=1"
 	slow, watch := s.asks(t, "GET /api/k8s/slow"), s.asks(t, newWatch)
 	eventually(t, func() bool { return inUse(s.Server) == 2 })
+	begin := time.Now()
 	s.stop()
 	eventually(t, func() bool { return s.has("draining") })
 	wants(t, "frpc's health check", s.asks(t, "GET /ready?only=shutdown"), "503 Service", "shutting down")
 	late := s.asks(t, newWatch)
 	wants(t, "a call before the tunnel is withdrawn", s.asks(t, "GET /api/k8s/quick"), "200 OK", "Connection: close")
 	wants(t, "a watch", watch, "200 OK")
+	if took := time.Since(begin); took < 2*time.Second {
+		t.Errorf("watches end after %s, and frpc may not have withdrawn the tunnel", took)
+	}
 	wants(t, "a watch of before the tunnel was withdrawn", late, "200 OK", "Connection: close")
 	wants(t, "a new watch", s.asks(t, newWatch), "503 Service", "Retry-After: 1\r\n", "Connection: close", shuttingDown)
 	wants(t, "a call", s.asks(t, "GET /api/k8s/quick"), "200 OK", "Connection: close")
@@ -234,6 +238,9 @@ func TestDrainTimeoutCutsWhatIsLeft(t *testing.T) {
 	}
 	if err := <-s.ended; err != nil || s.has("drained") {
 		t.Errorf("ended with %v", err)
+	}
+	if took := time.Since(begin); took < 5*time.Second {
+		t.Errorf("ended after %s: whoever was refused, and tries again after 1 s, meets a closed port", took)
 	}
 }
 

@@ -55,7 +55,7 @@ var mutants = []struct {
 		{"watches do not end with the drain", "\ts.kube.Drain()\n", "", "TestDrainWaitsForWhatRuns"},
 		{"the drain timeout is ten times as long", "time.AfterFunc(proxy.DrainTimeout,", "time.AfterFunc(10*proxy.DrainTimeout,", "TestDrainTimeoutCutsWhatIsLeft"},
 		{"a write that the drain cuts is not told so", "cut(kube.ErrShutdown)", "cut(nil)", "TestDrainTimeoutCutsWhatIsLeft"},
-		{"a caller who tries again after a second meets a closed port", "time.Sleep(3 * time.Second)", "time.Sleep(300 * time.Millisecond)", "TestDrainWaitsForWhatRuns"},
+		{"a caller who tries again after a second meets a closed port", "time.Sleep(3 * time.Second)", "time.Sleep(300 * time.Millisecond)", "TestDrainTimeoutCutsWhatIsLeft"},
 		{"the last answer is cut at the end of a drain", "last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)", "last, cancel := context.WithTimeout(ctx, time.Second)", "TestDrainWaitsForWhatRuns"},
 		{"the last answer is cut, not waited for", "_ = server.Shutdown(last)", "_, _ = server.Close(), last", "TestDrainWaitsForWhatRuns"},
 		{"headers may take ten times as long", "headerTime = 32 * time.Second", "headerTime = 320 * time.Second", "TestServersHaveTheirBounds"},
