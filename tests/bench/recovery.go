@@ -195,10 +195,7 @@ func recoveryWith(ctx context.Context, kubeconfig string, shared bool) error {
 	restarts, leases := a.FrpcRestarts(), strings.Count(a.Bootstrap.Log(), "lease written")
 	if err := happening("renewal with "+method, func() error {
 		cp.SetAgent(id, "second")
-		if err := os.WriteFile(tokenFile+".new", []byte("second"), 0o600); err != nil {
-			return err
-		}
-		return os.Rename(tokenFile+".new", tokenFile) // callers use the old token, which is still valid
+		return process.ReplaceFile(tokenFile, "second") // callers use the old token, which is still valid
 	}, func() bool {
 		return strings.Count(a.Bootstrap.Log(), "lease written") > leases && (!shared || a.FrpcRestarts() > restarts)
 	}); err != nil {

@@ -211,7 +211,7 @@ func (w *world) writeAccountToken(ctx context.Context, revoke bool) error {
 	token, err := w.cluster.Token(ctx, cluster.AgentNamespace, cluster.AgentAccount, tokenLife,
 		&authenticationv1.BoundObjectReference{Kind: "Secret", APIVersion: "v1", Name: secret.Name})
 	if err == nil {
-		err = replace(w.accountTokenFile(), token)
+		err = process.ReplaceFile(w.accountTokenFile(), token)
 	}
 	if err == nil && revoke {
 		err = secrets.DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{
@@ -239,7 +239,7 @@ func (w *world) agentTokenFile() string { return filepath.Join(w.group.Dir(), "a
 // as all replicas accept it.
 func (w *world) setAgentToken(ctx context.Context, token string) error {
 	w.cp.SetAgent(harness.AgentID, token)
-	if err := replace(w.agentTokenFile(), token); err != nil {
+	if err := process.ReplaceFile(w.agentTokenFile(), token); err != nil {
 		return err
 	}
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
@@ -265,14 +265,6 @@ func (w *world) setAgentToken(ctx context.Context, token string) error {
 	}
 	w.agentToken.Store(&token)
 	return nil
-}
-
-// replace writes a file in one step.
-func replace(path, text string) error {
-	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(path+".new", path)
 }
 
 // hostsFile is what resolves names: there is no DNS.

@@ -607,10 +607,7 @@ func tokenIsRotated(t *testing.T, method func(*controlplane.Options)) {
 	file := filepath.Join(w.group.Dir(), "token")
 	write := func(token string) {
 		t.Helper()
-		if err := os.WriteFile(file+".new", []byte(token), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(file+".new", file); err != nil {
+		if err := process.ReplaceFile(file, token); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -188,6 +188,14 @@ func (p *Process) Failed() error {
 	return fmt.Errorf("%s ended early (%s); the end of its log:\n%s", p.name, p.cmd.ProcessState, log)
 }
 
+// ReplaceFile writes a file in one step, as the kubelet does with a Secret's.
+func ReplaceFile(path, text string) error {
+	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
 // Listening returns nil if an address accepts connections.
 func Listening(address string) error {
 	conn, err := net.DialTimeout("tcp", address, time.Second)
